@@ -1,0 +1,44 @@
+"""The shapes that cross a process border. No I/O, and nothing here needs more than a gateway has installed."""
+
+from models.errors import (
+    BadMessage,
+    EvalstoreError,
+    EventIdReused,
+    Fault,
+    InvalidEvent,
+    InvalidSettings,
+    Outage,
+    RedisOutage,
+)
+from models.events import (
+    EvaluationCancelled,
+    EvaluationCompleted,
+    EvaluationFailed,
+    EvaluationLost,
+    EvaluationQueued,
+    EvaluationStarted,
+    EvaluationTimedOut,
+    Event,
+)
+from models.record import Record, merge
+
+__all__ = [
+    "BadMessage",
+    "EvalstoreError",
+    "EvaluationCancelled",
+    "EvaluationCompleted",
+    "EvaluationFailed",
+    "EvaluationLost",
+    "EvaluationQueued",
+    "EvaluationStarted",
+    "EvaluationTimedOut",
+    "Event",
+    "EventIdReused",
+    "Fault",
+    "InvalidEvent",
+    "InvalidSettings",
+    "Outage",
+    "Record",
+    "RedisOutage",
+    "merge",
+]

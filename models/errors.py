@@ -1,0 +1,77 @@
+"""Everything evalstore raises, split by what the caller does about it.
+
+EvalstoreError
+├── Outage                wait and try again: nothing is wrong with the message
+│   ├── DatabaseOutage
+│   ├── RedisOutage
+│   └── ObjectStoreOutage
+├── BadMessage            give up: the same message would fail the same way again
+│   ├── InvalidEvent      a field is missing, wrong or unknown
+│   └── EventIdReused     this event_id is stored with another body
+├── SchemaMismatch        run `evalstore migrate`, or deploy the release that fits the database
+└── InvalidSettings       correct the environment variables it names
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class EvalstoreError(Exception):
+    """The root: catching it catches everything evalstore raises by itself."""
+
+
+class Outage(EvalstoreError):
+    """A server cannot be reached or refuses work for now. Retry, for as long as it takes."""
+
+
+class DatabaseOutage(Outage):
+    """PostgreSQL is away, restarting, read-only, or out of connections, disk or memory."""
+
+
+class RedisOutage(Outage):
+    """Redis is away, loading, read-only or full. Nothing that was not confirmed counts as sent."""
+
+
+class ObjectStoreOutage(Outage):
+    """The object store is away, slow or refuses work."""
+
+
+class BadMessage(EvalstoreError):
+    """It would fail the same way every time. Do not retry it; correct it or leave it to an operator."""
+
+
+class Fault(NamedTuple):
+    """One wrong field: where (`exit_code`, `metadata.tags[2]`) and what was expected there."""
+
+    field: str
+    problem: str
+
+
+class InvalidEvent(BadMessage, ValueError):
+    """The event could never be stored. `faults` names every wrong field."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{fault.field}: {fault.problem}" for fault in self.faults))
+
+    def __reduce__(self) -> tuple[type["InvalidEvent"], tuple[tuple[Fault, ...]]]:
+        return type(self), (self.faults,)
+
+
+class EventIdReused(BadMessage):
+    """Another event with this `event_id` is stored for the evaluation; that one stands."""
+
+    def __init__(self, eval_id: str, event_id: object) -> None:
+        self.eval_id, self.event_id = eval_id, event_id
+        super().__init__(f"event_id {event_id} of evaluation {eval_id!r} is already stored with another body")
+
+    def __reduce__(self) -> tuple[type["EventIdReused"], tuple[str, object]]:
+        return type(self), (self.eval_id, self.event_id)
+
+
+class SchemaMismatch(EvalstoreError):
+    """The tables are not those this release works with."""
+
+
+class InvalidSettings(EvalstoreError):
+    """Environment variables are wrong; the message names each of them. Values are not repeated: they may be secret."""

@@ -1,0 +1,324 @@
+"""The events: one fact about an evaluation each, as senders give them and as they travel.
+
+`parse` and `check` are the only ways in. Unknown fields are kept (`model_extra`) so that a newer gateway does not break an
+older worker; `check`, the sender's way, refuses them, so that a typo shows at once.
+"""
+
+import base64
+import binascii
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, get_args
+from uuid import UUID
+
+import msgspec
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainValidator,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+
+from models import content
+from models.errors import Fault, InvalidEvent
+
+MAX_METADATA_BYTES = 64 * 1024
+MAX_METADATA_DEPTH = 100
+_INT64 = range(-(2**63), 2**63)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+_RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
+)
+
+
+def _eval_id(value: Any) -> str:
+    if not isinstance(value, str) or not _EVAL_ID.fullmatch(value) or value in {".", ".."}:
+        raise ValueError("expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -, and not '.' or '..'")
+    return value
+
+
+def _event_id(value: Any) -> UUID | None:
+    if value is None or isinstance(value, UUID):
+        return value
+    if not isinstance(value, str) or not _UUID.fullmatch(value):
+        raise ValueError("expected a UUID like 0190a2f5-7a4c-7000-8000-000000000000")
+    return UUID(value)
+
+
+def _occurred_at(value: Any) -> datetime | None:
+    """RFC 3339 with an offset, truncated to microseconds, as UTC; a `datetime` must be aware."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = _RFC3339.fullmatch(value)
+        if match is None:
+            raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z (no leap seconds)")
+        day, time, fraction, offset = match.groups()
+        try:
+            value = datetime.fromisoformat(f"{day}T{time}{(fraction or '')[:7]}{offset.upper()}")
+        except ValueError as error:
+            raise ValueError(f"expected a date that exists: {error}") from None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z")
+    try:
+        moment = value.astimezone(UTC)
+    except OverflowError:
+        moment = datetime.min.replace(tzinfo=UTC)
+    if moment.year < 1970:
+        raise ValueError("expected a year from 1970 to 9999 in UTC")
+    return moment
+
+
+def _json_fault(value: Any, path: str, depth: int) -> str | None:
+    """What keeps `value` from being exact in PostgreSQL's jsonb and in other languages' JSON, or None."""
+    if isinstance(value, dict | list):
+        if depth == MAX_METADATA_DEPTH:
+            return f"{path}: nested deeper than {MAX_METADATA_DEPTH} levels"
+        if isinstance(value, list):
+            faults = (_json_fault(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))
+        else:
+            faults = (_member_fault(key, item, path, depth) for key, item in value.items())
+        return next(filter(None, faults), None)
+    match value:
+        case str() if "\0" in value:
+            return f"{path}: NUL is not allowed"
+        case str() if not value.isascii() and _SURROGATE.search(value):
+            return f"{path}: lone surrogates are not allowed"
+        case int() if value not in _INT64:
+            return f"{path}: expected a 64-bit integer"
+        case float() if not math.isfinite(value):
+            return f"{path}: expected a finite number"
+        case None | str() | int() | float():  # bool is an int
+            return None
+    return f"{path}: {type(value).__name__} is not JSON"
+
+
+def _member_fault(key: object, item: Any, path: str, depth: int) -> str | None:
+    if not isinstance(key, str):
+        return f"{path}: expected text as keys, not {type(key).__name__}"
+    return _json_fault(key, f"{path}, key {key!a}", depth) or _json_fault(item, f"{path}.{key}", depth + 1)
+
+
+def _metadata(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic turns only ValueError into a fault
+    if fault := _json_fault(value, "metadata", 0):
+        raise ValueError(fault)
+    if len(msgspec.json.encode(value)) > MAX_METADATA_BYTES:
+        raise ValueError(f"expected at most {MAX_METADATA_BYTES:,} bytes of JSON")
+    return value
+
+
+def _b64(value: str) -> str:
+    try:
+        base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("expected base64 (RFC 4648, with padding)") from None
+    return value
+
+
+# In the order of DESIGN: native constraints where pydantic has them, so that the store's hot path stays out of Python.
+EvalId = Annotated[str, PlainValidator(_eval_id)]
+Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
+Content = InstanceOf[str]
+Base64 = Annotated[str, AfterValidator(_b64)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Int64 = Annotated[int, Field(ge=_INT64.start, le=_INT64.stop - 1)]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    eval_id: EvalId
+    event_id: Annotated[UUID | None, PlainValidator(_event_id)] = None
+    occurred_at: Annotated[datetime | None, PlainValidator(_occurred_at)] = None
+    attempt: Annotated[int | None, Field(ge=1, le=1_000_000)] = 1
+    metadata: Annotated[dict[str, Any] | None, PlainValidator(_metadata)] = None
+
+
+class EvaluationQueued(_Event):
+    """The evaluation was accepted: this is the code to run."""
+
+    type: Literal["evaluation:queued"] = "evaluation:queued"
+    code: Content | None = None
+    code_b64: Base64 | None = None
+    language: Text | None = None
+    submitter: Text | None = None
+
+
+class EvaluationStarted(_Event):
+    """An executor took it up, or says that it still runs."""
+
+    type: Annotated[Literal["evaluation:started", "evaluation:running"], AfterValidator(lambda _: "evaluation:started")] = (
+        "evaluation:started"
+    )
+    executor_id: Text | None = None
+    container_id: Text | None = None
+    timeout_s: Number | None = None
+
+
+class _Result(_Event):
+    executor_id: Text | None = None
+    container_id: Text | None = None
+    exit_code: Int64 | None = None
+    output: Content | None = None
+    output_b64: Base64 | None = None
+    error: Content | None = None
+    error_b64: Base64 | None = None
+    duration_ms: Number | None = None
+    memory_bytes: Int64 | None = None
+
+
+class EvaluationCompleted(_Result):
+    """The code ran to its end, whatever its exit code."""
+
+    type: Literal["evaluation:completed"] = "evaluation:completed"
+    exit_code: Int64
+
+
+class EvaluationFailed(_Result):
+    """The code could not be run, or not to its end."""
+
+    type: Literal["evaluation:failed"] = "evaluation:failed"
+
+
+class EvaluationTimedOut(_Result):
+    """The code was stopped at its time limit."""
+
+    type: Literal["evaluation:timed_out"] = "evaluation:timed_out"
+
+
+class EvaluationCancelled(_Event):
+    """Somebody called it off."""
+
+    type: Literal["evaluation:cancelled"] = "evaluation:cancelled"
+    reason: Text | None = None
+
+
+class EvaluationLost(_Event):
+    """No result came in time. Written by the system alone."""
+
+    type: Literal["evaluation:lost"] = "evaluation:lost"
+
+
+Event = (
+    EvaluationQueued
+    | EvaluationStarted
+    | EvaluationCompleted
+    | EvaluationFailed
+    | EvaluationTimedOut
+    | EvaluationCancelled
+    | EvaluationLost
+)
+ENDINGS: Final = frozenset({"evaluation:completed", "evaluation:failed", "evaluation:timed_out", "evaluation:cancelled"})
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+_COMMON: TypeAdapter[_Event] = TypeAdapter(_Event)
+_MODELS: Final[dict[str, type[_Event]]] = {
+    name: model for model in get_args(Event) for name in get_args(model.model_fields["type"].annotation)
+}
+CONTENT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    name: tuple(field for field in ("code", "output", "error") if field in model.model_fields)
+    for name, model in _MODELS.items()
+}
+_REQUIRED_CONTENT = {"evaluation:queued": "code", "evaluation:failed": "error"}
+
+
+def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
+    """The event that a decoded JSON value is, as a worker takes it: fields it does not know are kept in `model_extra`.
+
+    Raises InvalidEvent, which names every wrong field; the same value would fail again.
+    """
+    try:
+        event = _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        raise InvalidEvent(_faults(data, error, max_content_bytes)) from None
+    if faults := _content_faults(event.type, event.__dict__, max_content_bytes):
+        raise InvalidEvent(faults)
+    return event
+
+
+def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
+    """The event that a sender gives, as a JSON object or as one of the models: no unknown fields, no system events.
+
+    Raises InvalidEvent, which names every wrong field.
+    """
+    if isinstance(data, _Event):
+        data = data.model_dump(exclude_none=True)
+    faults: list[Fault] = []
+    if isinstance(data, Mapping):
+        model = _MODELS.get(data["type"]) if isinstance(data.get("type"), str) else None
+        known = list(model.model_fields) if model else None
+        faults += [_unknown(str(name), data["type"], known) for name in data if known and name not in known]
+        if model is EvaluationLost:
+            faults.append(Fault("type", "evaluation:lost is written by the system alone"))
+        data = dict(data)
+    try:
+        event = parse(data, max_content_bytes=max_content_bytes)
+    except InvalidEvent as error:
+        raise InvalidEvent([*error.faults, *faults]) from None
+    if faults:
+        raise InvalidEvent(faults)
+    return event
+
+
+def _unknown(name: str, type_: str, known: list[str]) -> Fault:
+    close = difflib.get_close_matches(name, known, n=1)
+    return Fault(name, f"not a field of {type_}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: int) -> list[Fault]:
+    """What is wrong with an event's content beyond the type of each field."""
+    faults = []
+    for name in CONTENT_FIELDS[type_]:
+        text, b64 = values.get(name), values.get(f"{name}_b64")
+        if text is None and b64 is None:
+            if _REQUIRED_CONTENT.get(type_) == name:
+                faults.append(Fault(name, f"required, as {name} or {name}_b64"))
+            continue
+        if text is not None and b64 is not None:
+            faults.append(Fault(name, f"given twice, as {name} and {name}_b64"))
+        # A character takes at most 4 bytes, four characters of base64 make 3: only what comes near is measured.
+        if isinstance(text, str) and len(text) * 4 > max_content_bytes:
+            size = len(content.to_bytes(text))
+        elif isinstance(b64, str):
+            size = len(b64) * 3 // 4 - b64[-2:].count("=")
+        else:
+            continue
+        if size > max_content_bytes:
+            faults.append(Fault(name, f"{size:,} bytes, expected at most {max_content_bytes:,}"))
+    return faults
+
+
+def _faults(data: object, error: ValidationError, max_content_bytes: int) -> list[Fault]:
+    """Every wrong field of `data`, in the words of DESIGN rather than pydantic's."""
+    if not isinstance(data, dict):
+        return [Fault("event", f"expected a JSON object, not {type(data).__name__}")]
+    faults = []
+    type_ = data.get("type")
+    if not isinstance(type_, str) or type_ not in _MODELS:
+        faults.append(Fault("type", f"expected one of {', '.join(name for name in _MODELS if 'lost' not in name)}"))
+        try:
+            _COMMON.validate_python(data)
+        except ValidationError as common:
+            error = common
+        else:
+            return faults
+    else:
+        faults += _content_faults(type_, data, max_content_bytes)
+    for fault in error.errors(include_url=False, include_input=False):
+        path = [str(part) for part in fault["loc"] if part not in _MODELS]
+        faults.append(Fault(".".join(path) or "event", fault["msg"].removeprefix("Value error, ")))
+    return faults

@@ -1,0 +1,266 @@
+"""The record: what an evaluation is now, as a function of the set of its events.
+
+Neither the order in which events arrive nor how often each does makes a difference; every worker computes records with
+`fold`, so what PostgreSQL holds is what `merge` gives.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+from models import content
+from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event
+
+
+class Fact(NamedTuple):
+    """An event as the event log holds it: one column each. Content is None where it was not read."""
+
+    eval_id: str
+    event_id: UUID
+    type: str
+    attempt: int
+    occurred_at: datetime
+    metadata: dict[str, Any] | None = None
+    language: str | None = None
+    submitter: str | None = None
+    executor_id: str | None = None
+    container_id: str | None = None
+    timeout_s: float | None = None
+    exit_code: int | None = None
+    duration_ms: float | None = None
+    memory_bytes: int | None = None
+    reason: str | None = None
+    code: bytes | None = None
+    output: bytes | None = None
+    error: bytes | None = None
+    extra: str | None = None
+
+
+class State(NamedTuple):
+    """A record as the table `evaluations` holds it: content by the events that brought it."""
+
+    eval_id: str
+    status: str
+    attempt: int
+    version: int
+    language: str | None
+    submitter: str | None
+    executor_id: str | None
+    container_id: str | None
+    exit_code: int | None
+    duration_ms: float | None
+    memory_bytes: int | None
+    timeout_s: float | None
+    reason: str | None
+    metadata: dict[str, Any]
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    code_event_id: UUID | None
+    result_event_id: UUID | None
+
+
+class Record(BaseModel):
+    """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON)."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    eval_id: str
+    status: str
+    attempt: int
+    version: int
+    language: str | None = None
+    submitter: str | None = None
+    executor_id: str | None = None
+    container_id: str | None = None
+    exit_code: int | None = None
+    duration_ms: float | None = None
+    memory_bytes: int | None = None
+    timeout_s: float | None = None
+    reason: str | None = None
+    metadata: dict[str, Any] = {}
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    code: Any = None
+    output: Any = None
+    error: Any = None
+
+
+_PHASES: Final = {"evaluation:queued": 0, "evaluation:started": 1, "evaluation:lost": 2} | dict.fromkeys(ENDINGS, 3)
+
+
+def fact(event: Event) -> Fact:
+    """`event` as a row of the event log. It must have its `event_id` and `occurred_at`."""
+    if event.event_id is None or event.occurred_at is None:
+        raise ValueError("an event is stored under an event_id and an occurred_at")
+    given = event.__dict__
+    contents: dict[str, bytes | None] = {}
+    for name in CONTENT_FIELDS[event.type]:
+        if (text := given[name]) is not None:
+            contents[name] = content.to_bytes(text)
+        elif (b64 := given[f"{name}_b64"]) is not None:
+            contents[name] = base64.b64decode(b64)
+    get = given.get
+    return Fact(
+        event.eval_id,
+        event.event_id,
+        event.type,
+        event.attempt or 1,
+        event.occurred_at,
+        event.metadata or None,
+        _language(event),
+        get("submitter"),
+        get("executor_id"),
+        get("container_id"),
+        get("timeout_s"),
+        get("exit_code"),
+        get("duration_ms"),
+        get("memory_bytes"),
+        get("reason"),
+        contents.get("code"),
+        contents.get("output"),
+        contents.get("error"),
+        canonical_json(event.model_extra) if event.model_extra else None,
+    )
+
+
+def _language(event: Event) -> str | None:
+    if not isinstance(event, EvaluationQueued):
+        return None
+    return "python" if event.language is None else event.language
+
+
+def fold(facts: list[Fact]) -> State:
+    """The record of one evaluation from all its facts, each given once. The rule itself: everything else calls it."""
+    attempt = max([fact.attempt for fact in facts])
+    queued, started, lost, endings = _Phase(), _Phase(), _Phase(), _Phase()
+    phases = (queued, started, lost, endings)
+    for fact in facts:
+        phase = _PHASES[fact.type]
+        if fact.attempt == attempt or phase == 0:
+            phases[phase].append(fact)
+    code = min(queued, key=_queued_order, default=None) if len(queued) > 1 else queued.first()
+    result, first_started, last_started, last_lost = endings.first(), started.first(), started.last(), lost.last()
+
+    if result:
+        status = result.type.removeprefix("evaluation:")
+    elif last_lost and (last_started is None or _when(last_lost) > _when(last_started)):
+        status = "lost"
+    else:
+        status = "running" if last_started else "queued"
+    metadata: dict[str, Any] = {}
+    described = [fact for fact in facts if fact.metadata]
+    for fact in sorted(described, key=_metadata_order) if len(described) > 1 else described:
+        metadata.update(fact.metadata or {})
+    return State(
+        facts[0].eval_id,
+        status,
+        attempt,
+        len(facts),
+        code.language if code else None,
+        code.submitter if code else None,
+        # Each by itself: an ending that does not say where it ran leaves what the last started event said.
+        result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
+        result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
+        result.exit_code if result else None,
+        result.duration_ms if result else None,
+        result.memory_bytes if result else None,
+        first_started.timeout_s if first_started else None,
+        result.reason if result else None,
+        metadata,
+        code.occurred_at if code else None,
+        first_started.occurred_at if first_started else None,
+        result.occurred_at if result else None,
+        code.event_id if code else None,
+        result.event_id if result else None,
+    )
+
+
+class _Phase(list[Fact]):
+    """The facts of one phase of an attempt, mostly none or one."""
+
+    def first(self) -> Fact | None:
+        return min(self, key=_when) if len(self) > 1 else self[0] if self else None
+
+    def last(self) -> Fact | None:
+        return max(self, key=_when) if len(self) > 1 else self[0] if self else None
+
+
+def _when(fact: Fact) -> tuple[datetime, UUID]:
+    return fact.occurred_at, fact.event_id
+
+
+def _queued_order(fact: Fact) -> tuple[int, datetime, UUID]:
+    return -fact.attempt, fact.occurred_at, fact.event_id
+
+
+def _metadata_order(fact: Fact) -> tuple[int, int, datetime, UUID]:
+    return fact.attempt, _PHASES[fact.type], fact.occurred_at, fact.event_id
+
+
+def merge(events: Iterable[Event]) -> Record:
+    """The record that a set of events of one evaluation makes, whatever their order and however often each is given.
+
+    Raises ValueError for no events, events of several evaluations, or one without `event_id` or `occurred_at`. Of two events
+    with the same `event_id` the first given stands, as the first committed does in the store.
+    """
+    facts: dict[UUID, Fact] = {}
+    for event in events:
+        row = fact(event)
+        facts.setdefault(row.event_id, row)
+    if len({row.eval_id for row in facts.values()}) != 1:
+        raise ValueError("expected the events of exactly one evaluation")
+    state = fold(list(facts.values()))
+    code = facts[state.code_event_id].code if state.code_event_id else None
+    result = facts[state.result_event_id] if state.result_event_id else None
+    return record(state, code, result.output if result else None, result.error if result else None)
+
+
+def record(state: State, code: bytes | None, output: bytes | None, error: bytes | None) -> Record:
+    """`state` for readers, with its content."""
+    fields: dict[str, Any] = {name: value for name, value in state._asdict().items() if name in Record.model_fields}
+    for name, data in (("code", code), ("output", output), ("error", error)):
+        fields[name] = None if data is None else content.from_bytes(data)
+    return Record(**fields)
+
+
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
+_LARGE_EXPONENT = re.compile(rb"[0-9]e\+?[0-9]")
+
+
+def jsonb(value: dict[str, Any]) -> bytes:
+    """`value` as JSON that keeps floats floats in PostgreSQL's jsonb.
+
+    jsonb stores 1e16 as the integer 10000000000000000; a float of 2**53 and above is therefore written out with its ".0",
+    so that what is read back equals what was sent.
+    """
+    text = _ENCODER.encode(value)
+    return _ENCODER.encode(_written_out(value)) if _LARGE_EXPONENT.search(text) else text
+
+
+def _written_out(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _written_out(item) for key, item in value.items()}
+        case list():
+            return [_written_out(item) for item in value]
+        case float() if abs(value) >= 2**53:
+            return Decimal(f"{Decimal(repr(value)):f}".removesuffix(".0") + ".0")
+        case _:
+            return value
+
+
+def canonical_json(value: dict[str, Any]) -> str:
+    """The same text for the same object, in ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,1 @@
+"""The only package that speaks to PostgreSQL and the object store."""

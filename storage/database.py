@@ -1,0 +1,79 @@
+"""Connections to PostgreSQL, and its errors in evalstore's words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from psycopg import errors as pg
+from psycopg.types.json import set_json_dumps
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from models.errors import DatabaseOutage
+from models.record import jsonb
+
+# What passes by itself. https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OUTAGE_CLASSES = ("08", "53", "57", "58")
+_OUTAGES = (pg.SerializationFailure, pg.DeadlockDetected, pg.ReadOnlySqlTransaction, pg.LockNotAvailable)
+
+
+def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 30) -> Engine:
+    """A pool of connections to `url` (any libpq address), opened as they are asked for.
+
+    Every wait is bounded, so that a server behind a black hole is noticed within 10 s.
+    """
+
+    def connect() -> psycopg.Connection[tuple[object, ...]]:
+        conn = psycopg.connect(
+            url,
+            connect_timeout=5,
+            tcp_user_timeout=8000,
+            keepalives_idle=5,
+            keepalives_interval=1,
+            keepalives_count=3,
+            application_name="evalstore",
+            options=f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
+            " -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed",
+        )
+        set_json_dumps(jsonb, conn)
+        return conn
+
+    return create_engine(
+        "postgresql+psycopg://",
+        creator=connect,
+        pool_size=pool_size,
+        max_overflow=5,
+        pool_timeout=10,
+        pool_pre_ping=True,
+    )
+
+
+def driver(conn: Connection) -> psycopg.Connection[tuple[object, ...]]:
+    """psycopg's connection under `conn`, for COPY and binary results; in the same transaction."""
+    raw = conn.connection.driver_connection
+    if not isinstance(raw, psycopg.Connection):
+        raise TypeError(f"expected a connection of psycopg, not {type(raw).__name__}")
+    return raw
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn the driver's errors that pass by themselves into DatabaseOutage; others go through as they are."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
+    except (DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if _is_outage(cause):
+            raise DatabaseOutage(str(cause).strip() or type(cause).__name__) from error
+        raise
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    if not isinstance(error, psycopg.Error):
+        return False
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return error.sqlstate.startswith(_OUTAGE_CLASSES) or isinstance(error, _OUTAGES)

@@ -1,0 +1,287 @@
+"""Storing and reading evaluations. Every event, whichever way it came, is written by `store`."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+import psycopg
+from sqlalchemy import Connection
+
+from models.events import ENDINGS, Event
+from models.record import Fact, State, fact, fold
+from storage import database
+
+# Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
+ROW_LIMIT_BYTES: Final = 4096
+
+Outcome = Literal["applied", "duplicate", "reused"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox."""
+
+    outcomes: list[Outcome]
+    confirmations: list[dict[str, Any]] = field(default_factory=list)
+    conflicting_results: int = 0
+
+
+_CONTENTS: Final = ("code", "output", "error")
+_CONTENT_POSITIONS: Final = [Fact._fields.index(kind) for kind in _CONTENTS]
+_PG_TYPES: Final = {
+    "text": ["eval_id", "type", "status", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
+    "uuid": ["event_id", "code_event_id", "result_event_id"],
+    "int4": ["attempt", "version"],
+    "int8": ["exit_code", "memory_bytes"],
+    "float8": ["timeout_s", "duration_ms"],
+    "timestamptz": ["occurred_at", "queued_at", "started_at", "finished_at"],
+    "jsonb": ["metadata"],
+    "bytea": [*_CONTENTS],
+}
+_TYPE_OF: Final = {column: type_ for type_, columns in _PG_TYPES.items() for column in columns}
+
+
+def _columns(names: Iterable[str], form: str = "{}") -> str:
+    return ", ".join(form.format(name) for name in names)
+
+
+def _stage(name: str, columns: Iterable[str]) -> str:
+    declared = ", ".join(f"{column} {_TYPE_OF[column]}" for column in columns).replace(
+        "eval_id text", 'eval_id text COLLATE "C"'
+    )
+    return f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (pass int4, {declared}) ON COMMIT DELETE ROWS;"
+
+
+# The stages live as long as the connection and are empty between transactions. What follows joins a stage with a table by the
+# table's primary key, and must do so by index however large the tables grow and whatever the planner believes of the stage.
+_BEGIN: Final = f"""
+{_stage("stage_events", Fact._fields)}
+{_stage("stage_records", State._fields)}
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off;
+SELECT now();
+"""
+_STAGE_EVENTS: Final = f"COPY stage_events (pass, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
+_STAGE_RECORDS: Final = f"COPY stage_records (pass, {_columns(State._fields)}) FROM STDIN (FORMAT BINARY)"
+_CREATE: Final = f"""
+INSERT INTO evaluations ({_columns(State._fields)})
+SELECT {_columns(State._fields)} FROM stage_records WHERE pass = %s ORDER BY eval_id
+ON CONFLICT DO NOTHING RETURNING eval_id
+"""
+_LOCK: Final = """
+SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
+"""
+_LOG: Final = f"""
+INSERT INTO evaluation_events ({_columns(Fact._fields)})
+SELECT {_columns(Fact._fields)} FROM stage_events WHERE pass = %s
+ON CONFLICT DO NOTHING RETURNING eval_id, event_id
+"""
+_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data) FROM STDIN (FORMAT BINARY)"
+_COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
+_COMPARE: Final = f"""
+SELECT s.eval_id, s.event_id,
+    ({_columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_columns(_COMPARED, "s.{}")}),
+    {
+    _columns(
+        _CONTENTS,
+        "coalesce(sha256(e.{0}), (SELECT c.sha256 FROM contents c "
+        "WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{0}'))",
+    )
+}
+FROM stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
+WHERE s.pass = %s AND (s.eval_id, s.event_id) IN (SELECT * FROM unnest(%s::text[], %s::uuid[]))
+"""
+_REREAD: Final = f"""
+SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
+FROM evaluation_events WHERE eval_id = ANY(%s::text[])
+"""
+_CHANGED: Final = [name for name in State._fields if name != "eval_id"]
+_UPDATE: Final = f"""
+UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, now())
+FROM stage_records s WHERE e.eval_id = s.eval_id AND s.pass = %s
+"""
+_CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s::json)"
+
+
+def store(conn: Connection, events: Sequence[Event]) -> Stored:
+    """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
+
+    An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
+    nothing. Any number of callers may store events of the same evaluations at once: all take their locks in the order of
+    `eval_id`, new records first, so that none waits for another in a circle.
+
+    Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
+    """
+    if not events:
+        return Stored([])
+    facts = [fact(event) for event in events]
+    outcomes: list[Outcome] = ["duplicate"] * len(facts)
+    confirmations: dict[str, dict[str, Any]] = {}
+    conflicts = 0
+    with database.errors(), conn.begin():
+        raw = database.driver(conn)
+        with raw.cursor(binary=True) as cursor:
+            recorded_at = _begin(cursor)
+            for number, positions in enumerate(_passes(facts)):
+                done = _store_pass(cursor, number, [facts[position] for position in positions])
+                for position in positions:
+                    key = facts[position][:2]
+                    outcomes[position] = "applied" if key in done.new else "reused" if key in done.reused else "duplicate"
+                _note(confirmations, done, recorded_at)
+                conflicts += done.conflicting_results
+            if confirmations:
+                body = msgspec.json.encode(list(confirmations.values())).decode()
+                cursor.execute(_CONFIRM, [len(confirmations), body])
+    return Stored(outcomes, list(confirmations.values()), conflicts)
+
+
+def _begin(cursor: psycopg.Cursor[Any]) -> str:
+    """Prepare the transaction; returns its time, RFC 3339."""
+    cursor.execute(_BEGIN, binary=False)
+    while cursor.nextset():
+        pass
+    ((now,),) = cursor.fetchall()
+    return str(now.isoformat()).replace("+00:00", "Z")
+
+
+def _passes(facts: list[Fact]) -> Iterator[list[int]]:
+    """The positions of `facts`, in passes that name no event twice: what repeats in a call is like any repeat."""
+    left = list(range(len(facts)))
+    while left:
+        seen: set[tuple[Any, ...]] = set()
+        positions: list[int] = []
+        again: list[int] = []
+        for position in left:
+            key = facts[position][:2]
+            (again if key in seen else positions).append(position)
+            seen.add(key)
+        yield positions
+        left = again
+
+
+class _Pass(NamedTuple):
+    """What one pass wrote: the keys of new and of reused events, and the records these made or changed."""
+
+    new: set[tuple[Any, ...]]
+    reused: set[tuple[Any, ...]]
+    created: set[str]
+    states: dict[str, State]
+    conflicting_results: int
+
+
+def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> _Pass:
+    """Write `facts`, no two of which name the same event."""
+    groups: dict[str, list[Fact]] = {}
+    for one in facts:
+        groups.setdefault(one.eval_id, []).append(one)
+    large = _stage_events(cursor, number, facts)
+    states = {eval_id: fold(groups[eval_id]) for eval_id in sorted(groups)}
+    _stage_records(cursor, 2 * number, states.values())
+
+    cursor.execute(_CREATE, [2 * number])
+    all_created = cursor.rowcount == len(states)
+    created = set(states) if all_created else {eval_id for (eval_id,) in cursor.fetchall()}
+    existing = [] if all_created else [eval_id for eval_id in states if eval_id not in created]
+    if existing:
+        cursor.execute(_LOCK, [existing])
+
+    cursor.execute(_LOG, [number])
+    all_new = cursor.rowcount == len(facts)
+    new = {one[:2] for one in facts} if all_new else set(cursor.fetchall())
+    if large := [row for row in large if row[:2] in new]:
+        _log_contents(cursor, large)
+
+    # An evaluation created here has no other events than these. For the rest the log is read again, in a later
+    # statement than the one that locked them, which therefore sees what other workers committed before they let go.
+    changed = {eval_id for eval_id, _ in new}
+    if changed_before := [eval_id for eval_id in existing if eval_id in changed]:
+        groups |= _reread(cursor, changed_before)
+        _stage_records(cursor, 2 * number + 1, [fold(groups[eval_id]) for eval_id in changed_before])
+        cursor.execute(_UPDATE, [2 * number + 1])
+        states |= {eval_id: fold(groups[eval_id]) for eval_id in changed_before}
+    return _Pass(
+        new,
+        set() if all_new else _reused(cursor, number, [one for one in facts if one[:2] not in new]),
+        created,
+        {eval_id: states[eval_id] for eval_id in states if eval_id in changed},
+        sum(_conflicting_results(groups[eval_id], new) for eval_id in changed),
+    )
+
+
+def _stage_events(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> list[tuple[Any, ...]]:
+    """COPY `facts` to the stage, all but large content, which is returned as rows for `contents`."""
+    large = []
+    with cursor.copy(_STAGE_EVENTS) as copy:
+        copy.set_types(["int4", *(_TYPE_OF[column] for column in Fact._fields)])
+        for one in facts:
+            row: list[Any] = [number, *one]
+            for position in _CONTENT_POSITIONS:
+                data = one[position]
+                if isinstance(data, bytes) and len(data) > ROW_LIMIT_BYTES:
+                    kind = Fact._fields[position]
+                    large.append((*one[:2], kind, len(data), hashlib.sha256(data).digest(), data))
+                    row[position + 1] = None
+            copy.write_row(row)
+    return large
+
+
+def _stage_records(cursor: psycopg.Cursor[Any], number: int, states: Iterable[State]) -> None:
+    with cursor.copy(_STAGE_RECORDS) as copy:
+        copy.set_types(["int4", *(_TYPE_OF[column] for column in State._fields)])
+        for state in states:
+            copy.write_row((number, *state))
+
+
+def _log_contents(cursor: psycopg.Cursor[Any], rows: list[tuple[Any, ...]]) -> None:
+    with cursor.copy(_LOG_CONTENTS) as copy:
+        copy.set_types(["text", "uuid", "text", "int8", "bytea", "bytea"])
+        for row in rows:
+            copy.write_row(row)
+
+
+def _reread(cursor: psycopg.Cursor[Any], eval_ids: list[str]) -> dict[str, list[Fact]]:
+    cursor.execute(_REREAD, [eval_ids])
+    groups: dict[str, list[Fact]] = {}
+    for row in cursor:
+        groups.setdefault(row[0], []).append(Fact(*row))
+    return groups
+
+
+def _reused(cursor: psycopg.Cursor[Any], number: int, repeated: list[Fact]) -> set[tuple[Any, ...]]:
+    """The keys of those `repeated` facts whose body is not the one stored under their event_id."""
+    cursor.execute(_COMPARE, [number, [one.eval_id for one in repeated], [one.event_id for one in repeated]])
+    stored = {row[:2]: row[2:] for row in cursor}
+    return {one[:2] for one in repeated if stored[one[:2]] != (True, *map(_digest, (one.code, one.output, one.error)))}
+
+
+def _digest(data: bytes | None) -> bytes | None:
+    return None if data is None else hashlib.sha256(data).digest()
+
+
+def _conflicting_results(facts: list[Fact], new: set[tuple[Any, ...]]) -> int:
+    """How many of the `new` events end an attempt that another event ended before."""
+    endings: dict[int, list[bool]] = {}
+    for one in facts:
+        if one.type in ENDINGS:
+            endings.setdefault(one.attempt, []).append(one[:2] in new)
+    return sum(min(sum(found), len(found) - 1) for found in endings.values())
+
+
+def _note(confirmations: dict[str, dict[str, Any]], done: _Pass, recorded_at: str) -> None:
+    """Add what a pass wrote to the transaction's confirmations: one for each evaluation."""
+    for eval_id, state in done.states.items():
+        noted = confirmations.setdefault(
+            eval_id,
+            {
+                "type": "storage:evaluation:created" if eval_id in done.created else "storage:evaluation:updated",
+                "eval_id": eval_id,
+                "version": state.version,
+                "status": state.status,
+                "event_ids": [],
+                "recorded_at": recorded_at,
+            },
+        )
+        noted["version"], noted["status"] = state.version, state.status
+    for eval_id, event_id in done.new:
+        confirmations[eval_id]["event_ids"].append(str(event_id))
