@@ -7,12 +7,13 @@ older worker; `check`, the sender's way, refuses them, so that a typo shows at o
 import base64
 import binascii
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, get_args
-from uuid import UUID
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
 from pydantic import (
@@ -236,6 +237,29 @@ CONTENT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
 _REQUIRED_CONTENT = {"evaluation:queued": "code", "evaluation:failed": "error"}
 
 
+def decode(text: bytes) -> Any:
+    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise InvalidEvent([Fault("event", f"expected JSON: {error}")]) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is beyond what a double holds")
+    return number
+
+
 def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
     """The event that a decoded JSON value is, as a worker takes it: fields it does not know are kept in `model_extra`.
 
@@ -248,6 +272,25 @@ def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     if faults := _content_faults(event.type, event.__dict__, max_content_bytes):
         raise InvalidEvent(faults)
     return event
+
+
+def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: int) -> dict[str, Any]:
+    """`event` with an `event_id` and an `occurred_at`: its own, or else its message's, the same at every delivery.
+
+    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for a timestamp that is no time.
+    """
+    filled = dict(event)
+    if filled.get("event_id") is None:
+        is_uuid = _UUID.fullmatch(message_id)
+        filled["event_id"] = UUID(message_id) if is_uuid else uuid5(NAMESPACE_URL, f"evalstore:message:{message_id}")
+    if filled.get("occurred_at") is None:
+        try:
+            seconds, ms = divmod(message_timestamp_ms, 1000)
+            filled["occurred_at"] = datetime.fromtimestamp(seconds, UTC).replace(microsecond=int(ms) * 1000)
+        except (OverflowError, ValueError, OSError, TypeError):
+            fault = f"missing, and the message's timestamp {message_timestamp_ms!r} is no time in milliseconds"
+            raise InvalidEvent([Fault("occurred_at", fault)]) from None
+    return filled
 
 
 def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:

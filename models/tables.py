@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     Identity,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -103,4 +104,6 @@ confirmations = Table(
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("count", Integer, nullable=False),
     Column("body", JSON, nullable=False),
+    Column("relayed_at", _TIME),
+    Index("confirmations_pending", "id", postgresql_where=text("relayed_at IS NULL")),
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 from psycopg import errors as pg
@@ -24,7 +25,7 @@ def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, loc
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s.
     """
 
-    def connect() -> psycopg.Connection[tuple[object, ...]]:
+    def connect() -> psycopg.Connection[tuple[Any, ...]]:
         conn = psycopg.connect(
             url,
             connect_timeout=5,
@@ -49,7 +50,7 @@ def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, loc
     )
 
 
-def driver(conn: Connection) -> psycopg.Connection[tuple[object, ...]]:
+def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
     """psycopg's connection under `conn`, for COPY and binary results; in the same transaction."""
     raw = conn.connection.driver_connection
     if not isinstance(raw, psycopg.Connection):

@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
+from uuid import UUID
 
 import msgspec
 import psycopg
 from sqlalchemy import Connection
 
 from models.events import ENDINGS, Event
-from models.record import Fact, State, fact, fold
+from models.record import Fact, Record, State, fact, fold, record
 from storage import database
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
@@ -197,9 +198,10 @@ def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> 
     changed = {eval_id for eval_id, _ in new}
     if changed_before := [eval_id for eval_id in existing if eval_id in changed]:
         groups |= _reread(cursor, changed_before)
-        _stage_records(cursor, 2 * number + 1, [fold(groups[eval_id]) for eval_id in changed_before])
+        changes = {eval_id: fold(groups[eval_id]) for eval_id in changed_before}
+        _stage_records(cursor, 2 * number + 1, changes.values())
         cursor.execute(_UPDATE, [2 * number + 1])
-        states |= {eval_id: fold(groups[eval_id]) for eval_id in changed_before}
+        states |= changes
     return _Pass(
         new,
         set() if all_new else _reused(cursor, number, [one for one in facts if one[:2] not in new]),
@@ -285,3 +287,49 @@ def _note(confirmations: dict[str, dict[str, Any]], done: _Pass, recorded_at: st
         noted["version"], noted["status"] = state.version, state.status
     for eval_id, event_id in done.new:
         confirmations[eval_id]["event_ids"].append(str(event_id))
+
+
+_GET: Final = f"""
+SELECT {_columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
+    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data)
+FROM evaluations e
+LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
+LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
+LEFT JOIN contents code ON code.eval_id = e.eval_id AND code.event_id = e.code_event_id AND code.kind = 'code'
+LEFT JOIN contents output ON output.eval_id = e.eval_id AND output.event_id = e.result_event_id AND output.kind = 'output'
+LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.result_event_id AND error.kind = 'error'
+WHERE e.eval_id = %s
+"""
+
+
+def get(conn: Connection, eval_id: str) -> Record | None:
+    """The record with all its content, or None. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        row = cursor.execute(_GET, [eval_id]).fetchone()
+    if row is None:
+        return None
+    created_at, updated_at, code, output, error = row[len(State._fields) :]
+    found = record(State(*row[: len(State._fields)]), code, output, error)
+    return found.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+
+
+_APPLIED: Final = """
+SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
+JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
+"""
+
+
+def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str, UUID]]:
+    """Those of `keys` (eval_id, event_id) that are in the event log. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_APPLIED, [[eval_id for eval_id, _ in keys], [event_id for _, event_id in keys]])
+        return set(cursor.fetchall())
+
+
+_COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"
+
+
+def count_by_status(conn: Connection) -> dict[str, int]:
+    """How many evaluations there are, by status. Reads every record. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        return dict(cursor.execute(_COUNT).fetchall())

@@ -68,8 +68,10 @@ CREATE TABLE confirmations (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     recorded_at timestamptz NOT NULL DEFAULT now(),
     count integer NOT NULL,
-    body json NOT NULL
+    body json NOT NULL,
+    relayed_at timestamptz
 );
+CREATE INDEX confirmations_pending ON confirmations (id) WHERE relayed_at IS NULL;
 -- Written once, read once: compressing it would cost more than the space.
 ALTER TABLE confirmations ALTER COLUMN body SET STORAGE EXTERNAL;
 """

@@ -1,0 +1,96 @@
+"""`evalstore audit`: what became of every event of a file."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from models.errors import InvalidEvent
+from models.events import decode, identified
+from models.settings import settings
+from ops.output import Format, OutputOption, failed, notice, show
+from storage import database, evaluations
+from tasks.broker import Broker, broker
+from tasks.evaluations import QUEUE
+
+Key = tuple[str, UUID]
+FATES = ("applied", "in flight", "dead", "missing")
+_CHUNK = 10_000
+_LOOKS = 3
+
+
+def audit(
+    file: Annotated[Path, typer.Argument(help="JSON objects with eval_id and event_id, one a line.", exists=True)],
+    output_format: OutputOption = Format.table,
+) -> None:
+    """Tell for each event of a file whether it is applied, in flight, dead or missing.
+
+    Exit status 1 if any is missing.
+    """
+    keys, unreadable = _read(file)
+    fates = fates_of(keys)
+    counts = Counter(fates.values())
+    for number in unreadable:
+        notice(f"line {number}: names no event (eval_id and event_id)", "red")
+    rows: list[dict[str, Any]] = [
+        {"eval_id": eval_id, "event_id": str(event_id), "fate": fates[eval_id, event_id]} for eval_id, event_id in keys
+    ]
+    if output_format is Format.table:
+        show([{"fate": fate, "events": counts[fate]} for fate in FATES], ["fate", "events"], output_format)
+        for row in [row for row in rows if row["fate"] in {"missing", "dead"}][:20]:
+            notice(f"{row['fate']}: {row['eval_id']} {row['event_id']}", "red")
+    else:
+        show(rows, [], output_format)
+    if counts["missing"]:
+        raise failed(f"{counts['missing']:,} of {len(keys):,} events are missing", 1)
+    if unreadable:
+        raise typer.Exit(4)
+
+
+def _read(file: Path) -> tuple[list[Key], list[int]]:
+    """The events a file names, each once, and the numbers of the lines that name none."""
+    keys: dict[Key, None] = {}
+    unreadable = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                named = decode(line)
+                keys[str(named["eval_id"]), UUID(named["event_id"])] = None
+            except (InvalidEvent, KeyError, TypeError, ValueError, AttributeError):
+                unreadable.append(number)
+    return list(keys), unreadable
+
+
+def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
+    """What became of each event. Raises DatabaseOutage, RedisOutage."""
+    fates = dict.fromkeys(keys, "missing")
+    engine = database.engine(settings().database_url.get_secret_value())
+    for _ in range(_LOOKS):
+        left = [key for key, fate in fates.items() if fate == "missing"]
+        if not left:
+            break
+        # Redis first: what leaves it after this look is in the database by the next one.
+        in_redis = dict(_in_redis(broker(), set(left)))
+        with engine.connect() as conn:
+            for start in range(0, len(left), _CHUNK):
+                fates |= dict.fromkeys(evaluations.applied(conn, left[start : start + _CHUNK]), "applied")
+        fates |= {key: fate for key, fate in in_redis.items() if fates[key] == "missing"}
+    return fates
+
+
+def _in_redis(queue: Broker, wanted: set[Key]) -> Iterator[tuple[Key, str]]:
+    """Where Redis holds any of `wanted`."""
+    for state, body in queue.held(QUEUE):
+        try:
+            message = decode(body)
+            event = identified(message["args"][0], message["message_id"], message["message_timestamp"])
+            key = str(event["eval_id"]), UUID(str(event["event_id"]))
+        except (InvalidEvent, LookupError, TypeError, ValueError):
+            continue
+        if key in wanted:
+            yield key, "dead" if state == "dead" else "in flight"

@@ -1,0 +1,73 @@
+"""The command `evalstore`."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import typer
+
+from models.errors import EvalstoreError, InvalidSettings, Outage
+from models.settings import settings
+from ops import audit, evaluations, status, up
+from ops.output import notice
+from storage import migrations
+
+app = typer.Typer(
+    help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
+    "`evalstore up` runs, its servers are found by themselves.\n\n"
+    "Exit status: 0 fine, 1 failed, 2 wrong usage, 3 nothing matched, 4 partly failed, 5 not confirmed, "
+    "7 a server cannot be reached.",
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(up.up)
+app.command()(evaluations.send)
+app.command()(evaluations.get)
+app.command()(audit.audit)
+app.command()(status.status)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's tables to this release. Safe while workers run, and from several places at once."""
+    before, after = migrations.upgrade(settings().database_url.get_secret_value())
+    if before == after:
+        notice(f"the schema is at {after} already")
+    else:
+        notice(f"the schema went from {before or 'nothing'} to {after}", "green")
+
+
+@app.callback()
+def _find_local_servers() -> None:
+    """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
+    if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
+        return
+    environment = Path(".evalstore/environment")
+    if environment.is_file():
+        for line in environment.read_text().splitlines():
+            name, separator, value = line.partition("=")
+            if separator and name.startswith("EVALSTORE_"):
+                os.environ.setdefault(name, shlex.split(value)[0])
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except InvalidSettings as error:
+        notice(str(error), "red")
+        sys.exit(2)
+    except Outage as error:
+        notice(f"{type(error).__name__}: {error}", "red")
+        sys.exit(7)
+    except EvalstoreError as error:
+        notice(f"{type(error).__name__}: {error}", "red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
