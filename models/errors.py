@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+def printable(text: str) -> str:
+    """`text` with lone surrogates as `\\udXXX`: a name that a sender made up must not break the log it is reported in."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class EvalstoreError(Exception):
     """The root: catching it catches everything evalstore raises by itself."""
 
@@ -51,7 +56,7 @@ class InvalidEvent(BadMessage, ValueError):
     """The event could never be stored. `faults` names every wrong field."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
+        self.faults = tuple(Fault(printable(fault.field), printable(fault.problem)) for fault in faults)
         super().__init__("; ".join(f"{fault.field}: {fault.problem}" for fault in self.faults))
 
     def __reduce__(self) -> tuple[type["InvalidEvent"], tuple[tuple[Fault, ...]]]:
@@ -67,6 +72,10 @@ class EventIdReused(BadMessage):
 
     def __reduce__(self) -> tuple[type["EventIdReused"], tuple[str, object]]:
         return type(self), (self.eval_id, self.event_id)
+
+
+class NotDurable(EvalstoreError):
+    """A durable send was confirmed by Redis alone. Send it again (it is stored once), or go on without the promise."""
 
 
 class SchemaMismatch(EvalstoreError):

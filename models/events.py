@@ -29,10 +29,11 @@ from pydantic import (
 )
 
 from models import content
-from models.errors import Fault, InvalidEvent
+from models.errors import Fault, InvalidEvent, printable
 
 MAX_METADATA_BYTES = 64 * 1024
 MAX_METADATA_DEPTH = 100
+MAX_EXTRA_DEPTH = 500  # of an unknown field; Python's JSON gives up on some depth below 1,000
 _INT64 = range(-(2**63), 2**63)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -70,7 +71,7 @@ def _occurred_at(value: Any) -> datetime | None:
             value = datetime.fromisoformat(f"{day}T{time}{(fraction or '')[:7]}{offset.upper()}")
         except ValueError as error:
             raise ValueError(f"expected a date that exists: {error}") from None
-    if not isinstance(value, datetime) or value.tzinfo is None:
+    if not isinstance(value, datetime) or value.utcoffset() is None:
         raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z")
     try:
         moment = value.astimezone(UTC)
@@ -118,7 +119,11 @@ def _metadata(value: Any) -> dict[str, Any] | None:
         raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic turns only ValueError into a fault
     if fault := _json_fault(value, "metadata", 0):
         raise ValueError(fault)
-    if len(msgspec.json.encode(value)) > MAX_METADATA_BYTES:
+    try:
+        size = len(msgspec.json.encode(value))
+    except TypeError as error:  # of a subclass of a JSON type, like numpy's float64
+        raise ValueError(f"expected JSON alone: {error}") from None
+    if size > MAX_METADATA_BYTES:
         raise ValueError(f"expected at most {MAX_METADATA_BYTES:,} bytes of JSON")
     return value
 
@@ -241,10 +246,10 @@ def decode(text: bytes) -> Any:
     """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent."""
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidEvent([Fault("event", f"expected JSON: {error}")]) from None
 
@@ -268,21 +273,46 @@ def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     try:
         event = _ADAPTER.validate_python(data)
     except ValidationError as error:
-        raise InvalidEvent(_faults(data, error, max_content_bytes)) from None
-    if faults := _content_faults(event.type, event.__dict__, max_content_bytes):
+        # pydantic takes no names with lone surrogates, and unknown fields may have any.
+        given: dict[Any, Any] = data if isinstance(data, dict) else {}
+        odd = {name: value for name, value in given.items() if isinstance(name, str) and _SURROGATE.search(name)}
+        if not odd:
+            raise InvalidEvent(_faults(data, error, max_content_bytes)) from None
+        event = parse({name: value for name, value in given.items() if name not in odd}, max_content_bytes=max_content_bytes)
+        event = event.model_copy(update=odd)
+    faults = _content_faults(event.type, event.__dict__, max_content_bytes)
+    if event.model_extra:
+        faults += [Fault(name, fault) for name, value in event.model_extra.items() if (fault := _extra_fault(value))]
+    if faults:
         raise InvalidEvent(faults)
     return event
+
+
+def _extra_fault(value: Any) -> str | None:
+    """What keeps the value of an unknown field from being kept as it came, or None."""
+    level = [value]
+    for _ in range(MAX_EXTRA_DEPTH + 1):
+        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
+            return "expected finite numbers"
+        outer = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in outer for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return None
+    return f"nested deeper than {MAX_EXTRA_DEPTH} levels"
 
 
 def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: int) -> dict[str, Any]:
     """`event` with an `event_id` and an `occurred_at`: its own, or else its message's, the same at every delivery.
 
-    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for a timestamp that is no time.
+    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for an id that is no text, or a timestamp that
+    is no time.
     """
     filled = dict(event)
     if filled.get("event_id") is None:
-        is_uuid = _UUID.fullmatch(message_id)
-        filled["event_id"] = UUID(message_id) if is_uuid else uuid5(NAMESPACE_URL, f"evalstore:message:{message_id}")
+        if not isinstance(message_id, str):
+            raise InvalidEvent([Fault("event_id", f"missing, and the message's id {message_id!r} is no text")])
+        name = f"evalstore:message:{printable(message_id)}"
+        filled["event_id"] = UUID(message_id) if _UUID.fullmatch(message_id) else uuid5(NAMESPACE_URL, name)
     if filled.get("occurred_at") is None:
         try:
             seconds, ms = divmod(message_timestamp_ms, 1000)
@@ -298,16 +328,16 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
     Raises InvalidEvent, which names every wrong field.
     """
-    if isinstance(data, _Event):
-        data = data.model_dump(exclude_none=True)
     faults: list[Fault] = []
+    if isinstance(data, _Event):
+        data = dict(data)
     if isinstance(data, Mapping):
+        data = {name: value for name, value in data.items() if value is not None}
         model = _MODELS.get(data["type"]) if isinstance(data.get("type"), str) else None
         known = list(model.model_fields) if model else None
         faults += [_unknown(str(name), data["type"], known) for name in data if known and name not in known]
         if model is EvaluationLost:
             faults.append(Fault("type", "evaluation:lost is written by the system alone"))
-        data = dict(data)
     try:
         event = parse(data, max_content_bytes=max_content_bytes)
     except InvalidEvent as error:

@@ -131,7 +131,7 @@ def fact(event: Event) -> Fact:
         contents.get("code"),
         contents.get("output"),
         contents.get("error"),
-        canonical_json(event.model_extra) if event.model_extra else None,
+        _extra(event),
     )
 
 
@@ -139,6 +139,12 @@ def _language(event: Event) -> str | None:
     if not isinstance(event, EvaluationQueued):
         return None
     return "python" if event.language is None else event.language
+
+
+def _extra(event: Event) -> str | None:
+    """The fields this release does not know. A null means absent here as everywhere."""
+    given = {name: value for name, value in (event.model_extra or {}).items() if value is not None}
+    return canonical_json(given) if given else None
 
 
 def fold(facts: list[Fact]) -> State:

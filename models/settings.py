@@ -1,9 +1,11 @@
 """The settings: one declared table, read once from environment variables."""
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
@@ -24,6 +26,14 @@ class Settings(BaseModel):
     redis_url: Annotated[SecretStr, Field(description="Redis or Valkey: redis://, rediss:// or unix://; read by all")] = (
         SecretStr("redis://localhost:6379/0")
     )
+    send_timeout_s: Annotated[float, Field(gt=0, description="seconds until `send` gives up on Redis; read by senders")] = 2
+    batch_events: Annotated[int, Field(ge=1, le=65536, description="the most events stored together; read by workers")] = 2000
+    batch_bytes: Annotated[
+        int, Field(ge=1, description="bytes of messages fetched together, above the first; read by workers")
+    ] = 8 * 1024 * 1024
+    max_deaths: Annotated[
+        int, Field(ge=1, description="processes a message may kill, alone in each, before it is a dead letter; read by workers")
+    ] = 5
     max_content_bytes: Annotated[
         int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
     ] = MAX_CONTENT_BYTES
@@ -38,8 +48,17 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        address = value.get_secret_value()
+        if not address.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("expected an address that begins with redis://, rediss:// or unix://")
+        try:
+            parts = urlsplit(address)
+            _ = parts.port
+        except ValueError:
+            raise ValueError("expected a host, and a port from 0 to 65535") from None
+        # redis-py would take database 0 for any path that is no number.
+        if parts.scheme != "unix" and not re.fullmatch(r"/?|/\d{1,5}", parts.path, re.ASCII):
+            raise ValueError("expected a database number after the host, like redis://host:6379/0")
         return value
 
     @classmethod

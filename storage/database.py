@@ -6,37 +6,49 @@ from typing import Any
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import set_json_dumps
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from models.errors import DatabaseOutage
+from models.errors import DatabaseOutage, InvalidSettings
 from models.record import jsonb
 
-# What passes by itself. https://www.postgresql.org/docs/current/errcodes-appendix.html
-_OUTAGE_CLASSES = ("08", "53", "57", "58")
-_OUTAGES = (pg.SerializationFailure, pg.DeadlockDetected, pg.ReadOnlySqlTransaction, pg.LockNotAvailable)
+# What passes by itself, or once an operator has mended the server: no message is to blame for it.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
+_OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege)
+_NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
 def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 30) -> Engine:
     """A pool of connections to `url` (any libpq address), opened as they are asked for.
 
-    Every wait is bounded, so that a server behind a black hole is noticed within 10 s.
+    Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
+    Raises InvalidSettings where `url` is no address.
     """
+    try:
+        own_options = conninfo_to_dict(url).get("options") or ""
+    except psycopg.ProgrammingError:  # its message may hold the password
+        raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
+    options = (
+        f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
+        f" -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed {own_options}"
+    )
 
     def connect() -> psycopg.Connection[tuple[Any, ...]]:
-        conn = psycopg.connect(
-            url,
-            connect_timeout=5,
-            tcp_user_timeout=8000,
-            keepalives_idle=5,
-            keepalives_interval=1,
-            keepalives_count=3,
-            application_name="evalstore",
-            options=f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
-            " -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed",
-        )
+        with errors():  # here, because callers connect before they are within `errors` themselves
+            conn = psycopg.connect(
+                url,
+                connect_timeout=5,
+                tcp_user_timeout=8000,
+                keepalives_idle=5,
+                keepalives_interval=1,
+                keepalives_count=3,
+                application_name="evalstore",
+                options=options,
+            )
         set_json_dumps(jsonb, conn)
         return conn
 
@@ -67,6 +79,8 @@ def errors() -> Iterator[None]:
         raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, _NOT_MIGRATED):
+            raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if _is_outage(cause):
             raise DatabaseOutage(str(cause).strip() or type(cause).__name__) from error
         raise

@@ -10,6 +10,7 @@ import msgspec
 import psycopg
 from sqlalchemy import Connection
 
+from models.errors import DatabaseOutage
 from models.events import ENDINGS, Event
 from models.record import Fact, Record, State, fact, fold, record
 from storage import database
@@ -97,9 +98,10 @@ _REREAD: Final = f"""
 SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
 FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
+# The time of the statement, not of the transaction: that may have begun before another one created the record.
 _CHANGED: Final = [name for name in State._fields if name != "eval_id"]
 _UPDATE: Final = f"""
-UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, now())
+UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, statement_timestamp())
 FROM stage_records s WHERE e.eval_id = s.eval_id AND s.pass = %s
 """
 _CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s::json)"
@@ -184,8 +186,9 @@ def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> 
     all_created = cursor.rowcount == len(states)
     created = set(states) if all_created else {eval_id for (eval_id,) in cursor.fetchall()}
     existing = [] if all_created else [eval_id for eval_id in states if eval_id not in created]
-    if existing:
-        cursor.execute(_LOCK, [existing])
+    if existing and cursor.execute(_LOCK, [existing]).rowcount != len(existing):
+        # Its events would be in the log, and of no record.
+        raise DatabaseOutage("an evaluation was deleted between finding and locking it")
 
     cursor.execute(_LOG, [number])
     all_new = cursor.rowcount == len(facts)

@@ -3,8 +3,8 @@
 import dramatiq
 from periodiq import PeriodiqMiddleware, cron
 
-from tasks.broker import Broker
 from worker import confirmations
+from worker.broker import Broker
 from worker.evaluations import engine
 
 QUEUE = "jobs"

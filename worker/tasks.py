@@ -1,15 +1,22 @@
 """Start-up of a worker: `dramatiq worker.tasks` and `periodiq worker.tasks` import this."""
 
-import logging
-
 import dramatiq
+from dramatiq.middleware import Retries
 
-from tasks.broker import broker as evalstore_broker
+from models.settings import settings
 from tasks.evaluations import store_evaluation
-from worker import evaluations, schedule
+from worker import schedule
+from worker.broker import Broker
+from worker.evaluations import Store
 
-broker = evalstore_broker()
+broker = Broker(
+    url=settings().redis_url.get_secret_value(),
+    # For the periodic jobs; events are not retried one by one.
+    middleware=[Retries(max_retries=20, min_backoff=1_000, max_backoff=60_000)],
+    max_deaths=settings().max_deaths,
+    batch_events=settings().batch_events,
+    batch_bytes=settings().batch_bytes,
+)
 dramatiq.set_broker(broker)
-store_evaluation.fn = evaluations.store
+broker.declare_batch_actor(store_evaluation, Store(broker.hold))
 schedule.declare(broker)
-logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,0 +1,113 @@
+"""What a consumer hands to an actor: the messages it fetched together, and what is to become of each."""
+
+import json
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from dramatiq import Message
+
+from models.errors import Fault, InvalidEvent
+from models.events import decode
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as it was fetched."""
+
+    redis_id: bytes
+    body: bytes
+    message: Message[Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Deliveries for one call of an actor. All are acknowledged after it, but those it buried."""
+
+    deliveries: list[Delivery]
+    buried: dict[bytes, bytes] = field(default_factory=dict)
+
+    def bury(self, delivery: Delivery, error: BaseException) -> None:
+        """Make a dead letter of `delivery`, with `error` as its cause."""
+        self.buried[delivery.redis_id] = cause(error)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return iter(self.deliveries)
+
+    def __len__(self) -> int:
+        return len(self.deliveries)
+
+    def __repr__(self) -> str:
+        return f"<batch of {len(self.deliveries)}>"
+
+
+def read(body: bytes) -> Message[Any]:
+    """The Dramatiq message in `body`. Raises InvalidEvent, which names what is wrong with it."""
+    fields = decode(body)
+    if not isinstance(fields, dict):
+        raise InvalidEvent([Fault("message", f"expected a JSON object, not {type(fields).__name__}")])
+    expected: dict[str, tuple[type, ...]] = {
+        "queue_name": (str,),
+        "actor_name": (str,),
+        "args": (list,),
+        "kwargs": (dict,),
+        "options": (dict,),
+        "message_id": (str,),
+        "message_timestamp": (int, float),
+    }
+    faults = [
+        Fault(f"message.{name}", f"expected {types[0].__name__}, not {type(fields.get(name)).__name__}")
+        for name, types in expected.items()
+        if not isinstance(fields.get(name), types) or isinstance(fields.get(name), bool)
+    ]
+    faults += _option_faults(fields.get("options"))
+    if faults:
+        raise InvalidEvent(faults)
+    given = {name: fields[name] for name in expected}
+    return Message(**given | {"args": tuple(given["args"]), "message_timestamp": int(given["message_timestamp"])})
+
+
+# The options that Dramatiq's worker and middleware compute with: of another type they would end the thread that meets them.
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "retries": (int,),
+    "max_retries": (int, type(None)),
+    "min_backoff": (int, type(None)),
+    "max_backoff": (int, type(None)),
+    "requeue_timestamp": (int, float),
+    "eta": (int, float, type(None)),
+    "traceback": (str,),
+    "throws": (),
+    "on_retry_exhausted": (str, type(None)),
+    "pipe_target": (dict, type(None)),
+    "on_success": (str, type(None)),
+    "on_failure": (str, type(None)),
+}
+
+
+def _option_faults(options: object) -> Iterable[Fault]:
+    if not isinstance(options, dict):
+        return []
+    return [
+        Fault(f"message.options.{name}", f"not a value that {name} can have: {json.dumps(options[name])[:100]}")
+        for name, types in _OPTIONS.items()
+        if name in options and (not isinstance(options[name], types) or isinstance(options[name], bool))
+    ]
+
+
+def cause(error: BaseException) -> bytes:
+    """Why something became a dead letter, as JSON: the class, the message and the traceback of what happened last."""
+    return msgspec.json.encode(
+        {
+            "error_class": type(error).__name__,
+            "error_message": _printable(str(error), 2_000),
+            "traceback": _printable("".join(traceback.format_exception(error)), 16_000),
+        }
+    )
+
+
+def _printable(text: str, limit: int) -> str:
+    """`text` as UTF-8 can hold it, its beginning and its end where it is long."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[: limit // 2]}\n[...]\n{text[-limit // 2 :]}"

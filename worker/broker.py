@@ -1,0 +1,98 @@
+"""The consuming half of the broker, which Dramatiq's own worker and command line run.
+
+Where a message is, is what Redis says: in the queue, in a process's unacknowledged set, delayed, suspected, or dead. A
+that dies leaves its set to the others; one that lives compares its set with what it holds, and gives back the difference.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import dramatiq
+from dramatiq import Actor, Message, Worker
+
+from tasks.broker import Broker as SendingBroker
+from worker.batches import Batch
+from worker.consumer import Consumer, Held
+from worker.hold import Hold
+from worker.vitals import Vitals, process_name
+
+_LUA: Final = Path(__file__).parent / "lua"
+
+
+class Broker(SendingBroker):
+    """Takes what RedisBroker takes, and: `max_deaths`, how many processes a message may kill, alone in each, before it is a
+    dead letter; `batch_events`, `batch_bytes`, how much is fetched together for actors that take batches."""
+
+    def __init__(
+        self, *, max_deaths: int = 5, batch_events: int = 2000, batch_bytes: int = 8 * 1024 * 1024, **given: Any
+    ) -> None:
+        super().__init__(**given)
+        self.max_deaths, self.batch_events, self.batch_bytes = max_deaths, batch_events, batch_bytes
+        self.batched: set[str] = set()
+        self.batched_actors: set[str] = set()
+        self.hold = Hold()
+        self.fetches: dict[str, int] = defaultdict(int)
+        self.process = process_name()
+        self._ours = {path.stem: self.script(path) for path in sorted(_LUA.glob("*.lua"))}
+        self._vitals: Vitals | None = None
+        self.add_middleware(_Lifecycle())
+
+    def declare_batch_actor(self, actor: Actor[..., None], run: Callable[[Batch], None]) -> None:
+        """Declare an actor that is called with batches of its messages, and what it does with them."""
+        actor.fn = run
+        self.batched.add(actor.queue_name)
+        self.batched_actors.add(actor.actor_name)
+        self.declare_actor(actor)
+
+    def run(self, name: str, keys: list[str], *args: Any) -> Any:
+        """Run the script worker/lua/<name>.lua. Raises what redis raises; every script may be run again."""
+        return self._ours[name](keys=keys, args=args)
+
+    def unacked(self, queue: str, process: str | None = None) -> str:
+        """The key of what a process holds of a queue; without a name, this process."""
+        return self.keys(queue).unacked_prefix + (process or self.process)
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> Consumer:
+        """What Dramatiq's worker iterates over."""
+        return Consumer(self, queue_name, prefetch, timeout)
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """Send a message. A retry, which Dramatiq's middleware asks for in this way, is one step with the acknowledgement."""
+        if isinstance(message, Held):
+            message.retry_ms = delay or 0
+            return message
+        return super().enqueue(message, delay=delay)
+
+    def boot(self, worker: Worker) -> None:
+        """Begin to live, under a new name."""
+        self.process = process_name()
+        self.hold.open()
+        self._vitals = Vitals(self, worker)
+        self._vitals.start()
+
+    def stopping(self) -> None:
+        """Take nothing more."""
+        self.hold.close()
+        if self._vitals:
+            self._vitals.wake.set()
+
+    def stopped(self) -> None:
+        """Leave nothing behind."""
+        if self._vitals:
+            self._vitals.stop()
+            self._vitals = None
+
+
+class _Lifecycle(dramatiq.Middleware):
+    """Consumers are made after `before_worker_boot`, so the process has its name by then."""
+
+    def before_worker_boot(self, broker: Any, worker: Worker) -> None:
+        broker.boot(worker)
+
+    def before_worker_shutdown(self, broker: Any, worker: Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
+        broker.stopping()
+
+    def after_worker_shutdown(self, broker: Any, worker: Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
+        broker.stopped()

@@ -1,0 +1,226 @@
+"""How a queue's messages reach Dramatiq's worker threads, and how they are settled."""
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+import redis
+from dramatiq import Message, MessageProxy
+from dramatiq.broker import Consumer as DramatiqConsumer
+from dramatiq.errors import ActorNotFound
+
+from models.errors import BadMessage, Outage
+from tasks.broker import encode
+from worker.batches import Batch, Delivery, cause, read
+
+if TYPE_CHECKING:
+    from worker.broker import Broker
+
+log = logging.getLogger("evalstore.worker")
+
+# Two: while one batch waits for PostgreSQL, the next is fetched and read.
+BATCHES: Final = 2
+_LONGEST_WAIT_S: Final = 1.0
+_OUTAGE_DELAY_MS: Final = 5_000
+
+
+class Held(MessageProxy):
+    """A message, or a batch as the one argument of its actor, that is to be settled under `redis_ids`."""
+
+    def __init__(self, message: Message[Any], redis_ids: list[bytes]) -> None:
+        super().__init__(message)
+        self.redis_ids = redis_ids
+        self.retry_ms: int | None = None
+
+    @property
+    def batch(self) -> Batch | None:
+        args = self._message.args
+        return args[0] if args and isinstance(args[0], Batch) else None
+
+
+class Consumer(DramatiqConsumer):
+    """Hands out batches for actors that take them, single messages for others. Never raises for what Redis does or holds."""
+
+    def __init__(self, broker: "Broker", queue_name: str, prefetch: int, timeout_ms: int) -> None:
+        self.broker, self.queue_name, self.prefetch = broker, queue_name, prefetch
+        self.timeout_s = min(timeout_ms / 1000, _LONGEST_WAIT_S)
+        self.keys = broker.keys(queue_name)
+        self.unacked = broker.unacked(queue_name)
+        self.outstanding_message_count = 0
+        self._ready: deque[Held] = deque()
+        self._suspects_wait = False
+        self._next_due_s = self.timeout_s
+        self._failures = 0
+
+    def __next__(self) -> Held | None:
+        """The next batch or message; None after a while without one."""
+        if not self._ready:
+            try:
+                self._fill()
+            except redis.RedisError as error:
+                self._wait_out(error)
+                return None
+            self._failures = 0
+        return self._ready.popleft() if self._ready else None
+
+    def _fill(self) -> None:
+        """Fetch what there is, or wait a while for it."""
+        hold, is_batched = self.broker.hold, self.queue_name in self.broker.batched
+        if self._suspects_wait and hold.be_alone():
+            suspects = self._fetch_suspects()
+            if not suspects:
+                self._suspects_wait = False
+                hold.not_alone()
+            self._hand_out(suspects)
+            return
+        room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
+        if room <= 0 or not hold.may_fetch():
+            hold.wait_for_change(min(self.timeout_s, 0.1))
+            return
+        found = self._fetch(self.broker.batch_events if is_batched else room)
+        self._hand_out(found)
+        if not found and not self._suspects_wait:
+            # Blocks until the list has an element and leaves it where it is: woken at once, by any sender, and nothing is lost
+            # with whoever waits. Refused when Redis is full, as it might have allocated; then we look again a little later.
+            try:
+                wait_s = max(0.001, min(self._next_due_s, self.timeout_s))
+                self.broker.client.blmove(self.keys.queue, self.keys.queue, wait_s, "LEFT", "LEFT")  # type: ignore[arg-type]
+            except redis.OutOfMemoryError:
+                hold.wait_out(0.05)
+
+    def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:
+        keys = self.keys
+        places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
+        places += [keys.stock_delayed, keys.stock_delayed_bodies]
+        number = self.broker.fetches[self.queue_name] + 1
+        suspects, next_due_ms, *found = self.broker.run("fetch", places, number, most, self.broker.batch_bytes)
+        self._suspects_wait = suspects > 0
+        self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
+        return self._taken(number, found)
+
+    def _fetch_suspects(self) -> list[tuple[bytes, bytes]]:
+        number = self.broker.fetches[self.queue_name] + 1
+        found = self.broker.run("fetch_suspects", [self.keys.suspects, self.keys.bodies, self.unacked], number)
+        return self._taken(number, found)
+
+    def _taken(self, number: int, found: list[Any]) -> list[tuple[bytes, bytes]]:
+        """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
+        pairs = [(_as_bytes(found[i]), _as_bytes(found[i + 1])) for i in range(0, len(found), 2)]
+        new = self.broker.hold.take(self.queue_name, [redis_id for redis_id, _ in pairs])
+        self.broker.fetches[self.queue_name] = number
+        return [pair for pair in pairs if pair[0] in new]
+
+    def _hand_out(self, found: list[tuple[bytes, bytes]]) -> None:
+        """Put what was fetched in a batch, or one by one, where the worker takes it from; bury what is no message."""
+        batches: dict[str, list[Delivery]] = {}
+        bad: dict[bytes, bytes] = {}
+        for redis_id, body in found:
+            try:
+                message = read(body)
+                actor = self.broker.get_actor(message.actor_name)
+            except (BadMessage, ActorNotFound) as error:
+                bad[redis_id] = cause(error)
+                continue
+            if actor.actor_name in self.broker.batched_actors:
+                batches.setdefault(actor.actor_name, []).append(Delivery(redis_id, body, message))
+            else:
+                # The eta is over, and Dramatiq's worker looks its consumer up by the name in the message.
+                options = {name: value for name, value in message.options.items() if name != "eta"}
+                options["redis_message_id"] = redis_id.decode(errors="replace")
+                self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
+        for actor_name, deliveries in batches.items():
+            message = Message(self.queue_name, actor_name, (Batch(deliveries),), {}, {}, str(uuid4()))
+            self._add(message, [delivery.redis_id for delivery in deliveries])
+        if bad:
+            log.error("%d messages of queue %s are no messages for us: dead letters", len(bad), self.queue_name)
+            self._settle([], bad)
+
+    def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:
+        self.outstanding_message_count += 1
+        self._ready.append(Held(message, redis_ids))
+
+    def ack(self, message: Any) -> None:
+        """Settle what was worked on: done with, to be tried again, or dead, whichever its actor and middleware decided."""
+        redis_ids, error = _ids(message), getattr(message, "_exception", None)
+        batch = message.batch if isinstance(message, Held) else None
+        try:
+            if error is None:
+                buried = batch.buried if batch else {}
+                self._settle([redis_id for redis_id in redis_ids if redis_id not in buried], buried)
+            elif batch is not None:
+                self._give_back(redis_ids)
+            elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
+                retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
+                keys = [self.unacked, self.keys.bodies, self.keys.delayed]
+                self._until_done(redis_ids, lambda: self.broker.run("retry", keys, redis_ids[0], encode(message), retry_ms))
+            else:
+                self._settle([], dict.fromkeys(redis_ids, cause(error)))
+        finally:
+            self._release()
+
+    def nack(self, message: Any) -> None:
+        """Make a dead letter of it, with what its actor raised as the cause."""
+        error = getattr(message, "_exception", None) or BadMessage("rejected")
+        try:
+            self._settle([], dict.fromkeys(_ids(message), cause(error)))
+        finally:
+            self._release()
+
+    def requeue(self, messages: Iterable[Any]) -> None:
+        """Put back, at the head of the queue, what was handed out and not begun."""
+        for message in messages:
+            self._give_back(_ids(message))
+            self._release()
+
+    def close(self) -> None:
+        """Put back what was fetched and not handed out."""
+        self.requeue(list(self._ready))
+        self._ready.clear()
+
+    def _release(self) -> None:
+        self.outstanding_message_count = max(0, self.outstanding_message_count - 1)
+        self.broker.hold.drop(())
+
+    def _settle(self, done: list[bytes], bad: dict[bytes, bytes]) -> None:
+        keys = self.keys
+        if done:
+            places = [self.unacked, keys.bodies, keys.deaths]
+            self._until_done(done, lambda: self.broker.run("settle", places, *done))
+        if bad:
+            places = [self.unacked, keys.bodies, keys.dead, keys.dead_bodies, keys.causes, keys.deaths]
+            pairs = [part for pair in bad.items() for part in pair]
+            self._until_done(list(bad), lambda: self.broker.run("bury", places, *pairs))
+
+    def _give_back(self, redis_ids: list[bytes]) -> None:
+        self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))
+
+    def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
+        """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""
+        while True:
+            try:
+                act()
+            except redis.RedisError as error:
+                if not self._wait_out(error):
+                    return
+            else:
+                self.broker.hold.drop(redis_ids)
+                return
+
+    def _wait_out(self, error: redis.RedisError) -> bool:
+        """Wait a moment, longer each time; say so once. Returns whether to go on."""
+        self._failures += 1
+        if self._failures == 1:
+            log.warning("Redis refuses queue %s, trying again until it does not: %s", self.queue_name, error)
+        longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(self._failures, 10))
+        return self.broker.hold.wait_out(longest_s * random.uniform(0.5, 1))  # noqa: S311
+
+
+def _ids(message: Any) -> list[bytes]:
+    return message.redis_ids if isinstance(message, Held) else [_as_bytes(message.options["redis_message_id"])]
+
+
+def _as_bytes(value: str | bytes) -> bytes:
+    return value.encode(errors="surrogateescape") if isinstance(value, str) else value

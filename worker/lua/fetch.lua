@@ -1,0 +1,74 @@
+-- Take messages from the head of a queue into a process's unacknowledged set, and return them.
+--
+-- KEYS  1 queue     list  ids, the next to be fetched first         <namespace>:<queue>
+--       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
+--       3 unacked   zset  id -> fetch * 65536 + place in it         evalstore:<namespace>:<queue>:unacked:<process>
+--       4 delayed   zset  id -> when it is due, ms                  evalstore:<namespace>:<queue>:delayed
+--       5 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
+--       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
+-- ARGV  1 number of this fetch, 2 most messages, 3 most bytes
+-- Returns { suspects waiting, ms until the next delayed one is due or -1, id, message, id, message, ... }.
+--
+-- A client that lost the answer asks again with the same number and is given the same messages. Every path begins with a write
+-- that frees or moves, so that a full server can be drained.
+
+local first, most = tonumber(ARGV[1]) * 65536, tonumber(ARGV[2])
+local time = redis.call("TIME")
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- What stock clients put aside: kept by its eta, and undecodable messages go on to where they are found out.
+for _ = 1, math.min(redis.call("LLEN", KEYS[6]), 100) do
+    local id = redis.call("LPOP", KEYS[6])
+    local body = redis.call("HGET", KEYS[7], id)
+    if body then
+        local decoded, message = pcall(cjson.decode, body)
+        local due = decoded and type(message) == "table" and type(message.options) == "table" and message.options.eta
+        redis.call("HDEL", KEYS[7], id)
+        redis.call("HSET", KEYS[2], id, body)
+        redis.call("ZADD", KEYS[4], tonumber(due) or now, id)
+    end
+end
+
+for _, id in ipairs(redis.call("ZRANGEBYSCORE", KEYS[4], "-inf", now, "LIMIT", 0, 1000)) do
+    redis.call("ZREM", KEYS[4], id)
+    redis.call("RPUSH", KEYS[1], id)
+end
+local next_due = redis.call("ZRANGE", KEYS[4], 0, 0, "WITHSCORES")[2]
+local answer = { redis.call("LLEN", KEYS[5]), next_due and math.max(0, math.ceil(next_due - now)) or -1 }
+
+local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, first + 65535)
+if #ids == 0 then
+    local waiting, bytes, taken = redis.call("LRANGE", KEYS[1], 0, most - 1), 0, 0
+    local places = {}
+    for place, id in ipairs(waiting) do
+        local size = redis.call("HSTRLEN", KEYS[2], id)
+        if #ids > 0 and bytes + size > tonumber(ARGV[3]) then
+            break
+        end
+        taken, bytes = place, bytes + size
+        if size > 0 or redis.call("HEXISTS", KEYS[2], id) == 1 then
+            ids[#ids + 1] = id
+            places[#places + 1] = first + #ids - 1
+            places[#places + 1] = id
+        end
+    end
+    if taken > 0 then
+        redis.call("LTRIM", KEYS[1], taken, -1)
+    end
+    for i = 1, #places, 4000 do
+        redis.call("ZADD", KEYS[3], unpack(places, i, math.min(i + 3999, #places)))
+    end
+end
+
+for i = 1, #ids, 4000 do
+    local chunk = { unpack(ids, i, math.min(i + 3999, #ids)) }
+    for place, body in ipairs(redis.call("HMGET", KEYS[2], unpack(chunk))) do
+        if body then
+            answer[#answer + 1] = chunk[place]
+            answer[#answer + 1] = body
+        else
+            redis.call("ZREM", KEYS[3], chunk[place])
+        end
+    end
+end
+return answer

@@ -1,0 +1,24 @@
+-- Acknowledge messages: they are done with. Those that meanwhile went to another process are left to it.
+--
+-- KEYS  1 unacked  zset  id -> fetch * 65536 + place in it          evalstore:<namespace>:<queue>:unacked:<process>
+--       2 bodies   hash  id -> message                              <namespace>:<queue>.msgs
+--       3 deaths   hash  id -> processes that died of it alone      evalstore:<namespace>:<queue>:deaths
+-- ARGV  id, id, ...
+-- Returns how many were this process's.
+
+local settled = 0
+for i = 1, #ARGV, 4000 do
+    local chunk, ours = { unpack(ARGV, i, math.min(i + 3999, #ARGV)) }, {}
+    for place, score in ipairs(redis.call("ZMSCORE", KEYS[1], unpack(chunk))) do
+        if score then
+            ours[#ours + 1] = chunk[place]
+        end
+    end
+    if #ours > 0 then
+        redis.call("ZREM", KEYS[1], unpack(ours))
+        redis.call("HDEL", KEYS[2], unpack(ours))
+        redis.call("HDEL", KEYS[3], unpack(ours))
+        settled = settled + #ours
+    end
+end
+return settled

@@ -1,0 +1,181 @@
+"""How processes know of each other's death, and what a process holds.
+
+Each process beats every BEAT_S: it writes a count that goes up. Whoever sees another's count stand still for DEAD_AFTER_S,
+while its own beats went through, takes back what that one held. No clock is compared with another host's, and an outage of
+Redis, in which nobody beats, makes nobody dead. A process that is seen to be gone from this machine is dead at once.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from uuid import uuid4
+
+import redis
+from dramatiq import Worker
+
+from worker.batches import cause
+
+if TYPE_CHECKING:
+    from worker.broker import Broker
+
+log = logging.getLogger("evalstore.worker")
+
+BEAT_S: Final = 2.0
+DEAD_AFTER_S: Final = 10.0
+RECONCILE_S: Final = 5.0
+THREAD_DIED: Final = 70  # EX_SOFTWARE of sysexits.h
+_BEATS: Final = 4
+
+
+class WorkerDied(Exception):
+    """The processes that held this message, and nothing else, died, as often as the setting allows."""
+
+
+def process_name() -> str:
+    """A name no other process has or had, in which others on this machine recognise it."""
+    return "|".join([socket.gethostname(), *_place(), str(os.getpid()), _started(os.getpid()) or "?", uuid4().hex[:12]])
+
+
+def is_gone(name: str) -> bool:
+    """Whether the process of that name ran on this machine and no longer does."""
+    parts = name.split("|")
+    if len(parts) != 6 or tuple(parts[1:3]) != _place() or not parts[3].isdigit():
+        return False
+    started = _started(int(parts[3]))
+    return started is None or started != parts[4]
+
+
+def _place() -> tuple[str, str]:
+    """This machine's boot and this container's process numbers: only within both does a pid mean anything."""
+    boot, pids = "?", "?"
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        pids = Path("/proc/self/ns/pid").readlink().name
+    return boot, pids
+
+
+def _started(pid: int) -> str | None:
+    """When the process started, in ticks since boot; None if there is none, or only its remains."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in {"Z", "X"} else fields[19]
+
+
+class Observer:
+    """What one process saw of the others' beats."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, float, int]] = {}
+
+    def dead(self, beats: dict[str, str], own: str) -> dict[str, str]:
+        """Those of `beats` (process -> count) who are dead. To be called once for each beat of our own."""
+        now = time.monotonic()
+        before, self._seen = self._seen, {}
+        dead = {}
+        for name, count in beats.items():
+            if name == own:
+                continue
+            last, since, times = before.get(name, (count, now, 0))
+            if last != count:
+                since, times = now, 0
+            self._seen[name] = (count, since, times + 1)
+            if is_gone(name) or (now - since >= DEAD_AFTER_S and times >= _BEATS):
+                dead[name] = count
+        return dead
+
+
+class Vitals(threading.Thread):
+    """Beats, reclaims what the dead held, reconciles what is held here, and ends a process whose threads died."""
+
+    def __init__(self, broker: "Broker", worker: Worker) -> None:
+        super().__init__(name="evalstore-vitals", daemon=True)
+        self.wake = threading.Event()
+        self._broker, self._worker = broker, worker
+        self._observers: dict[str, Observer] = {}
+        self._beats = 0
+        self._done = threading.Event()
+        self._reconciled = time.monotonic()
+
+    def run(self) -> None:
+        while not self._done.is_set():
+            self._watch_threads()
+            try:
+                self.run_once()
+            except redis.RedisError as error:
+                log.debug("no heartbeat: %s", error)
+                self._observers.clear()
+            self.wake.wait(BEAT_S)
+            self.wake.clear()
+
+    def run_once(self) -> None:
+        """One beat, and what it shows to be due. Raises what redis raises; nothing is half done."""
+        self._beats += 1
+        for queue in sorted(self._broker.queues):
+            self._beat(queue)
+        if time.monotonic() - self._reconciled >= RECONCILE_S:
+            self._reconciled = time.monotonic()
+            for queue in sorted(self._broker.queues):
+                self._reconcile(queue)
+
+    def stop(self) -> None:
+        """Give back whatever this process still holds, and say goodbye."""
+        self._done.set()
+        self.wake.set()
+        self.join(timeout=10)
+        try:
+            for queue in sorted(self._broker.queues):
+                keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
+                left = self._broker.client.zrange(unacked, 0, -1)
+                if left:
+                    self._broker.run("give_back", [unacked, keys.queue], *left)
+                self._broker.client.hdel(keys.processes, self._broker.process)
+        except redis.RedisError as error:
+            log.warning("could not say goodbye to Redis, others will take over: %s", error)
+
+    def _beat(self, queue: str) -> None:
+        keys, own = self._broker.keys(queue), self._broker.process
+        count = f"{self._broker.hold.state}:{self._beats}"
+        answer = [_as_text(part) for part in self._broker.run("beat", [keys.processes], own, count)]
+        beats = dict(zip(answer[::2], answer[1::2], strict=True))
+        for process, last in self._observers.setdefault(queue, Observer()).dead(beats, own).items():
+            places = [keys.processes, self._broker.unacked(queue, process), keys.queue, keys.bodies, keys.suspects]
+            places += [keys.deaths, keys.dead, keys.dead_bodies, keys.causes]
+            why = cause(WorkerDied(f"{self._broker.max_deaths} processes died with this message alone; the last was {process}"))
+            at_work = int(last.startswith("working"))
+            held = self._broker.run("reclaim", places, process, last, at_work, self._broker.max_deaths, why)
+            if held > 0:
+                log.warning("process %s is dead (it was %s); took back %d messages", process, last.partition(":")[0], held)
+
+    def _reconcile(self, queue: str) -> None:
+        """Give back what Redis has as ours of answered fetches, and we do not hold."""
+        keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
+        answered = (self._broker.fetches[queue] + 1) * 65536 - 1
+        ours = self._broker.client.zrangebyscore(unacked, "-inf", answered)
+        held = self._broker.hold.ids(queue)
+        stranded = [redis_id for redis_id in ours if redis_id not in held]
+        if stranded and self._broker.run("give_back", [unacked, keys.queue], *stranded):
+            log.warning("gave %d stranded messages back to queue %s", len(stranded), queue)
+
+    def _watch_threads(self) -> None:
+        """A process whose consumer or worker threads died works on nothing and looks alive: end it."""
+        threads = [*self._worker.consumers.values(), *self._worker.workers]
+        dead = [thread for thread in threads if thread.ident is not None and not thread.is_alive()]
+        if dead and not self._broker.hold.stopping:
+            log.critical("thread %s died: ending this process", dead[0])
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+            logging.shutdown()
+            os._exit(THREAD_DIED)
+
+
+def _as_text(value: str | bytes) -> str:
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
