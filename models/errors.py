@@ -30,7 +30,15 @@ class Outage(EvalstoreError):
 
 
 class DatabaseOutage(Outage):
-    """PostgreSQL is away, restarting, read-only, or out of connections, disk or memory."""
+    """PostgreSQL is away, restarting, read-only, or out of connections, disk or memory.
+
+    `may_be_the_work`: what was asked for may be the cause (it took too long, needed too much memory, or the connection broke
+    over it). If it keeps failing so while small writes go through, it is no outage.
+    """
+
+    def __init__(self, message: str, *, may_be_the_work: bool = False) -> None:
+        super().__init__(message)
+        self.may_be_the_work = may_be_the_work
 
 
 class RedisOutage(Outage):

@@ -323,6 +323,17 @@ def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: 
     return filled
 
 
+def identity(event: Mapping[str, Any]) -> tuple[str | None, UUID | None]:
+    """The `eval_id` and `event_id` of an event that may be wrong in any way, each None where it is no such thing."""
+    found: list[Any] = []
+    for validate, name in ((_eval_id, "eval_id"), (_event_id, "event_id")):
+        try:
+            found.append(validate(event.get(name)))
+        except ValueError:
+            found.append(None)
+    return found[0], found[1]
+
+
 def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
     """The event that a sender gives, as a JSON object or as one of the models: no unknown fields, no system events.
 

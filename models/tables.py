@@ -6,6 +6,7 @@ by time. `eval_id` sorts by bytes, the same on every server, because workers tak
 
 from sqlalchemy import (
     BigInteger,
+    CheckConstraint,
     Column,
     DateTime,
     Double,
@@ -14,12 +15,13 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.dialects.postgresql import JSONB
 
 metadata = MetaData()
 
@@ -96,14 +98,58 @@ contents = Table(
     Column("data", LargeBinary),
 )
 
-# The outbox: all confirmations of one commit in one row, so that it costs next to nothing. docs/decisions/0003.
+# The outbox: all confirmations of one commit in one row, a line each, so that it costs next to nothing. docs/decisions/0003.
 confirmations = Table(
     "confirmations",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("count", Integer, nullable=False),
-    Column("body", JSON, nullable=False),
+    Column("body", Text, nullable=False),
+    # When they were relayed, and how far the Redis stream had come by then.
     Column("relayed_at", _TIME),
+    Column("stream_ms", BigInteger),
+    Column("stream_seq", BigInteger),
     Index("confirmations_pending", "id", postgresql_where=text("relayed_at IS NULL")),
 )
+
+# One row: the last entry that was appended to the stream. Who relays holds its lock.
+confirmation_position = Table(
+    "confirmation_position",
+    metadata,
+    Column("id", SmallInteger, CheckConstraint("id = 1"), primary_key=True, autoincrement=False, server_default=text("1")),
+    Column("stream_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("stream_seq", BigInteger, nullable=False, server_default=text("0")),
+)
+
+# Messages that will not be stored without an operator, as they were received, each with its cause.
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("state", Text, nullable=False, server_default=text("'dead'")),
+    Column("queue", Text, nullable=False),
+    Column("actor", Text),
+    Column("eval_id", _EVAL_ID),
+    Column("event_id", Uuid),
+    Column("message", LargeBinary, nullable=False),
+    Column("error_class", Text, nullable=False),
+    Column("error_message", Text, nullable=False),
+    Column("traceback", Text, nullable=False),
+    Column("signature", Text, nullable=False),
+    Column("deliveries", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("first_at", _TIME, nullable=False),
+    Column("last_at", _TIME, nullable=False),
+    Column("host", Text),
+    Column("release", Text),
+    Column("redrives", Integer, nullable=False, server_default=text("0")),
+    Column("redrive", Uuid),
+    Index("dead_letters_by_time", "last_at"),
+    Index("dead_letters_by_signature", "signature"),
+    Index("dead_letters_by_evaluation", "eval_id"),
+    Index("dead_letters_by_redrive", "redrive", postgresql_where=text("redrive IS NOT NULL")),
+)
+
+# Small writes that show whether the database takes any.
+probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))

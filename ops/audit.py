@@ -12,7 +12,7 @@ from models.errors import InvalidEvent
 from models.events import decode, identified
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, show
-from storage import database, evaluations
+from storage import database, dead_letters, evaluations
 from tasks.broker import Broker, broker
 from tasks.evaluations import QUEUE
 
@@ -78,7 +78,9 @@ def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
         in_redis = dict(_in_redis(broker(), set(left)))
         with engine.connect() as conn:
             for start in range(0, len(left), _CHUNK):
-                fates |= dict.fromkeys(evaluations.applied(conn, left[start : start + _CHUNK]), "applied")
+                chunk = left[start : start + _CHUNK]
+                fates |= dict.fromkeys(dead_letters.among(conn, chunk), "dead")
+                fates |= dict.fromkeys(evaluations.applied(conn, chunk), "applied")
         fates |= {key: fate for key, fate in in_redis.items() if fates[key] == "missing"}
     return fates
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from models.settings import settings
 from ops.output import Format, OutputOption, show, write_json
-from storage import database, evaluations
+from storage import database, dead_letters, evaluations
 from tasks.broker import broker
 from tasks.evaluations import QUEUE
 
@@ -13,7 +13,9 @@ def status(output_format: OutputOption = Format.table) -> None:
     """Show what is queued and what is stored."""
     with database.engine(settings().database_url.get_secret_value()).connect() as conn:
         by_status = evaluations.count_by_status(conn)
+        kept = dead_letters.count(conn)
     queue = broker().counts(QUEUE)
+    queue["dead"] += kept
     if output_format is not Format.table:
         write_json({"queue": queue, "evaluations": by_status})
         return

@@ -2,5 +2,5 @@
 
 import logging
 
-# Alembic tells of each of its plugins as it is imported.
-logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+# Alembic tells of each plugin as it is imported, and of each look at the schema.
+logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,37 +1,71 @@
 """The outbox: confirmations of what was committed, until they are relayed, and for a while after."""
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
 from storage import database
 
-# Any constant will do that no other advisory lock of this database uses.
-_ADVISORY_LOCK: Final = 0x65766372
-_LOCK: Final = "SELECT pg_advisory_xact_lock(%s)"
+
+class StreamId(NamedTuple):
+    """The id of an entry of a Redis stream; they ascend."""
+
+    ms: int
+    seq: int
+
+
+class Relayed(NamedTuple):
+    """What `publish` did: the stream's last entry, and whether the confirmations are in it.
+
+    They are not where the stream does not reach to where it was before: then the server lost entries it had.
+    """
+
+    last: StreamId
+    done: bool
+
+
+Publish = Callable[[StreamId, Sequence[str]], Relayed]
+
+# Losing this transaction only makes confirmations be relayed twice, so nobody waits for the disk.
+_POSITION: Final = "SELECT stream_ms, stream_seq FROM confirmation_position FOR UPDATE"
 _PENDING: Final = "SELECT id, body FROM confirmations WHERE relayed_at IS NULL ORDER BY id LIMIT %s"
-_RELAYED: Final = "UPDATE confirmations SET relayed_at = now() WHERE id = ANY(%s)"
+_RELAYED: Final = "UPDATE confirmations SET relayed_at = now(), stream_ms = %s, stream_seq = %s WHERE id = ANY(%s)"
+_LOST: Final = """
+UPDATE confirmations SET relayed_at = NULL, stream_ms = NULL, stream_seq = NULL WHERE (stream_ms, stream_seq) > (%s, %s)
+"""
+_ADVANCE: Final = "UPDATE confirmation_position SET stream_ms = %s, stream_seq = %s"
 _FORGET: Final = "DELETE FROM confirmations WHERE relayed_at < now() - make_interval(secs => %s)"
+_COMMITS: Final = 20
 
 
-def relay(conn: Connection, publish: Callable[[list[dict[str, Any]]], None], *, limit: int = 100) -> int:
-    """Hand the oldest pending confirmations, of `limit` commits at most, to `publish`; returns how many there were.
+def relay(conn: Connection, publish: Publish) -> int:
+    """Hand all pending confirmations to `publish`, a line of JSON each; returns how many there were.
 
     One caller at a time works, the others wait. An evaluation's confirmations come in the order of its versions: a commit takes
     its id while it holds the lock of each evaluation it confirms, so what is seen here includes every lower version. Where
-    `publish` raises, or this dies before it commits, they stay pending and are handed over again: at least once.
+    `publish` raises, or this dies before it commits, they stay pending and are handed over again. Where the server lost what it
+    had confirmed, all that was lost is handed over again, as long as it was not forgotten here.
 
     Raises DatabaseOutage (retry) and what `publish` raises.
     """
-    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        cursor.execute(_LOCK, [_ADVISORY_LOCK])
-        rows = cursor.execute(_PENDING, [limit]).fetchall()
-        confirmations = [confirmation for _, body in rows for confirmation in body]
-        if rows:
-            publish(confirmations)
-            cursor.execute(_RELAYED, [[row_id for row_id, _ in rows]])
-    return len(confirmations)
+    handed = 0
+    while True:
+        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            ((ms, seq),) = cursor.execute(_POSITION).fetchall()
+            rows = cursor.execute(_PENDING, [_COMMITS]).fetchall()
+            lines = [line for _, body in rows for line in body.split("\n")]
+            last, done = publish(StreamId(ms, seq), lines)
+            if not done:
+                cursor.execute(_LOST, [*last])
+            elif rows:
+                cursor.execute(_RELAYED, [*last, [row_id for row_id, _ in rows]])
+                handed += len(lines)
+            if (ms, seq) != last:
+                cursor.execute(_ADVANCE, [*last])
+        if done and len(rows) < _COMMITS:
+            return handed
 
 
 def forget(conn: Connection, *, older_than_s: float = 600) -> int:

@@ -1,8 +1,13 @@
 """Connections to PostgreSQL, and its errors in evalstore's words."""
 
+import contextlib
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import errors as pg
@@ -18,11 +23,13 @@ from models.record import jsonb
 # What passes by itself, or once an operator has mended the server: no message is to blame for it.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
+# Of these, what the work itself may have brought about.
+_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.CrashShutdown)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege)
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
-def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 30) -> Engine:
+def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 5) -> Engine:
     """A pool of connections to `url` (any libpq address), opened as they are asked for.
 
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
@@ -41,7 +48,7 @@ def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, loc
         with errors():  # here, because callers connect before they are within `errors` themselves
             conn = psycopg.connect(
                 url,
-                connect_timeout=5,
+                connect_timeout=3,
                 tcp_user_timeout=8000,
                 keepalives_idle=5,
                 keepalives_interval=1,
@@ -79,16 +86,67 @@ def errors() -> Iterator[None]:
         raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        if isinstance(cause, _NOT_MIGRATED):
-            raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
-        if _is_outage(cause):
-            raise DatabaseOutage(str(cause).strip() or type(cause).__name__) from error
+        if isinstance(cause, psycopg.Error) and _is_outage(cause):
+            may_be_the_work = cause.sqlstate is None or isinstance(cause, _OVERTAXED)
+            raise DatabaseOutage(str(cause).strip() or type(cause).__name__, may_be_the_work=may_be_the_work) from error
         raise
 
 
-def _is_outage(error: BaseException | None) -> bool:
-    if not isinstance(error, psycopg.Error):
-        return False
+def _is_outage(error: psycopg.Error) -> bool:
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError)
     return error.sqlstate.startswith(_OUTAGE_CLASSES) or isinstance(error, _OUTAGES)
+
+
+_PROBE: Final = "INSERT INTO probes (name, at) VALUES ('worker', now()) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
+
+
+def probe(conn: Connection) -> None:
+    """Commit a small write. Raises DatabaseOutage where not even that goes through."""
+    with errors(), conn.begin():
+        driver(conn).execute(_PROBE)
+
+
+class Watch:
+    """Breaks off what takes too long on this side, as no setting of a server helps that is frozen or cut off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[int, tuple[psycopg.Connection[Any], float]] = {}
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
+        """Break the connection, so that what uses it fails, unless this is left in time."""
+        key = threading.get_ident()
+        with self._lock:
+            self._calls[key] = driver(conn), time.monotonic() + seconds
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="evalstore-watch", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[key]
+
+    def break_all(self) -> None:
+        """Break every connection in use."""
+        with self._lock:
+            for raw, _ in self._calls.values():
+                _break(raw)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.5)
+            with self._lock:
+                now = time.monotonic()
+                for raw, deadline in self._calls.values():
+                    if now > deadline:
+                        _break(raw)
+
+
+def _break(raw: psycopg.Connection[Any]) -> None:
+    """Shut the socket down: whoever waits on it is told that the connection is lost."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(raw.fileno())) as twin:
+        twin.shutdown(socket.SHUT_RDWR)

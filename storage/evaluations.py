@@ -104,7 +104,7 @@ _UPDATE: Final = f"""
 UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, statement_timestamp())
 FROM stage_records s WHERE e.eval_id = s.eval_id AND s.pass = %s
 """
-_CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s::json)"
+_CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s)"
 
 
 def store(conn: Connection, events: Sequence[Event]) -> Stored:
@@ -134,8 +134,8 @@ def store(conn: Connection, events: Sequence[Event]) -> Stored:
                 _note(confirmations, done, recorded_at)
                 conflicts += done.conflicting_results
             if confirmations:
-                body = msgspec.json.encode(list(confirmations.values())).decode()
-                cursor.execute(_CONFIRM, [len(confirmations), body])
+                body = b"\n".join(map(msgspec.json.encode, confirmations.values()))
+                cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
     return Stored(outcomes, list(confirmations.values()), conflicts)
 
 

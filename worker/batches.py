@@ -1,9 +1,12 @@
 """What a consumer hands to an actor: the messages it fetched together, and what is to become of each."""
 
 import json
+import socket
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import msgspec
@@ -24,10 +27,11 @@ class Delivery:
 
 @dataclass(slots=True)
 class Batch:
-    """Deliveries for one call of an actor. All are acknowledged after it, but those it buried."""
+    """Deliveries for one call of an actor. All are acknowledged after it but those it buried, or go back if `returned`."""
 
     deliveries: list[Delivery]
     buried: dict[bytes, bytes] = field(default_factory=dict)
+    returned: bool = False
 
     def bury(self, delivery: Delivery, error: BaseException) -> None:
         """Make a dead letter of `delivery`, with `error` as its cause."""
@@ -103,11 +107,18 @@ def cause(error: BaseException) -> bytes:
             "error_class": type(error).__name__,
             "error_message": _printable(str(error), 2_000),
             "traceback": _printable("".join(traceback.format_exception(error)), 16_000),
+            "host": socket.gethostname(),
+            "release": _release(),
         }
     )
 
 
+@cache
+def _release() -> str:
+    return metadata.version("evalstore")
+
+
 def _printable(text: str, limit: int) -> str:
     """`text` as UTF-8 can hold it, its beginning and its end where it is long."""
-    text = text.encode(errors="backslashreplace").decode()
+    text = text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
     return text if len(text) <= limit else f"{text[: limit // 2]}\n[...]\n{text[-limit // 2 :]}"

@@ -1,39 +1,38 @@
 """Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
 
 import time
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-import msgspec
 import redis
 from sqlalchemy import Connection
 
 from models.errors import RedisOutage
 from storage import confirmations
+from storage.confirmations import Relayed, StreamId
+from worker.broker import Broker
 
 STREAM: Final = "evalstore:confirmations"
 KEEP_S: Final = 24 * 3600
+_CHUNK: Final = 500
 
 
-def relay(conn: Connection, client: redis.Redis) -> int:
-    """Publish all that is pending and forget what was published long ago; returns how many confirmations were published.
+def relay(conn: Connection, broker: Broker) -> int:
+    """Publish all that is pending; returns how many confirmations were.
 
     Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
     """
 
-    def publish(pending: list[dict[str, Any]]) -> None:
-        oldest = int((time.time() - KEEP_S) * 1000)
-        pipeline = client.pipeline(transaction=False)
-        for confirmation in pending:
-            body = msgspec.json.encode(confirmation)
-            pipeline.xadd(STREAM, {"confirmation": body}, minid=f"{oldest}-0", approximate=True)
-            pipeline.publish(confirmation["type"], body)
+    def publish(known: StreamId, lines: Sequence[str]) -> Relayed:
+        oldest_ms = int((time.time() - KEEP_S) * 1000)
         try:
-            pipeline.execute()
+            for start in range(0, max(1, len(lines)), _CHUNK):
+                ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, *lines[start : start + _CHUNK])
+                known = StreamId(ms, seq)
+                if not done:
+                    return Relayed(known, done=False)
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
+        return Relayed(known, done=True)
 
-    published = 0
-    while found := confirmations.relay(conn, publish):
-        published += found
-    confirmations.forget(conn)
-    return published
+    return confirmations.relay(conn, publish)

@@ -147,11 +147,11 @@ class Consumer(DramatiqConsumer):
         redis_ids, error = _ids(message), getattr(message, "_exception", None)
         batch = message.batch if isinstance(message, Held) else None
         try:
-            if error is None:
+            if batch is not None and (batch.returned or error is not None):
+                self._give_back(redis_ids)
+            elif error is None:
                 buried = batch.buried if batch else {}
                 self._settle([redis_id for redis_id in redis_ids if redis_id not in buried], buried)
-            elif batch is not None:
-                self._give_back(redis_ids)
             elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
                 retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
                 keys = [self.unacked, self.keys.bodies, self.keys.delayed]

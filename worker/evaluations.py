@@ -2,13 +2,15 @@
 
 import logging
 import random
+import threading
+import time
 from functools import cache
 from typing import Any
 
 from dramatiq import Message
 from sqlalchemy import Engine
 
-from models.errors import BadMessage, EventIdReused, Fault, InvalidEvent, Outage, SchemaMismatch
+from models.errors import BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage, SchemaMismatch
 from models.events import Event, identified, parse
 from models.settings import settings
 from storage import database, evaluations, migrations
@@ -16,7 +18,11 @@ from worker.batches import Batch, Delivery
 from worker.hold import Hold
 
 log = logging.getLogger("evalstore.worker")
-_LONGEST_WAIT_S = 5.0
+_LONGEST_WAIT_S = 4.0
+_STOP_GRACE_S = 3.0
+_SUSPICIONS = 5
+
+_Pair = tuple[Delivery, Event]
 
 
 @cache
@@ -33,59 +39,97 @@ class Store:
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
+        self._watch = database.Watch()
 
     def __call__(self, batch: Batch) -> None:
         """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored.
 
-        Waits for PostgreSQL as long as it is away. Raises Outage when told to stop meanwhile: nothing of it was stored, or
-        all that was will be recognised when it comes again.
+        Waits for PostgreSQL as long as it is away. When it is told to stop meanwhile, the batch goes back to the queue: what
+        was stored of it will be recognised when it comes again.
         """
-        events: list[tuple[Delivery, Event]] = []
+        events: list[_Pair] = []
         for delivery in batch:
             try:
                 events.append((delivery, event_of(delivery.message)))
             except BadMessage as error:
                 batch.bury(delivery, error)
-        if events:
-            self._store(batch, events)
-
-    def _store(self, batch: Batch, events: list[tuple[Delivery, Event]]) -> None:
-        """Store `events`; where one of them sinks the transaction, halve them until it is alone."""
         try:
-            stored = self._stored([event for _, event in events])
-        except Outage:
+            if events:
+                self._store(batch, events)
+        except _Stopped as stopped:
+            log.info("%d events go back to the queue: %s", len(events), stopped)
+            batch.returned = True
+
+    def stop_soon(self) -> None:
+        """Break off, after a moment, what a server that does not answer keeps waiting."""
+        timer = threading.Timer(_STOP_GRACE_S, self._watch.break_all)
+        timer.daemon = True
+        timer.start()
+
+    def _store(self, batch: Batch, events: list[_Pair]) -> None:
+        """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
+        started = time.monotonic()
+        try:
+            stored = self._stored(events)
+        except _Stopped:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, only the event that causes it may die of it
             if len(events) == 1:
                 batch.bury(events[0][0], error)
                 return
-            middle = len(events) // 2
-            self._store(batch, events[:middle])
-            self._store(batch, events[middle:])
+            # What takes long to fail is narrowed down in fewer steps.
+            parts = 2 if time.monotonic() - started < 1 else 16
+            size = -(-len(events) // parts)
+            for start in range(0, len(events), size):
+                self._store(batch, events[start : start + size])
             return
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
                 batch.bury(delivery, EventIdReused(event.eval_id, event.event_id))
 
-    def _stored(self, events: list[Event]) -> evaluations.Stored:
-        """`evaluations.store`, tried again while the database is away or its schema is not ours."""
-        failures = 0
+    def _stored(self, events: list[_Pair]) -> evaluations.Stored:
+        """`evaluations.store`, tried again while the database is away or its schema is not ours.
+
+        Raises DatabaseOutage when it fails in a way that these events may cause, and goes on to while small writes go through.
+        """
+        failures = suspicions = 0
+        bound_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
         try:
             while True:
                 try:
-                    with database.errors(), engine().connect() as conn:
-                        return evaluations.store(conn, events)
+                    with database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s * 2**suspicions):
+                        return evaluations.store(conn, [event for _, event in events])
                 except (Outage, SchemaMismatch) as error:
                     failures += 1
+                    suspicions = suspicions + 1 if self._is_the_work(error) else 0
+                    if suspicions >= _SUSPICIONS:
+                        raise
                     if failures == 1:
                         self._hold.outages += 1
+                    elif failures == 2:  # one is often no more than a connection that broke while it was not used
                         log.warning("%s, holding %d events until it is over: %s", type(error).__name__, len(events), error)
-                    longest_s = min(_LONGEST_WAIT_S, 0.1 * 2**failures)
+                    longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(failures, 10))
                     if not self._hold.wait_out(longest_s * random.uniform(0.5, 1)):  # noqa: S311
-                        raise Outage(f"told to stop while waiting: {error}") from error
+                        raise _Stopped(f"told to stop while waiting: {error}") from error
         finally:
             if failures:
                 self._hold.outages -= 1
+
+    def _is_the_work(self, error: Outage | SchemaMismatch) -> bool:
+        """Whether a small write goes through, right after one failed in a way that what it wrote may cause."""
+        if not isinstance(error, DatabaseOutage) or not error.may_be_the_work:
+            return False
+        try:
+            engine().dispose()  # what is left in the pool may have broken with it
+            with database.errors(), engine().connect() as conn, self._watch.bounded(conn, 5):
+                database.probe(conn)
+        except Outage:
+            return False
+        return True
+
+
+class _Stopped(Outage):
+    """The process is to stop; what it holds goes back."""
 
 
 def event_of(message: Message[Any]) -> Event:

@@ -3,6 +3,7 @@
 import dramatiq
 from periodiq import PeriodiqMiddleware, cron
 
+from storage import confirmations as stored_confirmations
 from worker import confirmations
 from worker.broker import Broker
 from worker.evaluations import engine
@@ -19,6 +20,7 @@ def declare(broker: Broker) -> None:
 
     @dramatiq.actor(broker=broker, queue_name=QUEUE, periodic=cron("* * * * *"))
     def relay_confirmations() -> None:
-        """Publish the confirmations that were left behind."""
+        """Publish confirmations that were left behind, and forget those that were published long ago."""
         with engine().connect() as conn:
-            confirmations.relay(conn, broker.client)
+            confirmations.relay(conn, broker)
+            stored_confirmations.forget(conn)

@@ -6,6 +6,7 @@ from dramatiq.middleware import Retries
 from models.settings import settings
 from tasks.evaluations import store_evaluation
 from worker import schedule
+from worker.background import Beside
 from worker.broker import Broker
 from worker.evaluations import Store
 
@@ -18,5 +19,7 @@ broker = Broker(
     batch_bytes=settings().batch_bytes,
 )
 dramatiq.set_broker(broker)
-broker.declare_batch_actor(store_evaluation, Store(broker.hold))
+store = Store(broker.hold)
+broker.add_middleware(Beside(store))
+broker.declare_batch_actor(store_evaluation, store)
 schedule.declare(broker)

@@ -3,6 +3,8 @@
 A migration must leave the database usable by workers of the release before it: they run on while it is applied.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
@@ -31,11 +33,7 @@ def upgrade(url: str) -> tuple[str | None, str]:
     One transaction: it is applied whole or not at all. Safe to call from several processes at once; the later ones
     wait and find nothing to do. Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here.
     """
-    with (
-        database.engine(url, statement_timeout_s=0, lock_timeout_s=0).connect() as conn,
-        database.errors(),
-        conn.begin(),
-    ):
+    with _alone(url) as conn, database.errors(), conn.begin():
         conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         before = MigrationContext.configure(conn).get_current_revision()
         _refuse_newer(before)
@@ -43,6 +41,17 @@ def upgrade(url: str) -> tuple[str | None, str]:
         config.attributes["connection"] = conn
         command.upgrade(config, "head")
         return before, _head()
+
+
+@contextmanager
+def _alone(url: str) -> Iterator[Connection]:
+    """A connection that waits as long as it takes, and is closed at the end."""
+    engine = database.engine(url, statement_timeout_s=0, lock_timeout_s=0)
+    try:
+        with engine.connect() as conn:
+            yield conn
+    finally:
+        engine.dispose()
 
 
 def check(conn: Connection) -> None:

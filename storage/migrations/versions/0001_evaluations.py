@@ -68,10 +68,19 @@ CREATE TABLE confirmations (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     recorded_at timestamptz NOT NULL DEFAULT now(),
     count integer NOT NULL,
-    body json NOT NULL,
-    relayed_at timestamptz
+    body text NOT NULL,
+    relayed_at timestamptz,
+    stream_ms bigint,
+    stream_seq bigint
 );
 CREATE INDEX confirmations_pending ON confirmations (id) WHERE relayed_at IS NULL;
+
+CREATE TABLE confirmation_position (
+    id smallint DEFAULT 1 PRIMARY KEY CHECK (id = 1),
+    stream_ms bigint NOT NULL DEFAULT 0,
+    stream_seq bigint NOT NULL DEFAULT 0
+);
+INSERT INTO confirmation_position DEFAULT VALUES;
 -- Written once, read once: compressing it would cost more than the space.
 ALTER TABLE confirmations ALTER COLUMN body SET STORAGE EXTERNAL;
 """

@@ -1,0 +1,27 @@
+-- Append confirmations to the stream and publish each on the channel of its type.
+--
+-- KEYS  1 stream   evalstore:confirmations
+-- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; then a line of JSON each
+-- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
+-- the entry it is known to have had: the server lost what it had confirmed.
+
+local function parts(id)
+    local ms, sequence = string.match(id, "^(%d+)-(%d+)$")
+    return tonumber(ms), tonumber(sequence)
+end
+
+local ms, sequence = 0, 0
+local newest = redis.call("XREVRANGE", KEYS[1], "+", "-", "COUNT", 1)[1]
+if newest then
+    ms, sequence = parts(newest[1])
+end
+local known_ms, known_sequence = tonumber(ARGV[1]), tonumber(ARGV[2])
+if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
+    return { ms, sequence, 0 }
+end
+for i = 4, #ARGV do
+    local kind = string.match(ARGV[i], '"type":"([^"]+)"')
+    ms, sequence = parts(redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i]))
+    redis.call("PUBLISH", kind, ARGV[i])
+end
+return { ms, sequence, 1 }
