@@ -9,7 +9,7 @@ import typer
 
 from models.errors import EvalstoreError, InvalidSettings, Outage
 from models.settings import settings
-from ops import audit, evaluations, status, up
+from ops import audit, demo, evaluations, status, up
 from ops.output import notice
 from storage import migrations
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(up.up)
+app.command()(demo.demo)
 app.command()(evaluations.send)
 app.command()(evaluations.get)
 app.command()(audit.audit)

@@ -1,0 +1,174 @@
+"""Real servers, private to the test run, and taken along with it however it ends."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+from psycopg import sql
+
+from ops.servers import Postgres, Valkey
+
+# Only a crash of the machine may lose what was written; tests that kill the server hold with these too.
+FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
+EMPTY, MIGRATED = "template0", "evalstore_migrated"
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def shared_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """One for all tests: take `database_url` instead, a database of the test's own in it."""
+    with Postgres(tmp_path_factory.mktemp("postgres"), settings=FAST) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """One for all tests: take `redis_url` instead, a database of the test's own in it."""
+    with Valkey(tmp_path_factory.mktemp("valkey"), settings={"databases": "64"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated(shared_postgres: Postgres) -> str:
+    """The name of a database with every migration applied, for cloning, to which nobody stays connected."""
+    from storage.migrations import upgrade  # noqa: PLC0415  a test of something else runs without storage
+
+    _administer(shared_postgres, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(MIGRATED)))
+    upgrade(shared_postgres.url(MIGRATED))
+    return MIGRATED
+
+
+@pytest.fixture
+def database_url(shared_postgres: Postgres, migrated: str) -> Iterator[str]:
+    """A fresh database with every migration applied."""
+    yield from _database(shared_postgres, migrated)
+
+
+@pytest.fixture
+def empty_database_url(shared_postgres: Postgres) -> Iterator[str]:
+    """A fresh database with nothing in it."""
+    yield from _database(shared_postgres, EMPTY)
+
+
+@pytest.fixture
+def redis_url(shared_valkey: Valkey) -> Iterator[str]:
+    """An empty database, other than the last test's: what a thread of that one still writes does not show here."""
+    url = shared_valkey.url(next(_numbers) % 64)
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+        yield url
+        client.flushdb()
+
+
+@pytest.fixture
+def postgres_server(tmp_path: Path) -> Iterator[Postgres]:
+    """A PostgreSQL of the test's own, to kill, freeze, stop and start; its database `evalstore` is empty."""
+    with Postgres(tmp_path / "postgres", settings=FAST) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_server(tmp_path: Path) -> Iterator[Valkey]:
+    """A Valkey of the test's own, to kill, freeze, stop and start."""
+    with Valkey(tmp_path / "valkey") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., None]:
+    """`eventually(lambda: ..., within_s=10)`: wait until that is true, or fail with what was waited for."""
+    return _eventually
+
+
+def _eventually(is_so: Callable[[], object], *, within_s: float = 10.0, what: str = "what was waited for") -> None:
+    give_up = time.monotonic() + within_s
+    while not is_so():
+        if time.monotonic() > give_up:
+            pytest.fail(f"{what} did not come about within {within_s:g} s")
+        time.sleep(0.02)
+
+
+def _administer(server: Postgres, statement: sql.Composed) -> None:
+    with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
+        conn.execute(statement)
+
+
+def _database(server: Postgres, template: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+    _administer(server, create.format(sql.Identifier(name), sql.Identifier(template)))
+    yield server.url(name)
+    _administer(server, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def living_in() -> Callable[[Path], list[str]]:
+    """What runs of a folder, seen from outside: whatever works in it, or names it in its arguments or environment."""
+    return _living_in
+
+
+def _living_in(folder: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if str(folder).encode() in words or (process / "cwd").readlink().is_relative_to(folder):
+                found.append(f"{process.name}: {(process / 'cmdline').read_bytes().replace(bytes(1), b' ').decode()}")
+    return found
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that any user may enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def for_anyone() -> Iterator[dict[str, str]]:
+    """The environment, PYTHON in it, with which any user runs our code. A test that needs it runs as root."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    paths = f"{Path(__file__).parent.parent}:{Path(psycopg.__file__).parent.parent}"
+    env = {"PYTHON": sys.executable, "PYTHONPATH": paths, "PATH": os.defpath}
+    with tempfile.TemporaryDirectory() as copy:
+        if not _runs_for_nobody(env):
+            env |= {"PYTHON": f"{copy}/bin/python", "LD_LIBRARY_PATH": f"{copy}/lib"}
+            _copy_python(Path(copy))
+        if not _runs_for_nobody(env):
+            pytest.skip("the code or its dependencies lie where no other user may read")
+        yield env
+
+
+def _runs_for_nobody(env: dict[str, str]) -> bool:
+    with contextlib.suppress(PermissionError):
+        command = [env["PYTHON"], "-c", "import ops.local"]
+        done = subprocess.run(command, env=env, cwd="/", user=65534, group=65534, check=False, capture_output=True)
+        return done.returncode == 0
+    return False
+
+
+def _copy_python(to: Path) -> None:
+    """The one that runs here may be in root's home."""
+    to.chmod(0o755)
+    (to / "bin").mkdir()
+    shutil.copy(Path(sys.executable).resolve(), to / "bin/python")
+    library, unused = Path(sysconfig.get_path("stdlib")), ("test", "site-packages", "idlelib", "tkinter", "config-*")
+    shutil.copytree(library, to / "lib" / library.name, ignore=shutil.ignore_patterns(*unused))
+    for shared in library.parent.glob("libpython*.so*"):
+        shutil.copy(shared, to / "lib")
