@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test check docs lock clean
 
 # One virtual environment with everything, at the versions and hashes of the lock files.
 setup: $(SETUP)
@@ -27,10 +27,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The parts of the documentation that follow from the code.
+docs: setup
+	$(BIN)/python docs/generate.py
+
 # Names and hashes only; uv.lock names registry addresses and stays out of the repository.
 lock:
 	uv lock
 	uv export --quiet --no-emit-project --all-extras --no-header --format requirements-txt --output-file requirements.lock
+	uv export --quiet --no-emit-project --extra worker --no-header --format requirements-txt --output-file deploy/requirements.lock
 
 clean:
 	rm -rf .venv .evalstore
