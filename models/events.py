@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated, Any, Final, Literal, get_args
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -146,7 +147,7 @@ Int64 = Annotated[int, Field(ge=_INT64.start, le=_INT64.stop - 1)]
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, defer_build=True)
 
     eval_id: EvalId
     event_id: Annotated[UUID | None, PlainValidator(_event_id)] = None
@@ -230,8 +231,6 @@ Event = (
     | EvaluationLost
 )
 ENDINGS: Final = frozenset({"evaluation:completed", "evaluation:failed", "evaluation:timed_out", "evaluation:cancelled"})
-_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
-_COMMON: TypeAdapter[_Event] = TypeAdapter(_Event)
 _MODELS: Final[dict[str, type[_Event]]] = {
     name: model for model in get_args(Event) for name in get_args(model.model_fields["type"].annotation)
 }
@@ -240,6 +239,12 @@ CONTENT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     for name, model in _MODELS.items()
 }
 _REQUIRED_CONTENT = {"evaluation:queued": "code", "evaluation:failed": "error"}
+
+
+# Built at the first event, not while a gateway starts.
+@cache
+def _adapter() -> TypeAdapter[Event]:
+    return TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
 def decode(text: bytes) -> Any:
@@ -271,7 +276,7 @@ def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     Raises InvalidEvent, which names every wrong field; the same value would fail again.
     """
     try:
-        event = _ADAPTER.validate_python(data)
+        event = _adapter().validate_python(data)
     except ValidationError as error:
         # pydantic takes no names with lone surrogates, and unknown fields may have any.
         given: dict[Any, Any] = data if isinstance(data, dict) else {}
@@ -395,7 +400,7 @@ def _faults(data: object, error: ValidationError, max_content_bytes: int) -> lis
     if not isinstance(type_, str) or type_ not in _MODELS:
         faults.append(Fault("type", f"expected one of {', '.join(name for name in _MODELS if 'lost' not in name)}"))
         try:
-            _COMMON.validate_python(data)
+            _Event.model_validate(data)
         except ValidationError as common:
             error = common
         else:

@@ -71,7 +71,7 @@ class State(NamedTuple):
 class Record(BaseModel):
     """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON)."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, defer_build=True, arbitrary_types_allowed=True)
 
     eval_id: str
     status: str

@@ -18,7 +18,7 @@ _PREFIX = "EVALSTORE_"
 class Settings(BaseModel):
     """Every field is the environment variable `EVALSTORE_<FIELD>`. Addresses may hold passwords and never print."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, defer_build=True, extra="ignore", hide_input_in_errors=True)
 
     database_url: Annotated[SecretStr, Field(description="PostgreSQL, as a libpq address; read by worker, API, CLI")] = (
         SecretStr("postgresql://localhost/evalstore")
@@ -34,6 +34,15 @@ class Settings(BaseModel):
     max_deaths: Annotated[
         int, Field(ge=1, description="processes a message may kill, alone in each, before it is a dead letter; read by workers")
     ] = 5
+    lost_grace_s: Annotated[
+        float, Field(ge=1, description="seconds beyond its limit until an evaluation is given up; read by workers")
+    ] = 60
+    running_limit_s: Annotated[
+        float, Field(gt=0, le=1e9, description="seconds an evaluation may run that has no timeout_s; read by workers")
+    ] = 86_400
+    queued_limit_s: Annotated[
+        float, Field(gt=0, le=1e9, description="seconds an evaluation may be queued; read by workers")
+    ] = 86_400
     max_content_bytes: Annotated[
         int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
     ] = MAX_CONTENT_BYTES

@@ -55,6 +55,8 @@ evaluations = Table(
     # The events whose content is this evaluation's code, and its output and error.
     Column("code_event_id", Uuid),
     Column("result_event_id", Uuid),
+    # What may be overdue: few at any time. Those stored with their result never enter it.
+    Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     postgresql_with={"fillfactor": "85"},
 )
 

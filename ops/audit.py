@@ -9,7 +9,7 @@ from uuid import UUID
 import typer
 
 from models.errors import InvalidEvent
-from models.events import decode, identified
+from models.events import decode, identified, identity
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, show
 from storage import database, dead_letters, evaluations
@@ -23,7 +23,9 @@ _LOOKS = 3
 
 
 def audit(
-    file: Annotated[Path, typer.Argument(help="JSON objects with eval_id and event_id, one a line.", exists=True)],
+    file: Annotated[
+        Path, typer.Argument(help="JSON objects with eval_id and event_id, one a line.", exists=True, dir_okay=False)
+    ],
     output_format: OutputOption = Format.table,
 ) -> None:
     """Tell for each event of a file whether it is applied, in flight, dead or missing.
@@ -58,12 +60,22 @@ def _read(file: Path) -> tuple[list[Key], list[int]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                named = decode(line)
-                keys[str(named["eval_id"]), UUID(named["event_id"])] = None
-            except (InvalidEvent, KeyError, TypeError, ValueError, AttributeError):
+            key = _key(line)
+            if key is None:
                 unreadable.append(number)
+            else:
+                keys[key] = None
     return list(keys), unreadable
+
+
+def _key(line: bytes) -> Key | None:
+    """The event that a line names, if it names one."""
+    try:
+        named = decode(line)
+    except InvalidEvent:
+        return None
+    eval_id, event_id = identity(named) if isinstance(named, dict) else (None, None)
+    return (eval_id, event_id) if eval_id is not None and event_id is not None else None
 
 
 def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
@@ -90,8 +102,7 @@ def _in_redis(queue: Broker, wanted: set[Key]) -> Iterator[tuple[Key, str]]:
     for state, body in queue.held(QUEUE):
         try:
             message = decode(body)
-            event = identified(message["args"][0], message["message_id"], message["message_timestamp"])
-            key = str(event["eval_id"]), UUID(str(event["event_id"]))
+            key = identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))
         except (InvalidEvent, LookupError, TypeError, ValueError):
             continue
         if key in wanted:

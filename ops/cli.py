@@ -1,5 +1,6 @@
 """The command `evalstore`."""
 
+import io
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ import typer
 
 from models.errors import EvalstoreError, InvalidSettings, Outage
 from models.settings import settings
-from ops import audit, demo, evaluations, status, up
+from ops import audit, cron, demo, evaluations, status, up
 from ops.output import notice
 from storage import migrations
 
@@ -30,6 +31,7 @@ app.command()(evaluations.send)
 app.command()(evaluations.get)
 app.command()(audit.audit)
 app.command()(status.status)
+app.add_typer(cron.app, name="cron")
 
 
 @app.command()
@@ -57,13 +59,16 @@ def _find_local_servers() -> None:
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     try:
         app()
     except InvalidSettings as error:
         notice(str(error), "red")
         sys.exit(2)
     except Outage as error:
-        notice(f"{type(error).__name__}: {error}", "red")
+        notice(f"{type(error).__name__}: {' '.join(str(error).split())}", "red")
         sys.exit(7)
     except EvalstoreError as error:
         notice(f"{type(error).__name__}: {error}", "red")

@@ -101,7 +101,7 @@ class _Platform:
         command = [sys.executable, "-m", package, "--ledger", str(ledger), "--run", run]
         if limit is not None:
             command += ["--limit", str(limit)]
-        self._guard = processes.start(command, mark=folder, output=PIPE, cwd=root, env=os.environ)
+        self._guard = processes.start(command, mark=folder / "demo", output=PIPE, cwd=root, env=os.environ)
         self._listener = threading.Thread(target=self._listen, args=(self._guard.stdout,), daemon=True)
         self._listener.start()
 

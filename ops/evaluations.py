@@ -11,8 +11,8 @@ from dramatiq import Message
 from rich.progress import Progress
 
 from models import content
-from models.errors import InvalidEvent
-from models.events import decode
+from models.errors import InvalidEvent, Outage
+from models.events import decode, identity
 from models.record import Record
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, notices, show, write_json
@@ -43,7 +43,11 @@ def send(
             for number, fault in faults:
                 notice(f"line {number}: {fault}", "red")
             bad += len(faults)
-            broker().enqueue_many([message for _, message in chunk])
+            try:
+                broker().enqueue_many([message for _, message in chunk])
+            except Outage:
+                notice(f"{sent:,} sent, {bad:,} bad; from line {chunk[0][0]:,} on nothing is known to be sent", "red")
+                raise
             sent += len(chunk)
             for number, message in chunk:
                 row = {"line": number, "eval_id": message.args[0]["eval_id"], "event_id": message.args[0]["event_id"]}
@@ -99,8 +103,11 @@ def get(
     wanted = [name for name, is_wanted in (("output", output), ("code", code), ("error", error)) if is_wanted]
     if len(wanted) > 1:
         raise typer.BadParameter("give one of --output, --code and --error")
-    with database.engine(settings().database_url.get_secret_value()).connect() as conn:
-        record = stored.get(conn, eval_id)
+    engine = database.engine(settings().database_url.get_secret_value())
+    record = None
+    if identity({"eval_id": eval_id})[0] is not None:  # nothing else is ever stored, nor could be asked for
+        with engine.connect() as conn:
+            record = stored.get(conn, eval_id)
     if record is None:
         raise failed(f"there is no evaluation {eval_id!r}", 3)
     if wanted:

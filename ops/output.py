@@ -1,5 +1,6 @@
 """How data is shown: a table for people, JSON for machines; notices go to stderr."""
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,18 +66,17 @@ def _cell(value: object) -> Text:
 
 
 def write_json(value: object) -> None:
-    """Print one JSON value and a line break."""
-    sys.stdout.write(to_json(value) + "\n")
+    """Print one JSON value and a line break, in UTF-8 whatever the terminal's encoding."""
+    sys.stdout.buffer.write(to_json(value).encode() + b"\n")
 
 
 def to_json(value: object) -> str:
-    """`value` as JSON in ASCII where it has to be, so that a lone surrogate survives."""
+    """`value` as JSON, with escapes for what could act on a terminal and for lone surrogates, which UTF-8 has no form for."""
     try:
-        return msgspec.json.encode(value).decode()
-    except (UnicodeEncodeError, msgspec.ValidationError):
-        import json  # noqa: PLC0415 - only for text that UTF-8 has no form for
-
-        return json.dumps(msgspec.to_builtins(value))
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def failed(message: str, status: int) -> typer.Exit:

@@ -86,6 +86,8 @@ def errors() -> Iterator[None]:
         raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, _NOT_MIGRATED):
+            raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             may_be_the_work = cause.sqlstate is None or isinstance(cause, _OVERTAXED)
             raise DatabaseOutage(str(cause).strip() or type(cause).__name__, may_be_the_work=may_be_the_work) from error

@@ -92,7 +92,7 @@ SELECT s.eval_id, s.event_id,
     )
 }
 FROM stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
-WHERE s.pass = %s AND (s.eval_id, s.event_id) IN (SELECT * FROM unnest(%s::text[], %s::uuid[]))
+WHERE s.pass = %s
 """
 _REREAD: Final = f"""
 SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
@@ -255,8 +255,8 @@ def _reread(cursor: psycopg.Cursor[Any], eval_ids: list[str]) -> dict[str, list[
 
 def _reused(cursor: psycopg.Cursor[Any], number: int, repeated: list[Fact]) -> set[tuple[Any, ...]]:
     """The keys of those `repeated` facts whose body is not the one stored under their event_id."""
-    cursor.execute(_COMPARE, [number, [one.eval_id for one in repeated], [one.event_id for one in repeated]])
-    stored = {row[:2]: row[2:] for row in cursor}
+    # The whole stage is compared: picking from it, without an index, takes longer the more there is to pick.
+    stored = {row[:2]: row[2:] for row in cursor.execute(_COMPARE, [number])}
     return {one[:2] for one in repeated if stored[one[:2]] != (True, *map(_digest, (one.code, one.output, one.error)))}
 
 

@@ -97,6 +97,11 @@ class Broker(RedisBroker):
         """A script of ours; it is loaded at its first use."""
         return self.client.register_script(path.read_text(encoding="utf-8"))
 
+    def learn(self, error: redis.RedisError) -> None:
+        """Of a server that is no primary any more, leave it: behind the same name there may be another by now."""
+        if isinstance(error, redis.ReadOnlyError):
+            self.client.connection_pool.disconnect(inuse_connections=False)
+
     def keys(self, queue: str) -> Keys:
         """The keys of a queue."""
         return Keys.of(self.namespace, queue)
@@ -148,9 +153,10 @@ class Broker(RedisBroker):
                     self._send_durably(script, keys, arguments)
                 else:
                     script(keys=keys, args=arguments)
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
                 if time.monotonic() > deadline:
                     raise RedisOutage(str(error)) from error
+                self.learn(error)
                 time.sleep(0.02)
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
@@ -158,23 +164,26 @@ class Broker(RedisBroker):
                 return
 
     def _send_durably(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
-        """Send, then wait on the same connection, as both commands speak of the writes of theirs.
+        """Send, then wait on the same connection, as these commands speak of the writes of theirs.
 
         https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
         """
-        wait_ms = int(self.timeout_s * 500)
-        with self.client.pipeline(transaction=False) as pipeline:
-            script(keys=keys, args=arguments, client=pipeline)
-            pipeline.execute_command("WAITAOF", 1, 0, wait_ms)
-            pipeline.execute_command("WAIT", 1, 1)
-            sent, on_disk, replicas = pipeline.execute(raise_on_error=False)
-        if isinstance(sent, Exception):
-            raise sent
-        if isinstance(on_disk, list) and on_disk[0] >= 1:
-            return
-        if isinstance(replicas, int) and replicas >= 1:
-            return
-        why = on_disk if isinstance(on_disk, Exception) else "the append-only file was not on disk in time"
+        wait_ms = int(self.timeout_s * 350)  # less than the connection's patience
+        why: object = None
+        for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
+            with self.client.pipeline(transaction=False) as pipeline:
+                script(keys=keys, args=arguments, client=pipeline)
+                # On a new connection, after the answer was lost, the script finds its messages there and writes nothing, and there
+                # would be nothing to wait for. This is a write, and later than theirs.
+                pipeline.set(f"evalstore:{keys[0]}:fence", 1, ex=60)
+                pipeline.execute_command(*wait)
+                sent, fence, confirmed = pipeline.execute(raise_on_error=False)
+            for answer in (sent, fence):
+                if isinstance(answer, Exception):
+                    raise answer
+            if not isinstance(confirmed, Exception) and (confirmed[0] if isinstance(confirmed, list) else confirmed) >= 1:
+                return
+            why = why or (confirmed if isinstance(confirmed, Exception) else "the append-only file was not on disk in time")
         raise NotDurable(f"sent, but not known to be durable: {why}")
 
     def held(self, queue: str) -> Iterator[tuple[Queued, bytes]]:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +11,6 @@ from uuid import uuid4
 import redis
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
-from dramatiq.errors import ActorNotFound
 
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
@@ -50,13 +50,16 @@ class Consumer(DramatiqConsumer):
         self.keys = broker.keys(queue_name)
         self.unacked = broker.unacked(queue_name)
         self.outstanding_message_count = 0
+        self.turns = 0
+        self._counting = threading.Lock()
         self._ready: deque[Held] = deque()
-        self._suspects_wait = False
+        self._suspects_wait = self._suspects_asked = False
         self._next_due_s = self.timeout_s
         self._failures = 0
 
     def __next__(self) -> Held | None:
         """The next batch or message; None after a while without one."""
+        self.turns += 1
         if not self._ready:
             try:
                 self._fill()
@@ -69,18 +72,22 @@ class Consumer(DramatiqConsumer):
     def _fill(self) -> None:
         """Fetch what there is, or wait a while for it."""
         hold, is_batched = self.broker.hold, self.queue_name in self.broker.batched
-        if self._suspects_wait and hold.be_alone():
+        # Once asked for they may be ours, whatever became of the answer: we stay alone and ask until there is one.
+        if self._suspects_asked or (self._suspects_wait and hold.be_alone()):
+            self._suspects_asked = True
             suspects = self._fetch_suspects()
+            self._suspects_asked = False
             if not suspects:
                 self._suspects_wait = False
                 hold.not_alone()
             self._hand_out(suspects)
             return
         room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
-        if room <= 0 or not hold.may_fetch():
+        with hold.fetching() as may_fetch:
+            found = self._fetch(self.broker.batch_events if is_batched else room) if may_fetch and room > 0 else None
+        if found is None:
             hold.wait_for_change(min(self.timeout_s, 0.1))
             return
-        found = self._fetch(self.broker.batch_events if is_batched else room)
         self._hand_out(found)
         if not found and not self._suspects_wait:
             # Blocks until the list has an element and leaves it where it is: woken at once, by any sender, and nothing is lost
@@ -94,34 +101,44 @@ class Consumer(DramatiqConsumer):
     def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:
         keys = self.keys
         places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
-        places += [keys.stock_delayed, keys.stock_delayed_bodies]
-        number = self.broker.fetches[self.queue_name] + 1
-        suspects, next_due_ms, *found = self.broker.run("fetch", places, number, most, self.broker.batch_bytes)
+        places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes]
+        number, process = self.broker.fetches[self.queue_name] + 1, self.broker.process
+        suspects, next_due_ms, *found = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
         self._suspects_wait = suspects > 0
         self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
         return self._taken(number, found)
 
     def _fetch_suspects(self) -> list[tuple[bytes, bytes]]:
+        places = [self.keys.suspects, self.keys.bodies, self.unacked, self.keys.processes]
         number = self.broker.fetches[self.queue_name] + 1
-        found = self.broker.run("fetch_suspects", [self.keys.suspects, self.keys.bodies, self.unacked], number)
-        return self._taken(number, found)
+        return self._taken(number, self.broker.run("fetch_suspects", places, number, self.broker.process))
 
     def _taken(self, number: int, found: list[Any]) -> list[tuple[bytes, bytes]]:
         """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
-        pairs = [(_as_bytes(found[i]), _as_bytes(found[i + 1])) for i in range(0, len(found), 2)]
-        new = self.broker.hold.take(self.queue_name, [redis_id for redis_id, _ in pairs])
+        bodies = {_as_bytes(found[i]): _as_bytes(found[i + 1]) for i in range(0, len(found), 2)}
+        new = self.broker.hold.take(self.queue_name, bodies)
         self.broker.fetches[self.queue_name] = number
-        return [pair for pair in pairs if pair[0] in new]
+        return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
 
     def _hand_out(self, found: list[tuple[bytes, bytes]]) -> None:
         """Put what was fetched in a batch, or one by one, where the worker takes it from; bury what is no message."""
+        try:
+            self._sort(found)
+        except BaseException:
+            # Memory, say. Reconciling gives it back; held here, with nobody at work on it, it would stay for ever.
+            self.broker.hold.drop([redis_id for redis_id, _ in found])
+            raise
+
+    def _sort(self, found: list[tuple[bytes, bytes]]) -> None:
         batches: dict[str, list[Delivery]] = {}
         bad: dict[bytes, bytes] = {}
         for redis_id, body in found:
             try:
                 message = read(body)
                 actor = self.broker.get_actor(message.actor_name)
-            except (BadMessage, ActorNotFound) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on
                 bad[redis_id] = cause(error)
                 continue
             if actor.actor_name in self.broker.batched_actors:
@@ -139,7 +156,8 @@ class Consumer(DramatiqConsumer):
             self._settle([], bad)
 
     def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:
-        self.outstanding_message_count += 1
+        with self._counting:
+            self.outstanding_message_count += 1
         self._ready.append(Held(message, redis_ids))
 
     def ack(self, message: Any) -> None:
@@ -154,10 +172,12 @@ class Consumer(DramatiqConsumer):
                 self._settle([redis_id for redis_id in redis_ids if redis_id not in buried], buried)
             elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
                 retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
-                keys = [self.unacked, self.keys.bodies, self.keys.delayed]
-                self._until_done(redis_ids, lambda: self.broker.run("retry", keys, redis_ids[0], encode(message), retry_ms))
+                self._retry(redis_ids[0], message, retry_ms)
             else:
                 self._settle([], dict.fromkeys(redis_ids, cause(error)))
+        except BaseException:
+            self.broker.hold.drop(redis_ids)  # reconciling gives it back
+            raise
         finally:
             self._release()
 
@@ -171,17 +191,23 @@ class Consumer(DramatiqConsumer):
 
     def requeue(self, messages: Iterable[Any]) -> None:
         """Put back, at the head of the queue, what was handed out and not begun."""
-        for message in messages:
-            self._give_back(_ids(message))
+        left = list(messages)
+        if left:
+            self._give_back([redis_id for message in left for redis_id in _ids(message)])
+        for _ in left:
             self._release()
 
     def close(self) -> None:
         """Put back what was fetched and not handed out."""
+        if self._suspects_asked:
+            self._suspects_asked = False
+            self.broker.hold.not_alone()
         self.requeue(list(self._ready))
         self._ready.clear()
 
     def _release(self) -> None:
-        self.outstanding_message_count = max(0, self.outstanding_message_count - 1)
+        with self._counting:  # many threads do this, and what went uncounted would never be free again
+            self.outstanding_message_count = max(0, self.outstanding_message_count - 1)
         self.broker.hold.drop(())
 
     def _settle(self, done: list[bytes], bad: dict[bytes, bytes]) -> None:
@@ -194,24 +220,36 @@ class Consumer(DramatiqConsumer):
             pairs = [part for pair in bad.items() for part in pair]
             self._until_done(list(bad), lambda: self.broker.run("bury", places, *pairs))
 
+    def _retry(self, redis_id: bytes, message: Any, retry_ms: int | None) -> None:
+        keys = [self.unacked, self.keys.bodies, self.keys.delayed]
+        try:
+            body = encode(message)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            self._settle([], {redis_id: cause(error)})
+            return
+        self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
+
     def _give_back(self, redis_ids: list[bytes]) -> None:
         self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))
 
     def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
         """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""
-        while True:
+        hold = self.broker.hold
+        while not hold.abandoned:
             try:
                 act()
             except redis.RedisError as error:
                 if not self._wait_out(error):
-                    return
+                    hold.abandoned = True
             else:
                 self.broker.hold.drop(redis_ids)
                 return
 
     def _wait_out(self, error: redis.RedisError) -> bool:
         """Wait a moment, longer each time; say so once. Returns whether to go on."""
+        self.turns += 1
         self._failures += 1
+        self.broker.learn(error)
         if self._failures == 1:
             log.warning("Redis refuses queue %s, trying again until it does not: %s", self.queue_name, error)
         longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(self._failures, 10))

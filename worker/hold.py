@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 _DRAIN_S = 5.0
@@ -20,8 +21,10 @@ class Hold:
         with self._changed:
             self._queue_of: dict[bytes, str] = {}
             self._alone = False
+            self._fetching = 0
             self._draining_until = 0.0
             self.stopping = False
+            self.abandoned = False
             self.outages = 0
 
     def close(self) -> None:
@@ -50,15 +53,27 @@ class Hold:
     def drop(self, redis_ids: Iterable[bytes]) -> None:
         """Hold these no longer."""
         with self._changed:
-            for redis_id in redis_ids:
-                self._queue_of.pop(redis_id, None)
-            if not self._queue_of:
+            dropped = [redis_id for redis_id in redis_ids if self._queue_of.pop(redis_id, None)]
+            # A thread that held none of them has no say: suspects may be on their way.
+            if dropped and not self._queue_of:
                 self._alone = False
             self._changed.notify_all()
 
     def may_fetch(self) -> bool:
         """Whether messages may be taken that are suspected of nothing."""
         return not self.stopping and not self._alone and time.monotonic() >= self._draining_until
+
+    @contextmanager
+    def fetching(self) -> Iterator[bool]:
+        """Gives whether messages may be fetched that are suspected of nothing; until they are taken, nobody is alone."""
+        with self._changed:
+            may = self.may_fetch()
+            self._fetching += may
+        try:
+            yield may
+        finally:
+            with self._changed:
+                self._fetching -= may
 
     def be_alone(self) -> bool:
         """Whether suspects may be taken now, which must be alone in the process.
@@ -70,7 +85,7 @@ class Hold:
             if self.stopping or self._alone:
                 return False
             now = time.monotonic()
-            if self._queue_of:
+            if self._queue_of or self._fetching:
                 if now >= self._draining_until + _DRAIN_S:
                     self._draining_until = now + _DRAIN_S
                 return False
@@ -80,7 +95,7 @@ class Hold:
     def not_alone(self) -> None:
         """There were no suspects after all."""
         with self._changed:
-            self._alone = bool(self._queue_of)
+            self._alone = False
             self._changed.notify_all()
 
     def wait_for_change(self, seconds: float) -> None:

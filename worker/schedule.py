@@ -1,26 +1,112 @@
-"""The periodic jobs. Each does everything that is due, so that a run too many or too few harms nobody."""
+"""Periodic jobs: declared for `periodiq` to schedule and for workers to run, once per tick in however many copies."""
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+from uuid import uuid4
 
 import dramatiq
-from periodiq import PeriodiqMiddleware, cron
+import msgspec
+import redis
+from dramatiq import Actor, Message
+from periodiq import cron
 
+from models.settings import settings
 from storage import confirmations as stored_confirmations
-from worker import confirmations
+from tasks.broker import encode
+from tasks.jobs import JOBS, QUEUE, last_runs_key
+from worker import confirmations, dead_letters, lost
 from worker.broker import Broker
 from worker.evaluations import engine
 
-QUEUE = "jobs"
+log = logging.getLogger("evalstore.worker")
 
-# periodiq drops what is older than `skip_delay`, as if it had succeeded, and a retried job is older than its tick.
-_SKIP_DELAY_S = 3600
+
+class _Periodic(dramatiq.Middleware):
+    """Knows the option that periodiq looks for. periodiq's own middleware drops retried jobs as too old."""
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"periodic"}
+
+
+class _TickActor(Actor[[], None]):
+    """An actor whose scheduled messages are sent once for each minute, whoever else schedules it."""
+
+    def send_with_options(
+        self,
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        delay: timedelta | int | None = None,
+        **options: Any,
+    ) -> Message[None]:
+        scheduled_at = options.pop("scheduled_at", None)
+        if scheduled_at is None:
+            return super().send_with_options(args=args, kwargs=kwargs, delay=delay, **options)
+        minute = datetime.fromisoformat(scheduled_at).astimezone(UTC).strftime("%Y%m%dT%H%MZ")
+        redis_id = str(uuid4())
+        message = self.message_with_options(redis_message_id=redis_id, **options)
+        broker: Any = self.broker
+        keys = broker.keys(self.queue_name)
+        tick = f"evalstore:{broker.namespace}:tick:{self.actor_name}:{minute}"
+        try:
+            broker.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
+        except redis.RedisError as error:
+            # The scheduler would end, and with it the other jobs. The next tick does what this one would have.
+            log.warning("job %s is not scheduled this time: %s", self.actor_name, error)
+        return message
 
 
 def declare(broker: Broker) -> None:
-    """Declare the periodic jobs on `broker`, for its workers to run and for `periodiq` to schedule."""
-    broker.add_middleware(PeriodiqMiddleware(skip_delay=_SKIP_DELAY_S))
+    """Declare the periodic jobs on `broker`."""
+    broker.add_middleware(_Periodic())
+    work: Final[dict[str, Callable[[], Any]]] = {
+        "relay_confirmations": lambda: _relay_confirmations(broker),
+        "mark_lost_evaluations": lambda: _mark_lost_evaluations(broker),
+        "move_dead_letters": lambda: _move_dead_letters(broker),
+    }
+    for job in JOBS:
+        declared = dramatiq.actor(
+            actor_name=job.name, actor_class=_TickActor, queue_name=QUEUE, broker=broker, periodic=cron(job.schedule)
+        )
+        declared(_told(broker, job.name, work[job.name]))
 
-    @dramatiq.actor(broker=broker, queue_name=QUEUE, periodic=cron("* * * * *"))
-    def relay_confirmations() -> None:
-        """Publish confirmations that were left behind, and forget those that were published long ago."""
-        with engine().connect() as conn:
-            confirmations.relay(conn, broker)
-            stored_confirmations.forget(conn)
+
+def _relay_confirmations(broker: Broker) -> dict[str, int]:
+    with engine().connect() as conn:
+        return {"relayed": confirmations.relay(conn, broker), "forgotten": stored_confirmations.forget(conn)}
+
+
+def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
+    with engine().connect() as conn:
+        return lost.run_once(conn, broker, settings())
+
+
+def _move_dead_letters(broker: Broker) -> dict[str, int]:
+    with engine().connect() as conn:
+        return {"moved": dead_letters.move(conn, broker)}
+
+
+def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:
+    """`work`, told of in Redis: when it ran last, for how long, and how it went."""
+
+    def run() -> None:
+        started = time.time()
+        told = {"started_at": datetime.now(UTC), "host": broker.process.partition("|")[0]}
+        try:
+            told |= {"outcome": "ok", "result": work()}
+        except Exception as error:
+            told |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            raise
+        finally:
+            told["seconds"] = round(time.time() - started, 3)
+            try:
+                broker.client.hset(last_runs_key(broker.namespace), name, msgspec.json.encode(told))
+            except redis.RedisError as error:
+                log.warning("could not tell of job %s: %s", name, error)
+
+    run.__module__, run.__name__ = __name__, name
+    return run

@@ -30,6 +30,7 @@ log = logging.getLogger("evalstore.worker")
 BEAT_S: Final = 2.0
 DEAD_AFTER_S: Final = 10.0
 RECONCILE_S: Final = 5.0
+WEDGED_AFTER_S: Final = 60.0
 THREAD_DIED: Final = 70  # EX_SOFTWARE of sysexits.h
 _BEATS: Final = 4
 
@@ -49,6 +50,8 @@ def is_gone(name: str) -> bool:
     if len(parts) != 6 or tuple(parts[1:3]) != _place() or not parts[3].isdigit():
         return False
     started = _started(int(parts[3]))
+    if "?" in parts or (started is None and _exists(int(parts[3]))):
+        return False  # it cannot be told
     return started is None or started != parts[4]
 
 
@@ -69,6 +72,17 @@ def _started(pid: int) -> str | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in {"Z", "X"} else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process that /proc does not show is there: with `hidepid` it shows no other user's."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Observer:
@@ -104,22 +118,41 @@ class Vitals(threading.Thread):
         self._observers: dict[str, Observer] = {}
         self._beats = 0
         self._done = threading.Event()
+        self._failing = False
+        self._state: str | None = None
+        self._turns: dict[str, tuple[int, int]] = {}
         self._reconciled = time.monotonic()
 
     def run(self) -> None:
-        while not self._done.is_set():
-            self._watch_threads()
-            try:
-                self.run_once()
-            except redis.RedisError as error:
-                log.debug("no heartbeat: %s", error)
-                self._observers.clear()
-            self.wake.wait(BEAT_S)
-            self.wake.clear()
+        try:
+            while not self._done.is_set():
+                self._watch_threads()
+                self._beat_and_wait()
+        except BaseException:
+            # Without a heartbeat the others take what this process holds, again and again.
+            log.critical("the heartbeat ended: ending this process", exc_info=True)
+            _end_process()
+
+    def _beat_and_wait(self) -> None:
+        try:
+            self.run_once()
+            self._failing = False
+        except redis.RedisError as error:
+            log.debug("no heartbeat: %s", error)
+            self._failing = True
+            self._broker.learn(error)
+            self._observers.clear()
+        # A change of state shows at once: a death soon after an outage began is none of its messages' making.
+        until = time.monotonic() + BEAT_S
+        while time.monotonic() < until and (self._failing or self._state == self._broker.hold.state):
+            if self.wake.wait(min(BEAT_S, 0.2)):
+                break
+        self.wake.clear()
 
     def run_once(self) -> None:
         """One beat, and what it shows to be due. Raises what redis raises; nothing is half done."""
         self._beats += 1
+        self._state = self._broker.hold.state
         for queue in sorted(self._broker.queues):
             self._beat(queue)
         if time.monotonic() - self._reconciled >= RECONCILE_S:
@@ -131,7 +164,10 @@ class Vitals(threading.Thread):
         """Give back whatever this process still holds, and say goodbye."""
         self._done.set()
         self.wake.set()
-        self.join(timeout=10)
+        self.join(timeout=2)
+        if self.is_alive() or self._failing:
+            log.warning("Redis is away, others will take over what this process held")
+            return
         try:
             for queue in sorted(self._broker.queues):
                 keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
@@ -144,7 +180,7 @@ class Vitals(threading.Thread):
 
     def _beat(self, queue: str) -> None:
         keys, own = self._broker.keys(queue), self._broker.process
-        count = f"{self._broker.hold.state}:{self._beats}"
+        count = f"{self._state}:{self._beats}"
         answer = [_as_text(part) for part in self._broker.run("beat", [keys.processes], own, count)]
         beats = dict(zip(answer[::2], answer[1::2], strict=True))
         for process, last in self._observers.setdefault(queue, Observer()).dead(beats, own).items():
@@ -159,22 +195,35 @@ class Vitals(threading.Thread):
     def _reconcile(self, queue: str) -> None:
         """Give back what Redis has as ours of answered fetches, and we do not hold."""
         keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
-        answered = (self._broker.fetches[queue] + 1) * 65536 - 1
-        ours = self._broker.client.zrangebyscore(unacked, "-inf", answered)
+        unanswered = (self._broker.fetches[queue] + 1) * 65536
+        ours = self._broker.client.zrangebyscore(unacked, "-inf", f"({unanswered}")
         held = self._broker.hold.ids(queue)
         stranded = [redis_id for redis_id in ours if redis_id not in held]
         if stranded and self._broker.run("give_back", [unacked, keys.queue], *stranded):
             log.warning("gave %d stranded messages back to queue %s", len(stranded), queue)
 
     def _watch_threads(self) -> None:
-        """A process whose consumer or worker threads died works on nothing and looks alive: end it."""
-        threads = [*self._worker.consumers.values(), *self._worker.workers]
-        dead = [thread for thread in threads if thread.ident is not None and not thread.is_alive()]
+        """A process whose threads died, or that fetches nothing any more, works on nothing and looks alive: end it."""
+        consumers = dict(self._worker.consumers)
+        dead = [t for t in (*consumers.values(), *self._worker.workers) if t.ident is not None and not t.is_alive()]
+        # Counted in our own turns and not in time: in a process that was frozen both stood still.
+        before, self._turns = self._turns, {}
+        for queue, thread in consumers.items():
+            turns = getattr(thread.consumer, "turns", -1)
+            last, times = before.get(queue, (turns, 0))
+            self._turns[queue] = (turns, times + 1 if last == turns and turns >= 0 and not thread.paused else 0)
+            if self._turns[queue][1] * BEAT_S > WEDGED_AFTER_S:
+                dead.append(thread)
         if dead and not self._broker.hold.stopping:
-            log.critical("thread %s died: ending this process", dead[0])
-            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
-            logging.shutdown()
-            os._exit(THREAD_DIED)
+            log.critical("thread %s died or stands still: ending this process", dead[0])
+            _end_process()
+
+
+def _end_process() -> None:
+    """With a status that makes a supervisor start it again; the stacks are in its log."""
+    faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+    logging.shutdown()
+    os._exit(THREAD_DIED)
 
 
 def _as_text(value: str | bytes) -> str:

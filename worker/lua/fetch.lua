@@ -6,7 +6,8 @@
 --       4 delayed   zset  id -> when it is due, ms                  evalstore:<namespace>:<queue>:delayed
 --       5 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
 --       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
--- ARGV  1 number of this fetch, 2 most messages, 3 most bytes
+--       8 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
+-- ARGV  1 number of this fetch, 2 most messages, 3 most bytes, 4 process
 -- Returns { suspects waiting, ms until the next delayed one is due or -1, id, message, id, message, ... }.
 --
 -- A client that lost the answer asks again with the same number and is given the same messages. Every path begins with a write
@@ -22,10 +23,13 @@ for _ = 1, math.min(redis.call("LLEN", KEYS[6]), 100) do
     local body = redis.call("HGET", KEYS[7], id)
     if body then
         local decoded, message = pcall(cjson.decode, body)
-        local due = decoded and type(message) == "table" and type(message.options) == "table" and message.options.eta
+        local due = decoded and type(message) == "table" and type(message.options) == "table" and tonumber(message.options.eta)
+        if not due or due ~= due or math.abs(due) > 1e15 then  -- no time, or none that comes
+            due = now
+        end
         redis.call("HDEL", KEYS[7], id)
         redis.call("HSET", KEYS[2], id, body)
-        redis.call("ZADD", KEYS[4], tonumber(due) or now, id)
+        redis.call("ZADD", KEYS[4], due, id)
     end
 end
 
@@ -36,7 +40,7 @@ end
 local next_due = redis.call("ZRANGE", KEYS[4], 0, 0, "WITHSCORES")[2]
 local answer = { redis.call("LLEN", KEYS[5]), next_due and math.max(0, math.ceil(next_due - now)) or -1 }
 
-local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, first + 65535)
+local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, "(" .. string.format("%.0f", first + 65536))
 if #ids == 0 then
     local waiting, bytes, taken = redis.call("LRANGE", KEYS[1], 0, most - 1), 0, 0
     local places = {}
@@ -57,6 +61,9 @@ if #ids == 0 then
     end
     for i = 1, #places, 4000 do
         redis.call("ZADD", KEYS[3], unpack(places, i, math.min(i + 3999, #places)))
+    end
+    if #places > 0 then
+        redis.call("HSETNX", KEYS[8], ARGV[4], "working:0")  -- it may die before its first beat
     end
 end
 

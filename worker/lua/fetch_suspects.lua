@@ -3,16 +3,21 @@
 -- KEYS  1 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
 --       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
 --       3 unacked   zset  id -> fetch * 65536 + place in it         evalstore:<namespace>:<queue>:unacked:<process>
--- ARGV  1 number of this fetch
--- Returns { id, message, id, message, ... }; the same again for the same number.
+--       4 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
+-- ARGV  1 number of this fetch, 2 process
+-- Returns { id, message, id, message, ... }; the same again for the same number. Their places end in a half: reclaim.lua
+-- tells by it that the process held nothing else.
 
 local first = tonumber(ARGV[1]) * 65536
-local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, first + 65535)
+local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, "(" .. string.format("%.0f", first + 65536))
 if #ids == 0 then
     local group = redis.call("LPOP", KEYS[1])
     ids = group and cmsgpack.unpack(group) or {}
     for place, id in ipairs(ids) do
-        redis.call("ZADD", KEYS[3], first + place - 1, id)
+        redis.call("ZADD", KEYS[3], first + place - 0.5, id)
+    end
+    if group then
+        redis.call("HSETNX", KEYS[4], ARGV[2], "working:0")
     end
 end
 local answer = {}

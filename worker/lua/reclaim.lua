@@ -13,20 +13,23 @@
 -- Returns how many messages it held, or -1 if it has beaten since or was reclaimed already.
 --
 -- What it held when it died at work is suspected of having killed it, and comes back in halves, each to be worked on by a process
--- that holds nothing else, until the culprit is alone. Only then is a death counted against it.
+-- that holds nothing else, until the culprit is alone. Only then is a death counted against it: a message that happened to be the
+-- only one of its queue may have died of another queue's.
 
 if redis.call("HGET", KEYS[1], ARGV[1]) ~= ARGV[2] then
     return -1
 end
 redis.call("HDEL", KEYS[1], ARGV[1])
 local ids = redis.call("ZRANGE", KEYS[2], 0, -1)
+local first = redis.call("ZRANGE", KEYS[2], 0, 0, "WITHSCORES")[2]
+local was_alone = #ids == 1 and tonumber(first) % 1 ~= 0
 redis.call("DEL", KEYS[2])
 
 if ARGV[3] ~= "1" then
     for i = #ids, 1, -1 do
         redis.call("LPUSH", KEYS[3], ids[i])
     end
-elseif #ids == 1 then
+elseif was_alone then
     local id, body = ids[1], redis.call("HGET", KEYS[4], ids[1])
     if body and redis.call("HINCRBY", KEYS[6], id, 1) >= tonumber(ARGV[4]) then
         local time = redis.call("TIME")

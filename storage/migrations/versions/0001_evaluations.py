@@ -29,6 +29,7 @@ CREATE TABLE evaluations (
     code_event_id uuid,
     result_event_id uuid
 ) WITH (fillfactor = 85);
+CREATE INDEX evaluations_open ON evaluations (updated_at) WHERE status IN ('queued', 'running');
 
 CREATE TABLE evaluation_events (
     eval_id text COLLATE "C",

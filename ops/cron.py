@@ -1,0 +1,84 @@
+"""`evalstore cron`: the periodic jobs, when they ran and when they will, and running one now."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import msgspec
+import pendulum
+import redis
+import typer
+from dramatiq import Message
+from periodiq import cron as cron_line
+
+from models.errors import RedisOutage
+from ops.output import Format, OutputOption, failed, notice, show
+from tasks.broker import broker
+from tasks.jobs import JOBS, QUEUE, last_runs_key
+
+app = typer.Typer(help="The periodic jobs.", no_args_is_help=True)
+
+
+@app.command()
+def ls(output_format: OutputOption = Format.table) -> None:
+    """List the periodic jobs: last run, how it went, next run."""
+    last_runs = _last_runs()
+    rows: list[dict[str, Any]] = []
+    for job in JOBS:
+        last = last_runs.get(job.name, {})
+        upcoming = cron_line(job.schedule).next_valid_date(pendulum.now("UTC"))
+        rows.append(
+            {
+                "job": job.name,
+                "schedule": job.schedule,
+                "last_run": last.get("started_at"),
+                "outcome": last.get("outcome"),
+                "seconds": last.get("seconds"),
+                "result": last.get("result") or last.get("error"),
+                "next_run": upcoming.isoformat().replace("+00:00", "Z"),
+                "does": job.does,
+            }
+        )
+    if output_format is Format.table:
+        now = datetime.now(UTC)
+        for row in rows:
+            row["last_run"] = f"{_ago(row['last_run'], now)} ago" if row["last_run"] else None
+            row["next_run"] = f"in {_ago(now.isoformat(), datetime.fromisoformat(row['next_run']))}"
+    show(rows, ["job", "schedule", "last_run", "outcome", "next_run", "result"], output_format)
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="The job.")],
+    wait_s: Annotated[float, typer.Option("--wait", help="Seconds to wait for it to end; 0 does not wait.")] = 60,
+) -> None:
+    """Run a job now, in a worker, and wait for it."""
+    if name not in {job.name for job in JOBS}:
+        raise failed(f"there is no job {name!r}; there are {', '.join(job.name for job in JOBS)}", 3)
+    before = _last_runs().get(name)
+    broker().enqueue(Message(queue_name=QUEUE, actor_name=name, args=(), kwargs={}, options={}))
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        last = _last_runs().get(name)
+        if last is not None and last != before:
+            if last.get("outcome") != "ok":
+                raise failed(f"{name} failed: {last.get('error')}", 1)
+            notice(f"{name} ran in {last.get('seconds')} s: {last.get('result')}", "green")
+            return
+        time.sleep(0.1)
+    notice(f"{name} is queued" + (f"; no worker ran it within {wait_s:g} s" if wait_s else ""), "yellow")
+    if wait_s:
+        raise typer.Exit(1)
+
+
+def _last_runs() -> dict[str, dict[str, Any]]:
+    try:
+        found = broker().client.hgetall(last_runs_key(broker().namespace))
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
+    return {name.decode(): msgspec.json.decode(told) for name, told in dict(found).items()}
+
+
+def _ago(then: str, now: datetime) -> str:
+    seconds = int((now - datetime.fromisoformat(then)).total_seconds())
+    return str(timedelta(seconds=seconds)) if seconds >= 60 else f"{seconds} s"

@@ -1,0 +1,80 @@
+"""Reading confirmations: what was stored, told to other services.
+
+    for confirmation in Confirmations("billing"):
+        handle(confirmation["eval_id"], confirmation["version"], confirmation["status"])
+
+A service reads as one consumer group under its name; Redis remembers where it was. A confirmation is acknowledged when the next
+is asked for: one whose handling was interrupted comes again. Repeats, and versions below one that was handled, are left out.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import redis
+
+from models.errors import RedisOutage
+from tasks.broker import broker
+
+STREAM: Final = "evalstore:confirmations"
+
+# For longer than confirmations can be relayed again.
+_REMEMBER_S: Final = 3600
+
+
+class Confirmations:
+    """The confirmations for one service, in order of version for each evaluation.
+
+    Let one process at a time read as `group`: two would each see a part, and the order only of that part. Iterating blocks
+    for the next; with `idle_s` it ends when none came for that long. Raises RedisOutage: iterate again to go on.
+    """
+
+    def __init__(self, group: str, *, client: redis.Redis | None = None, idle_s: float | None = None) -> None:
+        self.group, self.idle_s = group, idle_s
+        self._client: Any = client or broker().client
+        # Shorter than the client waits for any answer.
+        patience_s = self._client.connection_pool.connection_kwargs.get("socket_timeout") or 2
+        self._block_s = min(1.0, patience_s / 2)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            try:
+                self._client.xgroup_create(STREAM, self.group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+            yield from self._read("0")  # what was begun and not acknowledged
+            yield from self._read(">")
+        except redis.RedisError as error:
+            raise RedisOutage(str(error)) from error
+
+    def _read(self, position: str) -> Iterator[dict[str, Any]]:
+        waited_s = 0.0
+        while True:
+            found = self._client.xreadgroup(self.group, "evalstore", {STREAM: position}, count=100, block=int(self._block_s * 1000))
+            entries = found[0][1] if found else []
+            if not entries:
+                waited_s += self._block_s
+                if position == "0" or (self.idle_s is not None and waited_s >= self.idle_s):
+                    return
+                continue
+            waited_s = 0.0
+            for entry_id, fields in entries:
+                confirmation = msgspec.json.decode(fields[b"confirmation"]) if fields else None
+                if confirmation and self._is_news(confirmation):
+                    yield confirmation
+                self._done(entry_id, confirmation)
+
+    def _key(self, confirmation: dict[str, Any]) -> str:
+        return f"{STREAM}:{self.group}:{confirmation['eval_id']}"
+
+    def _is_news(self, confirmation: dict[str, Any]) -> bool:
+        seen = self._client.get(self._key(confirmation))
+        return seen is None or int(seen) < confirmation["version"]
+
+    def _done(self, entry_id: bytes, confirmation: dict[str, Any] | None) -> None:
+        pipeline = self._client.pipeline(transaction=True)
+        if confirmation and self._is_news(confirmation):
+            pipeline.set(self._key(confirmation), confirmation["version"], ex=_REMEMBER_S)
+        pipeline.xack(STREAM, self.group, entry_id)
+        pipeline.execute()

@@ -1,0 +1,177 @@
+"""Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
+
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+import redis
+from sqlalchemy import Connection, text
+
+from models.errors import RedisOutage
+from models.events import parse
+from ops.servers import Valkey
+from storage import confirmations as outbox
+from storage import database, evaluations
+from tasks.confirmations import STREAM, Confirmations
+from worker import confirmations
+from worker.broker import Broker
+
+
+@pytest.fixture
+def conn(database_url: str) -> Iterator[Connection]:
+    engine = database.engine(database_url)
+    with engine.connect() as conn:
+        yield conn
+    engine.dispose()
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    made = Broker(url=redis_url, middleware=[])
+    yield made
+    made.client.close()
+
+
+def store(conn: Connection, eval_id: str, *numbers: int) -> None:
+    evaluations.store(
+        conn,
+        [
+            parse(
+                {
+                    "type": "evaluation:started",
+                    "eval_id": eval_id,
+                    "event_id": UUID(int=number),
+                    "occurred_at": "2026-01-01T00:00:00Z",
+                }
+            )
+            for number in numbers
+        ],
+    )
+
+
+def read(client: redis.Redis, group: str = "test") -> list[dict[str, Any]]:
+    return list(Confirmations(group, client=client, idle_s=1))
+
+
+def versions(found: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(confirmation["eval_id"], confirmation["version"]) for confirmation in found]
+
+
+def entries(broker: Broker) -> list[Any]:
+    found: Any = broker.client.xrange(STREAM)
+    return list(found)
+
+
+def pending(conn: Connection) -> int:
+    found = conn.execute(text("SELECT count(*) FROM confirmations WHERE relayed_at IS NULL")).scalar_one()
+    conn.rollback()
+    return int(found)
+
+
+def test_each_evaluation_and_commit_is_confirmed_with_what_it_holds(conn: Connection, broker: Broker) -> None:
+    store(conn, "a", 1, 2)
+    store(conn, "a", 3)
+    store(conn, "a", 3)  # a duplicate changes nothing and is not confirmed
+
+    assert confirmations.relay(conn, broker) == 2
+
+    first, second = read(broker.client)
+    assert first["type"] == "storage:evaluation:created"
+    assert sorted(first["event_ids"]) == [str(UUID(int=1)), str(UUID(int=2))]
+    assert (second["type"], second["event_ids"]) == ("storage:evaluation:updated", [str(UUID(int=3))])
+    assert (second["eval_id"], second["version"], second["status"]) == ("a", 3, "running")
+    assert second["recorded_at"].endswith("Z")
+    assert pending(conn) == 0
+
+
+def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broker: Broker) -> None:
+    with broker.client.pubsub() as listening:
+        listening.subscribe("storage:evaluation:created", "storage:evaluation:updated")
+        assert listening.get_message(timeout=5)
+        assert listening.get_message(timeout=5)
+        store(conn, "published", 1)
+        store(conn, "published", 2)
+        confirmations.relay(conn, broker)
+
+        heard = [listening.get_message(timeout=5) for _ in range(2)]
+
+    assert [message and message["channel"] for message in heard] == [
+        b"storage:evaluation:created",
+        b"storage:evaluation:updated",
+    ]
+
+
+def test_what_redis_refuses_stays_in_the_outbox(conn: Connection, valkey_server: Valkey) -> None:
+    broker = Broker(url=valkey_server.url(), timeout_s=1, middleware=[])
+    store(conn, "a", 1)
+    valkey_server.kill()
+
+    with pytest.raises(RedisOutage):
+        confirmations.relay(conn, broker)
+    assert pending(conn) == 1
+
+    valkey_server.start()
+    assert confirmations.relay(conn, broker) == 1
+    assert versions(read(broker.client)) == [("a", 1)]
+
+
+def test_what_a_server_lost_is_given_to_it_again_before_anything_newer(conn: Connection, broker: Broker) -> None:
+    store(conn, "a", 1)
+    confirmations.relay(conn, broker)
+    (kept,) = entries(broker)
+    for number in (2, 3):
+        store(conn, "a", number)
+        confirmations.relay(conn, broker)
+    # As after a failover to a replica that had not come further.
+    broker.client.delete(STREAM)
+    broker.client.xadd(STREAM, kept[1], id=kept[0])
+    store(conn, "a", 4)
+
+    assert confirmations.relay(conn, broker) == 3
+
+    assert versions(read(broker.client)) == [("a", 1), ("a", 2), ("a", 3), ("a", 4)]
+
+
+def test_an_empty_server_is_given_all_that_is_not_forgotten(conn: Connection, broker: Broker) -> None:
+    store(conn, "a", 1)
+    confirmations.relay(conn, broker)
+    broker.client.flushdb()
+
+    confirmations.relay(conn, broker)
+
+    assert versions(read(broker.client)) == [("a", 1)]
+
+
+def test_what_was_relayed_is_forgotten_after_a_while(conn: Connection, broker: Broker) -> None:
+    store(conn, "a", 1)
+    confirmations.relay(conn, broker)
+
+    assert outbox.forget(conn, older_than_s=600) == 0
+    assert outbox.forget(conn, older_than_s=0) == 1
+
+
+def test_a_service_goes_on_where_it_was_and_sees_no_repeats(conn: Connection, broker: Broker) -> None:
+    for number in (1, 2, 3):
+        store(conn, "a", number)
+    confirmations.relay(conn, broker)
+
+    reading = iter(Confirmations("service", client=broker.client, idle_s=1))
+    assert next(reading)["version"] == 1
+    assert next(reading)["version"] == 2
+    del reading  # dies while it handles the second
+
+    broker.client.xadd(STREAM, entries(broker)[0][1])  # the first once more, late
+    assert versions(read(broker.client, "service")) == [("a", 2), ("a", 3)]
+    assert read(broker.client, "service") == []
+    assert versions(read(broker.client, "another"))[:3] == [("a", 1), ("a", 2), ("a", 3)]
+
+
+def test_old_entries_leave_the_stream(conn: Connection, broker: Broker) -> None:
+    for number in range(300):
+        broker.client.xadd(STREAM, {"confirmation": "{}"}, id=f"1-{number + 1}")
+    store(conn, "a", 1)
+
+    confirmations.relay(conn, broker)
+
+    assert broker.client.xlen(STREAM) < 200

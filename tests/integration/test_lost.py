@@ -1,0 +1,136 @@
+"""Evaluations whose result is overdue are given up, and only those; a result that still comes counts all the same."""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from dramatiq import Message
+from sqlalchemy import Connection, text
+from uuid_utils.compat import uuid4
+
+from models.events import parse
+from models.settings import Settings
+from storage import database, evaluations
+from tasks.evaluations import QUEUE
+from worker import lost
+from worker.broker import Broker
+
+LIMITS = Settings(lost_grace_s=60, running_limit_s=3600, queued_limit_s=7200)
+
+
+@pytest.fixture
+def conn(database_url: str) -> Iterator[Connection]:
+    engine = database.engine(database_url)
+    with engine.connect() as conn:
+        yield conn
+    engine.dispose()
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    made = Broker(url=redis_url, middleware=[])
+    yield made
+    made.client.close()
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat()
+    return {"type": f"evaluation:{kind}", "eval_id": "e", "event_id": uuid4(), "occurred_at": now, **fields}
+
+
+def stored(conn: Connection, *events: dict[str, Any], recorded_s_ago: float) -> None:
+    """Store these as if that long ago."""
+    evaluations.store(conn, [parse(one) for one in events])
+    with conn.begin():
+        for table, column in (("evaluation_events", "recorded_at"), ("evaluations", "updated_at")):
+            conn.execute(text(f"UPDATE {table} SET {column} = now() - make_interval(secs => :ago)"), {"ago": recorded_s_ago})
+
+
+def status(conn: Connection) -> str:
+    record = evaluations.get(conn, "e")
+    assert record is not None
+    return record.status
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "limit_s"),
+    [
+        ("started", {"timeout_s": 30}, 30 + 60),
+        ("started", {}, 3600 + 60),
+        ("queued", {"code": ""}, 7200 + 60),
+    ],
+    ids=["running beyond its timeout", "running without one", "queued"],
+)
+def test_it_is_given_up_when_it_is_overdue_and_not_before(
+    conn: Connection, broker: Broker, kind: str, fields: dict[str, Any], limit_s: float
+) -> None:
+    stored(conn, event(kind, **fields), recorded_s_ago=limit_s - 5)
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+
+    stored(conn, recorded_s_ago=limit_s + 1)
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert status(conn) == "lost"
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+
+
+def test_a_sign_of_life_puts_it_off(conn: Connection, broker: Broker) -> None:
+    stored(conn, event("started", timeout_s=30), recorded_s_ago=1000)
+    evaluations.store(conn, [parse(event("started"))])
+
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+
+
+def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker) -> None:
+    from storage import overdue  # noqa: PLC0415
+
+    stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
+    limits = {"grace_s": 60, "queued_limit_s": 7200, "running_limit_s": 3600}
+    first, second = overdue.find(conn, **limits), overdue.find(conn, **limits)
+
+    assert first == second
+    assert evaluations.store(conn, first).outcomes == ["applied"]
+    assert evaluations.store(conn, second).outcomes == ["duplicate"]
+
+
+def test_one_whose_start_lies_in_the_future_is_given_up_too(conn: Connection, broker: Broker) -> None:
+    stored(conn, event("started", timeout_s=1, occurred_at="2999-01-01T00:00:00Z"), recorded_s_ago=1000)
+
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert status(conn) == "lost"
+
+
+@pytest.mark.parametrize("kind", ["completed", "started"])
+def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str) -> None:
+    stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
+    lost.run_once(conn, broker, LIMITS)
+
+    evaluations.store(conn, [parse(event(kind, **({"exit_code": 0} if kind == "completed" else {})))])
+
+    assert status(conn) == {"completed": "completed", "started": "running"}[kind]
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["waiting", "being worked on"])
+def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, broker: Broker, held: bool) -> None:
+    stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
+    waits_since = int((time.time() - 61) * 1000)
+    broker.enqueue(
+        Message(QUEUE, "store_evaluation", (event("completed", exit_code=0) | {"event_id": "x"},), {}, {}, "m", waits_since)
+    )
+    if held:
+        keys = broker.keys(QUEUE)
+        redis_id: Any = broker.client.lpop(keys.queue)
+        broker.client.zadd(broker.unacked(QUEUE, "another"), {redis_id: 1})
+        broker.client.hset(keys.processes, "another", "working:1")
+
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0, "held_back": 1}
+    assert status(conn) == "running"
+
+
+def test_thousands_of_overdue_ones_are_given_up_in_one_run(conn: Connection, broker: Broker) -> None:
+    for start in range(0, 3000, 1000):
+        evaluations.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
+    stored(conn, recorded_s_ago=1000)
+
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 3000}

@@ -1,0 +1,143 @@
+"""Periodic jobs run once per tick, in however many copies, and their last run is told."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dramatiq
+import msgspec
+import pendulum
+import pytest
+from dramatiq.middleware import Retries
+from periodiq import Scheduler, cron
+
+from ops.servers import Valkey
+from tasks.jobs import JOBS, QUEUE, last_runs_key
+from worker import schedule
+from worker.broker import Broker
+
+NOON = pendulum.datetime(2026, 6, 1, 12, 0, 1, tz="UTC")
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    made = Broker(url=redis_url, middleware=[Retries(min_backoff=10, max_backoff=10)])
+    schedule.declare(made)
+    yield made
+    made.client.close()
+
+
+def jobs(broker: Broker) -> list[Any]:
+    return [broker.actors[job.name] for job in JOBS]
+
+
+def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, redis_url: str) -> None:
+    another = Broker(url=redis_url, middleware=[])
+    schedule.declare(another)
+
+    for copy in (broker, another):
+        Scheduler(jobs(copy)).send_actors(jobs(copy), NOON)
+        Scheduler(jobs(copy)).send_actors(jobs(copy), NOON.add(seconds=40))  # restarted within the minute
+    assert broker.counts(QUEUE)["ready"] == len(JOBS)
+
+    Scheduler(jobs(broker)).send_actors(jobs(broker), NOON.add(minutes=1))
+    assert broker.counts(QUEUE)["ready"] == 2 * len(JOBS)
+    another.client.close()
+
+
+def test_the_scheduler_outlives_an_outage(valkey_server: Valkey) -> None:
+    broker = Broker(url=valkey_server.url(), timeout_s=0.5, middleware=[])
+    schedule.declare(broker)
+    valkey_server.kill()
+
+    Scheduler(jobs(broker)).send_actors(jobs(broker), NOON)
+
+    valkey_server.start()
+    Scheduler(jobs(broker)).send_actors(jobs(broker), NOON.add(minutes=1))
+    assert broker.counts(QUEUE)["ready"] == len(JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=[job.name for job in JOBS])
+def test_no_schedule_says_more_than_minutes(job: Any) -> None:
+    """periodiq is wrong about Sundays, about hours around a change of clocks, and about the rest of a day it is started in."""
+    minutes, *rest = job.schedule.split()
+    assert rest == ["*"] * 4
+    due, line = NOON, cron(job.schedule)
+    for _ in range(48 * 60):
+        following = line.next_valid_date(due)
+        assert due < following <= due.add(minutes=60)
+        assert line.validate(following)
+        due = following
+    assert minutes == "*" or minutes.startswith("*/")
+
+
+def test_a_job_that_failed_is_tried_again_however_late(broker: Broker, eventually: Callable[..., None]) -> None:
+    runs = []
+
+    def fails_twice() -> None:
+        runs.append(datetime.now(UTC))
+        if len(runs) < 3:
+            raise RuntimeError("not yet")
+
+    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", fails_twice)
+    yesterday = pendulum.instance(datetime.now(UTC) - timedelta(days=1))
+    broker.actors["relay_confirmations"].send_with_options(scheduled_at=str(yesterday))
+    worker = dramatiq.Worker(broker, worker_threads=1)
+    worker.start()
+    try:
+        eventually(lambda: len(runs) == 3, what="the third run")
+        eventually(lambda: last_run(broker)["outcome"] == "ok", what="its outcome")
+    finally:
+        worker.stop()
+
+
+def last_run(broker: Broker) -> dict[str, Any]:
+    told = broker.client.hget(last_runs_key(broker.namespace), "relay_confirmations")
+    return dict(msgspec.json.decode(told)) if told else {"outcome": None}
+
+
+def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
+    def fails() -> None:
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError):
+        schedule._told(broker, "relay_confirmations", fails)()
+
+    assert last_run(broker)["outcome"] == "failed"
+    assert last_run(broker)["error"] == "RuntimeError: no luck"
+
+
+def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.cli", *words]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_cron_runs_a_job_now_and_lists_how_it_went(database_url: str, redis_url: str) -> None:
+    addresses = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "dramatiq", "worker.tasks", "-p", "1", "-t", "2"],
+        env={**os.environ, **addresses},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ran = evalstore("cron", "run", "mark_lost_evaluations", **addresses)
+        assert ran.returncode == 0, ran.stderr
+        listed = evalstore("cron", "ls", "-o", "json", **addresses)
+        rows = {row["job"]: row for row in msgspec.json.decode(listed.stdout)}
+        assert set(rows) == {job.name for job in JOBS}
+        assert rows["mark_lost_evaluations"]["outcome"] == "ok"
+        assert rows["mark_lost_evaluations"]["result"] == {"lost": 0}
+        assert datetime.fromisoformat(rows["mark_lost_evaluations"]["next_run"]) > datetime.now(UTC)
+    finally:
+        worker.terminate()
+        worker.wait(timeout=20)
+
+
+def test_cron_run_of_an_unknown_job_says_which_there_are(redis_url: str) -> None:
+    refused = evalstore("cron", "run", "nonsense", EVALSTORE_REDIS_URL=redis_url)
+
+    assert refused.returncode == 3
+    assert "mark_lost_evaluations" in refused.stderr
