@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -34,6 +35,16 @@ class Settings(BaseModel):
     max_deaths: Annotated[
         int, Field(ge=1, description="processes a message may kill, alone in each, before it is a dead letter; read by workers")
     ] = 5
+    breaker_messages: Annotated[int, Field(ge=1, description="the fewest messages that open the breaker; read by workers")] = (
+        500
+    )
+    breaker_share: Annotated[
+        float, Field(gt=0, le=1, description="the share of bad messages that opens the breaker; read by workers")
+    ] = 0.5
+    breaker_window_s: Annotated[float, Field(gt=0, description="seconds over which the breaker counts; read by workers")] = 60
+    breaker_probe_s: Annotated[
+        float, Field(gt=0, description="seconds between messages tried while the breaker is open; read by workers")
+    ] = 30
     lost_grace_s: Annotated[
         float, Field(ge=1, description="seconds beyond its limit until an evaluation is given up; read by workers")
     ] = 60
@@ -46,6 +57,17 @@ class Settings(BaseModel):
     max_content_bytes: Annotated[
         int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
     ] = MAX_CONTENT_BYTES
+    spool_dir: Annotated[
+        Path | None, Field(description="a local folder that keeps events while Redis is away; read by senders")
+    ] = None
+    spool_max_bytes: Annotated[int, Field(ge=1, description="the most that folder may hold; read by senders")] = 1024**3
+
+    @field_validator("spool_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("expected a path that begins with /")
+        return value
 
     @field_validator("database_url")
     @classmethod

@@ -29,8 +29,12 @@ _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege)
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
-def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 5) -> Engine:
+def engine(
+    url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 5, pre_ping: bool = True
+) -> Engine:
     """A pool of connections to `url` (any libpq address), opened as they are asked for.
+
+    With `pre_ping` a connection is tried before it is handed out; a server that is frozen keeps that waiting without end.
 
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
     Raises InvalidSettings where `url` is no address.
@@ -65,7 +69,7 @@ def engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, loc
         pool_size=pool_size,
         max_overflow=5,
         pool_timeout=10,
-        pool_pre_ping=True,
+        pool_pre_ping=pre_ping,
     )
 
 

@@ -2,12 +2,14 @@
 
 import logging
 import threading
-import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
+from sqlalchemy import Connection
 
 from models.errors import Outage, SchemaMismatch
+from storage.database import Watch
 from worker import confirmations, dead_letters
 from worker.broker import Broker
 from worker.evaluations import Store, engine
@@ -16,6 +18,7 @@ log = logging.getLogger("evalstore.worker")
 
 # Also without being told: another process may have died between its commit and what follows it.
 _TICK_S: Final = 5.0
+_LONGEST_S: Final = 30.0
 
 
 class Background(threading.Thread):
@@ -25,35 +28,38 @@ class Background(threading.Thread):
         super().__init__(name="evalstore-background", daemon=True)
         self._broker = broker
         self._wanted = threading.Event()
-        self._stopped = False
-        self._failing = False
+        self._stopping = threading.Event()
+        self._failing: set[str] = set()
+        self._watch = Watch()
 
     def wake(self) -> None:
         """There is something to relay or to move."""
         self._wanted.set()
 
     def run(self) -> None:
-        while not self._stopped:
+        while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
-            try:
-                self.run_once()
-                self._failing = False
-            except (Outage, SchemaMismatch) as error:
-                if not self._failing:
-                    log.warning("%s, confirmations and dead letters wait until it is over: %s", type(error).__name__, error)
-                self._failing = True
-                time.sleep(1)
+            self._try("confirmations", confirmations.relay)
+            self._try("dead letters", dead_letters.move)
 
-    def run_once(self) -> None:
-        """Relay and move all there is. Raises Outage (retry)."""
-        with engine().connect() as conn:
-            confirmations.relay(conn, self._broker)
-            dead_letters.move(conn, self._broker)
+    def _try(self, what: str, work: Callable[[Connection, Broker], int]) -> None:
+        """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""
+        try:
+            with engine().connect() as conn, self._watch.bounded(conn, _LONGEST_S):
+                work(conn, self._broker)
+        except Exception as error:
+            if what not in self._failing:
+                known = isinstance(error, Outage | SchemaMismatch)
+                log.warning("%s wait until this is over: %r", what, error, exc_info=None if known else error)
+            self._failing.add(what)
+            self._stopping.wait(timeout=1)
+        else:
+            self._failing.discard(what)
 
     def stop(self) -> None:
         """Once more, and no longer: what cannot be done now is left to others."""
-        self._stopped = True
+        self._stopping.set()
         self._wanted.set()
         self.join(timeout=5)
 

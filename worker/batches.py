@@ -15,6 +15,9 @@ from dramatiq import Message
 from models.errors import Fault, InvalidEvent
 from models.events import decode
 
+# How the id begins under which a dead letter is sent again.
+REDRIVEN = b"dead-letter:"
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -24,6 +27,11 @@ class Delivery:
     body: bytes
     message: Message[Any]
 
+    @property
+    def is_redriven(self) -> bool:
+        """Whether an operator sent it again."""
+        return self.redis_id.startswith(REDRIVEN)
+
 
 @dataclass(slots=True)
 class Batch:
@@ -32,10 +40,6 @@ class Batch:
     deliveries: list[Delivery]
     buried: dict[bytes, bytes] = field(default_factory=dict)
     returned: bool = False
-
-    def bury(self, delivery: Delivery, error: BaseException) -> None:
-        """Make a dead letter of `delivery`, with `error` as its cause."""
-        self.buried[delivery.redis_id] = cause(error)
 
     def __iter__(self) -> Iterator[Delivery]:
         return iter(self.deliveries)

@@ -14,7 +14,9 @@ from models.errors import BadMessage, DatabaseOutage, EventIdReused, Fault, Inva
 from models.events import Event, identified, parse
 from models.settings import settings
 from storage import database, evaluations, migrations
-from worker.batches import Batch, Delivery
+from worker import dead_letters
+from worker.batches import Batch, Delivery, cause
+from worker.breaker import Breaker, BreakerLimits
 from worker.hold import Hold
 
 log = logging.getLogger("evalstore.worker")
@@ -28,7 +30,7 @@ _Pair = tuple[Delivery, Event]
 @cache
 def engine() -> Engine:
     """This process's connections, once the database is known to have the right schema. Raises SchemaMismatch, Outage."""
-    connections = database.engine(settings().database_url.get_secret_value())
+    connections = database.engine(settings().database_url.get_secret_value(), pre_ping=False)
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
     return connections
@@ -37,28 +39,79 @@ def engine() -> Engine:
 class Store:
     """The function of the actor `store_evaluation` in a worker that holds `hold`."""
 
-    def __init__(self, hold: Hold) -> None:
+    def __init__(self, hold: Hold, limits: BreakerLimits | None = None) -> None:
         self._hold = hold
         self._watch = database.Watch()
+        self._breaker = Breaker(limits or BreakerLimits())
 
     def __call__(self, batch: Batch) -> None:
         """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored.
 
-        Waits for PostgreSQL as long as it is away. When it is told to stop meanwhile, the batch goes back to the queue: what
-        was stored of it will be recognised when it comes again.
+        Waits for PostgreSQL as long as it is away, and while the breaker is open. When it is told to stop meanwhile, the batch
+        goes back to the queue: what was stored of it will be recognised when it comes again.
         """
+        left = list(batch)
+        try:
+            while left:
+                if self._breaker.is_open:
+                    left = self._probe(batch, left)
+                    continue
+                bad = self._work(left)
+                counted = [delivery for delivery in left if not delivery.is_redriven]
+                counted_bad = sum(delivery.redis_id in bad for delivery in counted)
+                if self._breaker.note(len(counted) - counted_bad, counted_bad):
+                    self._shout(bad)
+                    left = [delivery for delivery in left if delivery.redis_id in bad]
+                    continue
+                batch.buried |= bad
+                return
+        except _Stopped as stopped:
+            log.info("%d events go back to the queue: %s", len(batch), stopped)
+            batch.returned = True
+
+    def _probe(self, batch: Batch, left: list[Delivery]) -> list[Delivery]:
+        """While the breaker is open, wait, and try one of `left`; returns those not tried."""
+        self._hold.outages += 1
+        try:
+            while not self._breaker.may_probe():
+                if not self._hold.wait_out(0.5):
+                    raise _Stopped("told to stop while the breaker is open")
+                if not self._breaker.is_open:
+                    return left
+            bad = self._work(left[:1])
+        finally:
+            self._hold.outages -= 1
+        if bad:
+            self._shout(bad)
+            batch.buried |= bad
+        else:
+            log.warning("the breaker is closed: a message was stored")
+            self._breaker.close()
+        return left[1:]
+
+    def _shout(self, bad: dict[bytes, bytes]) -> None:
+        limits, newest = self._breaker.limits, next(iter(bad.values()), b"").decode()
+        log.critical(
+            "the breaker is open: at least %.0f %% of %d messages within %.0f s were bad. Nothing is consumed but one message "
+            "every %.0f s, until one is stored. The last one's cause: %.500s",
+            *(limits.share * 100, limits.messages, limits.window_s, limits.probe_s, newest),
+        )
+
+    def _work(self, deliveries: list[Delivery]) -> dict[bytes, bytes]:
+        """Store these; returns the causes of those that can never be stored."""
+        bad: dict[bytes, bytes] = {}
         events: list[_Pair] = []
-        for delivery in batch:
+        for delivery in deliveries:
             try:
                 events.append((delivery, event_of(delivery.message)))
             except BadMessage as error:
-                batch.bury(delivery, error)
-        try:
-            if events:
-                self._store(batch, events)
-        except _Stopped as stopped:
-            log.info("%d events go back to the queue: %s", len(events), stopped)
-            batch.returned = True
+                bad[delivery.redis_id] = cause(error)
+        if events:
+            self._store(bad, events)
+        redriven = [delivery.redis_id for delivery in deliveries if delivery.is_redriven and delivery.redis_id not in bad]
+        if redriven:
+            dead_letters.record_stored(engine(), redriven)
+        return bad
 
     def stop_soon(self) -> None:
         """Break off, after a moment, what a server that does not answer keeps waiting."""
@@ -66,7 +119,7 @@ class Store:
         timer.daemon = True
         timer.start()
 
-    def _store(self, batch: Batch, events: list[_Pair]) -> None:
+    def _store(self, bad: dict[bytes, bytes], events: list[_Pair]) -> None:
         """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
         started = time.monotonic()
         try:
@@ -75,17 +128,17 @@ class Store:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, only the event that causes it may die of it
             if len(events) == 1:
-                batch.bury(events[0][0], error)
+                bad[events[0][0].redis_id] = cause(error)
                 return
             # What takes long to fail is narrowed down in fewer steps.
             parts = 2 if time.monotonic() - started < 1 else 16
             size = -(-len(events) // parts)
             for start in range(0, len(events), size):
-                self._store(batch, events[start : start + size])
+                self._store(bad, events[start : start + size])
             return
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
-                batch.bury(delivery, EventIdReused(event.eval_id, event.event_id))
+                bad[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
 
     def _stored(self, events: list[_Pair]) -> evaluations.Stored:
         """`evaluations.store`, tried again while the database is away or its schema is not ours.

@@ -7,6 +7,7 @@ from models.settings import settings
 from tasks.evaluations import store_evaluation
 from worker import schedule
 from worker.background import Beside
+from worker.breaker import BreakerLimits
 from worker.broker import Broker
 from worker.evaluations import Store
 
@@ -19,7 +20,12 @@ broker = Broker(
     batch_bytes=settings().batch_bytes,
 )
 dramatiq.set_broker(broker)
-store = Store(broker.hold)
+store = Store(
+    broker.hold,
+    BreakerLimits(
+        settings().breaker_messages, settings().breaker_share, settings().breaker_window_s, settings().breaker_probe_s
+    ),
+)
 broker.add_middleware(Beside(store))
 broker.declare_batch_actor(store_evaluation, store)
 schedule.declare(broker)
