@@ -61,6 +61,7 @@ class Store:
                 counted_bad = sum(delivery.redis_id in bad for delivery in counted)
                 if self._breaker.note(len(counted) - counted_bad, counted_bad):
                     self._shout(bad)
+                if bad and self._breaker.is_open:
                     left = [delivery for delivery in left if delivery.redis_id in bad]
                     continue
                 batch.buried |= bad

@@ -235,8 +235,8 @@ def test_the_breaker_opens_when_most_turns_bad_and_closes_when_one_is_stored(
 
     start(EVALSTORE_BATCH_EVENTS="200", EVALSTORE_BREAKER_MESSAGES="100", EVALSTORE_BREAKER_PROBE_S="1")
 
-    eventually(lambda: "the breaker is open" in (tmp_path / "worker.log").read_text(), within_s=30)
-    eventually(lambda: rows(database, "SELECT count(*) > 0 FROM dead_letters") == [(True,)], within_s=30)
+    # It opened, and the messages tried since were bad.
+    eventually(lambda: (tmp_path / "worker.log").read_text().count("the breaker is open") >= 3, within_s=30)
     assert rows(database, "SELECT count(*) < 20 FROM dead_letters") == [(True,)]
     assert broker.counts(QUEUE)["ready"] > 1000
 
