@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Final, Literal, get_args
@@ -40,6 +40,8 @@ _INT64 = range(-(2**63), 2**63)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+# As nearly every time is written: nothing to truncate or to convert, and no year before 1970 where it does not begin with 1.
+_USUAL_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
@@ -64,6 +66,11 @@ def _occurred_at(value: Any) -> datetime | None:
     if value is None:
         return None
     if isinstance(value, str):
+        if _USUAL_TIME.fullmatch(value) and not value.startswith("1"):
+            try:
+                return datetime.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError(f"expected a date that exists: {error}") from None
         match = _RFC3339.fullmatch(value)
         if match is None:
             raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z (no leap seconds)")
@@ -234,6 +241,7 @@ ENDINGS: Final = frozenset({"evaluation:completed", "evaluation:failed", "evalua
 _MODELS: Final[dict[str, type[_Event]]] = {
     name: model for model in get_args(Event) for name in get_args(model.model_fields["type"].annotation)
 }
+_FIELDS: Final = {model: frozenset(model.model_fields) for model in _MODELS.values()}
 CONTENT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     name: tuple(field for field in ("code", "output", "error") if field in model.model_fields)
     for name, model in _MODELS.items()
@@ -312,6 +320,8 @@ def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: 
     A message_id that is no UUID gives one derived from it. Raises InvalidEvent for an id that is no text, or a timestamp that
     is no time.
     """
+    if event.get("event_id") is not None and event.get("occurred_at") is not None:
+        return dict(event) if not isinstance(event, dict) else event
     filled = dict(event)
     if filled.get("event_id") is None:
         if not isinstance(message_id, str):
@@ -350,8 +360,9 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     if isinstance(data, Mapping):
         data = {name: value for name, value in data.items() if value is not None}
         model = _MODELS.get(data["type"]) if isinstance(data.get("type"), str) else None
-        known = list(model.model_fields) if model else None
-        faults += [_unknown(str(name), data["type"], known) for name in data if known and name not in known]
+        known = _FIELDS[model] if model else data.keys()
+        if not data.keys() <= known:
+            faults += [_unknown(str(name), data["type"], known) for name in data if name not in known]
         if model is EvaluationLost:
             faults.append(Fault("type", "evaluation:lost is written by the system alone"))
     try:
@@ -363,7 +374,7 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     return event
 
 
-def _unknown(name: str, type_: str, known: list[str]) -> Fault:
+def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
     close = difflib.get_close_matches(name, known, n=1)
     return Fault(name, f"not a field of {type_}" + (f"; did you mean {close[0]}?" if close else ""))
 

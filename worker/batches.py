@@ -3,7 +3,7 @@
 import json
 import socket
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -51,30 +51,43 @@ class Batch:
         return f"<batch of {len(self.deliveries)}>"
 
 
+class _Envelope(msgspec.Struct):
+    """A Dramatiq message as JSON."""
+
+    queue_name: str
+    actor_name: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    options: dict[str, Any]
+    message_id: str
+    message_timestamp: float
+
+
+_DECODER = msgspec.json.Decoder(_Envelope)
+
+
 def read(body: bytes) -> Message[Any]:
-    """The Dramatiq message in `body`. Raises InvalidEvent, which names what is wrong with it."""
-    fields = decode(body)
-    if not isinstance(fields, dict):
-        raise InvalidEvent([Fault("message", f"expected a JSON object, not {type(fields).__name__}")])
-    expected: dict[str, tuple[type, ...]] = {
-        "queue_name": (str,),
-        "actor_name": (str,),
-        "args": (list,),
-        "kwargs": (dict,),
-        "options": (dict,),
-        "message_id": (str,),
-        "message_timestamp": (int, float),
-    }
-    faults = [
-        Fault(f"message.{name}", f"expected {types[0].__name__}, not {type(fields.get(name)).__name__}")
-        for name, types in expected.items()
-        if not isinstance(fields.get(name), types) or isinstance(fields.get(name), bool)
-    ]
-    faults += _option_faults(fields.get("options"))
-    if faults:
+    """The Dramatiq message in `body`. Raises InvalidEvent, which says what is wrong with it."""
+    try:
+        given = _DECODER.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        # With lone surrogates, or not a message at all.
+        fields = decode(body)
+        try:
+            given = msgspec.convert(fields, _Envelope)
+        except msgspec.ValidationError as error:
+            raise InvalidEvent([Fault("message", str(error))]) from None
+    if faults := _option_faults(given.options):
         raise InvalidEvent(faults)
-    given = {name: fields[name] for name in expected}
-    return Message(**given | {"args": tuple(given["args"]), "message_timestamp": int(given["message_timestamp"])})
+    return Message(
+        given.queue_name,
+        given.actor_name,
+        tuple(given.args),
+        given.kwargs,
+        given.options,
+        given.message_id,
+        int(given.message_timestamp),
+    )
 
 
 # The options that Dramatiq's worker and middleware compute with: of another type they would end the thread that meets them.
@@ -94,13 +107,11 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _option_faults(options: object) -> Iterable[Fault]:
-    if not isinstance(options, dict):
-        return []
+def _option_faults(options: dict[str, Any]) -> list[Fault]:
     return [
         Fault(f"message.options.{name}", f"not a value that {name} can have: {json.dumps(options[name])[:100]}")
-        for name, types in _OPTIONS.items()
-        if name in options and (not isinstance(options[name], types) or isinstance(options[name], bool))
+        for name in options.keys() & _OPTIONS.keys()
+        if not isinstance(options[name], _OPTIONS[name]) or isinstance(options[name], bool)
     ]
 
 
