@@ -39,9 +39,9 @@ _INT64 = range(-(2**63), 2**63)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+UUID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 # As nearly every time is written: nothing to truncate or to convert, and no year before 1970 where it does not begin with 1.
-_USUAL_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
+USUAL_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
@@ -56,7 +56,7 @@ def _eval_id(value: Any) -> str:
 def _event_id(value: Any) -> UUID | None:
     if value is None or isinstance(value, UUID):
         return value
-    if not isinstance(value, str) or not _UUID.fullmatch(value):
+    if not isinstance(value, str) or not UUID_FORM.fullmatch(value):
         raise ValueError("expected a UUID like 0190a2f5-7a4c-7000-8000-000000000000")
     return UUID(value)
 
@@ -66,7 +66,7 @@ def _occurred_at(value: Any) -> datetime | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if _USUAL_TIME.fullmatch(value) and not value.startswith("1"):
+        if USUAL_TIME.fullmatch(value) and not value.startswith("1"):
             try:
                 return datetime.fromisoformat(value)
             except ValueError as error:
@@ -125,15 +125,20 @@ def _metadata(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic turns only ValueError into a fault
-    if fault := _json_fault(value, "metadata", 0):
+    if fault := metadata_fault(value):
         raise ValueError(fault)
+    return value
+
+
+def metadata_fault(value: dict[str, Any]) -> str | None:
+    """What is wrong with an event's metadata, or None."""
+    if fault := _json_fault(value, "metadata", 0):
+        return fault
     try:
         size = len(msgspec.json.encode(value))
     except TypeError as error:  # of a subclass of a JSON type, like numpy's float64
-        raise ValueError(f"expected JSON alone: {error}") from None
-    if size > MAX_METADATA_BYTES:
-        raise ValueError(f"expected at most {MAX_METADATA_BYTES:,} bytes of JSON")
-    return value
+        return f"expected JSON alone: {error}"
+    return None if size <= MAX_METADATA_BYTES else f"expected at most {MAX_METADATA_BYTES:,} bytes of JSON"
 
 
 def _b64(value: str) -> str:
@@ -317,9 +322,11 @@ def _extra_fault(value: Any) -> str | None:
 def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: int) -> dict[str, Any]:
     """`event` with an `event_id` and an `occurred_at`: its own, or else its message's, the same at every delivery.
 
-    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for an id that is no text, or a timestamp that
-    is no time.
+    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for what is no object, an id that is no text, or
+    a timestamp that is no time.
     """
+    if not isinstance(event, Mapping):
+        raise InvalidEvent([Fault("event", f"expected a JSON object, not {type(event).__name__}")])
     if event.get("event_id") is not None and event.get("occurred_at") is not None:
         return dict(event) if not isinstance(event, dict) else event
     filled = dict(event)
@@ -327,7 +334,7 @@ def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: 
         if not isinstance(message_id, str):
             raise InvalidEvent([Fault("event_id", f"missing, and the message's id {message_id!r} is no text")])
         name = f"evalstore:message:{printable(message_id)}"
-        filled["event_id"] = UUID(message_id) if _UUID.fullmatch(message_id) else uuid5(NAMESPACE_URL, name)
+        filled["event_id"] = UUID(message_id) if UUID_FORM.fullmatch(message_id) else uuid5(NAMESPACE_URL, name)
     if filled.get("occurred_at") is None:
         try:
             seconds, ms = divmod(message_timestamp_ms, 1000)

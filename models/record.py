@@ -251,6 +251,8 @@ def jsonb(value: dict[str, Any]) -> bytes:
     jsonb stores 1e16 as the integer 10000000000000000; a float of 2**53 and above is therefore written out with its ".0",
     so that what is read back equals what was sent.
     """
+    if not value:
+        return b"{}"
     text = _ENCODER.encode(value)
     return _ENCODER.encode(_written_out(value)) if _LARGE_EXPONENT.search(text) else text
 

@@ -1,7 +1,7 @@
 """Storing and reading evaluations. Every event, whichever way it came, is written by `store`."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
@@ -19,6 +19,7 @@ from storage import database
 ROW_LIMIT_BYTES: Final = 4096
 
 Outcome = Literal["applied", "duplicate", "reused"]
+_Key = tuple[Any, ...]  # eval_id, event_id
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,23 @@ def _stage(name: str, columns: Iterable[str]) -> str:
     declared = ", ".join(f"{column} {_TYPE_OF[column]}" for column in columns).replace(
         "eval_id text", 'eval_id text COLLATE "C"'
     )
-    return f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (pass int4, {declared}) ON COMMIT DELETE ROWS;"
+    return f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (number int4, {declared}) ON COMMIT DELETE ROWS;"
 
 
-# The stages live as long as the connection and are empty between transactions. What follows joins a stage with a table by the
-# table's primary key, and must do so by index however large the tables grow and whatever the planner believes of the stage.
+# The stages live as long as the connection and are empty between transactions. Events are numbered by their place in the call;
+# records are 0 as these events alone make them, and 1 as all events of theirs do. What follows joins a stage with a table by
+# the table's primary key, and must do so by index however large the tables grow and whatever the planner believes of the stage.
 _BEGIN: Final = f"""
 {_stage("stage_events", Fact._fields)}
 {_stage("stage_records", State._fields)}
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off;
 SELECT now();
 """
-_STAGE_EVENTS: Final = f"COPY stage_events (pass, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
-_STAGE_RECORDS: Final = f"COPY stage_records (pass, {_columns(State._fields)}) FROM STDIN (FORMAT BINARY)"
+_STAGE_EVENTS: Final = f"COPY stage_events (number, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
+_STAGE_RECORDS: Final = f"COPY stage_records (number, {_columns(State._fields)}) FROM STDIN (FORMAT BINARY)"
 _CREATE: Final = f"""
 INSERT INTO evaluations ({_columns(State._fields)})
-SELECT {_columns(State._fields)} FROM stage_records WHERE pass = %s ORDER BY eval_id
+SELECT {_columns(State._fields)} FROM stage_records WHERE number = 0 ORDER BY eval_id
 ON CONFLICT DO NOTHING RETURNING eval_id
 """
 _LOCK: Final = """
@@ -76,13 +78,13 @@ SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id
 """
 _LOG: Final = f"""
 INSERT INTO evaluation_events ({_columns(Fact._fields)})
-SELECT {_columns(Fact._fields)} FROM stage_events WHERE pass = %s
+SELECT {_columns(Fact._fields)} FROM stage_events ORDER BY number
 ON CONFLICT DO NOTHING RETURNING eval_id, event_id
 """
 _LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data) FROM STDIN (FORMAT BINARY)"
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
 _COMPARE: Final = f"""
-SELECT s.eval_id, s.event_id,
+SELECT s.number,
     ({_columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_columns(_COMPARED, "s.{}")}),
     {
     _columns(
@@ -92,7 +94,6 @@ SELECT s.eval_id, s.event_id,
     )
 }
 FROM stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
-WHERE s.pass = %s
 """
 _REREAD: Final = f"""
 SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
@@ -102,12 +103,12 @@ FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 _CHANGED: Final = [name for name in State._fields if name != "eval_id"]
 _UPDATE: Final = f"""
 UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, statement_timestamp())
-FROM stage_records s WHERE e.eval_id = s.eval_id AND s.pass = %s
+FROM stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
 _CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s)"
 
 
-def store(conn: Connection, events: Sequence[Event]) -> Stored:
+def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
     An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
@@ -118,25 +119,20 @@ def store(conn: Connection, events: Sequence[Event]) -> Stored:
     """
     if not events:
         return Stored([])
-    facts = [fact(event) for event in events]
+    facts = [event if isinstance(event, Fact) else fact(event) for event in events]
     outcomes: list[Outcome] = ["duplicate"] * len(facts)
-    confirmations: dict[str, dict[str, Any]] = {}
-    conflicts = 0
-    with database.errors(), conn.begin():
-        raw = database.driver(conn)
-        with raw.cursor(binary=True) as cursor:
-            recorded_at = _begin(cursor)
-            for number, positions in enumerate(_passes(facts)):
-                done = _store_pass(cursor, number, [facts[position] for position in positions])
-                for position in positions:
-                    key = facts[position][:2]
-                    outcomes[position] = "applied" if key in done.new else "reused" if key in done.reused else "duplicate"
-                _note(confirmations, done, recorded_at)
-                conflicts += done.conflicting_results
-            if confirmations:
-                body = b"\n".join(map(msgspec.json.encode, confirmations.values()))
-                cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
-    return Stored(outcomes, list(confirmations.values()), conflicts)
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        recorded_at = _begin(cursor)
+        written = _write(cursor, facts)
+        confirmations = _confirmations(facts, written, recorded_at)
+        if confirmations:
+            body = b"\n".join(map(msgspec.json.encode, confirmations))
+            cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
+    for position in written.applied:
+        outcomes[position] = "applied"
+    for position in written.reused:
+        outcomes[position] = "reused"
+    return Stored(outcomes, confirmations, written.conflicting_results)
 
 
 def _begin(cursor: psycopg.Cursor[Any]) -> str:
@@ -148,41 +144,28 @@ def _begin(cursor: psycopg.Cursor[Any]) -> str:
     return str(now.isoformat()).replace("+00:00", "Z")
 
 
-def _passes(facts: list[Fact]) -> Iterator[list[int]]:
-    """The positions of `facts`, in passes that name no event twice: what repeats in a call is like any repeat."""
-    left = list(range(len(facts)))
-    while left:
-        seen: set[tuple[Any, ...]] = set()
-        positions: list[int] = []
-        again: list[int] = []
-        for position in left:
-            key = facts[position][:2]
-            (again if key in seen else positions).append(position)
-            seen.add(key)
-        yield positions
-        left = again
+class _Written(NamedTuple):
+    """What was written: the positions of new and of reused events, and the records that the new ones made or changed."""
 
-
-class _Pass(NamedTuple):
-    """What one pass wrote: the keys of new and of reused events, and the records these made or changed."""
-
-    new: set[tuple[Any, ...]]
-    reused: set[tuple[Any, ...]]
+    applied: list[int]
+    reused: list[int]
     created: set[str]
     states: dict[str, State]
     conflicting_results: int
 
 
-def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> _Pass:
-    """Write `facts`, no two of which name the same event."""
+def _write(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> _Written:
+    """Write `facts` to the log and the records. Of those with one event_id the first stands, unless one is stored already."""
+    first: dict[_Key, int] = {}
     groups: dict[str, list[Fact]] = {}
-    for one in facts:
-        groups.setdefault(one.eval_id, []).append(one)
-    large = _stage_events(cursor, number, facts)
+    for position, one in enumerate(facts):
+        if first.setdefault(one[:2], position) == position:
+            groups.setdefault(one.eval_id, []).append(one)
+    large = _stage_events(cursor, facts)
     states = {eval_id: fold(groups[eval_id]) for eval_id in sorted(groups)}
-    _stage_records(cursor, 2 * number, states.values())
+    _stage_records(cursor, 0, states.values())
 
-    cursor.execute(_CREATE, [2 * number])
+    cursor.execute(_CREATE)
     all_created = cursor.rowcount == len(states)
     created = set(states) if all_created else {eval_id for (eval_id,) in cursor.fetchall()}
     existing = [] if all_created else [eval_id for eval_id in states if eval_id not in created]
@@ -190,11 +173,11 @@ def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> 
         # Its events would be in the log, and of no record.
         raise DatabaseOutage("an evaluation was deleted between finding and locking it")
 
-    cursor.execute(_LOG, [number])
-    all_new = cursor.rowcount == len(facts)
-    new = {one[:2] for one in facts} if all_new else set(cursor.fetchall())
-    if large := [row for row in large if row[:2] in new]:
-        _log_contents(cursor, large)
+    cursor.execute(_LOG)
+    new: set[_Key] = set(first) if cursor.rowcount == len(first) else set(cursor.fetchall())
+    applied = sorted(first[key] for key in new)
+    if large:
+        _log_contents(cursor, [row for position in applied for row in large.get(position, ())])
 
     # An evaluation created here has no other events than these. For the rest the log is read again, in a later
     # statement than the one that locked them, which therefore sees what other workers committed before they let go.
@@ -202,31 +185,31 @@ def _store_pass(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> 
     if changed_before := [eval_id for eval_id in existing if eval_id in changed]:
         groups |= _reread(cursor, changed_before)
         changes = {eval_id: fold(groups[eval_id]) for eval_id in changed_before}
-        _stage_records(cursor, 2 * number + 1, changes.values())
-        cursor.execute(_UPDATE, [2 * number + 1])
+        _stage_records(cursor, 1, changes.values())
+        cursor.execute(_UPDATE)
         states |= changes
-    return _Pass(
-        new,
-        set() if all_new else _reused(cursor, number, [one for one in facts if one[:2] not in new]),
+    return _Written(
+        applied,
+        _reused(cursor, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else [],
         created,
         {eval_id: states[eval_id] for eval_id in states if eval_id in changed},
         sum(_conflicting_results(groups[eval_id], new) for eval_id in changed),
     )
 
 
-def _stage_events(cursor: psycopg.Cursor[Any], number: int, facts: list[Fact]) -> list[tuple[Any, ...]]:
-    """COPY `facts` to the stage, all but large content, which is returned as rows for `contents`."""
-    large = []
+def _stage_events(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> dict[int, list[tuple[Any, ...]]]:
+    """COPY `facts` to the stage, all but large content, which is returned as rows for `contents`, by position."""
+    large: dict[int, list[tuple[Any, ...]]] = {}
     with cursor.copy(_STAGE_EVENTS) as copy:
         copy.set_types(["int4", *(_TYPE_OF[column] for column in Fact._fields)])
-        for one in facts:
-            row: list[Any] = [number, *one]
-            for position in _CONTENT_POSITIONS:
-                data = one[position]
+        for position, one in enumerate(facts):
+            row: list[Any] = [position, *one]
+            for column in _CONTENT_POSITIONS:
+                data = one[column]
                 if isinstance(data, bytes) and len(data) > ROW_LIMIT_BYTES:
-                    kind = Fact._fields[position]
-                    large.append((*one[:2], kind, len(data), hashlib.sha256(data).digest(), data))
-                    row[position + 1] = None
+                    content_row = (*one[:2], Fact._fields[column], len(data), hashlib.sha256(data).digest(), data)
+                    large.setdefault(position, []).append(content_row)
+                    row[column + 1] = None
             copy.write_row(row)
     return large
 
@@ -253,18 +236,22 @@ def _reread(cursor: psycopg.Cursor[Any], eval_ids: list[str]) -> dict[str, list[
     return groups
 
 
-def _reused(cursor: psycopg.Cursor[Any], number: int, repeated: list[Fact]) -> set[tuple[Any, ...]]:
-    """The keys of those `repeated` facts whose body is not the one stored under their event_id."""
+def _reused(cursor: psycopg.Cursor[Any], facts: list[Fact], repeated: set[int]) -> list[int]:
+    """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
     # The whole stage is compared: picking from it, without an index, takes longer the more there is to pick.
-    stored = {row[:2]: row[2:] for row in cursor.execute(_COMPARE, [number])}
-    return {one[:2] for one in repeated if stored[one[:2]] != (True, *map(_digest, (one.code, one.output, one.error)))}
+    stored = {position: same for position, *same in cursor.execute(_COMPARE)}
+    return [position for position in repeated if stored[position] != [True, *map(_digest, _contents(facts[position]))]]
+
+
+def _contents(one: Fact) -> tuple[bytes | None, ...]:
+    return one.code, one.output, one.error
 
 
 def _digest(data: bytes | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _conflicting_results(facts: list[Fact], new: set[tuple[Any, ...]]) -> int:
+def _conflicting_results(facts: list[Fact], new: set[_Key]) -> int:
     """How many of the `new` events end an attempt that another event ended before."""
     endings: dict[int, list[bool]] = {}
     for one in facts:
@@ -273,23 +260,22 @@ def _conflicting_results(facts: list[Fact], new: set[tuple[Any, ...]]) -> int:
     return sum(min(sum(found), len(found) - 1) for found in endings.values())
 
 
-def _note(confirmations: dict[str, dict[str, Any]], done: _Pass, recorded_at: str) -> None:
-    """Add what a pass wrote to the transaction's confirmations: one for each evaluation."""
-    for eval_id, state in done.states.items():
-        noted = confirmations.setdefault(
-            eval_id,
-            {
-                "type": "storage:evaluation:created" if eval_id in done.created else "storage:evaluation:updated",
-                "eval_id": eval_id,
-                "version": state.version,
-                "status": state.status,
-                "event_ids": [],
-                "recorded_at": recorded_at,
-            },
-        )
-        noted["version"], noted["status"] = state.version, state.status
-    for eval_id, event_id in done.new:
-        confirmations[eval_id]["event_ids"].append(str(event_id))
+def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[dict[str, Any]]:
+    """One for each evaluation that changed."""
+    event_ids: dict[str, list[str]] = {}
+    for position in written.applied:
+        event_ids.setdefault(facts[position].eval_id, []).append(str(facts[position].event_id))
+    return [
+        {
+            "type": "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
+            "eval_id": eval_id,
+            "version": state.version,
+            "status": state.status,
+            "event_ids": event_ids[eval_id],
+            "recorded_at": recorded_at,
+        }
+        for eval_id, state in written.states.items()
+    ]
 
 
 _GET: Final = f"""

@@ -37,6 +37,12 @@ class Background(threading.Thread):
         self._wanted.set()
 
     def run(self) -> None:
+        try:
+            engine()
+        except SchemaMismatch as error:
+            log.critical("this worker stores nothing until that is mended: %s", error)
+        except Outage as error:
+            log.warning("starting without PostgreSQL: %s", error)
         while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()

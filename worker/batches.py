@@ -25,7 +25,6 @@ class Delivery:
 
     redis_id: bytes
     body: bytes
-    message: Message[Any]
 
     @property
     def is_redriven(self) -> bool:

@@ -30,8 +30,7 @@ class Broker(SendingBroker):
     ) -> None:
         super().__init__(**given)
         self.max_deaths, self.batch_events, self.batch_bytes = max_deaths, batch_events, batch_bytes
-        self.batched: set[str] = set()
-        self.batched_actors: set[str] = set()
+        self.batched: dict[str, str] = {}
         self.hold = Hold()
         self.fetches: dict[str, int] = defaultdict(int)
         self.process = process_name()
@@ -40,10 +39,9 @@ class Broker(SendingBroker):
         self.add_middleware(_Lifecycle())
 
     def declare_batch_actor(self, actor: Actor[..., None], run: Callable[[Batch], None]) -> None:
-        """Declare an actor that is called with batches of its messages, and what it does with them."""
+        """Declare an actor that is called with batches of whatever arrives on its queue, and what it does with them."""
         actor.fn = run
-        self.batched.add(actor.queue_name)
-        self.batched_actors.add(actor.actor_name)
+        self.batched[actor.queue_name] = actor.actor_name
         self.declare_actor(actor)
 
     def run(self, name: str, keys: list[str], *args: Any) -> Any:
@@ -76,7 +74,7 @@ class Broker(SendingBroker):
         """Take nothing more."""
         self.hold.close()
         if self._vitals:
-            self._vitals.wake.set()
+            self._vitals.stop_in_time()
 
     def stopped(self) -> None:
         """Leave nothing behind."""

@@ -11,6 +11,7 @@ from uuid import uuid4
 import redis
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
+from dramatiq.errors import ActorNotFound
 
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
@@ -46,6 +47,9 @@ class Consumer(DramatiqConsumer):
 
     def __init__(self, broker: "Broker", queue_name: str, prefetch: int, timeout_ms: int) -> None:
         self.broker, self.queue_name, self.prefetch = broker, queue_name, prefetch
+        if broker.batched.keys() - {queue_name}:
+            # Dramatiq asks for two messages a thread. Long jobs leave one thread to the batches, if there is more than one.
+            self.prefetch = max(1, prefetch // 2 - 1)
         self.timeout_s = min(timeout_ms / 1000, _LONGEST_WAIT_S)
         self.keys = broker.keys(queue_name)
         self.unacked = broker.unacked(queue_name)
@@ -121,36 +125,26 @@ class Consumer(DramatiqConsumer):
         return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
 
     def _hand_out(self, found: list[tuple[bytes, bytes]]) -> None:
-        """Put what was fetched in a batch, or one by one, where the worker takes it from; bury what is no message."""
-        try:
-            self._sort(found)
-        except BaseException:
-            # Memory, say. Reconciling gives it back; held here, with nobody at work on it, it would stay for ever.
-            self.broker.hold.drop([redis_id for redis_id, _ in found])
-            raise
-
-    def _sort(self, found: list[tuple[bytes, bytes]]) -> None:
-        batches: dict[str, list[Delivery]] = {}
+        """Put what was fetched where the worker takes it from: as a batch, which its actor reads, or one by one."""
+        if not found:
+            return
+        if batch_actor := self.broker.batched.get(self.queue_name):
+            batch = Batch([Delivery(redis_id, body) for redis_id, body in found])
+            message: Message[Any] = Message(self.queue_name, batch_actor, (batch,), {}, {}, str(uuid4()))
+            self._add(message, [redis_id for redis_id, _ in found])
+            return
         bad: dict[bytes, bytes] = {}
         for redis_id, body in found:
             try:
                 message = read(body)
-                actor = self.broker.get_actor(message.actor_name)
-            except MemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on
+                self.broker.get_actor(message.actor_name)
+            except (BadMessage, ActorNotFound) as error:
                 bad[redis_id] = cause(error)
                 continue
-            if actor.actor_name in self.broker.batched_actors:
-                batches.setdefault(actor.actor_name, []).append(Delivery(redis_id, body, message))
-            else:
-                # The eta is over, and Dramatiq's worker looks its consumer up by the name in the message.
-                options = {name: value for name, value in message.options.items() if name != "eta"}
-                options["redis_message_id"] = redis_id.decode(errors="replace")
-                self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
-        for actor_name, deliveries in batches.items():
-            message = Message(self.queue_name, actor_name, (Batch(deliveries),), {}, {}, str(uuid4()))
-            self._add(message, [delivery.redis_id for delivery in deliveries])
+            # The eta is over, and Dramatiq's worker looks its consumer up by the name in the message.
+            options = {name: value for name, value in message.options.items() if name != "eta"}
+            options["redis_message_id"] = redis_id.decode(errors="replace")
+            self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
         if bad:
             log.error("%d messages of queue %s are no messages for us: dead letters", len(bad), self.queue_name)
             self._settle([], bad)
@@ -165,8 +159,10 @@ class Consumer(DramatiqConsumer):
         redis_ids, error = _ids(message), getattr(message, "_exception", None)
         batch = message.batch if isinstance(message, Held) else None
         try:
-            if batch is not None and (batch.returned or error is not None):
+            if batch is not None and (batch.returned or isinstance(error, Outage)):
                 self._give_back(redis_ids)
+            elif batch is not None and error is not None and len(batch) > 1:
+                self._take_apart(message)
             elif error is None:
                 buried = batch.buried if batch else {}
                 self._settle([redis_id for redis_id in redis_ids if redis_id not in buried], buried)
@@ -180,6 +176,14 @@ class Consumer(DramatiqConsumer):
             raise
         finally:
             self._release()
+
+    def _take_apart(self, message: Held) -> None:
+        """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""
+        deliveries = message.batch.deliveries if message.batch else []
+        middle = len(deliveries) // 2
+        for half in (deliveries[:middle], deliveries[middle:]):
+            options = {"queue_name": self.queue_name, "args": (Batch(half),), "message_id": str(uuid4())}
+            self._add(message.copy(**options), [delivery.redis_id for delivery in half])
 
     def nack(self, message: Any) -> None:
         """Make a dead letter of it, with what its actor raised as the cause."""

@@ -5,17 +5,19 @@ import random
 import threading
 import time
 from functools import cache
-from typing import Any
 
-from dramatiq import Message
+from dramatiq.errors import ActorNotFound
 from sqlalchemy import Engine
 
 from models.errors import BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage, SchemaMismatch
-from models.events import Event, identified, parse
+from models.events import identified, parse
+from models.record import Fact, fact
 from models.settings import settings
+from models.wire import read_fact
 from storage import database, evaluations, migrations
+from tasks.evaluations import ACTOR
 from worker import dead_letters
-from worker.batches import Batch, Delivery, cause
+from worker.batches import Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
 from worker.hold import Hold
 
@@ -24,7 +26,7 @@ _LONGEST_WAIT_S = 4.0
 _STOP_GRACE_S = 3.0
 _SUSPICIONS = 5
 
-_Pair = tuple[Delivery, Event]
+_Pair = tuple[Delivery, Fact]
 
 
 @cache
@@ -104,8 +106,8 @@ class Store:
         events: list[_Pair] = []
         for delivery in deliveries:
             try:
-                events.append((delivery, event_of(delivery.message)))
-            except BadMessage as error:
+                events.append((delivery, fact_of(delivery.body)))
+            except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
         if events:
             self._store(bad, events)
@@ -186,12 +188,18 @@ class _Stopped(Outage):
     """The process is to stop; what it holds goes back."""
 
 
-def event_of(message: Message[Any]) -> Event:
-    """The event a message carries. Raises InvalidEvent."""
+def fact_of(body: bytes) -> Fact:
+    """The event in a message as the log is to hold it. Raises InvalidEvent, ActorNotFound."""
+    most = settings().max_content_bytes
+    usual = read_fact(body, max_content_bytes=most)
+    if usual is not None:
+        return usual
+    message = read(body)
+    if message.actor_name != ACTOR:
+        raise ActorNotFound(message.actor_name)
     if len(message.args) != 1 or message.kwargs or not isinstance(message.args[0], dict):
         raise InvalidEvent([Fault("message.args", "expected one event, a JSON object, as the one positional argument")])
-    given = identified(message.args[0], message.message_id, message.message_timestamp)
-    event = parse(given, max_content_bytes=settings().max_content_bytes)
+    event = parse(identified(message.args[0], message.message_id, message.message_timestamp), max_content_bytes=most)
     if event.type == "evaluation:lost":
         raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
-    return event
+    return fact(event)

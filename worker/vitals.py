@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 from uuid import uuid4
 
 import redis
@@ -31,7 +31,9 @@ BEAT_S: Final = 2.0
 DEAD_AFTER_S: Final = 10.0
 RECONCILE_S: Final = 5.0
 WEDGED_AFTER_S: Final = 60.0
+STOP_WITHIN_S: Final = 8.0  # Docker kills after 10
 THREAD_DIED: Final = 70  # EX_SOFTWARE of sysexits.h
+STOPPED_LATE: Final = 75  # EX_TEMPFAIL
 _BEATS: Final = 4
 
 
@@ -118,6 +120,7 @@ class Vitals(threading.Thread):
         self._observers: dict[str, Observer] = {}
         self._beats = 0
         self._done = threading.Event()
+        self._late = threading.Timer(STOP_WITHIN_S, self._stop_late)
         self._failing = False
         self._state: str | None = None
         self._turns: dict[str, tuple[int, int]] = {}
@@ -131,7 +134,7 @@ class Vitals(threading.Thread):
         except BaseException:
             # Without a heartbeat the others take what this process holds, again and again.
             log.critical("the heartbeat ended: ending this process", exc_info=True)
-            _end_process()
+            _end_process(THREAD_DIED)
 
     def _beat_and_wait(self) -> None:
         try:
@@ -160,13 +163,29 @@ class Vitals(threading.Thread):
             for queue in sorted(self._broker.queues):
                 self._reconcile(queue)
 
+    def stop_in_time(self) -> None:
+        """From now on the process ends within STOP_WITHIN_S, whatever its threads wait for: a server that hangs, say."""
+        self.wake.set()
+        self._late.daemon = True
+        self._late.start()
+
     def stop(self) -> None:
         """Give back whatever this process still holds, and say goodbye."""
+        self._late.cancel()
         self._done.set()
         self.wake.set()
         self.join(timeout=2)
-        if self.is_alive() or self._failing:
-            log.warning("Redis is away, others will take over what this process held")
+        self._failing = self._failing or self.is_alive()
+        self._say_goodbye()
+
+    def _stop_late(self) -> None:
+        log.warning("still at work %g s after the order to stop: what is held goes back", STOP_WITHIN_S)
+        self._say_goodbye()
+        _end_process(STOPPED_LATE)
+
+    def _say_goodbye(self) -> None:
+        if self._failing or self._broker.hold.abandoned:
+            log.warning("Redis is away: others will take over what this process held")
             return
         try:
             for queue in sorted(self._broker.queues):
@@ -216,14 +235,14 @@ class Vitals(threading.Thread):
                 dead.append(thread)
         if dead and not self._broker.hold.stopping:
             log.critical("thread %s died or stands still: ending this process", dead[0])
-            _end_process()
+            _end_process(THREAD_DIED)
 
 
-def _end_process() -> None:
+def _end_process(status: int) -> NoReturn:
     """With a status that makes a supervisor start it again; the stacks are in its log."""
     faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
     logging.shutdown()
-    os._exit(THREAD_DIED)
+    os._exit(status)
 
 
 def _as_text(value: str | bytes) -> str:

@@ -6,7 +6,7 @@
 -- ARGV  id, id, ...
 -- Returns how many were this process's.
 
-local settled = 0
+local settled, any_deaths = 0, redis.call("EXISTS", KEYS[3]) == 1
 for i = 1, #ARGV, 4000 do
     local chunk, ours = { unpack(ARGV, i, math.min(i + 3999, #ARGV)) }, {}
     for place, score in ipairs(redis.call("ZMSCORE", KEYS[1], unpack(chunk))) do
@@ -17,7 +17,9 @@ for i = 1, #ARGV, 4000 do
     if #ours > 0 then
         redis.call("ZREM", KEYS[1], unpack(ours))
         redis.call("HDEL", KEYS[2], unpack(ours))
-        redis.call("HDEL", KEYS[3], unpack(ours))
+        if any_deaths then
+            redis.call("HDEL", KEYS[3], unpack(ours))
+        end
         settled = settled + #ours
     end
 end

@@ -1,0 +1,47 @@
+"""What a gateway pays for `from tasks import store_evaluation`."""
+
+import subprocess
+import sys
+
+IMPORT = """
+import sys, time
+before = time.process_time()
+from tasks import store_evaluation, store_evaluations
+print(time.process_time() - before)
+print(*sys.modules)
+"""
+
+
+def imported() -> tuple[float, set[str]]:
+    """How long importing `tasks` takes a clean interpreter, in seconds of its own, and the packages that are loaded then."""
+    done = subprocess.run([sys.executable, "-I", "-c", IMPORT], check=True, capture_output=True, text=True, cwd="/")
+    seconds, modules = done.stdout.splitlines()
+    return float(seconds), {name.partition(".")[0] for name in modules.split()}
+
+
+def test_importing_tasks_loads_no_server_side_package() -> None:
+    _, packages = imported()
+    assert "tasks" in packages
+    assert not packages & {
+        "sqlalchemy",
+        "psycopg",
+        "alembic",
+        "boto3",
+        "botocore",
+        "periodiq",
+        "rich",
+        "typer",
+        "storage",
+        "worker",
+        "ops",
+    }
+
+
+def test_importing_tasks_takes_less_than_200_ms() -> None:
+    imported()  # so that the next are warm
+    taken = []
+    for _ in range(10):  # the machine may be busy: the best counts
+        taken.append(imported()[0])
+        if taken[-1] < 0.2:
+            return
+    raise AssertionError(f"the best of {len(taken)} took {min(taken) * 1000:.0f} ms")

@@ -1,0 +1,399 @@
+"""The command `evalstore`: what it prints where, and with which status it exits."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import redis
+from sqlalchemy import Connection
+
+from models.events import parse
+from ops.output import escaped, to_json
+from storage import database, dead_letters, evaluations
+from storage.dead_letters import Burial
+from tasks.broker import Keys
+
+Json = dict[str, Any]
+Evalstore = Callable[..., subprocess.CompletedProcess[bytes]]
+ROOT = Path(__file__).parents[2]
+AWAY = {
+    "EVALSTORE_DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/x",
+    "EVALSTORE_REDIS_URL": "redis://:hunter2@127.0.0.1:1/0",
+}
+COMMANDS = ("up", "demo", "migrate", "status", "send", "get", "audit")
+# A terminal acts on these; so nothing stored may show them.
+CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+NASTY = "[bold]x[/bold] \x1b[31m\x1b]0;title\x07\x9b2J \u202egnp.exe\u2066 \r\x08\x7f :smile: é😀"
+
+
+@pytest.fixture
+def evalstore(database_url: str, redis_url: str) -> Evalstore:
+    """Run the command with the test's own servers, or with other variables."""
+
+    def run(*arguments: str | Path, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
+        servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("EVALSTORE_", "COLUMNS"))}
+        command = [sys.executable, "-m", "ops.cli", *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            input=stdin,
+            env={**environment, **servers, **variables},
+            cwd=ROOT,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode(errors="replace")
+        assert b"hunter2" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def event(type_: str, eval_id: str = "e", **fields: Any) -> Json:
+    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "event_id": str(uuid4())}
+    return {**named, "occurred_at": "2026-01-31T09:30:00Z", **fields}
+
+
+def store(database_url: str, *events: Json) -> None:
+    with connected(database_url) as conn:
+        evaluations.store(conn, [parse(one) for one in events])
+
+
+@contextmanager
+def connected(database_url: str) -> Iterator[Connection]:
+    engine = database.engine(database_url)
+    try:
+        with engine.connect() as conn:
+            yield conn
+    finally:
+        engine.dispose()
+
+
+def lines(path: Path, *values: object) -> Path:
+    path.write_bytes(b"".join((one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in values))
+    return path
+
+
+# ---- usage
+
+
+def test_help_is_there_for_every_command(evalstore: Evalstore) -> None:
+    overview = evalstore("--help")
+    assert overview.returncode == 0
+    for number in (0, 1, 2, 3, 4, 5, 7):
+        assert re.search(rf"\b{number} [a-z]", overview.stdout.decode())
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", overview.stdout.decode(), re.MULTILINE)
+        shown = evalstore(command, "--help")
+        assert (shown.returncode, shown.stderr) == (0, b"")
+        text = shown.stdout.decode()
+        assert f"Usage: evalstore {command}" in text.replace("python -m ops.cli", "evalstore")
+        assert max(map(len, text.splitlines())) <= 80
+        if command in {"status", "send", "get", "audit"}:
+            assert "table|json|jsonl" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["get"],
+        ["get", "e", "--outputs"],
+        ["get", "e", "--output", "--code"],
+        ["get", "e", "-o", "xml"],
+        ["send", "/nowhere/at-all"],
+        ["send", "/"],
+        ["audit", "/nowhere/at-all"],
+        ["audit", "/"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(evalstore: Evalstore, arguments: Sequence[str]) -> None:
+    done = evalstore(*arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr
+
+
+def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) -> None:
+    wrong = {"EVALSTORE_DATABASE_URL": "hunter2", "EVALSTORE_REDIS_URL": "hunter2", "EVALSTORE_MAX_CONTENT_BYTES": "hunter2"}
+    done = evalstore("status", **wrong)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1
+    for name in wrong:
+        assert name.encode() in done.stderr
+    done = evalstore("status", EVALSTORE_DATABASE_URL="postgresql://u:hunter2@127.0.0.1/x?nonsense=1")
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"EVALSTORE_DATABASE_URL" in done.stderr
+
+
+@pytest.mark.parametrize("away", AWAY, ids=str)
+def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
+    file = lines(tmp_path / "events.jsonl", event("started"))
+    database_alone: list[list[str | Path]] = [["migrate"], ["get", "e"]]
+    needs = database_alone if away == "EVALSTORE_DATABASE_URL" else [["send", file]]
+    for arguments in (["status"], ["audit", file], *needs):
+        began = time.monotonic()
+        done = evalstore(*arguments, **{away: AWAY[away]})
+        assert time.monotonic() - began < 20
+        assert (done.returncode, done.stdout) == (7, b""), arguments
+        last = done.stderr.decode().splitlines()[-1]
+        assert last.startswith(("DatabaseOutage: ", "RedisOutage: "))
+        assert len(done.stderr.splitlines()) == (2 if arguments[0] == "send" else 1)
+
+
+def test_a_database_without_tables_is_told_what_to_run(evalstore: Evalstore, empty_database_url: str) -> None:
+    done = evalstore("get", "e", EVALSTORE_DATABASE_URL=empty_database_url)
+    assert done.returncode == 7
+    assert b"run `evalstore migrate`" in done.stderr
+    assert evalstore("migrate", EVALSTORE_DATABASE_URL=empty_database_url).returncode == 0
+    assert evalstore("get", "e", EVALSTORE_DATABASE_URL=empty_database_url).returncode == 3
+
+
+# ---- send
+
+
+def test_sending_stores_the_good_lines_and_names_the_bad_ones_by_line_and_field(
+    evalstore: Evalstore, tmp_path: Path, redis_url: str
+) -> None:
+    file = lines(
+        tmp_path / "events.jsonl",
+        event("queued", "one", code="x"),
+        b"not json",
+        event("completed", "two", exitcode=1, attempt=0),
+        b"",
+        b'{"type": "evaluation:started", "eval_id": "\xff"}',
+        [],
+        {"type": "evaluation:started", "eval_id": "six"},
+        event("started", "bad/id", **{"\x1b[31m": 1, "\ud800": 2}),
+    )
+    done = evalstore("send", file)
+    assert (done.returncode, done.stdout) == (4, b"")
+    told = done.stderr.decode().splitlines()
+    assert [line.split(":")[0] for line in told] == ["line 2", "line 3", "line 5", "line 6", "line 8", "2 sent, 5 bad"]
+    for field in ("exit_code: ", "exitcode: ", "attempt: ", "did you mean exit_code?"):
+        assert field in told[1]
+    for field in ("eval_id: ", r"\x1b[31m: ", r"\ud800: "):
+        assert field in told[4]
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.llen("dramatiq:evaluations") == 2
+
+
+def test_sending_nothing_is_fine_and_sending_nothing_good_is_a_failure(evalstore: Evalstore, tmp_path: Path) -> None:
+    assert evalstore("send", lines(tmp_path / "empty.jsonl")).returncode == 0
+    assert evalstore("send", lines(tmp_path / "blank.jsonl", b"", b"  ")).returncode == 0
+    assert evalstore("send", lines(tmp_path / "bad.jsonl", b"{")).returncode == 1
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_sending_gives_the_ids_it_filled_in_for_an_audit(evalstore: Evalstore, tmp_path: Path, form: str) -> None:
+    events = [event("started", event_id=None), event("started")]
+    done = evalstore("send", "-", "-o", form, stdin=lines(tmp_path / "events.jsonl", *events, b"{").read_bytes())
+    assert done.returncode == 4
+    rows = json.loads(done.stdout) if form == "json" else [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["line"], row["eval_id"]) for row in rows] == [(1, "e"), (2, "e")]
+    assert UUID(rows[0]["event_id"]).version == 7
+    assert rows[1]["event_id"] == events[1]["event_id"]
+    audit = evalstore("audit", lines(tmp_path / "sent.jsonl", *rows), "-o", form)
+    assert (audit.returncode, audit.stdout.count(b'"in flight"')) == (0, 2)
+
+
+# ---- get
+
+
+def test_getting_what_is_not_there_is_3(evalstore: Evalstore, database_url: str) -> None:
+    store(database_url, event("started"))
+    for arguments in (["none"], ["e", "--output"], ["a/b"], ["x\x1b[31m"], [b"\xff".decode(errors="surrogateescape")]):
+        done = evalstore("get", *arguments)
+        assert (done.returncode, done.stdout) == (3, b""), arguments
+        assert not CODES.search(done.stderr.decode())
+
+
+def test_content_is_written_as_it_is_and_an_empty_one_is_no_missing_one(evalstore: Evalstore, database_url: str) -> None:
+    nasty = f"{NASTY}\n\0\ud800"
+    store(database_url, event("queued", code=""), event("failed", output=nasty, error_b64="//4="))
+    expected = {"--code": b"", "--output": nasty.encode("utf-8", "surrogatepass"), "--error": b"\xff\xfe"}
+    for option, data in expected.items():
+        done = evalstore("get", "e", option)
+        assert (done.returncode, done.stdout, done.stderr) == (0, data, b"")
+
+
+def nasty_record(database_url: str) -> Json:
+    metadata = {NASTY.replace("\0", ""): [NASTY], "text": "word " * 40}
+    store(
+        database_url,
+        event("queued", code=NASTY, submitter=NASTY, language=NASTY, metadata=metadata),
+        event("completed", exit_code=-(2**63), output="\ud800\0\x1b[2J", error_b64="/5s=", executor_id="x" * 1000),
+    )
+    return metadata
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_the_record_as_json_says_all_and_holds_no_terminal_codes(evalstore: Evalstore, database_url: str, form: str) -> None:
+    metadata = nasty_record(database_url)
+    done = evalstore("get", "e", "-o", form)
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode()
+    assert not CODES.search(text)
+    assert text.count("\n") == 1
+    record = json.loads(text)
+    expected = {
+        "eval_id": "e",
+        "status": "completed",
+        "version": 2,
+        "submitter": NASTY,
+        "language": NASTY,
+        "metadata": metadata,
+        "exit_code": -(2**63),
+        "code": NASTY,
+        "output": "\ud800\0\x1b[2J",
+        "error_b64": "/5s=",
+        "finished_at": "2026-01-31T09:30:00Z",
+        "reason": None,
+    }
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_the_record_as_a_table_fits_80_columns_and_holds_neither_terminal_codes_nor_markup(
+    evalstore: Evalstore, database_url: str
+) -> None:
+    nasty_record(database_url)
+    for variables in ({}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}):
+        done = evalstore("get", "e", **variables)
+        assert done.returncode == 0
+        text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout.decode()) if "FORCE_COLOR" in variables else done.stdout.decode()
+        assert "[bold]x[/bold]" in text
+        assert r"\x1b[31m" in text
+        assert r"\u202e" in text
+        assert ":smile:" in text
+        assert max(map(len, text.splitlines())) <= 80 or "PYTHONIOENCODING" in variables
+        assert not CODES.search(text)
+
+
+def test_large_content_is_shown_by_its_size_and_beginning(evalstore: Evalstore, database_url: str) -> None:
+    store(database_url, event("queued", code="x" * 70_000))
+    record = json.loads(evalstore("get", "e", "-o", "json").stdout)
+    assert (record["code_size"], record["code_preview"]) == (70_000, "x" * 1024)
+    assert "code" not in record
+    assert len(evalstore("get", "e", "--code").stdout) == 70_000
+
+
+# ---- status
+
+
+def test_status_counts_what_is_queued_stored_and_dead(evalstore: Evalstore, database_url: str, tmp_path: Path) -> None:
+    assert json.loads(evalstore("status", "-o", "json").stdout)["evaluations"] == {}
+    store(database_url, event("started", "a"), event("started", "b"), event("completed", "c", exit_code=0))
+    evalstore("send", lines(tmp_path / "events.jsonl", event("started", "d")))
+    bury(database_url, event("started", "dead"))
+    for form in ("json", "jsonl"):
+        shown = json.loads(evalstore("status", "-o", form).stdout)
+        assert shown["evaluations"] == {"completed": 1, "running": 2}
+        assert shown["queue"] == {"ready": 1, "inflight": 0, "delayed": 0, "dead": 1}
+    table = evalstore("status").stdout.decode()
+    assert re.search(r"running +2\n", table)
+    assert re.search(r"ready +1\n", table)
+
+
+# ---- audit
+
+
+def message(one: Json) -> bytes:
+    fields = {"queue_name": "evaluations", "actor_name": "store_evaluation", "args": [one], "kwargs": {}, "options": {}}
+    return json.dumps({**fields, "message_id": str(uuid4()), "message_timestamp": 1}).encode()
+
+
+def bury(database_url: str, one: Json) -> None:
+    """Keep `one` as a dead letter."""
+    now = datetime.now(UTC)
+    letter = Burial(
+        uuid4(), "evaluations", "store_evaluation", one["eval_id"], UUID(one["event_id"]), message(one),
+        "InvalidEvent", "code: \ud800\0", "", "", 10**30, now, None, None,
+    )  # fmt: skip
+    with connected(database_url) as conn:
+        dead_letters.write(conn, [letter])
+        dead_letters.write(conn, [letter._replace(died_at=datetime.now(UTC))])
+
+
+def test_audit_tells_applied_in_flight_dead_and_missing(
+    evalstore: Evalstore, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    keys = Keys.of("dramatiq", "evaluations")
+    applied, kept, waiting, delayed, dying, missing = (event("started", name) for name in ("a", "b", "c", "d", "e", "f"))
+    store(database_url, applied)
+    bury(database_url, kept)
+    bury(database_url, applied)  # what another body of it died of changes nothing
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(keys.bodies, "1", message(waiting))
+        client.hset(keys.bodies, "2", b"rubbish")
+        client.hset(keys.bodies, "3", b'{"args": 5, "message_id": []}')
+        client.hset(keys.stock_delayed_bodies, "4", message(delayed))
+        client.hset(keys.dead_bodies, "5", message(dying))
+    everything = [applied, kept, waiting, delayed, dying, missing]
+    other = {**applied, "eval_id": "z"}  # the same event_id of another evaluation is another event
+    file = lines(tmp_path / "all.jsonl", *everything, applied, other)
+    done = evalstore("audit", file, "-o", "json")
+    assert done.returncode == 1
+    fates = [(row["eval_id"], row["fate"]) for row in json.loads(done.stdout)]
+    assert fates == [
+        *[("a", "applied"), ("b", "dead"), ("c", "in flight"), ("d", "in flight")],
+        *[("e", "dead"), ("f", "missing"), ("z", "missing")],
+    ]
+    table = evalstore("audit", file)
+    assert table.returncode == 1
+    counts = dict(re.findall(r"^(applied|in flight|dead|missing) +(\d+)$", table.stdout.decode(), re.MULTILINE))
+    assert counts == {"applied": "1", "in flight": "2", "dead": "2", "missing": "2"}
+    assert f"missing: f {missing['event_id']}" in table.stderr.decode()
+    assert evalstore("audit", lines(tmp_path / "most.jsonl", *everything[:-1])).returncode == 0
+    assert evalstore("audit", lines(tmp_path / "none.jsonl")).returncode == 0
+
+
+def test_audit_names_the_lines_that_name_no_event(evalstore: Evalstore, database_url: str, tmp_path: Path) -> None:
+    stored = event("started")
+    store(database_url, stored)
+    bad = [b"{", [], 5, {}, {**stored, "eval_id": "\0"}, {**stored, "eval_id": "\ud800"}, {**stored, "event_id": "x"}, b"\xff"]
+    done = evalstore("audit", lines(tmp_path / "events.jsonl", *bad, stored))
+    assert done.returncode == 4
+    assert [line.split(":")[0] for line in done.stderr.decode().splitlines()] == [f"line {number}" for number in range(1, 9)]
+    missing = evalstore("audit", lines(tmp_path / "events.jsonl", *bad, event("started")))
+    assert missing.returncode == 1
+
+
+# ---- output
+
+
+def test_a_reader_that_goes_away_is_no_error_to_talk_about(
+    evalstore: Evalstore, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    store(database_url, event("queued", code="x" * 60_000, submitter="s" * 1000))
+    file = lines(tmp_path / "events.jsonl", *(event("started", "f") for _ in range(3000)))
+    environment = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url, "PY": sys.executable}
+    for command in ("get e", "get e -o json", "get e --code", f"send {file} -o jsonl", f"audit {file} -o jsonl", "--help"):
+        shell = f'"$PY" -m ops.cli {command} | true'
+        done = subprocess.run(shell, shell=True, env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)  # noqa: S602
+        assert b"Traceback" not in done.stderr
+        assert b"BrokenPipe" not in done.stderr
+        assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("value", [NASTY, "\0\ud800\x1b", ["\x9b"], {"\u202e": "\x1b"}, "é😀"], ids=ascii)
+def test_json_is_exact_and_harmless(value: object) -> None:
+    assert json.loads(to_json(value)) == value
+    assert not CODES.search(to_json(value))
+    assert to_json(value).encode()
+
+
+def test_what_is_escaped_is_one_harmless_line() -> None:
+    assert not CODES.search(escaped(NASTY + "\n\t\ud800\udfff"))
+    assert "\n" not in escaped("a\nb")
+    assert escaped("[bold] é😀") == "[bold] é😀"

@@ -1,0 +1,169 @@
+"""The schema: made once, from anywhere, and checked by whoever works with it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine
+
+from models.errors import DatabaseOutage, SchemaMismatch
+from models.tables import metadata
+from ops import processes
+from storage import database, migrations
+
+ROOT = Path(__file__).parents[2]
+Eventually = Callable[..., None]
+
+
+@pytest.fixture
+def engine(empty_database_url: str) -> Iterator[Engine]:
+    made = database.engine(empty_database_url)
+    yield made
+    made.dispose()
+
+
+def run(sql: str, url: str) -> list[Any]:
+    with psycopg.connect(url) as conn:
+        cursor = conn.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+
+def revisions() -> list[str]:
+    """All there are, the oldest first."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("path_separator", "os")
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+
+
+def evalstore(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.cli", *arguments]
+    environment = {**os.environ, "EVALSTORE_DATABASE_URL": url, "EVALSTORE_REDIS_URL": "redis://127.0.0.1:1"}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_tables_are_those_that_the_migrations_make(database_url: str) -> None:
+    made = database.engine(database_url)
+    with made.connect() as conn:
+        options = {"compare_type": True, "compare_server_default": True}
+        assert compare_metadata(MigrationContext.configure(conn, opts=options), metadata) == []
+    made.dispose()
+
+
+def test_every_text_that_is_an_eval_id_sorts_by_bytes(database_url: str) -> None:
+    found = run("SELECT table_name, collation_name FROM information_schema.columns WHERE column_name = 'eval_id'", database_url)
+    assert {name for name, _ in found} >= {"evaluations", "evaluation_events", "contents"}
+    assert {collation for _, collation in found} == {"C"}
+
+
+def test_every_key_begins_with_the_eval_id_where_records_have_one(database_url: str) -> None:
+    for table in ("evaluations", "evaluation_events", "contents"):
+        assert metadata.tables[table].primary_key.columns.keys()[0] == "eval_id"
+
+
+def test_migrating_tells_where_it_came_from_and_finds_nothing_to_do_the_second_time(empty_database_url: str) -> None:
+    head = revisions()[-1]
+    assert migrations.upgrade(empty_database_url) == (None, head)
+    assert migrations.upgrade(empty_database_url) == (head, head)
+
+
+def test_several_processes_may_migrate_at_once(empty_database_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        done = list(threads.map(lambda _: evalstore("migrate", url=empty_database_url), range(4)))
+    assert [process.returncode for process in done] == [0] * 4, [process.stderr for process in done]
+    head = revisions()[-1]
+    assert sorted(process.stderr for process in done) == [
+        *[f"the schema is at {head} already\n"] * 3,
+        f"the schema went from nothing to {head}\n",
+    ]
+
+
+def test_a_migration_that_fails_changes_nothing(empty_database_url: str) -> None:
+    run("CREATE TABLE contents (in_the_way int)", empty_database_url)
+    with pytest.raises(Exception, match='relation "contents" already exists'):
+        migrations.upgrade(empty_database_url)
+    assert run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", empty_database_url) == [("contents",)]
+    run("DROP TABLE contents", empty_database_url)
+    assert migrations.upgrade(empty_database_url)[1] == revisions()[-1]
+
+
+def test_migrating_leaves_no_connection_behind(empty_database_url: str) -> None:
+    migrations.upgrade(empty_database_url)
+    with psycopg.connect(empty_database_url) as conn:
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert conn.execute(others).fetchone() == (0,)
+
+
+def test_the_check_says_what_to_do_and_changes_nothing(engine: Engine, empty_database_url: str) -> None:
+    with engine.connect() as conn:
+        with pytest.raises(SchemaMismatch, match=r"no evalstore tables yet, .*run `evalstore migrate`"):
+            migrations.check(conn)
+        assert run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", empty_database_url) == []
+        migrations.upgrade(empty_database_url)
+        migrations.check(conn)
+        for revision in revisions()[:-1]:
+            run(f"UPDATE alembic_version SET version_num = '{revision}'", empty_database_url)
+            with pytest.raises(SchemaMismatch, match=f"at revision {revision}, .*run `evalstore migrate`"):
+                migrations.check(conn)
+        run("UPDATE alembic_version SET version_num = 'future'", empty_database_url)
+        with pytest.raises(SchemaMismatch, match="at revision future, which this release does not know: deploy a newer one"):
+            migrations.check(conn)
+    with pytest.raises(SchemaMismatch, match="deploy a newer one"):
+        migrations.upgrade(empty_database_url)
+
+
+def test_the_revisions_can_be_applied_one_after_another(empty_database_url: str) -> None:
+    from alembic import command  # noqa: PLC0415 - only here
+
+    config = migrations._config()
+    for revision in revisions():
+        made = database.engine(empty_database_url)
+        with made.begin() as conn:
+            config.attributes["connection"] = conn
+            command.upgrade(config, revision)
+        made.dispose()
+    assert migrations.upgrade(empty_database_url) == (revisions()[-1], revisions()[-1])
+
+
+def test_without_a_server_migrating_and_checking_is_an_outage() -> None:
+    with pytest.raises(DatabaseOutage):
+        migrations.upgrade("postgresql://127.0.0.1:1/x")
+    done = evalstore("migrate", url="postgresql://127.0.0.1:1/x")
+    assert done.returncode == 7
+    assert done.stderr.startswith("DatabaseOutage: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("revision", "advice"),
+    [(None, "run `evalstore migrate`"), ("first", "run `evalstore migrate`"), ("future", "deploy a newer one")],
+)
+def test_a_worker_on_another_schema_refuses_and_says_what_to_run(
+    empty_database_url: str, redis_url: str, tmp_path: Path, eventually: Eventually, revision: str | None, advice: str
+) -> None:
+    if revision is not None:
+        migrations.upgrade(empty_database_url)
+        number = revisions()[0] if revision == "first" else revision
+        run(f"UPDATE alembic_version SET version_num = '{number}'", empty_database_url)
+    before = run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url)
+    log = tmp_path / "worker.log"
+    environment = {**os.environ, "EVALSTORE_DATABASE_URL": empty_database_url, "EVALSTORE_REDIS_URL": redis_url}
+    command = [sys.executable, "-m", "dramatiq", "worker.tasks", "--processes", "1", "--threads", "1"]
+    with log.open("wb") as output:
+        guard = processes.start(command, mark=tmp_path, output=output, cwd=ROOT, env=environment)
+    try:
+        eventually(lambda: advice in log.read_text(), what="advice in the worker's log", within_s=30)
+    finally:
+        guard.terminate()
+        guard.wait()
+    assert run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url) == before

@@ -1,0 +1,595 @@
+"""`evaluations.store` gives exactly what `merge` gives, whoever stores what, in whatever order, how often, and at once."""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from psycopg.rows import dict_row
+from sqlalchemy import Connection, Engine
+
+from models import Event, Outage, Record, merge
+from models.errors import DatabaseOutage, InvalidSettings
+from models.events import parse
+from models.record import Fact, canonical_json, fact
+from storage import confirmations, database, evaluations
+from storage.confirmations import Relayed, StreamId
+from storage.evaluations import ROW_LIMIT_BYTES, Stored
+
+Json = dict[str, Any]
+MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
+ENDINGS = ("evaluation:completed", "evaluation:failed", "evaluation:timed_out", "evaluation:cancelled")
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = database.engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def plain(database_url: str) -> Iterator[psycopg.Connection[Json]]:
+    """A connection that looks at the tables, and has no part in what is tested."""
+    with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as conn:
+        yield conn
+
+
+def event(type_: str, number: int = 1, *, eval_id: str = "e", second: int = 0, **fields: Any) -> Event:
+    required: dict[str, Json] = {"queued": {"code": "c"}, "completed": {"exit_code": 0}, "failed": {"error": "e"}}
+    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "event_id": UUID(int=number)}
+    return parse({**named, "occurred_at": f"2026-01-01T00:00:{second:02}Z", **required.get(type_, {}), **fields})
+
+
+def store(engine: Engine, events: Sequence[Event]) -> Stored:
+    with engine.connect() as conn:
+        return evaluations.store(conn, events)
+
+
+def get(engine: Engine, eval_id: str = "e") -> Record | None:
+    with engine.connect() as conn:
+        return evaluations.get(conn, eval_id)
+
+
+def outbox(plain: psycopg.Connection[Json], after: int = 0) -> list[list[Json]]:
+    """The confirmations of each commit, in the order in which they are relayed."""
+    rows = plain.execute("SELECT count, body FROM confirmations WHERE id > %s ORDER BY id", [after]).fetchall()
+    commits = [[json.loads(line) for line in row["body"].split("\n")] for row in rows]
+    assert [row["count"] for row in rows] == [len(commit) for commit in commits]
+    return commits
+
+
+# ---- the rule, under Hypothesis
+
+EVALS = ("a", "A", "b")
+IDS = [UUID(int=first << 124 | last) for first in (0, 8, 15) for last in (0, 1)]
+TIMES = [f"2026-01-01T00:00:00.{micros:06}Z" for micros in (0, 1, 999_999)]
+LARGE = "x" * (ROW_LIMIT_BYTES + 1)
+
+texts = st.sampled_from([None, "", "a", "b"])
+numbers = st.sampled_from([None, 0, 1.5, 1e300])
+integers = st.sampled_from([None, 0, -(2**63), 2**63 - 1])
+metadata = st.none() | st.dictionaries(
+    st.sampled_from("ab"), st.sampled_from([None, 0, 1e16, 2**53 + 1, True, "é", [5e-324], {"a": None}]), max_size=2
+)
+contents = st.sampled_from(["", "\0", "\ud800", "x" * ROW_LIMIT_BYTES, LARGE, LARGE + "\0"])
+
+
+def content(name: str) -> st.SearchStrategy[Json]:
+    return st.fixed_dictionaries({name: contents}) | st.just({f"{name}_b64": base64.b64encode(LARGE.encode()).decode()})
+
+
+def kind(
+    types: tuple[str, ...], optional: dict[str, st.SearchStrategy[Any]], *more: st.SearchStrategy[Json]
+) -> st.SearchStrategy[Json]:
+    fields = st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(types),
+            "eval_id": st.sampled_from(EVALS),
+            "event_id": st.sampled_from(IDS),
+            "occurred_at": st.sampled_from(TIMES),
+        },
+        optional={
+            "attempt": st.sampled_from([None, 1, 2]),
+            "metadata": metadata,
+            "future": st.sampled_from([0, "\0"]),
+            **optional,
+        },
+    )
+    return st.tuples(fields, *more).map(lambda parts: {name: value for part in parts for name, value in part.items()})
+
+
+ran = {"executor_id": texts, "container_id": texts}
+exit_code = st.fixed_dictionaries({"exit_code": st.sampled_from([0, 1])})
+drawn_events = st.one_of(
+    kind(("evaluation:queued",), {"language": texts, "submitter": texts}, content("code")),
+    kind(("evaluation:started", "evaluation:running"), {**ran, "timeout_s": numbers}),
+    kind(
+        ENDINGS[:3],
+        {**ran, "duration_ms": numbers, "memory_bytes": integers},
+        exit_code,
+        st.just({}) | content("output"),
+        content("error"),
+    ),
+    kind(("evaluation:cancelled",), {"reason": texts}),
+    kind(("evaluation:lost",), {}),
+)
+
+
+@st.composite
+def work_for_two(draw: st.DrawFn) -> list[list[list[Event]]]:
+    """What two connections store: for each its batches, in its order. Events come up to three times, and in any batch."""
+    prefix = f"{next(_numbers)}-"
+    different = draw(st.lists(drawn_events, min_size=1, max_size=12))
+    for one in different:
+        one["eval_id"] = prefix + one["eval_id"]
+    parsed = [parse(one) for one in different]
+    repeated = draw(st.lists(st.sampled_from(parsed), max_size=12))
+    everything = draw(st.permutations(parsed + repeated))
+    ends = sorted({0, len(everything), *draw(st.lists(st.integers(0, len(everything)), max_size=5))})
+    batches = [everything[start:end] for start, end in itertools.pairwise(ends)]
+    return [batches[0::2], batches[1::2]]
+
+
+def test_two_connections_at_once_store_what_merge_gives(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+    both_begin = threading.Barrier(2)
+
+    def work(conn: Connection, batches: list[list[Event]]) -> list[Stored]:
+        both_begin.wait(30)
+        return [evaluations.store(conn, batch) for batch in batches]
+
+    with engine.connect() as one, engine.connect() as other, ThreadPoolExecutor(2) as threads:
+
+        @settings(max_examples=1500 * MORE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(work_for_two())
+        def stores_what_merge_gives(batches_of: list[list[list[Event]]]) -> None:
+            row = plain.execute("SELECT coalesce(max(id), 0) AS last FROM confirmations").fetchone()
+            working = [threads.submit(work, conn, batches) for conn, batches in zip((one, other), batches_of, strict=True)]
+            done = [stored for future in working for stored in future.result(60)]
+            batches = [batch for batches in batches_of for batch in batches]
+            assert row is not None
+            committed = outbox(plain, row["last"])
+
+            standing = assert_outcomes_fit(batches, done)
+            for eval_id in {key[0] for key in standing}:
+                applied = [standing[key] for key in standing if key[0] == eval_id]
+                assert_row_is(merge(applied), one, plain)
+                assert_log_is(applied, plain)
+                assert_confirmed(merge(applied), applied, committed)
+            assert sorted(map(str, committed)) == sorted(str(stored.confirmations) for stored in done if stored.confirmations)
+            assert sum(stored.conflicting_results for stored in done) == conflicts_among(standing.values())
+
+        stores_what_merge_gives()
+
+
+def assert_outcomes_fit(batches: list[list[Event]], done: list[Stored]) -> dict[tuple[str, UUID | None], Event]:
+    """Each event is applied exactly once; returns those that were."""
+    outcomes = [
+        (one, outcome)
+        for batch, stored in zip(batches, done, strict=True)
+        for one, outcome in zip(batch, stored.outcomes, strict=True)
+    ]
+    standing = {(one.eval_id, one.event_id): one for one, outcome in outcomes if outcome == "applied"}
+    assert len(standing) == sum(outcome == "applied" for _, outcome in outcomes)
+    for one, outcome in outcomes:
+        stands = standing[one.eval_id, one.event_id]
+        if outcome != "applied":
+            assert outcome == ("duplicate" if same(fact(one), fact(stands)) else "reused")
+    return standing
+
+
+def same(one: Fact, other: Fact) -> bool:
+    """Whether two events say the same; to Python 1 and True are."""
+    return one == other and canonical_json(one.metadata or {}) == canonical_json(other.metadata or {})
+
+
+def assert_row_is(expected: Record, conn: Connection, plain: psycopg.Connection[Json]) -> None:
+    got = evaluations.get(conn, expected.eval_id)
+    assert got is not None
+    assert got.created_at is not None
+    assert got.updated_at is not None
+    assert got.created_at <= got.updated_at
+    assert got.model_copy(update={"created_at": None, "updated_at": None}) == expected
+    assert canonical_json(got.metadata) == canonical_json(expected.metadata)
+    row = plain.execute("SELECT * FROM evaluations WHERE eval_id = %s", [expected.eval_id]).fetchone()
+    assert row is not None
+    assert {name: row.pop(name) is None for name in ("code_event_id", "result_event_id")} == {
+        "code_event_id": expected.code is None,
+        "result_event_id": expected.finished_at is None,
+    }
+    assert row == got.model_dump(exclude={"code", "output", "error"})
+
+
+def assert_log_is(applied: list[Event], plain: psycopg.Connection[Json]) -> None:
+    """Every event is in the log as it came, and each content once: in its event's row, or in one of its own."""
+    eval_id = applied[0].eval_id
+    logged = plain.execute("SELECT * FROM evaluation_events WHERE eval_id = %s", [eval_id]).fetchall()
+    large = plain.execute("SELECT * FROM contents WHERE eval_id = %s", [eval_id]).fetchall()
+    for row in large:
+        assert row["size"] == len(row["data"]) > ROW_LIMIT_BYTES
+        assert row["sha256"] == hashlib.sha256(row["data"]).digest()
+    data = {(row["event_id"], row["kind"]): row["data"] for row in large}
+    for row in logged:
+        assert row.pop("recorded_at") is not None
+        for name in ("code", "output", "error"):
+            if row[name] is None:
+                row[name] = data.pop((row["event_id"], name), None)
+    assert data == {}
+    facts = {row["event_id"]: Fact(**row) for row in logged}
+    assert len(facts) == len(applied)
+    assert all(same(fact(one), facts[one.event_id]) for one in applied)
+
+
+def assert_confirmed(record: Record, applied: list[Event], committed: list[list[Json]]) -> None:
+    """One confirmation for each commit, with what it applied, in the order of the versions; the last is the record's."""
+    of_each_commit = [[one for one in body if one["eval_id"] == record.eval_id] for body in committed]
+    assert all(len(of_commit) <= 1 for of_commit in of_each_commit)
+    ours = [one for of_commit in of_each_commit for one in of_commit]
+    assert [one["type"] for one in ours] == ["storage:evaluation:created"] + ["storage:evaluation:updated"] * (len(ours) - 1)
+    assert [one["version"] for one in ours] == list(itertools.accumulate(len(one["event_ids"]) for one in ours))
+    assert (ours[-1]["version"], ours[-1]["status"]) == (record.version, record.status)
+    assert Counter(id_ for one in ours for id_ in one["event_ids"]) == Counter(str(one.event_id) for one in applied)
+
+
+def conflicts_among(events: Any) -> int:
+    endings = Counter((one.eval_id, one.attempt or 1) for one in events if one.type in ENDINGS)
+    return sum(count - 1 for count in endings.values())
+
+
+# ---- identity
+
+
+def test_an_event_is_stored_once_and_its_repetition_changes_nothing(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+    events = [event("queued", 1), event("completed", 2, output=LARGE)]
+    assert store(engine, events).outcomes == ["applied", "applied"]
+    before = (get(engine), outbox(plain))
+    again = store(engine, [*events, *events])
+    assert again == Stored(["duplicate"] * 4)
+    assert (get(engine), outbox(plain)) == before
+
+
+OTHER_BODIES = [
+    (event("queued", code="a"), event("queued", code="b")),
+    (event("queued", code=LARGE), event("queued", code=LARGE + "x")),
+    (event("queued", code=LARGE), event("queued", code="")),
+    (event("queued", code=""), event("queued", code=LARGE)),
+    (event("failed", output=None), event("failed", output="")),
+    (event("failed", output="x", error="y"), event("failed", output="y", error="x")),
+    (event("queued", language=""), event("queued")),
+    (event("queued", submitter=""), event("queued")),
+    (event("started", second=1), event("started", second=2)),
+    (event("started"), event("started", attempt=2)),
+    (event("started"), event("lost")),
+    (event("started", timeout_s=1), event("started", timeout_s=2)),
+    (event("completed"), event("completed", exit_code=1)),
+    (event("started", metadata={"a": 1}), event("started", metadata={"a": True})),
+    (event("started", metadata={"a": 1}), event("started", metadata={"a": None})),
+    (event("started", metadata={"a": 1}), event("started")),
+    (event("started", future=1), event("started")),
+    (event("started", future=1), event("started", future="1")),
+    (event("started", exit_code=1), event("started", exit_code=2)),
+]
+SAME_BODIES = [
+    (event("queued", code="é"), event("queued", code=None, code_b64="w6k=")),
+    (event("queued", language=None), event("queued", language="python")),
+    (event("started"), event("running", attempt=1, executor_id=None, future=None, metadata=None)),
+    (event("started", metadata={"a": 1, "b": 1e16}), event("started", metadata={"b": 1e16, "a": 1})),
+    (event("started", future={"a": 1, "b": 2}, more=1), event("started", more=1, future={"b": 2, "a": 1})),
+]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_same_event_id_with_another_body_is_told_and_changes_nothing(engine: Engine, together: bool) -> None:
+    for number, pair in enumerate(OTHER_BODIES):
+        first, other = (one.model_copy(update={"eval_id": f"e{number}"}) for one in pair)
+        batches = [[first, other, first, other]] if together else [[first], [other], [first], [other]]
+        outcomes = [outcome for batch in batches for outcome in store(engine, batch).outcomes]
+        assert outcomes == ["applied", "reused", "duplicate", "reused"], pair
+        stored = get(engine, first.eval_id)
+        assert stored is not None
+        assert stored.model_copy(update={"created_at": None, "updated_at": None}) == merge([first])
+
+
+def test_the_same_body_said_in_other_words_is_a_duplicate(engine: Engine) -> None:
+    for number, pair in enumerate(SAME_BODIES):
+        first, same = (one.model_copy(update={"eval_id": f"e{number}"}) for one in pair)
+        assert store(engine, [first]).outcomes == ["applied"]
+        assert store(engine, [same]).outcomes == ["duplicate"], pair
+
+
+def test_an_event_id_is_unique_within_its_evaluation_alone(engine: Engine) -> None:
+    assert store(engine, [event("started"), event("started", eval_id="f")]).outcomes == ["applied", "applied"]
+
+
+def test_storing_nothing_does_nothing(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+    assert store(engine, []) == Stored([])
+    assert outbox(plain) == []
+
+
+# ---- exactness
+
+
+def test_numbers_come_out_of_the_database_as_they_went_in(engine: Engine) -> None:
+    floats = [1e16, 1e300, 5e-324, 1.7976931348623157e308, 2.0**53, 1e22, 123456789012345680.0, 0.1, 1e15, -1e16, 0.0]
+    exact: Json = {"floats": floats, "ints": [2**53 + 1, 2**63 - 1, -(2**63), 0], "nested": {"1e16": [{"a": 1e16}]}}
+    store(engine, [event("completed", metadata=exact, duration_ms=5e-324, memory_bytes=2**53 + 1)])
+    store(engine, [event("started", 2)])  # makes the record anew, from the log
+    got = get(engine)
+    assert got is not None
+    assert canonical_json(got.metadata) == canonical_json(exact)
+    assert (got.duration_ms, got.memory_bytes) == (5e-324, 2**53 + 1)
+
+
+jsonb_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
+jsonb_numbers = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number or 0.0)  # jsonb has no -0.0
+jsonb_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | jsonb_numbers | jsonb_texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(jsonb_texts, inner, max_size=3),
+)
+
+
+@settings(max_examples=100 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(jsonb_texts, jsonb_values, max_size=3))
+@example({"": "", "'\"\\{}": ["\x1b\x7f\u2028\uffff"]})
+def test_any_metadata_comes_out_of_the_database_as_it_went_in(engine: Engine, value: Json) -> None:
+    eval_id = f"m{next(_numbers)}"
+    store(engine, [event("started", eval_id=eval_id, metadata=value)])
+    got = get(engine, eval_id)
+    assert got is not None
+    assert canonical_json(got.metadata) == canonical_json(value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        bytes(range(256)),
+        b"x" * ROW_LIMIT_BYTES,
+        b"x" * (ROW_LIMIT_BYTES + 1),
+        b"".join(hashlib.sha256(bytes([i])).digest() for i in range(256)) * 400,
+    ],
+    ids=len,
+)
+def test_bytes_come_out_of_the_database_as_they_went_in(engine: Engine, data: bytes) -> None:
+    b64 = base64.b64encode(data).decode()
+    store(engine, [event("queued", 1, code=None, code_b64=b64), event("completed", 2, output_b64=b64, error_b64=b64)])
+    record = get(engine)
+    assert record is not None
+    for got in (record.code, record.output, record.error):
+        assert (got.encode() if isinstance(got, str) else got) == data
+
+
+# ---- transactions
+
+
+def waiting(plain: psycopg.Connection[Json]) -> list[int]:
+    """The processes of evalstore that wait for a lock."""
+    rows = plain.execute(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'evalstore' AND wait_event_type = 'Lock'"
+        " AND datname = current_database()"
+    )
+    return [row["pid"] for row in rows]
+
+
+HOLD = {
+    "creating": "INSERT INTO evaluations (eval_id, status, attempt, version, metadata) VALUES ('b', '', 1, 1, '{}')",
+    "locking": "SELECT FROM evaluations WHERE eval_id = 'c' FOR UPDATE",
+    "logging": "INSERT INTO evaluation_events (eval_id, event_id, type, attempt, occurred_at) "
+    "VALUES ('d', '00000000-0000-0000-0000-000000000005', '', 1, now())",
+    "confirming": "LOCK TABLE confirmations",
+}
+
+
+@pytest.mark.parametrize("moment", HOLD)
+def test_a_transaction_that_dies_leaves_nothing_and_storing_again_stores_all(
+    engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None], moment: str
+) -> None:
+    store(engine, [event("started", 9, eval_id="c")])
+    tables = ("evaluations", "evaluation_events", "contents", "confirmations")
+    before = [plain.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables]
+    events = [event("failed", 5, eval_id=eval_id, output=LARGE) for eval_id in "abcd"]
+    with engine.connect() as conn, ThreadPoolExecutor(1) as thread:
+        with psycopg.connect(database_url) as holder:
+            holder.execute(HOLD[moment])
+            storing = thread.submit(evaluations.store, conn, events)
+            eventually(lambda: waiting(plain), what="the store held up")
+            plain.execute("SELECT pg_terminate_backend(%s)", waiting(plain))
+            with pytest.raises(DatabaseOutage):
+                storing.result(10)
+            holder.rollback()
+        assert [plain.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables] == before
+        assert evaluations.store(conn, events).outcomes == ["applied"] * 4
+        assert evaluations.store(conn, events).outcomes == ["duplicate"] * 4
+
+
+def test_a_record_is_never_updated_before_it_was_created(
+    engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None]
+) -> None:
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(database_url) as holder:
+        holder.execute(HOLD["creating"])
+        first: Future[Stored] = thread.submit(store, engine, [event("queued", 1, eval_id=eval_id) for eval_id in "bc"])
+        eventually(lambda: waiting(plain), what="the first transaction held up")
+        store(engine, [event("started", 2, eval_id="c")])
+        holder.rollback()
+        assert [one["type"] for one in first.result(10).confirmations] == [
+            "storage:evaluation:created",
+            "storage:evaluation:updated",
+        ]
+    row = plain.execute("SELECT updated_at - created_at AS age FROM evaluations WHERE eval_id = 'c'").fetchone()
+    assert row is not None
+    assert row["age"].total_seconds() > 0
+
+
+def test_an_evaluation_deleted_while_its_lock_is_awaited_is_stored_anew_and_not_half(
+    engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None]
+) -> None:
+    store(engine, [event("queued", 1, eval_id=eval_id) for eval_id in "ab"])
+    more = [event("started", 2, eval_id=eval_id) for eval_id in "ab"]
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(database_url) as holder:
+        holder.execute("SELECT FROM evaluations WHERE eval_id = 'a' FOR UPDATE")
+        storing = thread.submit(store, engine, more)
+        eventually(lambda: waiting(plain), what="the store held up")
+        holder.execute("DELETE FROM evaluations WHERE eval_id = 'b'")
+        holder.execute("DELETE FROM evaluation_events WHERE eval_id = 'b'")
+        holder.commit()
+        with pytest.raises(DatabaseOutage):
+            storing.result(10)
+    assert store(engine, more).outcomes == ["applied", "applied"]
+    records = [get(engine, eval_id) for eval_id in "ab"]
+    assert [record and record.version for record in records] == [2, 1]
+
+
+def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+    sets = [[event("running", number, eval_id=f"e{e}", metadata={"n": number}) for number in range(10)] for e in range(40)]
+    everything = [one for events in sets for one in events] * 2
+    everything.sort(key=lambda one: hashlib.sha256(f"{one.eval_id}{one.event_id}".encode()).digest())
+    batches = [everything[start : start + 50] for start in range(0, len(everything), 50)]
+    with ThreadPoolExecutor(5) as threads:
+        done = list(threads.map(lambda batch: store(engine, batch), batches))
+    outcomes = Counter(outcome for stored in done for outcome in stored.outcomes)
+    assert outcomes == {"applied": 400, "duplicate": 400}
+    versions: defaultdict[str, list[int]] = defaultdict(list)
+    for body in outbox(plain):
+        for one in body:
+            versions[one["eval_id"]].append(one["version"])
+    assert all(found == sorted(set(found)) and found[-1] == 10 for found in versions.values())
+    assert len(versions) == 40
+    with engine.connect() as conn:
+        for events in sets:
+            assert_row_is(merge(events), conn, plain)
+
+
+# ---- reading
+
+
+def test_reading_what_is_not_there(engine: Engine) -> None:
+    with engine.connect() as conn:
+        assert evaluations.get(conn, "none") is None
+        assert evaluations.applied(conn, []) == set()
+        assert evaluations.applied(conn, [("none", UUID(int=1))]) == set()
+        assert evaluations.count_by_status(conn) == {}
+
+
+def test_counting_and_finding(engine: Engine) -> None:
+    store(engine, [event("queued"), event("started", 2), event("queued", eval_id="f"), event("completed", 1, eval_id="g")])
+    wanted = [("e", UUID(int=1)), ("e", UUID(int=2)), ("e", UUID(int=3)), ("f", UUID(int=2)), ("g", UUID(int=1))]
+    with engine.connect() as conn:
+        assert evaluations.count_by_status(conn) == {"running": 1, "queued": 1, "completed": 1}
+        assert evaluations.applied(conn, wanted) == {wanted[0], wanted[1], wanted[4]}
+
+
+# ---- the outbox
+
+
+class Stream:
+    """Takes confirmations as Redis does, and loses what it confirmed when told to."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def publish(self, known: StreamId, lines: Sequence[str]) -> Relayed:
+        last = StreamId(0, len(self.lines))
+        if last < known:
+            return Relayed(last, done=False)
+        self.lines += lines
+        return Relayed(StreamId(0, len(self.lines)), done=True)
+
+    @property
+    def versions(self) -> list[int]:
+        return [one["version"] for one in map(json.loads, self.lines) if one["eval_id"] == "e"]
+
+
+def test_confirmations_are_relayed_in_order_once_and_then_forgotten(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+    stream = Stream()
+    with engine.connect() as conn:
+        assert confirmations.relay(conn, stream.publish) == 0
+        for number in range(45):
+            evaluations.store(conn, [event("running", number), event("running", number, eval_id="f")])
+        assert confirmations.relay(conn, stream.publish) == 90
+        assert confirmations.relay(conn, stream.publish) == 0
+        assert [json.loads(line) for line in stream.lines] == [one for commit in outbox(plain) for one in commit]
+        assert stream.versions == list(range(1, 46))
+        assert confirmations.forget(conn, older_than_s=60) == 0
+        assert confirmations.forget(conn, older_than_s=0) == 45
+    assert set(json.loads(stream.lines[0])) == {"type", "eval_id", "version", "status", "event_ids", "recorded_at"}
+    assert json.loads(stream.lines[0])["recorded_at"].endswith("Z")
+
+
+def test_confirmations_that_could_not_be_published_stay(engine: Engine) -> None:
+    def fail(_known: StreamId, _lines: Sequence[str]) -> Relayed:
+        raise Outage("not now")
+
+    stream = Stream()
+    with engine.connect() as conn:
+        evaluations.store(conn, [event("queued")])
+        with pytest.raises(Outage, match="not now"):
+            confirmations.relay(conn, fail)
+        assert confirmations.relay(conn, stream.publish) == 1
+    assert stream.versions == [1]
+
+
+def test_confirmations_that_the_server_lost_are_relayed_again(engine: Engine) -> None:
+    stream = Stream()
+    with engine.connect() as conn:
+        for number in range(6):
+            evaluations.store(conn, [event("running", number)])
+            confirmations.relay(conn, stream.publish)
+        del stream.lines[2:]
+        assert confirmations.relay(conn, stream.publish) == 4
+    assert stream.versions == [1, 2, 3, 4, 5, 6]
+
+
+# ---- errors
+
+
+PASSING = ["08006", "25006", "28000", "40001", "40P01", "42501", "42P01", "53100", "53300", "55P03", "57014", "57P01", "58030"]
+LASTING = ["22P05", "22021", "23505", "23514", "54000"]
+
+
+def test_what_passes_by_itself_is_an_outage_and_what_a_message_is_to_blame_for_is_none(engine: Engine) -> None:
+    for sqlstate in PASSING + LASTING:
+        with engine.connect() as conn, pytest.raises(Exception, match="told") as raised, database.errors():
+            conn.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'told' USING ERRCODE = '{sqlstate}'; END $$")
+        assert isinstance(raised.value, DatabaseOutage) == (sqlstate in PASSING), sqlstate
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://127.0.0.1:1/x",
+        "postgresql://u:hunter2@127.0.0.1:1/x",
+        "postgresql://nowhere.invalid/x",
+        "postgresql:///x?host=/nowhere",
+    ],
+)
+def test_a_server_that_is_not_there_is_an_outage(url: str) -> None:
+    with pytest.raises(DatabaseOutage) as raised:
+        database.engine(url).connect()
+    assert "hunter2" not in str(raised.value)
+
+
+def test_an_address_that_is_none_is_told_and_not_repeated() -> None:
+    with pytest.raises(InvalidSettings, match="EVALSTORE_DATABASE_URL") as raised:
+        database.engine("postgresql://u:hunter2@h/x?nonsense=1")
+    assert "hunter2" not in str(raised.value)
+
+
+def test_options_in_the_address_are_kept(database_url: str) -> None:
+    made = database.engine(f"{database_url}?options=-c%20search_path%3Delsewhere")
+    with made.connect() as conn:
+        assert conn.exec_driver_sql("SHOW search_path").scalar() == "elsewhere"
+        assert conn.exec_driver_sql("SHOW timezone").scalar() == "UTC"
+    made.dispose()

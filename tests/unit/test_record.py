@@ -1,0 +1,218 @@
+"""The record is what DESIGN's sentences say, whatever the order of its events and however often each comes."""
+
+import base64
+import os
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import merge
+from models.content import from_bytes, to_bytes
+from models.events import parse
+
+Json = dict[str, Any]
+MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
+ENDINGS = ("evaluation:completed", "evaluation:failed", "evaluation:timed_out", "evaluation:cancelled")
+# All of one form, so that as text they sort like the moments and the UUIDs they are.
+TIMES = [f"2026-01-01T00:00:00.{micros:06}Z" for micros in (0, 1, 999_999)]
+IDS = [f"{first}0000000-0000-4000-8000-00000000000{last}" for first in "08f" for last in "0f"]
+
+
+def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after another
+    """DESIGN section 3, "The record is a function of the set of its events", sentence by sentence."""
+    events: list[Json] = []
+    for event in given:  # "The first one committed stands"
+        if event["event_id"] not in [earlier["event_id"] for earlier in events]:
+            events.append({name: value for name, value in event.items() if value is not None})
+
+    def of(attempts: set[int], *types: str) -> list[Json]:
+        """Those of some types and attempts, by (occurred_at, event_id)."""
+        found = [e for e in events if e["type"] in types and e.get("attempt", 1) in attempts]
+        return sorted(found, key=lambda e: (e["occurred_at"], e["event_id"]))
+
+    def said(name: str, *sources: Json | None) -> Any:
+        """The field from the first source that has it."""
+        return next((source[name] for source in sources if source and name in source), None)
+
+    def content(name: str, event: Json | None) -> str | bytes | None:
+        data = said(f"{name}_b64", event)
+        text = said(name, event)
+        return from_bytes(base64.b64decode(data)) if data is not None else None if text is None else from_bytes(to_bytes(text))
+
+    every_attempt = {event.get("attempt", 1) for event in events}
+    attempt = max(every_attempt)
+    started = of({attempt}, "evaluation:started", "evaluation:running")
+    first_started, last_started = (started[0], started[-1]) if started else (None, None)
+    lost = of({attempt}, "evaluation:lost")
+    result = next(iter(of({attempt}, *ENDINGS)), None)
+    status = "running" if started else "queued"
+    for one in lost:
+        if not [s for s in started if (s["occurred_at"], s["event_id"]) > (one["occurred_at"], one["event_id"])]:
+            status = "lost"
+    if result:
+        status = result["type"].removeprefix("evaluation:")
+    with_queued = [number for number in every_attempt if of({number}, "evaluation:queued")]
+    queued = of({max(with_queued)}, "evaluation:queued")[0] if with_queued else None
+    metadata: Json = {}
+    for number in sorted(every_attempt):
+        for phase in (["evaluation:queued"], ["evaluation:started", "evaluation:running"], ["evaluation:lost"], ENDINGS):
+            for event in of({number}, *phase):
+                metadata |= event.get("metadata", {})
+
+    def moment(event: Json | None) -> datetime | None:
+        return datetime.fromisoformat(event["occurred_at"]) if event else None
+
+    return {
+        "eval_id": events[0]["eval_id"],
+        "attempt": attempt,
+        "status": status,
+        "version": len(events),
+        **{name: said(name, result) for name in ("exit_code", "duration_ms", "memory_bytes", "reason")},
+        **{name: said(name, result, last_started) for name in ("executor_id", "container_id")},
+        "timeout_s": said("timeout_s", first_started),
+        "language": queued and queued.get("language", "python"),
+        "submitter": said("submitter", queued),
+        "metadata": metadata,
+        "queued_at": moment(queued),
+        "started_at": moment(first_started),
+        "finished_at": moment(result),
+        "code": content("code", queued),
+        "output": content("output", result),
+        "error": content("error", result),
+        "created_at": None,
+        "updated_at": None,
+    }
+
+
+texts = st.sampled_from(["", "a", "b", None])
+numbers = st.sampled_from([0, -0.0, 1.5, 2**53, None])
+integers = st.sampled_from([0, 1, -(2**63), None])
+contents = st.sampled_from(["", "\0", "\ud800", "\ud83d\ude00"])
+b64s = st.sampled_from(["", "/w==", "7aCA"])
+metadata = st.none() | st.dictionaries(
+    st.sampled_from("abc"), st.sampled_from([None, 0, 1.5, "x", [1], {"a": None}]), max_size=3
+)
+common = {
+    "attempt": st.sampled_from([None, 1, 2, 3]),
+    "metadata": metadata,
+}
+ran = {"executor_id": texts, "container_id": texts}
+
+
+def one_of_both(name: str) -> st.SearchStrategy[Json]:
+    return st.fixed_dictionaries({name: contents}) | st.fixed_dictionaries({f"{name}_b64": b64s})
+
+
+def kind(type_: str, optional: dict[str, st.SearchStrategy[Any]], *more: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
+    fields = st.fixed_dictionaries(
+        {
+            "type": st.just(type_),
+            "eval_id": st.just("e"),
+            "event_id": st.sampled_from(IDS),
+            "occurred_at": st.sampled_from(TIMES),
+        },
+        optional={**common, **optional},
+    )
+    return st.tuples(fields, *more).map(lambda parts: {name: value for part in parts for name, value in part.items()})
+
+
+nothing: st.SearchStrategy[Json] = st.just({})
+output, error = nothing | one_of_both("output"), nothing | one_of_both("error")
+measured = {**ran, "duration_ms": numbers, "memory_bytes": integers}
+events = st.one_of(
+    kind("evaluation:queued", {"language": texts, "submitter": texts}, one_of_both("code")),
+    kind("evaluation:started", {**ran, "timeout_s": numbers}),
+    kind("evaluation:running", {**ran, "timeout_s": numbers}),
+    kind("evaluation:completed", measured, st.fixed_dictionaries({"exit_code": st.sampled_from([0, 1])}), output, error),
+    kind("evaluation:failed", {**measured, "exit_code": integers}, output, one_of_both("error")),
+    kind("evaluation:timed_out", {**measured, "exit_code": integers}, output, error),
+    kind("evaluation:cancelled", {"reason": texts}),
+    kind("evaluation:lost", {}),
+)
+event_sets = st.lists(events, min_size=1, max_size=6, unique_by=lambda event: event["event_id"])
+
+
+@settings(max_examples=1000 * MORE, deadline=None)
+@given(event_sets)
+def test_the_record_is_what_the_rule_says(given: list[Json]) -> None:
+    assert merge(map(parse, given)).model_dump() == reference(given)
+
+
+@settings(max_examples=300 * MORE, deadline=None)
+@given(event_sets.flatmap(lambda given: st.tuples(st.just(given), st.lists(st.sampled_from(given)), st.randoms())))
+def test_neither_order_nor_repetition_makes_a_difference(drawn: tuple[list[Json], list[Json], Any]) -> None:
+    given, repeated, random = drawn
+    shuffled = given + repeated
+    random.shuffle(shuffled)
+    assert merge(map(parse, shuffled)) == merge(map(parse, given))
+
+
+@settings(max_examples=300 * MORE, deadline=None)
+@given(st.lists(events, min_size=1, max_size=10))
+def test_of_two_events_with_one_id_the_first_stands(given: list[Json]) -> None:
+    assert merge(map(parse, given)).model_dump() == reference(given)
+
+
+def event(type_: str, number: int = 0, second: int = 0, **fields: Any) -> Json:
+    id_, at = UUID(int=number), f"2026-01-01T00:00:{second:02}Z"
+    required: dict[str, Json] = {"queued": {"code": "c"}, "completed": {"exit_code": 0}, "failed": {"error": "e"}}
+    return {
+        "type": f"evaluation:{type_}",
+        "eval_id": "e",
+        "event_id": id_,
+        "occurred_at": at,
+        **required.get(type_, {}),
+        **fields,
+    }
+
+
+def record_of(*given: Json) -> Json:
+    return merge(map(parse, given)).model_dump()
+
+
+def test_no_metadata_gives_an_empty_object_and_null_in_it_is_a_value() -> None:
+    assert record_of(event("started"))["metadata"] == {}
+    later = event("started", 2, 1, metadata={"a": None})
+    assert record_of(event("started", 1, metadata={"a": 1, "b": {"x": 1}}), later)["metadata"] == {"a": None, "b": {"x": 1}}
+
+
+def test_a_sign_of_life_or_a_result_after_it_was_given_up_still_counts() -> None:
+    assert record_of(event("started", 1, 1), event("lost", 2, 2))["status"] == "lost"
+    assert record_of(event("started", 1, 1), event("lost", 2, 2), event("running", 3, 3))["status"] == "running"
+    assert record_of(event("started", 2, 1), event("lost", 1, 1))["status"] == "running"
+    assert record_of(event("started", 1, 1), event("lost", 2, 1))["status"] == "lost"
+    assert record_of(event("lost", 1, 9), event("completed", 2, 1))["status"] == "completed"
+    assert record_of(event("lost", 1, 9), event("queued", 2, 1, attempt=2))["status"] == "queued"
+
+
+def test_the_first_of_two_endings_stands_and_a_later_attempt_begins_anew() -> None:
+    ends = [event("completed", 2, 5, exit_code=3), event("failed", 1, 5, error="late")]
+    assert record_of(*ends)["status"] == "failed"
+    again = record_of(*ends, event("started", 4, 0, attempt=2))
+    assert (again["status"], again["exit_code"], again["error"], again["version"]) == ("running", None, None, 3)
+
+
+def test_code_comes_from_the_highest_attempt_that_was_queued() -> None:
+    first, second = event("queued", 1, 9, code="one", submitter="s"), event("queued", 2, 1, code="two", attempt=2)
+    record = record_of(first, second, event("started", 3, 2, attempt=3))
+    assert (record["code"], record["submitter"], record["language"], record["attempt"]) == ("two", None, "python", 3)
+    assert str(record["queued_at"]) == "2026-01-01 00:00:01+00:00"
+
+
+def test_the_language_is_python_where_a_queued_event_names_none() -> None:
+    assert record_of(event("queued"))["language"] == "python"
+    assert record_of(event("queued", language=""))["language"] == ""
+    assert record_of(event("started"))["language"] is None
+
+
+def test_only_the_events_of_one_evaluation_make_a_record() -> None:
+    for wrong in ([], [event("started"), event("started", 1) | {"eval_id": "f"}]):
+        with pytest.raises(ValueError, match="exactly one evaluation"):
+            record_of(*wrong)
+    for missing in ("event_id", "occurred_at"):
+        with pytest.raises(ValueError, match="event_id and an occurred_at"):
+            record_of(event("started") | {missing: None})

@@ -1,0 +1,78 @@
+"""Settings are read once, typed, and all that is wrong with them is told together."""
+
+import pytest
+
+from models import InvalidSettings
+from models.settings import Settings
+
+ADDRESS = "postgresql://user:hunter2@db/evalstore"
+
+
+def refused(**environment: str) -> str:
+    with pytest.raises(InvalidSettings) as error:
+        Settings.from_environment(environment)
+    return str(error.value)
+
+
+def test_every_setting_has_a_default_and_an_empty_variable_counts_as_unset() -> None:
+    defaults = Settings.from_environment({})
+    assert defaults.database_url.get_secret_value() == "postgresql://localhost/evalstore"
+    assert defaults.redis_url.get_secret_value() == "redis://localhost:6379/0"
+    assert defaults.max_content_bytes == 104_857_600
+    assert Settings.from_environment({f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}) == defaults
+
+
+def test_every_setting_says_what_it_is_and_who_reads_it() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert "read by" in field.description, name
+
+
+def test_settings_come_from_the_environment() -> None:
+    read = Settings.from_environment({"EVALSTORE_DATABASE_URL": ADDRESS, "EVALSTORE_MAX_CONTENT_BYTES": "5", "PATH": "/bin"})
+    assert read.database_url.get_secret_value() == ADDRESS
+    assert read.max_content_bytes == 5
+
+
+@pytest.mark.parametrize(
+    "address", ["redis://h", "redis://:p@h:1/15", "rediss://h:6380", "unix:///run/redis.sock", "redis://[::1]:7/0"]
+)
+def test_a_good_redis_address(address: str) -> None:
+    assert Settings.from_environment({"EVALSTORE_REDIS_URL": address}).redis_url.get_secret_value() == address
+
+
+@pytest.mark.parametrize(
+    "address", ["h:6379", "http://h", "redis://h:port", "redis://h:99999", "redis://h/queue", "redis://h/0/1", "redis://[::1/0"]
+)
+def test_a_bad_redis_address_is_named_and_not_repeated(address: str) -> None:
+    message = refused(EVALSTORE_REDIS_URL=address)
+    assert message.startswith("EVALSTORE_REDIS_URL: ")
+    assert address not in message
+
+
+@pytest.mark.parametrize("address", ["db/evalstore", "mysql://db", "host=db", "postgresql:/db"])
+def test_a_bad_database_address_is_named_and_not_repeated(address: str) -> None:
+    message = refused(EVALSTORE_DATABASE_URL=address)
+    assert message.startswith("EVALSTORE_DATABASE_URL: ")
+    assert address not in message
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many", "1e3", str(2**40)])
+def test_a_bad_number_is_named(number: str) -> None:
+    assert refused(EVALSTORE_MAX_CONTENT_BYTES=number).startswith("EVALSTORE_MAX_CONTENT_BYTES: ")
+
+
+def test_all_faults_are_reported_together() -> None:
+    message = refused(
+        EVALSTORE_DATABASE_URL="mysql://user:hunter2@db",
+        EVALSTORE_REDIS_URL="http://:hunter2@r",
+        EVALSTORE_MAX_CONTENT_BYTES="x",
+    )
+    for name in ("EVALSTORE_DATABASE_URL", "EVALSTORE_REDIS_URL", "EVALSTORE_MAX_CONTENT_BYTES"):
+        assert f"{name}: " in message
+    assert "hunter2" not in message
+
+
+def test_secrets_never_print() -> None:
+    read = Settings.from_environment({"EVALSTORE_DATABASE_URL": ADDRESS, "EVALSTORE_REDIS_URL": "redis://:hunter2@r"})
+    assert "hunter2" not in f"{read} {read!r} {read.model_dump()} {read.model_dump_json()}"

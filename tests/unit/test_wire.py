@@ -1,0 +1,154 @@
+"""The quick way to read a message never differs from the thorough one: it gives the same, or leaves it to the other."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from models.errors import InvalidEvent
+from models.events import decode, parse
+from models.record import Fact, fact
+from models.wire import read_fact
+
+EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
+USUAL: dict[str, dict[str, Any]] = {
+    "queued": {"code": "print(1)", "language": "lua", "submitter": "me", "metadata": {"a": [1, 2.5, None, {"b": "c"}]}},
+    "started": {"executor_id": "e", "container_id": "", "timeout_s": 30, "attempt": 3},
+    "completed": {"exit_code": -1, "output": "é😀", "error": "", "duration_ms": 1.5, "memory_bytes": 2**40},
+    "failed": {"error": "no", "exit_code": 137, "executor_id": "e"},
+    "timed_out": {"output": "…", "duration_ms": 9},
+    "cancelled": {"reason": "enough"},
+}
+
+
+def message(event: Mapping[str, Any], **changed: Any) -> bytes:
+    fields = {
+        "queue_name": "evaluations",
+        "actor_name": "store_evaluation",
+        "args": [event],
+        "kwargs": {},
+        "options": {"redis_message_id": "r"},
+        "message_id": EVENT_ID,
+        "message_timestamp": 1_790_000_000_000,
+    }
+    return json.dumps(fields | changed, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def usual(kind: str, **changed: Any) -> dict[str, Any]:
+    common = {"type": f"evaluation:{kind}", "eval_id": "e", "event_id": EVENT_ID, "occurred_at": "2026-01-31T09:30:00.25Z"}
+    return common | USUAL[kind] | changed
+
+
+def thorough(body: bytes) -> Fact | None:
+    try:
+        return fact(parse(decode(body)["args"][0]))
+    except InvalidEvent:
+        return None
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_the_usual_events_are_read_quickly_and_exactly(kind: str) -> None:
+    body = message(usual(kind))
+
+    quick = read_fact(body, max_content_bytes=10**6)
+
+    assert quick is not None
+    assert quick == thorough(body)
+    assert [type(value) for value in quick] == [type(value) for value in thorough(body) or ()]
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_absent_and_null_fields_are_the_same_quickly_too(kind: str) -> None:
+    needed: dict[str, dict[str, Any]] = {"queued": {"code": ""}, "completed": {"exit_code": 0}, "failed": {"error": ""}}
+    required = needed.get(kind, {})
+    bare = {name: value for name, value in usual(kind).items() if name not in USUAL[kind]} | required
+    nulls = {**dict.fromkeys([*USUAL[kind], "metadata", "attempt"]), **bare}
+
+    assert read_fact(message(bare), max_content_bytes=10**6) == thorough(message(bare))
+    assert read_fact(message(nulls), max_content_bytes=10**6) == thorough(message(nulls)) == thorough(message(bare))
+    assert thorough(message(bare)) is not None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"actor_name": "another"},
+        {"kwargs": {"a": 1}},
+        {"options": {"redis_message_id": "r", "throws": ["x"]}},
+        {"args": []},
+        {"args": [1, 2]},
+        {"message_id": 5},
+        {"message_timestamp": "now"},
+    ],
+    ids=str,
+)
+def test_an_unusual_envelope_is_left_to_the_thorough_way(changed: dict[str, Any]) -> None:
+    assert read_fact(message(usual("started"), **changed), max_content_bytes=10**6) is None
+
+
+def test_content_that_may_be_too_large_is_left_to_the_thorough_way() -> None:
+    assert read_fact(message(usual("queued", code="x" * 2000)), max_content_bytes=1000) is None
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=()), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+of_field: dict[str, st.SearchStrategy[Any]] = {
+    "eval_id": st.sampled_from(["e", "a.b~c:d@e+f=g-h_i", ".", "..", "...", "", "a" * 200, "a" * 201, "é", "a\n", "a b", ".a"]),
+    "event_id": st.sampled_from(
+        [EVENT_ID, EVENT_ID.upper(), EVENT_ID.replace("-", ""), f"{{{EVENT_ID}}}", f"urn:uuid:{EVENT_ID}", "x"]
+    ),
+    "occurred_at": st.sampled_from(
+        [
+            *("2026-01-31T09:30:00Z", "2026-01-31T09:30:00.123456Z", "2026-01-31T09:30:00.1234567Z"),
+            *("2026-01-31T09:30:00+00:00", "2026-01-31T09:30:00-00:00", "2026-01-31T09:30:00+02:00"),
+            *("2026-01-31t09:30:00z", "2026-01-31 09:30:00Z", "2026-02-30T09:30:00Z", "2026-01-31T24:00:00Z"),
+            *("2026-01-31T09:30:60Z", "1969-12-31T23:59:59Z", "1970-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"),
+            *("0001-01-01T00:00:00Z", "2026-01-31T09:30:00", "2026-01-31", "2026-01-31T09:30:00.Z", ""),
+        ]
+    ),
+    "attempt": st.sampled_from([1, 1_000_000, 0, 1_000_001, 1.0, True, "1"]),
+    "exit_code": st.sampled_from([0, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 0.0, False]),
+    "memory_bytes": st.sampled_from([0, 2**63 - 1, 2**63, 1.5]),
+    "duration_ms": st.sampled_from([0, -0.0, 1e308, 10**400, 2**53 + 1, -1, True]),
+    "timeout_s": st.sampled_from([0, 0.1, 10**30, "1"]),
+    "language": st.sampled_from(["", "x" * 1000, "x" * 1001, "😀" * 1000, "a\0b", "\ud800"]),
+    "output": st.text(st.characters(exclude_categories=()), max_size=20),
+    "code": st.text(st.characters(exclude_categories=()), max_size=20),
+    "metadata": st.dictionaries(st.text(st.characters(exclude_categories=()), max_size=3), anything, max_size=4),
+    "code_b64": st.sampled_from(["YQ==", "!"]),
+    "type": st.sampled_from([*(f"evaluation:{kind}" for kind in [*USUAL, "running", "lost", "other"]), 5, None]),
+    "unknown": anything,
+}
+changes = st.dictionaries(st.sampled_from(list(of_field)), st.none(), max_size=3).flatmap(
+    lambda names: st.fixed_dictionaries({name: of_field[name] | anything for name in names})
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.sampled_from(list(USUAL)), changes, st.sets(st.sampled_from(["event_id", "occurred_at", "code", "exit_code", "error"]))
+)
+@example("queued", {"metadata": {"a": "\0"}}, set())
+@example("queued", {"code": "\0"}, set())
+@example("completed", {"output": "\ud83d\ude00"}, set())
+@example("started", {"metadata": {"n": 2**63}}, set())
+@example("started", {"metadata": {"k" * 70_000: 1}}, set())
+def test_it_gives_the_same_or_nothing(kind: str, changed: dict[str, Any], left_out: set[str]) -> None:
+    event = {name: value for name, value in usual(kind, **changed).items() if name not in left_out}
+    body = message(event)
+
+    quick = read_fact(body, max_content_bytes=10**6)
+
+    if quick is not None:
+        assert quick == thorough(body)
+        assert repr(quick) == repr(thorough(body))
