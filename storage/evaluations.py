@@ -60,11 +60,9 @@ def _stage(name: str, columns: Iterable[str]) -> str:
 # The stages live as long as the connection and are empty between transactions. Events are numbered by their place in the call;
 # records are 0 as these events alone make them, and 1 as all events of theirs do. What follows joins a stage with a table by
 # the table's primary key, and must do so by index however large the tables grow and whatever the planner believes of the stage.
-_BEGIN: Final = f"""
-{_stage("stage_events", Fact._fields)}
-{_stage("stage_records", State._fields)}
-SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off;
-SELECT now();
+_STAGES: Final = _stage("stage_events", Fact._fields) + _stage("stage_records", State._fields)
+_BEGIN: Final = """
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off; SELECT now();
 """
 _STAGE_EVENTS: Final = f"COPY stage_events (number, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
 _STAGE_RECORDS: Final = f"COPY stage_records (number, {_columns(State._fields)}) FROM STDIN (FORMAT BINARY)"
@@ -122,12 +120,14 @@ def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
     facts = [event if isinstance(event, Fact) else fact(event) for event in events]
     outcomes: list[Outcome] = ["duplicate"] * len(facts)
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        recorded_at = _begin(cursor)
+        staged = conn.connection.info
+        recorded_at = _begin(cursor, _BEGIN if "evalstore_staged" in staged else _STAGES + _BEGIN)
         written = _write(cursor, facts)
         confirmations = _confirmations(facts, written, recorded_at)
         if confirmations:
             body = b"\n".join(map(msgspec.json.encode, confirmations))
             cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
+    staged["evalstore_staged"] = True
     for position in written.applied:
         outcomes[position] = "applied"
     for position in written.reused:
@@ -135,9 +135,9 @@ def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
     return Stored(outcomes, confirmations, written.conflicting_results)
 
 
-def _begin(cursor: psycopg.Cursor[Any]) -> str:
+def _begin(cursor: psycopg.Cursor[Any], statements: str) -> str:
     """Prepare the transaction; returns its time, RFC 3339."""
-    cursor.execute(_BEGIN, binary=False)
+    cursor.execute(statements.encode(), binary=False)
     while cursor.nextset():
         pass
     ((now,),) = cursor.fetchall()
