@@ -4,10 +4,13 @@ EvalstoreError
 ├── Outage                wait and try again: nothing is wrong with the message
 │   ├── DatabaseOutage
 │   ├── RedisOutage
+│   │   └── SpoolFull     … and the spool cannot take it either
 │   └── ObjectStoreOutage
 ├── BadMessage            give up: the same message would fail the same way again
 │   ├── InvalidEvent      a field is missing, wrong or unknown
 │   └── EventIdReused     this event_id is stored with another body
+├── ObjectMissing         it may still come: wait for a grace, then give up
+├── ObjectDamaged         give up, or put the object again from a good copy
 ├── SchemaMismatch        run `evalstore migrate`, or deploy the release that fits the database
 └── InvalidSettings       correct the environment variables it names
 """
@@ -45,8 +48,20 @@ class RedisOutage(Outage):
     """Redis is away, loading, read-only or full. Nothing that was not confirmed counts as sent."""
 
 
+class SpoolFull(RedisOutage):
+    """Redis takes nothing, and the sender's spool is full or cannot be written. Nothing of what was given is kept."""
+
+
 class ObjectStoreOutage(Outage):
     """The object store is away, slow or refuses work."""
+
+
+class ObjectMissing(EvalstoreError):
+    """The object store answers, and has no such object: not yet, or no longer."""
+
+
+class ObjectDamaged(EvalstoreError):
+    """What the object store holds, or what is to be put there, is not what its name, size or checksum says."""
 
 
 class BadMessage(EvalstoreError):

@@ -5,25 +5,34 @@ that any Dramatiq client can send to our workers. All other keys lie outside the
 and hold it in their name, so that a namespace like `{dramatiq}` keeps all of them in one slot of a cluster.
 """
 
+import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
-from uuid import uuid4
 
 import msgspec
 import redis
 from dramatiq import Message
 from dramatiq.brokers.redis import RedisBroker
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.connection import AbstractConnection
 from redis.retry import Retry
+from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
 from models.settings import settings
+from tasks.evaluations import QUEUE
+from tasks.spool import Spool
 
 Queued = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
+# 100 MiB take their time on a slow network, and Redis is not away because of that.
+_SLOWEST_BYTES_PER_S: Final = 10_000_000
 
 
 class Keys(NamedTuple):
@@ -70,14 +79,85 @@ def encode(message: Message[Any]) -> bytes:
         return message.encode()
 
 
+class _Time(threading.local):
+    until = math.inf
+    more_s = 0.0
+
+    def left_s(self) -> float:
+        return max(self.until - time.monotonic(), 0.001)
+
+
+_time = _Time()
+
+
+@contextmanager
+def _within(timeout_s: float, more_s: float) -> Iterator[None]:
+    """Whatever this thread waits for on its connections ends after both together; each step may take that much more."""
+    _time.until, _time.more_s = time.monotonic() + timeout_s + more_s, more_s
+    try:
+        yield
+    finally:
+        _time.until, _time.more_s = math.inf, 0.0
+
+
+class _InTime(AbstractConnection):
+    """What makes a connection keep to that. Redis's own time-outs are for each step: a slow server has many, and the look-up of
+    its name has none."""
+
+    def _connect(self) -> Any:
+        connect: Callable[[], Any] = super()._connect  # type: ignore[safe-super]
+        if _time.until == math.inf:
+            return connect()
+        connected: Future[Any] = Future()
+        threading.Thread(target=_settle, args=(connected, connect), daemon=True).start()
+        try:
+            return connected.result(timeout=_time.left_s())
+        except TimeoutError:
+            connected.add_done_callback(_close)
+            raise
+
+    def send_packed_command(self, *given: Any, **options: Any) -> None:
+        self._limit()
+        super().send_packed_command(*given, **options)  # type: ignore[no-untyped-call]
+
+    def read_response(self, *given: Any, **options: Any) -> Any:
+        self._limit()
+        return super().read_response(*given, **options)
+
+    def _limit(self) -> None:
+        if self._sock:
+            wait_s = min(self.socket_timeout + _time.more_s, _time.left_s())
+            if self._sock.gettimeout() != wait_s:
+                self._sock.settimeout(wait_s)
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+        future.set_exception(error)
+
+
+def _close(connected: Future[Any]) -> None:
+    if not connected.exception():
+        connected.result().close()
+
+
 class Broker(RedisBroker):
     """Dramatiq's Redis broker, with sending that can be repeated, bulk sends, and durability on request.
 
-    Takes what RedisBroker takes; of its maintenance nothing is left to set.
+    Takes what RedisBroker takes; of its maintenance nothing is left to set. `spool` keeps events while Redis takes none: those
+    that are sent at once, and without `durable`, which promises more.
     """
 
     def __init__(
-        self, *, url: str | None = None, client: redis.Redis | None = None, timeout_s: float = 5, **parameters: Any
+        self,
+        *,
+        url: str | None = None,
+        client: redis.Redis | None = None,
+        timeout_s: float = 5,
+        spool: Spool | None = None,
+        **parameters: Any,
     ) -> None:
         if client is None and url is not None:
             client = redis.Redis.from_url(
@@ -88,8 +168,10 @@ class Broker(RedisBroker):
                 retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.1), 1),
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
+            pool = client.connection_pool
+            pool.connection_class = type("InTime", (_InTime, pool.connection_class), {})
         super().__init__(client=client, **parameters)  # type: ignore[no-untyped-call]
-        self.timeout_s = timeout_s
+        self.timeout_s, self.spool = timeout_s, spool
         self._enqueue = self.script(Path(__file__).parent / "lua" / "enqueue.lua")
         self._delay = self.script(Path(__file__).parent / "lua" / "delay.lua")
 
@@ -117,7 +199,9 @@ class Broker(RedisBroker):
         """Send a message, to be processed after `delay` ms.
 
         With the option `durable=True` this returns only when the append-only file is on disk or a replica has it.
-        Raises RedisOutage within about `timeout_s` (send the same again; what arrived twice is stored once), NotDurable.
+        Raises RedisOutage within about `timeout_s`, and 0.1 s more for each MB (send the same again; what arrived twice is
+        stored once), NotDurable. With a spool, an event that is neither delayed nor durable is kept there instead, behind those
+        kept before; SpoolFull if not.
         """
         durable = bool(message.options.pop("durable", False))
         sent = message.copy(options={"redis_message_id": str(uuid4())})
@@ -125,7 +209,7 @@ class Broker(RedisBroker):
         keys = self.keys(sent.queue_name)
         redis_id, body = sent.options["redis_message_id"], encode(sent)
         if delay is None:
-            self._send(self._enqueue, [keys.queue, keys.bodies], [redis_id, body], durable)
+            self._send_or_keep(sent.queue_name, [redis_id, body], durable)
         elif 0 <= delay <= _MAX_DELAY_MS:
             self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, delay], durable)
         else:
@@ -134,18 +218,51 @@ class Broker(RedisBroker):
         return sent
 
     def enqueue_many(self, messages: Sequence[Message[Any]], *, durable: bool = False) -> None:
-        """Send all of one queue's messages in one round trip, or none. Raises as `enqueue` does."""
+        """Send all of one queue's messages in one round trip, or none. Keeps and raises as `enqueue` does."""
         arguments: list[str | bytes] = []
         for message in messages:
             redis_id = str(uuid4())
             message.options["redis_message_id"] = redis_id
             arguments += [redis_id, encode(message)]
         if messages:
-            keys = self.keys(messages[0].queue_name)
-            self._send(self._enqueue, [keys.queue, keys.bodies], arguments, durable)
+            self._send_or_keep(messages[0].queue_name, arguments, durable)
 
-    def _send(self, script: Any, keys: list[str], arguments: list[Any], durable: bool) -> None:
+    def send_on(self, arguments: list[str | bytes]) -> None:
+        """Send what the spool kept. Raises RedisOutage; the slower the network may be, as nobody waits for it."""
+        keys = self.keys(QUEUE)
+        self._send(self._enqueue, [keys.queue, keys.bodies], arguments, durable=False, slowest_bytes_per_s=1_000_000)
+
+    def _send_or_keep(self, queue: str, arguments: list[str | bytes], durable: bool) -> None:
+        spool = None if durable or queue != QUEUE else self.spool
+        # Behind what is kept already: so the order is kept, and no event after the first waits for Redis.
+        if spool is None or not spool.holds():
+            keys = self.keys(queue)
+            try:
+                self._send(self._enqueue, [keys.queue, keys.bodies], arguments, durable)
+            except RedisOutage:
+                if spool is None:
+                    raise
+            else:
+                return
+        try:
+            spool.append(arguments)
+        finally:
+            spool.keep_forwarding(self.send_on)
+
+    def _send(
+        self,
+        script: Any,
+        keys: list[str],
+        arguments: list[Any],
+        durable: bool,
+        slowest_bytes_per_s: float = _SLOWEST_BYTES_PER_S,
+    ) -> None:
         """Run a sending script, again where that may help: it does nothing twice."""
+        size = sum(len(body) for body in arguments if isinstance(body, bytes))
+        with _within(self.timeout_s, size / slowest_bytes_per_s):
+            self._send_patiently(script, keys, arguments, durable)
+
+    def _send_patiently(self, script: Any, keys: list[str], arguments: list[Any], durable: bool) -> None:
         deadline = time.monotonic() + self.timeout_s / 2
         while True:
             try:
@@ -173,8 +290,8 @@ class Broker(RedisBroker):
         for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
-                # On a new connection, after the answer was lost, the script finds its messages there and writes nothing, and there
-                # would be nothing to wait for. This is a write, and later than theirs.
+                # On a new connection, after the answer was lost, the script finds its messages there and writes nothing, and
+                # there would be nothing to wait for. This is a write, and later than theirs.
                 pipeline.set(f"evalstore:{keys[0]}:fence", 1, ex=60)
                 pipeline.execute_command(*wait)
                 sent, fence, confirmed = pipeline.execute(raise_on_error=False)
@@ -238,6 +355,8 @@ def broker() -> Broker:
     """This process's broker for sending, made at the first call; no connection is opened before something is sent."""
     from tasks.evaluations import store_evaluation
 
-    made = Broker(url=settings().redis_url.get_secret_value(), timeout_s=settings().send_timeout_s, middleware=[])
+    read = settings()
+    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes) if read.spool_dir else None
+    made = Broker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)
     return made

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from dramatiq import Actor, Broker, Message
 from dramatiq.logging import get_logger
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from models import content
 from models.errors import Fault, InvalidEvent
@@ -16,6 +16,7 @@ from models.events import CONTENT_FIELDS, Event, check
 from models.settings import settings
 
 QUEUE = "evaluations"
+ACTOR = "store_evaluation"
 
 # Below this an event's JSON is small whatever it escapes to.
 _SMALL = 64 * 1024
@@ -47,7 +48,9 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
         given = [*args, *(kwargs or {}).values()]
         if len(given) != 1 or set(kwargs or {}) - {"event"}:
             raise InvalidEvent([Fault("event", f"{self.actor_name} takes one event, as its one positional argument")])
-        return super().message_with_options(args=(_completed(given[0]),), **options)
+        event = _completed(given[0])
+        # The message goes by the event's id, as an event without one goes by its message's.
+        return Message(self.queue_name, self.actor_name, (event,), {}, options, event["event_id"])
 
 
 def _not_here(_event: object) -> NoReturn:
@@ -74,14 +77,15 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
     return travelling
 
 
-store_evaluation = EventActor("store_evaluation", QUEUE)
+store_evaluation = EventActor(ACTOR, QUEUE)
 
 
 def store_evaluations(events: Iterable[Mapping[str, Any] | Event]) -> list[Message[None]]:
     """Send all of `events` in one round trip, or none.
 
     Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`), or RedisOutage: then none was sent,
-    or, where only the answer was lost, all were; the same events may be sent again, as each is stored once.
+    or, where only the answer was lost, all were; the same events may be sent again, as each is stored once. With
+    EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if it has no room.
     """
     messages, faults = [], []
     for position, event in enumerate(events):
