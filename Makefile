@@ -39,3 +39,31 @@ lock:
 
 clean:
 	rm -rf .venv .evalstore
+
+# evalstore beside what else one would use; the others live in an environment of their own. BENCH takes options, like --quick.
+.PHONY: bench bench-large
+bench: setup .bench-venv/.setup
+	$(BIN)/python -m bench --peers .bench-venv/bin/python $(BENCH)
+
+# The same with ten million evaluations stored before, and a queue of a million events: needs 30 GB of disk and an hour.
+bench-large: setup .bench-venv/.setup
+	$(BIN)/python -m bench --large --peers .bench-venv/bin/python $(BENCH)
+
+.bench-venv/.setup: requirements.lock requirements-bench.lock
+	$(PYTHON) -m venv .bench-venv
+	echo '*' > .bench-venv/.gitignore
+	.bench-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock -r requirements-bench.lock
+	touch $@
+
+# What tries to make the broker lose, strand, repeat or stall messages.
+.PHONY: chaos chaos-stock soak
+chaos: setup
+	$(BIN)/pytest tests/chaos
+
+# The same against Dramatiq's own Redis broker, to see it fail.
+chaos-stock: setup
+	-EVALSTORE_CHAOS_BROKER=stock $(BIN)/pytest tests/chaos --tb=line
+
+# Ten minutes of senders at 2,000 events a second while servers and workers are killed at random. SOAK takes options, like --seed 1.
+soak: setup
+	$(BIN)/python -m tests.chaos.soak $(SOAK)

@@ -51,7 +51,8 @@ class Confirmations:
     def _read(self, position: str) -> Iterator[dict[str, Any]]:
         waited_s = 0.0
         while True:
-            found = self._client.xreadgroup(self.group, "evalstore", {STREAM: position}, count=100, block=int(self._block_s * 1000))
+            block_ms = int(self._block_s * 1000)
+            found = self._client.xreadgroup(self.group, "evalstore", {STREAM: position}, count=100, block=block_ms)
             entries = found[0][1] if found else []
             if not entries:
                 waited_s += self._block_s

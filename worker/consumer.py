@@ -11,7 +11,6 @@ from uuid import uuid4
 import redis
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
-from dramatiq.errors import ActorNotFound
 
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
@@ -133,12 +132,22 @@ class Consumer(DramatiqConsumer):
             message: Message[Any] = Message(self.queue_name, batch_actor, (batch,), {}, {}, str(uuid4()))
             self._add(message, [redis_id for redis_id, _ in found])
             return
+        try:
+            self._hand_out_singly(found)
+        except BaseException:
+            # Memory, say. Reconciling gives it back; held here, with nobody at work on it, it would stay for ever.
+            self.broker.hold.drop([redis_id for redis_id, _ in found])
+            raise
+
+    def _hand_out_singly(self, found: list[tuple[bytes, bytes]]) -> None:
         bad: dict[bytes, bytes] = {}
         for redis_id, body in found:
             try:
                 message = read(body)
                 self.broker.get_actor(message.actor_name)
-            except (BadMessage, ActorNotFound) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on
                 bad[redis_id] = cause(error)
                 continue
             # The eta is over, and Dramatiq's worker looks its consumer up by the name in the message.

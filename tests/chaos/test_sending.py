@@ -1,0 +1,106 @@
+"""What a sender is promised."""
+
+import threading
+import time
+
+import pytest
+import redis
+
+from models.errors import NotDurable, RedisOutage
+from ops.servers import Valkey
+from tasks.broker import Broker
+from tasks.evaluations import store_evaluation
+from tests.chaos.conftest import Worlds
+from tests.chaos.relay import Relay, script
+from tests.chaos.world import KEYS, World, evaluation, evaluations, through
+
+
+def durable(broker: Broker, eval_id: str) -> None:
+    message = store_evaluation.message(evaluation(eval_id)[0])
+    message.options["durable"] = True
+    broker.enqueue(message)
+
+
+def test_a_durable_send_returns_when_the_file_is_on_disk(own_world: World) -> None:
+    """Stock: has none."""
+    for position in range(5):
+        began = time.monotonic()
+        durable(own_world.broker, f"durable-{position}")
+        assert time.monotonic() - began < 5
+    own_world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(300)], durable=True)
+    assert own_world.client.llen(KEYS.queue) == 905
+
+
+@pytest.mark.parametrize("setting", [("appendonly", "no"), ("appendfsync", "no")])
+def test_a_durable_send_that_nobody_confirms_raises(own_world: World, setting: tuple[str, str]) -> None:
+    """Stock: has none."""
+    own_world.client.config_set(*setting)
+    with pytest.raises(NotDurable):
+        durable(own_world.broker, "perhaps")
+    assert own_world.client.llen(KEYS.queue) == 1
+
+
+def test_a_durable_send_whose_answer_was_lost_is_not_taken_for_confirmed(own_world: World, worlds: Worlds) -> None:
+    """A connection that wrote nothing itself is told at once that all it wrote is on disk."""
+    own_world.client.config_set("appendfsync", "no")  # the disk is slow, say
+    with Relay(own_world.client.connection_pool.connection_kwargs["port"]) as relay:
+        broker = Broker(url=through(own_world.redis_url, relay.port), middleware=[], timeout_s=2)
+        broker.enqueue(store_evaluation.message(evaluation("first")[0]))
+        relay.lose(script("enqueue"), "reply", times=1)
+        with pytest.raises(NotDurable):
+            durable(broker, "perhaps")
+        assert relay.lost(script("enqueue")) == 1
+        broker.close()
+    assert own_world.client.llen(KEYS.queue) == 2
+
+
+def test_a_durable_send_is_content_with_a_replica(
+    own_world: World, valkey_server: Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Stock: has none."""
+    own_world.client.config_set("appendonly", "no")
+    own_world.client.config_set("masterauth", valkey_server.password)
+    with Valkey(tmp_path_factory.mktemp("replica")) as second, redis.Redis.from_url(second.url()) as replica:
+        replica.config_set("masterauth", valkey_server.password)
+        replica.replicaof("127.0.0.1", str(valkey_server.port))
+        own_world.client.wait(1, 10_000)
+        durable(own_world.broker, "replicated")
+    with pytest.raises(NotDurable):
+        durable(own_world.broker, "perhaps")
+
+
+def test_thousands_are_sent_in_one_round_trip_or_not_at_all(own_world: World) -> None:
+    """Stock: a round trip each, and no telling which arrived."""
+    world = own_world
+    world.send(evaluations(1))
+    messages = [store_evaluation.message(event) for event in evaluations(2000)]
+    before = world.client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    world.broker.enqueue_many(messages)
+    assert world.client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    assert world.client.llen(KEYS.queue) == 6003
+    world.client.config_set("maxmemory", 1_000_000)
+    with pytest.raises(RedisOutage):
+        world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(2000)])
+    assert world.client.llen(KEYS.queue) == world.client.hlen(KEYS.bodies) == 6003
+
+
+def test_many_threads_send_through_one_broker_whose_connections_break(world: World, worlds: Worlds, relay: Relay) -> None:
+    """Stock: some are in the queue twice, and `send` raises for others."""
+    behind = worlds(world.database_url, through(world.redis_url, relay.port))
+    errors: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            for event in evaluations(100):
+                behind.broker.enqueue(store_evaluation.message(event))
+        except RedisOutage as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        relay.cut()
+        time.sleep(0.2)
+    assert errors == []
+    assert world.client.llen(KEYS.queue) == world.client.hlen(KEYS.bodies) == 1200
