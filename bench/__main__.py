@@ -1,0 +1,207 @@
+"""`make bench`: measure evalstore beside what else one would use, and write down what came of it."""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import psycopg
+import redis
+
+from bench import measure, report
+from bench.place import ROOT, Place
+from bench.sides import SIDES, Shape, Side
+
+MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory")
+
+
+class Sizes(NamedTuple):
+    """How much of everything. `rate_s`: for how long a side is to be busy in a round."""
+
+    rounds: int
+    rate_s: float
+    tune_s: float
+    probes: int
+    loaded_s: float
+    sends: int
+    memory_events: int
+    stored: tuple[int, ...]
+    processes: tuple[int, ...]
+
+
+FULL: Final = Sizes(3, 6.0, 2.5, 150, 15.0, 5_000, 500_000, (1_000_000,), (1, 2, 4))
+LARGE: Final = FULL._replace(memory_events=1_000_000, stored=(1_000_000, 10_000_000))
+QUICK: Final = Sizes(1, 0.7, 0.0, 10, 2.0, 1_000, 30_000, (20_000,), (1, 2))
+
+
+class Run:
+    """One run: its servers, what it is to measure, and what it found so far."""
+
+    def __init__(self, place: Place, sides: list[Side], sizes: Sizes, events: int | None) -> None:
+        self.place, self.sides, self.sizes, self.events = place, sides, sizes, events
+        self.begun = time.monotonic()
+        self.shapes = {side.name: side.shapes[0] for side in SIDES.values()}
+        self.rates = {side.name: side.rate for side in SIDES.values()}
+        self.found: dict[str, Any] = {"machine": place.describe(), "sizes": sizes._asdict()}
+
+    def say(self, text: str) -> None:
+        took = int(time.monotonic() - self.begun)
+        print(f"[{took // 60:3d}:{took % 60:02d}] {text}", flush=True)
+
+    def count(self, side: Side) -> int:
+        """So many events that a side is busy for a while."""
+        return self.events or max(300, int(self.rates[side.name] * self.sizes.rate_s))
+
+    def attempt(self, name: str, what: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """What it gives, or None where it cannot be measured; the others go on."""
+        try:
+            return what(*given, **named)
+        except (RuntimeError, psycopg.Error, redis.RedisError) as error:
+            self.say(f"{name}: {error}")
+            self.found.setdefault("failures", {})[name] = str(error)[-1000:]
+            return None
+
+    def all(self, measures: list[str]) -> None:
+        """Everything that is asked for, into `found`."""
+        self.say(f"{self.found['machine']}")
+        if self.sizes.tune_s and {"rate", "latency"} & {*measures}:
+            self.tune()
+        for name in measures:
+            self.attempt(name, getattr(self, name))
+        self.found |= {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "minutes": round((time.monotonic() - self.begun) / 60, 1),
+            "shapes": {side.name: str(self.shapes[side.name]) for side in self.sides},
+            "titles": {side.name: f"({side.letter}) {side.title}" for side in self.sides},
+        }
+
+    def tune(self) -> None:
+        """Find the shape that suits each side best, and of the peers of one letter the one to go on with."""
+        best: dict[str, Side] = {}
+        tuned: dict[str, float] = {}
+        for side in self.sides:
+            found = self.attempt(side.title, measure.tune, self.place, side, self.say, seconds=self.sizes.tune_s)
+            if found:
+                self.shapes[side.name], self.rates[side.name] = found
+                tuned[side.name] = self.rates[side.name]
+                if side.letter not in best or tuned[side.name] > tuned[best[side.letter].name]:
+                    best[side.letter] = side
+        self.found["tuned"] = tuned
+        self.sides = list(best.values())
+
+    def rate(self) -> None:
+        found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in self.sides}
+        for number in range(self.sizes.rounds):
+            for side in self.sides:
+                done = self.attempt(side.title, self._drained, side, self.shapes[side.name], number)
+                if done:
+                    found[side.name].append(vars(done))
+                    self.say(f"round {number + 1}, {side.title}: {_told(done)}")
+        self.found["rate"] = {name: each for name, each in found.items() if each}
+
+    def _drained(self, side: Side, shape: Shape, seed: int, **options: Any) -> measure.Rate:
+        return measure.rate(self.place, side, shape, self.count(side), seed=seed, **options)
+
+    def latency(self) -> None:
+        self.found["latency"] = {}
+        for side in self.sides:
+            if side.name in {"evalstore", "stock"}:
+                found = self.attempt(side.title, self._latency, side)
+                self.found["latency"][side.name] = found
+                self.say(f"latency of {side.title}: {found}")
+
+    def _latency(self, side: Side) -> dict[str, Any]:
+        sizes = self.sizes
+        return measure.latency(self.place, side, self.shapes[side.name], probes=sizes.probes, seconds=sizes.loaded_s)
+
+    def send(self) -> None:
+        self.found["send"] = measure.sending(self.place, count=self.sizes.sends, rounds=max(3, self.sizes.rounds))
+        self.say(f"sending: {self.found['send']}")
+
+    def processes(self) -> None:
+        side, found = SIDES["evalstore"], {}
+        for processes in self.sizes.processes:
+            shape = Shape(processes, side.shapes[0].threads)
+            done = [self._drained(side, shape, seed) for seed in range(min(2, self.sizes.rounds))]
+            found[processes] = statistics.median(one.events_per_s for one in done)
+            self.say(f"{processes} processes: {found[processes]:,.0f} events/s")
+        self.found["processes"] = found
+
+    def stored(self) -> None:
+        side, found, before = SIDES["evalstore"], [], 0
+        for old in (0, *self.sizes.stored):
+            if old:
+                self.say(f"making {old - before:,} more evaluations of before")
+                if not before:
+                    self.place.reset()
+                measure.store_old(self.place, before + 1, old)
+                before = old
+            for ordered in (False, True):
+                done = [
+                    self._drained(side, self.shapes[side.name], 100 + seed + 10 * ordered, ordered=ordered, keep_rows=old > 0)
+                    for seed in range(self.sizes.rounds)
+                ]
+                per_s = statistics.median(one.events_per_s for one in done)
+                found.append({"before": old, "ordered": ordered, "events_per_s": per_s, "complaint": done[0].complaint})
+                self.say(f"{old:,} evaluations stored, {'ascending' if ordered else 'random'} ids: {per_s:,.0f} events/s")
+        self.found["stored"] = found
+
+    def memory(self) -> None:
+        self.say(f"draining {self.sizes.memory_events:,} events and watching memory")
+        self.found["memory"] = measure.memory(self.place, self.shapes["evalstore"], count=self.sizes.memory_events)
+        self.say(f"memory: {self.found['memory']}")
+
+
+def _told(done: measure.Rate) -> str:
+    cpu = ", ".join(f"{name} {us:,.0f}" for name, us in done.cpu_us.items())
+    return f"{done.events_per_s:,.0f} events/s ({done.events:,} events; µs of CPU an event: {cpu}) {done.complaint}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="two minutes to see that everything runs; the numbers mean nothing"
+    )
+    parser.add_argument("--large", action="store_true", help="with ten million evaluations stored before, and a longer queue")
+    parser.add_argument("--sides", default=",".join(SIDES), help="separated by commas; default: %(default)s")
+    parser.add_argument("--measures", default=",".join(MEASURES), help="separated by commas; default: %(default)s")
+    parser.add_argument("--rounds", type=int, help="of each side, alternating")
+    parser.add_argument("--events", type=int, help="in each queue; default: as many as keep the side busy for seconds")
+    parser.add_argument("--peers", type=Path, help="the Python of an environment with Celery, RQ, arq, taskiq and SAQ")
+    parser.add_argument("--out", type=Path, help="where to write JSON; default: bench/results/<date>.json, and the docs page")
+    given = parser.parse_args()
+    names, measures = given.sides.split(","), given.measures.split(",")
+    if wrong := [*({*names} - {*SIDES}), *({*measures} - {*MEASURES})]:
+        parser.error(f"no such side or measure: {', '.join(wrong)}")
+    sizes = QUICK if given.quick else LARGE if given.large else FULL
+    sizes = sizes._replace(rounds=given.rounds) if given.rounds else sizes
+    sides = [side for side in SIDES.values() if side.name in names and (given.peers or not side.is_peer)]
+
+    try:
+        with Place(given.peers.absolute() if given.peers else None) as place:
+            run = Run(place, sides, sizes, given.events)
+            run.all(measures)
+    except KeyboardInterrupt:
+        print("stopped; nothing is written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    run.found["quick"] = given.quick
+    is_kept = not given.out and not given.quick
+    if given.out or is_kept:
+        out = given.out or ROOT / "bench/results" / f"{datetime.now(UTC):%Y-%m-%d}.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(run.found, indent=2) + "\n", encoding="utf-8")
+    table = report.table(run.found)
+    print(table)
+    if is_kept:
+        report.write(ROOT / "docs/performance.md", table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

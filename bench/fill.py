@@ -1,0 +1,20 @@
+"""Enqueue events for one side, in its own environment: `python -m bench.fill --side NAME --count N --seed S`."""
+
+import argparse
+from importlib import import_module
+
+from bench.events import events
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", required=True)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ordered", action="store_true")
+    given = parser.parse_args()
+    import_module(f"bench.sides.{given.side}").fill(events(given.count, seed=given.seed, ordered=given.ordered))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""evalstore as it is shipped: `dramatiq worker.tasks`."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import redis
+
+from models.settings import settings
+from tasks import store_evaluation
+
+
+def fill(events: Iterable[dict[str, Any]]) -> None:
+    """Enqueue `events` as Dramatiq does, for any worker with an actor `store_evaluation` on the queue `evaluations`."""
+    left = iter(events)
+    with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
+        while some := list(islice(left, 2000)):
+            bodies = {redis_id: _message(event, redis_id) for event in some for redis_id in [str(uuid4())]}
+            with client.pipeline(transaction=True) as pipeline:
+                pipeline.hset("dramatiq:evaluations.msgs", mapping=bodies)
+                pipeline.rpush("dramatiq:evaluations", *bodies)
+                pipeline.execute()
+
+
+def _message(event: dict[str, Any], redis_id: str) -> bytes:
+    return msgspec.json.encode(
+        {
+            "queue_name": "evaluations",
+            "actor_name": "store_evaluation",
+            "args": [event],
+            "kwargs": {},
+            "options": {"redis_message_id": redis_id},
+            "message_id": event["event_id"],
+            "message_timestamp": 1_769_850_000_000,
+        }
+    )
+
+
+def send(event: dict[str, Any]) -> None:
+    """Send one event as a gateway does."""
+    store_evaluation.send(event)
