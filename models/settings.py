@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
@@ -14,6 +14,34 @@ from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 
 _PREFIX = "EVALSTORE_"
+_BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
+
+
+def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
+    """The parts of an object store's address: ("file", absolute folder, "") or ("s3", bucket, prefix).
+
+    Raises ValueError, which says what was expected.
+    """
+    scheme, found, rest = url.partition("://")
+    if not found or scheme not in {"file", "s3"}:
+        raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
+    if "?" in rest or "#" in rest or "\0" in unquote(rest):
+        raise ValueError("expected no ? and no #, which a folder's name gives as %3F and %23")
+    if scheme == "file":
+        host, slash, _ = rest.partition("/")
+        if host not in {"", "localhost"} or not slash:
+            raise ValueError("expected an absolute path, with three slashes: file:///absolute/folder")
+        folder = unquote(rest.removeprefix("localhost"))
+        if folder.strip("/") == "" or ".." in folder.split("/"):
+            raise ValueError("expected a folder below /, and no .. in its path")
+        return "file", folder, ""
+    bucket, _, prefix = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("expected s3:// and a bucket's name: 3 to 63 of a-z 0-9 . -")
+    prefix = prefix.strip("/")
+    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
+        raise ValueError("expected a prefix without empty parts, . and ..")
+    return "s3", bucket, prefix
 
 
 class Settings(BaseModel):
@@ -57,6 +85,25 @@ class Settings(BaseModel):
     max_content_bytes: Annotated[
         int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
     ] = MAX_CONTENT_BYTES
+    object_store_url: Annotated[
+        str | None, Field(description="where large content goes: file:///folder or s3://bucket/prefix; read by all")
+    ] = None
+    archive_url: Annotated[
+        str | None, Field(description="where archived content goes; unset: the object store; read by worker, API, CLI")
+    ] = None
+    s3_endpoint_url: Annotated[
+        str | None, Field(description="an S3-compatible server, as http(s)://host:port; unset: AWS; read by all")
+    ] = None
+    s3_storage_class: Annotated[
+        str | None, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$", description="the storage class of new objects; read by all")
+    ] = None
+    s3_server_side_encryption: Annotated[
+        Literal["AES256", "aws:kms", "aws:kms:dsse"] | None,
+        Field(description="how S3 encrypts new objects; unset: as the bucket says; read by all"),
+    ] = None
+    s3_addressing_style: Annotated[
+        Literal["auto", "path", "virtual"], Field(description="the bucket in the path or in the host name; read by all")
+    ] = "auto"
     spool_dir: Annotated[
         Path | None, Field(description="a local folder that keeps events while Redis is away; read by senders")
     ] = None
@@ -67,6 +114,33 @@ class Settings(BaseModel):
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
             raise ValueError("expected a path that begins with /")
+        return value
+
+    read_api_keys: Annotated[SecretStr, Field(description="keys that may read, comma-separated; read by the API")] = SecretStr(
+        ""
+    )
+    read_api_keys_file: Annotated[
+        Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
+    ] = None
+    write_api_keys: Annotated[SecretStr, Field(description="keys that may write, comma-separated; read by the API")] = (
+        SecretStr("")
+    )
+    write_api_keys_file: Annotated[
+        Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
+    ] = None
+    api_host: Annotated[str, Field(description="where `python -m api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
+    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m api` listens; read by the API")] = 8086
+    cache_ttl_s: Annotated[
+        int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
+    ] = 300
+    max_request_bytes: Annotated[int, Field(ge=1, description="the most a request may hold; read by the API")] = 104_857_600
+
+    @field_validator("read_api_keys", "write_api_keys")
+    @classmethod
+    def _are_keys(cls, value: SecretStr) -> SecretStr:
+        keys = [key.strip() for key in value.get_secret_value().split(",")]
+        if not all(re.fullmatch(r"[!-~]*", key, re.ASCII) for key in keys):
+            raise ValueError("expected keys of printable ASCII without spaces, separated by commas")
         return value
 
     @field_validator("database_url")
@@ -90,6 +164,36 @@ class Settings(BaseModel):
         # redis-py would take database 0 for any path that is no number.
         if parts.scheme != "unix" and not re.fullmatch(r"/?|/\d{1,5}", parts.path, re.ASCII):
             raise ValueError("expected a database number after the host, like redis://host:6379/0")
+        return value
+
+    @field_validator("object_store_url", "archive_url")
+    @classmethod
+    def _is_a_store(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_store_url(value)
+        return value
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _is_an_endpoint(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            _ = parts.port
+        except ValueError:
+            raise ValueError("expected a host, and a port from 0 to 65535") from None
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("expected an address like https://host:port")
+        if parts.username is not None:
+            raise ValueError("expected no user or password in it: credentials come as boto3 finds them")
+        return value
+
+    @field_validator("s3_storage_class")
+    @classmethod
+    def _can_be_read_at_once(cls, value: str | None) -> str | None:
+        if value in {"GLACIER", "DEEP_ARCHIVE"}:
+            raise ValueError("expected a class whose objects can be read at once, such as GLACIER_IR")
         return value
 
     @classmethod

@@ -5,6 +5,7 @@ by time. `eval_id` sorts by bytes, the same on every server, because workers tak
 """
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     Column,
@@ -57,6 +58,8 @@ evaluations = Table(
     Column("result_event_id", Uuid),
     # What may be overdue: few at any time. Those stored with their result never enter it.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
+    # The order of every list. A commit's records share their time and so their entry, at its end; see storage/listing.py.
+    Index("evaluations_by_time", "created_at"),
     postgresql_with={"fillfactor": "85"},
 )
 
@@ -147,11 +150,69 @@ dead_letters = Table(
     Column("release", Text),
     Column("redrives", Integer, nullable=False, server_default=text("0")),
     Column("redrive", Uuid),
+    # When the redrive that holds it put it in Redis: unknown to one that died before it could say so.
+    Column("sent_at", _TIME),
     Index("dead_letters_by_time", "last_at"),
     Index("dead_letters_by_signature", "signature"),
     Index("dead_letters_by_evaluation", "eval_id"),
     Index("dead_letters_by_redrive", "redrive", postgresql_where=text("redrive IS NOT NULL")),
+    Index("dead_letters_redriving", "id", postgresql_where=text("state = 'redriving'")),
+    Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
 )
 
 # Small writes that show whether the database takes any.
 probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))
+
+# What operators asked to be sent again. Of `total` letters, `stored`, `died` (again) and `returned` (as they were) are settled.
+redrives = Table(
+    "redrives",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("asked_at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("rate", Double),
+    Column("canary", Integer),
+    Column("state", Text, nullable=False, server_default=text("'running'")),
+    Column("error", Text),
+    Column("total", Integer, nullable=False),
+    Column("sent", Integer, nullable=False, server_default=text("0")),
+    Column("stored", Integer, nullable=False, server_default=text("0")),
+    Column("died", Integer, nullable=False, server_default=text("0")),
+    Column("returned", Integer, nullable=False, server_default=text("0")),
+    Column("started_at", _TIME),
+    Column("paced_until", _TIME),
+    Column("finished_at", _TIME),
+    Index("redrives_by_time", "asked_at"),
+    Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+)
+
+# Who changed what, when and why: written with the change, in one transaction.
+operator_actions = Table(
+    "operator_actions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("verb", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("redrive", Uuid),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Index("operator_actions_by_time", "at"),
+)
+
+# Keys of the HTTP service, by their SHA-256: who reads this table cannot use them.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("expires_at", _TIME),
+    Column("revoked_at", _TIME),
+)

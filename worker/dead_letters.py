@@ -1,23 +1,25 @@
 """Moving dead letters from Redis, where the broker puts them with their cause, to the table that keeps them."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
 import redis
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
-from models.errors import InvalidEvent, RedisOutage
+from models.errors import InvalidEvent, Outage, RedisOutage
 from models.events import identified, identity
-from storage import dead_letters
+from storage import database, dead_letters, redrives
 from storage.dead_letters import Burial
-from worker.batches import read
+from worker.batches import REDRIVEN, read
 from worker.broker import Broker
 
+log = logging.getLogger("evalstore.worker")
 _CHUNK: Final = 50
-REDRIVEN: Final = b"dead-letter:"
+_CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
 def move(conn: Connection, broker: Broker) -> int:
@@ -45,16 +47,33 @@ def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[Burial], list[byt
             found: list[tuple[bytes, float]] = broker.client.zrange(keys.dead, 0, _CHUNK - 1, withscores=True)  # type: ignore[assignment]
             if not found:
                 return
+            found = _within(broker, keys.dead_bodies, found)
             redis_ids = [redis_id for redis_id, _ in found]
             bodies = broker.client.hmget(keys.dead_bodies, redis_ids)
             causes = broker.client.hmget(keys.causes, redis_ids)
             burials = [
-                _burial(queue, redis_id, body or b"", msgspec.json.decode(cause or b"{}"), died_ms)
+                _burial(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
                 for (redis_id, died_ms), body, cause in zip(found, bodies, causes, strict=True)
+                if body is not None  # else another worker moved it meanwhile
             ]
             yield burials, redis_ids
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
+
+
+def _within(broker: Broker, key: str, found: list[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
+    """The first of them that together are small enough for this process's memory, and always one."""
+    with broker.client.pipeline(transaction=False) as pipeline:
+        for redis_id, _ in found:
+            pipeline.hstrlen(key, redis_id)
+        sizes = pipeline.execute()
+    left, number = _CHUNK_BYTES, 0
+    for size in sizes:
+        left -= size
+        if number and left < 0:
+            break
+        number += 1
+    return found[:number]
 
 
 def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> Burial:
@@ -87,6 +106,27 @@ def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], die
 
 def _letter_id(queue: str, redis_id: bytes) -> UUID:
     """The letter's own id if the message was redriven under it, else one that every move of this message agrees on."""
-    if redis_id.startswith(REDRIVEN):
+    return letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
+
+
+def letter_of(redis_id: bytes) -> UUID | None:
+    """The letter that was redriven under this id, if it is such an id: a sender may have made up anything."""
+    if not redis_id.startswith(REDRIVEN):
+        return None
+    try:
         return UUID(redis_id.removeprefix(REDRIVEN).decode())
-    return uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
+    except ValueError:
+        return None
+
+
+def record_stored(engine: Engine, redis_ids: Sequence[bytes]) -> None:
+    """Note of messages that were redriven that what they ask for is done: after it was committed, before they are acknowledged.
+
+    What cannot be noted now is found out by the next sweep: an outage is no reason to do the work again.
+    """
+    letters = [letter for redis_id in redis_ids if (letter := letter_of(redis_id))]
+    try:
+        with database.errors(), engine.connect() as conn:
+            redrives.stored(conn, letters)
+    except Outage as error:
+        log.warning("the outcome of %d redriven messages is left to the sweep: %s", len(letters), error)

@@ -17,7 +17,7 @@ from models.settings import settings
 from storage import confirmations as stored_confirmations
 from tasks.broker import encode
 from tasks.jobs import JOBS, QUEUE, last_runs_key
-from worker import confirmations, dead_letters, lost
+from worker import confirmations, dead_letters, lost, redrives
 from worker.broker import Broker
 from worker.evaluations import engine
 
@@ -73,6 +73,7 @@ def declare(broker: Broker) -> None:
             actor_name=job.name, actor_class=_TickActor, queue_name=QUEUE, broker=broker, periodic=cron(job.schedule)
         )
         declared(_told(broker, job.name, work[job.name]))
+    redrives.declare(broker, engine)
 
 
 def _relay_confirmations(broker: Broker) -> dict[str, int]:
@@ -87,7 +88,7 @@ def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
 
 def _move_dead_letters(broker: Broker) -> dict[str, int]:
     with engine().connect() as conn:
-        return {"moved": dead_letters.move(conn, broker)}
+        return {"moved": dead_letters.move(conn, broker), **redrives.sweep(conn, broker)}
 
 
 def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:

@@ -99,11 +99,11 @@ def test_a_flipped_bit_anywhere_is_noticed_before_a_byte_of_that_frame_leaves(co
 
 @SLOW
 @given(contents(), st.integers(1, 5 * MIB))
-def test_an_object_cut_short_or_with_more_at_its_end_is_noticed(content: bytes, amount: int) -> None:
+def test_an_object_that_lacks_bytes_or_has_more_is_noticed_before_any_is_read(content: bytes, amount: int) -> None:
     reference, blob = encode(content or b"x")
-    for other in (blob[: -min(amount, len(blob))], blob + bytes(amount % 1000 + 1)):
+    for other in (blob[: -min(amount, len(blob))], blob[min(amount, len(blob)) :], blob + bytes(amount % 1000 + 1)):
         with pytest.raises(ObjectDamaged):
-            decode(reference, other)
+            index_of(reference, other)
 
 
 @pytest.mark.parametrize("size", [10_000, FRAME_BYTES + 5])

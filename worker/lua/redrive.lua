@@ -1,0 +1,16 @@
+-- Put dead letters at the tail of a queue, each once: not one that is there already, or that died again and is not moved yet.
+--
+-- KEYS  1 queue        list  ids, the next to be fetched first       <namespace>:<queue>
+--       2 bodies       hash  id -> message                           <namespace>:<queue>.msgs
+--       3 dead bodies  hash  id -> message, as received              evalstore:<namespace>:<queue>:dead:msgs
+-- ARGV  id, message, id, message, ...
+-- Returns how many were new.
+
+local new = 0
+for i = 1, #ARGV, 2 do
+    if redis.call("HEXISTS", KEYS[3], ARGV[i]) == 0 and redis.call("HSETNX", KEYS[2], ARGV[i], ARGV[i + 1]) == 1 then
+        redis.call("RPUSH", KEYS[1], ARGV[i])
+        new = new + 1
+    end
+end
+return new
