@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
@@ -18,6 +19,9 @@ import redis
 from psycopg import sql
 
 from ops.servers import Postgres, Valkey
+
+if TYPE_CHECKING:
+    from tests.seaweedfs import SeaweedFS
 
 # Only a crash of the machine may lose what was written; tests that kill the server hold with these too.
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
@@ -172,3 +176,22 @@ def _copy_python(to: Path) -> None:
     shutil.copytree(library, to / "lib" / library.name, ignore=shutil.ignore_patterns(*unused))
     for shared in library.parent.glob("libpython*.so*"):
         shutil.copy(shared, to / "lib")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedFS"]:
+    """One for all tests: take `s3_url` instead, a prefix of the test's own in its bucket. What cannot start fails the test."""
+    from tests.seaweedfs import SeaweedFS  # noqa: PLC0415  most runs need no S3
+
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    server.start()
+    yield server
+    server.kill()  # in good order takes it ten seconds, and nobody reads its data again
+
+
+@pytest.fixture
+def s3_url(s3_server: "SeaweedFS", monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place in the bucket, which is shared: the first object in a new one takes the server a second."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.bucket}/test-{next(_numbers)}"

@@ -1,0 +1,103 @@
+"""Storing and reading content beside plain boto3 with the same bytes on the same server, one after the other:
+`python -m bench.objects [--mb 100] [--rounds 3]`. Prints MB/s of content, and the ratio to boto3's.
+
+`put` compresses, hashes and looks whether the object is there; `read` decompresses and checks every frame. upload_file
+and download_file, with boto3's defaults, do none of that.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from models.settings import Settings
+from storage import objects
+from storage.objects import Store
+from tests.seaweedfs import SeaweedFS
+
+
+def text(size: int, seed: int) -> bytes:
+    """What programs print: lines of words and numbers, a third of which come again."""
+    rng = random.Random(seed)  # noqa: S311
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(4000)]
+    lines = [
+        f"{rng.choice(words)}:{rng.randint(1, 9999)} {' '.join(rng.choices(words, k=9))} {rng.random():.6f}\n"
+        for _ in range(40_000)
+    ]
+    out = bytearray()
+    while len(out) < size:
+        out += "".join(rng.choices(lines, k=20_000)).encode()
+        lines[: len(lines) // 3] = [f"{rng.random():.9f} {line[:60]}\n" for line in lines[: len(lines) // 3]]
+    return bytes(out[:size])
+
+
+def timed(act: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
+
+
+def drain(chunks: Iterator[bytes], path: Path) -> None:
+    with path.open("wb") as out:
+        for chunk in chunks:
+            out.write(chunk)
+
+
+def one_round(store: Store, server: SeaweedFS, folder: Path, data: bytes, key: str) -> dict[str, float]:
+    """Seconds, of the same new content, from a file and to a file, as boto3 has it."""
+    client, source, target = server.client(), folder / "source", folder / "target"
+    source.write_bytes(data)
+    kept: list[objects.Put] = []
+
+    def put() -> None:
+        with source.open("rb") as file:
+            kept.append(objects.put(store, file))
+
+    taken = {
+        "upload_file": timed(lambda: client.upload_file(str(source), server.bucket, key)),
+        "put": timed(put),
+        "put again": timed(put),
+        "download_file": timed(lambda: client.download_file(server.bucket, key, str(target))),
+        "read": timed(lambda: drain(objects.read(store, kept[0].reference), target)),
+    }
+    if target.read_bytes() != data:
+        raise SystemExit("what was read is not what was stored")
+    return taken
+
+
+def measure(store: Store, server: SeaweedFS, folder: Path, make: Callable[[int], bytes], rounds: int) -> None:
+    taken = [one_round(store, server, folder, make(number), f"plain-{number}") for number in range(rounds)]
+    size = (folder / "source").stat().st_size
+    speed = {name: size / statistics.median(seconds[name] for seconds in taken) / 1e6 for name in taken[0]}
+    for ours, theirs in (("put", "upload_file"), ("put again", "upload_file"), ("read", "download_file")):
+        ratio = speed[ours] / speed[theirs]
+        print(f"  {ours:<10} {speed[ours]:7.0f} MB/s   {theirs:<13} {speed[theirs]:7.0f} MB/s   {ratio:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=int, default=100, help="of content, in millions of bytes")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    size = given.mb * 1_000_000
+    kinds: dict[str, Callable[[int], bytes]] = {
+        "text": lambda seed: text(size, seed),
+        "bytes that do not compress": lambda _: os.urandom(size),
+    }
+    with tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp") as name, SeaweedFS(Path(name)) as server:
+        os.environ.update(server.environment)
+        store = objects.open_store(f"s3://{server.bucket}/bench", Settings(s3_endpoint_url=server.endpoint))
+        warm = objects.put(store, os.urandom(1000))
+        print(f"warmed up with {warm.reference.size} bytes")
+        for kind, make in kinds.items():
+            print(f"{given.mb} MB of {kind}, median of {given.rounds}, S3 by SeaweedFS on this machine")
+            measure(store, server, Path(name), make, given.rounds)
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The form content has in an object store: its name, its frames, and the index by which ranges are checked.
+
+`<sha256>` holds content as it is: under 4 MiB, and compression does not help. Its name is its checksum.
+
+`<sha256>.zst` holds everything else: each 4 MiB of content as a zstd frame of its own (which zstd fills with raw blocks where
+they do not compress), then the index in two skippable frames (RFC 8878, 3.1.2): ours, with the content's SHA-256 and size
+and the SHA-256 of every frame as stored, and the seek table of the zstd seekable format
+(https://github.com/facebook/zstd/blob/dev/contrib/seekable_format/zstd_seekable_compression_format.md). So `zstd -d` reads
+the whole, and whatever knows that format reads a part.
+
+Both names are the SHA-256 of the content before compression.
+"""
+
+import hashlib
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from datetime import datetime
+from itertools import accumulate, pairwise
+from typing import BinaryIO, Literal, NamedTuple, Protocol
+
+from models.errors import ObjectDamaged, ObjectStoreOutage
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+FRAME_BYTES = 4 * 1024 * 1024
+
+# Level 1 where the last frame did not shrink: it tells that the next does not either in half the time.
+_LEVEL, _LEVEL_IN_VAIN = 3, 1
+_WINDOW_LOG_MAX = 23  # no frame of ours needs more; what a frame may make the decoder allocate
+_READ_BYTES = 256 * 1024  # from a connection, whose client would hold more of it several times
+_KEY = re.compile(r"[0-9a-f]{64}(?:\.zst)?", re.ASCII)
+_OURS, _SEEK_TABLE, _SEEKABLE = 0x184D2A50, 0x184D2A5E, 0x8F92EAB1
+_VERSION = b"EVS1"
+_DIGEST_BYTES = 32
+_OURS_BYTES = len(_VERSION) + _DIGEST_BYTES + 8 + _DIGEST_BYTES  # and a digest for each frame
+
+Content = bytes | BinaryIO | Iterable[bytes]
+
+
+class Reference(NamedTuple):
+    """What an event and a row hold instead of content: the SHA-256 and the size of the content, and how it is kept."""
+
+    sha256: str
+    size: int
+    encoding: Literal["identity", "zstd"]
+
+    @property
+    def key(self) -> str:
+        return self.sha256 if self.encoding == "identity" else f"{self.sha256}.zst"
+
+
+class Listed(NamedTuple):
+    """An object as its store shows it: `size` is that of what is stored."""
+
+    key: str
+    size: int
+    modified_at: datetime
+
+
+def is_key(name: str) -> bool:
+    """Whether an object of ours may have this name; a store holds whatever else its owner puts there."""
+    return _KEY.fullmatch(name) is not None
+
+
+class Encoder:
+    """Iterate over it, once, for the blocks to store. `reference` is known after the last; of bytes from 4 MiB on, at once."""
+
+    reference: Reference | None = None
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        if isinstance(content, bytes) and len(content) >= FRAME_BYTES:
+            self.reference = Reference(hashlib.sha256(content).hexdigest(), len(content), "zstd")
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        known, whole, size = self.reference, hashlib.sha256(), 0
+        lengths: list[int] = []
+        digests: list[bytes] = []
+        level = _LEVEL
+        for piece in _pieces(self._content):
+            if known is None:
+                whole.update(piece)
+            stored = _compress(piece, level)
+            if not size and len(piece) < FRAME_BYTES and len(stored) + index_bytes(len(piece)) > len(piece) * 15 // 16:
+                yield piece
+                self.reference = Reference(whole.hexdigest(), len(piece), "identity")
+                return
+            level = _LEVEL if len(stored) < len(piece) * 15 // 16 else _LEVEL_IN_VAIN
+            size += len(piece)
+            lengths.append(len(stored))
+            digests.append(hashlib.sha256(stored).digest())
+            yield stored
+        self.reference = known or Reference(whole.hexdigest(), size, "zstd" if size else "identity")
+        if size:
+            yield _pack(self.reference, lengths, digests)
+
+
+def _pieces(content: Content) -> Iterator[bytes | memoryview]:
+    """Content in pieces of 4 MiB; only the last may be shorter, and none is empty."""
+    if isinstance(content, bytes):
+        view = memoryview(content)
+        yield from (view[start : start + FRAME_BYTES] for start in range(0, len(view), FRAME_BYTES))
+        return
+    chunks = content if not hasattr(content, "read") else iter(lambda: content.read(FRAME_BYTES), b"")
+    held = bytearray()
+    for chunk in chunks:
+        if not held and len(chunk) == FRAME_BYTES:
+            yield chunk
+            continue
+        for start in range(0, len(chunk), FRAME_BYTES):
+            held += memoryview(chunk)[start : start + FRAME_BYTES]
+            if len(held) >= FRAME_BYTES:
+                yield bytes(memoryview(held)[:FRAME_BYTES])
+                held = held[FRAME_BYTES:]
+    if held:
+        yield bytes(held)
+
+
+def _compress(piece: bytes | memoryview, level: int) -> bytes:
+    options: dict[int, int] = {zstd.CompressionParameter.compression_level: level, zstd.CompressionParameter.checksum_flag: 1}
+    return zstd.compress(piece, options=options)
+
+
+def _frame_count(size: int) -> int:
+    return -(-size // FRAME_BYTES)
+
+
+def index_bytes(size: int) -> int:
+    """The length of the index of `size` bytes of content."""
+    count = _frame_count(size)
+    return (8 + _OURS_BYTES + count * _DIGEST_BYTES) + (8 + (count + 1) * 8 + 9)
+
+
+def _pack(reference: Reference, lengths: list[int], digests: list[bytes]) -> bytes:
+    """The index: our skippable frame, whose last 32 bytes are the SHA-256 of the rest of the index, and the seek table."""
+    count, ours = len(lengths), _OURS_BYTES + len(digests) * _DIGEST_BYTES
+    head = struct.pack("<II", _OURS, ours) + _VERSION
+    head += bytes.fromhex(reference.sha256) + struct.pack("<Q", reference.size) + b"".join(digests)
+    # The table has an entry for each frame before it, ours too.
+    sizes = [*[FRAME_BYTES] * (count - 1), reference.size - FRAME_BYTES * (count - 1), 0]
+    table = struct.pack("<II", _SEEK_TABLE, (count + 1) * 8 + 9)
+    table += b"".join(struct.pack("<II", *entry) for entry in zip([*lengths, 8 + ours], sizes, strict=True))
+    table += struct.pack("<IBI", count + 1, 0, _SEEKABLE)
+    return head + hashlib.sha256(head + table).digest() + table
+
+
+class Index(NamedTuple):
+    """Where each frame of an object begins (and the last one ends), and what it must hash to."""
+
+    reference: Reference
+    offsets: list[int]
+    digests: list[bytes]
+
+    def decode(self, number: int, stored: bytes | memoryview) -> bytes:
+        """The content of a frame, given as stored. Raises ObjectDamaged unless it is exactly that."""
+        if hashlib.sha256(stored).digest() != self.digests[number]:
+            raise ObjectDamaged(f"object {self.reference.key}: frame {number} is not what was stored")
+        if self.reference.encoding == "identity":
+            return bytes(stored)
+        size = min(FRAME_BYTES, self.reference.size - number * FRAME_BYTES)
+        decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
+        try:
+            # One byte more than stated, so that a frame which holds more shows.
+            content = decoder.decompress(stored, max_length=size + 1)
+        except zstd.ZstdError as error:
+            raise ObjectDamaged(f"object {self.reference.key}: frame {number}: {error}") from None
+        if len(content) != size or not decoder.eof or decoder.unused_data:
+            raise ObjectDamaged(f"object {self.reference.key}: frame {number} does not hold {size:,} bytes")
+        return content
+
+
+def read_index(reference: Reference, tail: bytes | memoryview, stored_size: int) -> Index:
+    """The index of an object of `stored_size` bytes that ends in `tail`. Raises ObjectDamaged unless it fits the reference."""
+    if reference.encoding == "identity":
+        if stored_size != reference.size or stored_size >= FRAME_BYTES:
+            raise ObjectDamaged(f"object {reference.key}: {stored_size:,} bytes, expected {reference.size:,}, under 4 MiB")
+        return Index(reference, [0, stored_size], [bytes.fromhex(reference.sha256)] if stored_size else [])
+    count, length = _frame_count(reference.size), index_bytes(reference.size)
+    index = bytes(tail[-length:])
+    if count and len(index) == length:
+        start = 8 + len(_VERSION) + _DIGEST_BYTES + 8
+        digests = [index[start + i * _DIGEST_BYTES :][:_DIGEST_BYTES] for i in range(count)]
+        entries = struct.unpack_from(f"<{count * 2}I", index, length - 9 - (count + 1) * 8)
+        offsets = list(accumulate(entries[::2], initial=0))
+        # What it says is put together again: any bit that is not as `_pack` writes it shows.
+        fits = index == _pack(reference, list(entries[::2]), digests) and offsets[-1] + length == stored_size
+        if fits and max(stop - start for start, stop in pairwise(offsets)) <= FRAME_BYTES + FRAME_BYTES // 64:
+            return Index(reference, offsets, digests)
+    raise ObjectDamaged(f"object {reference.key}: its index is damaged, or belongs to other content")
+
+
+class Body(Protocol):
+    """What a store reads from: an open file, or the body of an answer."""
+
+    def read(self, amount: int, /) -> bytes: ...
+
+    def close(self) -> object: ...
+
+
+class Stream(AbstractContextManager["Stream"]):
+    """Part of an object as stored, while it comes in; `length` bytes of the `stored_size`."""
+
+    def __init__(
+        self, body: Body, *, listed: Listed, length: int, errors: Callable[[str, str], AbstractContextManager[None]]
+    ) -> None:
+        self._body, self._errors = body, errors
+        self.listed, self.length = listed, length
+
+    def read(self, amount: int, into: bytearray | None = None) -> memoryview:
+        """Exactly that many bytes. Raises ObjectStoreOutage where they do not come: open it anew from there."""
+        data, filled = memoryview(bytearray(amount) if into is None else into)[:amount], 0
+        with self._errors("read", self.listed.key):
+            while filled < amount and (chunk := self._body.read(min(amount - filled, _READ_BYTES))):
+                data[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+        if filled < amount:
+            raise ObjectStoreOutage(f"object {self.listed.key}: it broke off while it was read")
+        return data
+
+    def __exit__(self, *_: object) -> None:
+        self._body.close()

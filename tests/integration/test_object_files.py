@@ -1,0 +1,92 @@
+"""What holds of the object store in a directory alone: crashes, modes, and a folder that is not there."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from models.errors import ObjectDamaged, ObjectStoreOutage
+from storage import objects
+from storage.files import FileStore
+from storage.frames import FRAME_BYTES, Encoder, _pack, read_index
+from storage.objects import Reference
+
+SMALL = os.urandom(50_000)
+LATER = timedelta(hours=1)
+WRITER = """
+import sys
+from models.settings import Settings
+from storage import objects
+def parts():
+    while True:
+        yield bytes(2**20)
+objects.put(objects.open_store(sys.argv[1], Settings()), parts())
+"""
+
+
+def test_a_writer_killed_midway_leaves_a_temporary_file_at_worst(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    store = FileStore(tmp_path / "objects")
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, f"file://{tmp_path}/objects"])
+    eventually(lambda: any(path.stat().st_size for path in tmp_path.glob("objects/tmp/*")))
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert list(store.objects()) == []
+    now = datetime.now(UTC)
+    assert store.leftovers(now - LATER, remove=True) == []
+    assert len(store.leftovers(now + LATER)) == 1
+    assert len(store.leftovers(now + LATER, remove=True)) == 1
+    assert list((tmp_path / "objects/tmp").iterdir()) == []
+
+
+def test_an_object_whose_deletion_a_crash_cut_short_is_there_again_after_the_leftovers_are_removed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, SMALL)
+    store._path(reference.key).rename(tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef")
+    store.leftovers(datetime.now(UTC) + LATER, remove=True)
+    assert b"".join(objects.read(store, reference)) == SMALL
+
+
+def test_files_and_folders_are_the_owner_s_alone(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, SMALL)
+    found = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    first, second = reference.key[:2], reference.key[2:4]
+    folders = dict.fromkeys(["objects", "objects/tmp", f"objects/{first}", f"objects/{first}/{second}"], "0o700")
+    assert found == folders | {f"objects/{first}/{second}/{reference.key}": "0o600"}
+
+
+def test_a_folder_that_is_not_there_is_an_outage_and_not_an_empty_store(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "mount" / "objects")
+    for act in (
+        lambda: objects.put(store, SMALL),
+        lambda: objects.head(store, Reference("0" * 64, 5, "identity")),
+        lambda: store.delete("0" * 64),
+        lambda: store.touch("0" * 64),
+        lambda: list(store.objects()),
+    ):
+        with pytest.raises(ObjectStoreOutage, match="No such file"):
+            act()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [50_000, 2 * FRAME_BYTES])
+def test_an_object_forged_with_right_checksums_of_wrong_bytes_is_never_given_as_a_whole(tmp_path: Path, size: int) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, b"a" * size)
+    encoder = Encoder(b"b" * size)
+    *frames, end = [bytes(block) for block in encoder]
+    assert encoder.reference is not None
+    digests = read_index(encoder.reference, end, sum(map(len, frames)) + len(end)).digests
+    store._path(reference.key).write_bytes(b"".join(frames) + _pack(reference, [len(frame) for frame in frames], digests))
+    objects.head(store, reference)
+    got: list[bytes] = []
+    with pytest.raises(ObjectDamaged, match="its content has SHA-256"):
+        got.extend(objects.read(store, reference))
+    assert len(b"".join(got)) < size
+    assert objects.put(store, b"a" * size, replace_damaged=True).new
+    assert b"".join(objects.read(store, reference)) == b"a" * size
