@@ -1,0 +1,5 @@
+"""The HTTP service: `uvicorn api.app:app`, or `python -m api`."""
+
+from api.application import build
+
+app = build()

@@ -1,0 +1,79 @@
+"""The application: routes, errors, limits and documentation around one Service."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp, Scope
+
+from api import contents, documentation, evaluations, events, health, lists, problems
+from api.limits import Guard
+from api.metrics import Metrics
+from api.openapi import document, methods
+from api.rendering import json_response
+from api.service import Service, set_up_logging
+from models.settings import settings
+
+log = logging.getLogger("evalstore.api")
+
+TITLE: Final = "evalstore"
+DESCRIPTION: Final = (
+    "Evaluations and what came of them. Every request but those for health and metrics needs a key, in `Authorization: Bearer "
+    "KEY` or `X-API-Key`. Errors are `application/problem+json` (RFC 9457). What was answered with 200 or 201 is committed."
+)
+
+
+def build() -> ASGIApp:
+    """The service as an ASGI application. Settings are read, and connections opened, when it starts."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        set_up_logging()
+        service = app.state.service = Service(settings(), metrics)
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = FastAPI(title=TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    for part in (evaluations, lists, events, contents, health):
+        app.include_router(part.router)
+
+    def made() -> Mapping[str, Any]:
+        return document(app, title=TITLE, version=_release(), description=DESCRIPTION)
+
+    problems.install(app, lambda path: methods(made(), path))
+
+    async def openapi(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
+        return json_response(made())
+
+    async def docs(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
+        return HTMLResponse(documentation.page(made()), headers=documentation.HEADERS)
+
+    app.add_route("/openapi.json", openapi)
+    app.add_route("/docs", docs)
+
+    def observe(scope: Scope, status: int, seconds: float) -> None:
+        metrics.request(scope, status, seconds)
+        state = scope.get("state", {})
+        if scope["method"] not in {"GET", "HEAD"} or status in {401, 403}:
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:300]
+            who, request_id = state.get("key_id", "nobody"), state["request_id"]
+            log.info(
+                "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
+            )
+
+    return Guard(app, max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
+
+
+def _release() -> str:
+    try:
+        return version("evalstore")
+    except PackageNotFoundError:
+        return "0"

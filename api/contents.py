@@ -1,0 +1,139 @@
+"""`/storage/evaluations/{id}/output|code|error`: content as bytes, streamed, or a range of it."""
+
+import base64
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Final, NamedTuple
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response, StreamingResponse
+
+from api.evaluations import is_match
+from api.openapi import answers, header
+from api.problems import Problem, not_found
+from api.service import Service, service_of
+from models.events import identity
+from storage import contents
+from storage.contents import Content, Kind
+
+router = APIRouter(prefix="/storage", tags=["content"])
+
+_RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+_NEVER_CHANGES: Final = "private, max-age=31536000, immutable"
+_NOW: Final = "private, no-cache"
+
+
+class Span(NamedTuple):
+    """From `start` up to `stop`."""
+
+    start: int
+    stop: int
+
+
+def span_of(range_header: str | None, size: int) -> Span | None:
+    """The part that a Range asks for; None: all of it (RFC 9110, 14.2: what is no single range of bytes is ignored).
+
+    Raises Problem (416) where there is no such part.
+    """
+    match = _RANGE.fullmatch((range_header or "").strip())
+    if match is None or match[0] == "bytes=-":
+        return None
+    first, last = match.groups()
+    if not first:
+        span = Span(max(0, size - int(last)), size)
+    elif last and int(last) < int(first):
+        return None
+    else:
+        span = Span(int(first), min(size, int(last) + 1) if last else size)
+    if span.start >= span.stop:
+        raise Problem(416, "no-such-range", f"it holds {size} bytes", headers={"Content-Range": f"bytes */{size}"})
+    return span
+
+
+def _route(kind: Kind) -> None:
+    @router.get(
+        f"/evaluations/{{eval_id}}/{kind}",
+        operation_id=f"get_{kind}",
+        summary=f"Read {kind}",
+        responses={
+            **answers(304, 404, 416),
+            **{
+                status: {
+                    "description": what,
+                    "content": {
+                        "text/plain": {"schema": {"type": "string"}},
+                        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+                    },
+                }
+                for status, what in ((200, "All of it."), (206, "The range that was asked for."))
+            },
+        },
+        openapi_extra={
+            "parameters": [
+                header("Range", "`bytes=FIRST-LAST`, one range."),
+                header("If-Range", "Only where this is its ETag."),
+                header("If-None-Match", "Answer 304 where this is its ETag."),
+            ]
+        },
+    )
+    async def read(
+        request: Request,
+        eval_id: str,
+        event_id: Annotated[UUID | None, Query(description="That of this event, instead of the record's.")] = None,
+    ) -> Response:
+        """The bytes as they were sent, as an attachment: no browser takes them for a page."""
+        service = service_of(request)
+        await service.access.caller(request, "read")
+        return await _answer(service, request, eval_id, kind, event_id)
+
+
+for _kind in ("code", "output", "error"):
+    _route(_kind)
+
+
+async def _answer(service: Service, request: Request, eval_id: str, kind: Kind, event_id: UUID | None) -> Response:
+    if identity({"eval_id": eval_id})[0] is None:
+        raise not_found(eval_id)
+    content = await service.run(lambda conn: contents.find(conn, eval_id, kind, event_id))
+    if content is None:
+        raise not_found(eval_id, kind)
+    etag = f'"{content.event_id.hex}-{kind}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": _NOW if event_id is None else _NEVER_CHANGES,
+        "Vary": "Authorization, X-API-Key",
+        "Content-Disposition": f'attachment; filename="{eval_id}-{kind}{".txt" if content.is_text else ".bin"}"',
+    }
+    if content.sha256 is not None:
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(content.sha256).decode()}:"
+    if is_match(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    is_same = request.headers.get("if-range", etag) == etag
+    part = span_of(request.headers.get("range"), content.size) if is_same else None
+    span = part or Span(0, content.size)
+    if part:
+        headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{content.size}"
+    headers["Content-Length"] = str(span.stop - span.start)
+    media_type = "text/plain; charset=utf-8" if content.is_text else "application/octet-stream"
+    # The first piece before the headers: where it cannot be read, the answer still can say so.
+    first = await _piece(service, content, span) if span.stop > span.start else b""
+    pieces = _pieces(service, content, span, first)
+    return StreamingResponse(pieces, 206 if part else 200, headers=headers, media_type=media_type)
+
+
+async def _pieces(service: Service, content: Content, span: Span, piece: bytes) -> AsyncIterator[bytes]:
+    """The span, piece by piece; between two of them nothing is held but the place."""
+    position = span.start
+    while piece:
+        yield piece
+        position += len(piece)
+        piece = await _piece(service, content, Span(position, span.stop)) if position < span.stop else b""
+
+
+async def _piece(service: Service, content: Content, span: Span) -> bytes:
+    try:
+        return await service.run(lambda conn: contents.read(conn, content, span.start, span.stop))
+    except LookupError:
+        raise not_found(content.eval_id, content.kind) from None

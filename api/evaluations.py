@@ -1,0 +1,172 @@
+"""`/storage/evaluations`: creating, changing and reading records."""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from api import requests
+from api.access import Caller
+from api.cache import Rendered
+from api.openapi import EVAL_ID_PARAMETER, answers, header, json_body
+from api.problems import not_found
+from api.rendering import json_response, rendered, url
+from api.service import Service, service_of
+from models.errors import EventIdReused
+from models.events import Event, identity
+from storage import conditional, records
+from storage.conditional import Given
+from storage.evaluations import Outcome
+from tasks import store_evaluation
+
+router = APIRouter(prefix="/storage", tags=["evaluations"])
+
+PREFER: Final = header("Prefer", "`respond-async`: answer 202 at once, store through the queue.")
+IDEMPOTENCY_KEY: Final = header("Idempotency-Key", "The same request with the same key is one event.", "^[!-~]{1,255}$")
+_IF_MATCH: Final = header("If-Match", "Change it only if it is at this version; `*`: only if it exists.")
+_IF_NONE_MATCH: Final = header("If-None-Match", "Answer 304 where it still is at this version.")
+_TAG: Final = re.compile(r'(W/)?"([^"]*)"')
+_ANY: Final = range(1, 2**31)
+
+
+@router.get(
+    "/evaluations/{eval_id}",
+    operation_id="get_evaluation",
+    summary="Read a record",
+    responses=answers(304, 404, s200="Record"),
+    openapi_extra={"parameters": [EVAL_ID_PARAMETER, _IF_NONE_MATCH]},
+)
+async def read(request: Request) -> Response:
+    """The record as it is now. Content up to 64 KiB is in it; of the rest its size, its beginning and where to read it."""
+    # This is what is asked for most, so it is the first route, and takes its one parameter itself: FastAPI would take as long
+    # over it as all the rest does.
+    eval_id: str = request.path_params["eval_id"]
+    service = service_of(request)
+    await service.access.caller(request, "read")
+    record = await service.records.get(eval_id) if identity({"eval_id": eval_id})[0] else None
+    if record is None:
+        raise not_found(eval_id)
+    etag = _etag(record)
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, X-API-Key"}
+    if is_match(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    return Response(record.body, headers=headers, media_type="application/json")
+
+
+@router.post(
+    "/evaluations",
+    operation_id="create_evaluation",
+    summary="Create an evaluation",
+    responses=answers(408, 409, 413, s201="Record|Written", s202="Accepted"),
+    openapi_extra={**json_body("NewEvaluation"), "parameters": [IDEMPOTENCY_KEY, PREFER]},
+    status_code=201,
+)
+async def create(request: Request) -> Response:
+    """Stores a queued event. The same again, by `event_id` or `Idempotency-Key`, gets the same answer; 409 where the evaluation
+    was created by another event. An evaluation of which only later events are stored is completed by this."""
+    service = service_of(request)
+    caller = await service.access.caller(request, "write")
+    key = requests.idempotency_key(request.headers)
+    async with service.body(request) as body:
+        if wants_async(request.headers):
+            given = await service.thread(lambda: requests.created(body, key, service.settings.max_content_bytes))
+            return await accepted(service, given)
+
+        def work() -> tuple[Event, Outcome]:
+            given = requests.created(body, key, service.settings.max_content_bytes)
+            return given.event, service.with_connection(lambda conn: conditional.create(conn, given))
+
+        event, outcome = await service.thread(work)
+    return await _written(service, caller, event, outcome, 201)
+
+
+@router.put(
+    "/evaluations/{eval_id}",
+    operation_id="update_evaluation",
+    summary="Tell what happened next",
+    responses=answers(408, 409, 412, 413, s200="Record|Written", s201="Record|Written", s202="Accepted"),
+    openapi_extra={**json_body("Change"), "parameters": [_IF_MATCH, IDEMPOTENCY_KEY, PREFER]},
+)
+async def update(request: Request, eval_id: str) -> Response:
+    """Stores an event: `status` and its fields. `attempt` is the record's, where it is missing. Saying the same again changes
+    nothing. Where nothing is stored of the evaluation yet, this is its first event, and the answer 201."""
+    service = service_of(request)
+    caller = await service.access.caller(request, "write")
+    key, versions = requests.idempotency_key(request.headers), _versions(request.headers.get("if-match"))
+    async with service.body(request) as body:
+        change = await service.thread(lambda: requests.changed(body, eval_id, key, service.settings.max_content_bytes))
+        if wants_async(request.headers) and versions is None:
+            attempt = change.attempt or await _attempt(service, eval_id)
+            given = await service.thread(lambda: change.make(attempt))
+            return await accepted(service, given)
+        given, outcome, is_new = await service.run(lambda conn: conditional.update(conn, eval_id, change.make, versions))
+    return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
+
+
+async def _attempt(service: Service, eval_id: str) -> int:
+    record = await service.records.get(eval_id)
+    return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
+
+
+async def _written(service: Service, caller: Caller, event: Event, outcome: Outcome, status: int) -> Response:
+    service.metrics.events(outcome)
+    if outcome == "reused":
+        raise EventIdReused(event.eval_id, event.event_id)
+    record = await service.run(lambda conn: records.load(conn, event.eval_id))
+    if record is None:
+        raise not_found(event.eval_id)
+    made = rendered(record)
+    headers = {"ETag": _etag(made), "Location": url(event.eval_id)}
+    if "read" in caller.scopes:
+        return Response(made.body, status, headers=headers, media_type="application/json")
+    return json_response({name: record.fields[name] for name in ("eval_id", "version", "status")}, status, headers)
+
+
+def _etag(record: Rendered) -> str:
+    return f'"{record.version}"'
+
+
+def is_match(if_none_match: str | None, etag: str) -> bool:
+    """Whether an If-None-Match names `etag` (RFC 9110, 13.1.2)."""
+    if if_none_match is None:
+        return False
+    return if_none_match.strip() == "*" or any(f'"{tag}"' == etag for _, tag in _TAG.findall(if_none_match))
+
+
+def _versions(if_match: str | None) -> range | list[int] | None:
+    """The versions an If-Match allows (RFC 9110, 13.1.1); None: any, or none at all."""
+    if if_match is None:
+        return None
+    if if_match.strip() == "*":
+        return _ANY
+    return [int(tag) for weak, tag in _TAG.findall(if_match) if not weak and re.fullmatch(r"[1-9]\d{0,9}", tag, re.ASCII)]
+
+
+def wants_async(headers: Mapping[str, str]) -> bool:
+    """RFC 7240: `Prefer: respond-async`."""
+    preferences = headers.get("prefer", "").split(",")
+    return any(one.partition(";")[0].strip().lower() == "respond-async" for one in preferences)
+
+
+async def accepted(service: Service, given: Given) -> Response:
+    """Send the event to the queue, and say so. Raises RedisOutage."""
+    event = await service.thread(lambda: as_first_given(service, given))
+    await service.thread(lambda: store_evaluation.send(event))
+    service.metrics.events("accepted")
+    told = {"eval_id": event.eval_id, "event_id": event.event_id, "status": "accepted"}
+    return json_response(told, 202, {"Location": url(event.eval_id), "Preference-Applied": "respond-async"})
+
+
+def as_first_given(service: Service, given: Given) -> Event:
+    """An event that does not say when it occurred gets the time at which it was first given: a repeat must be the same.
+
+    What is stored at once finds that in the event log; what goes through the queue may not be there yet. Raises RedisOutage.
+    """
+    event = given.event
+    if given.is_timed or event.occurred_at is None:
+        return event
+    occurred_at = service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)
+    return event.model_copy(update={"occurred_at": occurred_at})

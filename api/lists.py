@@ -1,0 +1,209 @@
+"""`GET /storage/evaluations`: lists, by page or all at once."""
+
+import asyncio
+import base64
+import re
+from collections.abc import AsyncIterator, Generator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime, BeforeValidator
+from sqlalchemy import Connection
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from api.openapi import answers
+from api.problems import invalid, unavailable
+from api.rendering import json_response, to_json
+from api.service import Service, service_of
+from models.errors import Fault
+from models.events import decode, identity
+from storage import database, listing
+from storage.listing import Filter, Page, Position
+
+
+def _written_out(value: object) -> object:
+    if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic takes numbers too
+        raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written_out)]
+router = APIRouter(prefix="/storage", tags=["evaluations"])
+
+Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
+_ADVICE: Final = (
+    "By `cursor` (empty for the first page, then `next`) a page comes in the same time however many evaluations there are; "
+    "with filters it may hold fewer than `limit`, even none, while there is a `next`. Without, by `offset`, a page is as full "
+    "as can be, and a filter that few match takes as long as it takes to find them."
+)
+_METADATA: Final = {
+    "name": "metadata",
+    "in": "query",
+    "style": "form",
+    "explode": True,
+    "required": False,
+    "description": "`metadata.KEY=VALUE`: that key of the metadata has this value, compared as text.",
+    "schema": {
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+        "propertyNames": {"pattern": "^metadata\\.[a-z]+$"},
+    },
+    "example": {"metadata.team": "blue"},
+}
+_KNOWN: Final = {
+    *("status", "language", "submitter", "executor", "since", "until", "order"),
+    *("limit", "offset", "cursor", "total", "format"),
+}
+_PAGE: Final = {
+    "description": "A page, or all that match.",
+    "content": {
+        "application/json": {"schema": {"$ref": "#/components/schemas/Page"}},
+        "application/x-ndjson": {"schema": {"type": "string", "description": "A record without its content a line."}},
+    },
+}
+_TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
+
+
+@router.get(
+    "/evaluations",
+    operation_id="list_evaluations",
+    summary="List evaluations",
+    responses={**answers(s200="Page"), 200: _PAGE},
+    description=f"The newest first, or the oldest, by `created_at`, without their content. {_ADVICE}",
+    openapi_extra={"parameters": [_METADATA]},
+)
+async def read(  # noqa: PLR0913, PLR0917 - as many as there are query parameters
+    request: Request,
+    status: Annotated[list[Status] | None, Query(description="May be repeated.")] = None,
+    language: Annotated[str | None, _TEXT] = None,
+    submitter: Annotated[str | None, _TEXT] = None,
+    executor: Annotated[str | None, _TEXT] = None,
+    since: Annotated[Moment | None, Query(description="Created then or later.")] = None,
+    until: Annotated[Moment | None, Query(description="Created before.")] = None,
+    order: Annotated[Literal["newest", "oldest"], Query()] = "newest",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    offset: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+    cursor: Annotated[str | None, Query(max_length=600)] = None,
+    total: Annotated[bool, Query(description="Count them too, up to 1,000,000.")] = False,
+    format: Annotated[Literal["json", "ndjson"], Query(description="`ndjson`: all that match, streamed.")] = "json",  # noqa: A002
+) -> Response:
+    service = service_of(request)
+    await service.access.caller(request, "read")
+    chosen = Filter(
+        statuses=tuple(status or ()),
+        language=language,
+        submitter=submitter,
+        executor_id=executor,
+        since=since,
+        until=until,
+        metadata=_metadata(request),
+        oldest_first=order == "oldest",
+    )
+    if format == "ndjson" or request.headers.get("accept", "").startswith("application/x-ndjson"):
+        return await _export(service, chosen)
+    if cursor is not None and offset is not None:
+        raise invalid([Fault("offset", "not together with cursor")])
+
+    def work(conn: Connection) -> tuple[Page, int | None]:
+        if cursor is None:
+            page = listing.numbered_page(conn, chosen, limit=limit, offset=offset or 0)
+        else:
+            page = listing.page(conn, chosen, limit=limit, after=_position(cursor) if cursor else None)
+        return page, listing.count(conn, chosen) if total else None
+
+    page, count = await service.run(work)
+    answer: dict[str, Any] = {"evaluations": page.rows, "next": _cursor(page.following) if page.following else None}
+    return json_response(answer if count is None else {**answer, "total": count})
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    """The filters by metadata; any other parameter that is not known is refused, so that a typo shows at once."""
+    found: dict[str, str] = {}
+    faults: list[Fault] = []
+    for name, value in request.query_params.multi_items():
+        prefix, dot, key = name.partition(".")
+        if name in _KNOWN:
+            continue
+        if prefix != "metadata" or not dot or not key:
+            faults.append(Fault(name[:100], "not a parameter; see /docs"))
+        elif "\0" in key + value or len(key + value) > 1000:
+            faults.append(Fault(name[:100], "expected up to 1,000 characters without NUL"))
+        elif key in found:
+            faults.append(Fault(name[:100], "given twice"))
+        else:
+            found[key] = value
+    if faults:
+        raise invalid(faults)
+    return found
+
+
+def _cursor(position: Position) -> str:
+    return base64.urlsafe_b64encode(to_json([*position])).decode().rstrip("=")
+
+
+def _position(cursor: str) -> Position:
+    try:
+        created_at, eval_id = decode(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=="))
+        position = Position(datetime.fromisoformat(created_at), eval_id)
+    except (ValueError, TypeError):
+        position = None
+    if position is None or position.created_at.utcoffset() is None or identity({"eval_id": position.eval_id})[0] is None:
+        raise invalid([Fault("cursor", "expected the `next` of another page, or nothing")])
+    return position
+
+
+async def _export(service: Service, chosen: Filter) -> Response:
+    """All that match, a line each. It holds a connection, so only a few run at once."""
+    if service.exports.locked():
+        raise unavailable("as many exports run as may")
+    await service.exports.acquire()
+    export = _Export(service, chosen)
+    try:
+        first = await export.next()
+    except BaseException:
+        export.close()
+        raise
+    return _Exported(export, first)
+
+
+class _Export:
+    """An export in a thread of its own, which ends it too: whoever went away cannot wait for that."""
+
+    def __init__(self, service: Service, chosen: Filter) -> None:
+        self._service = service
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-export")
+        self._chunks = self._read(service, chosen)
+
+    def _read(self, service: Service, chosen: Filter) -> Generator[list[dict[str, Any]]]:
+        with database.errors(), service.export_engine.connect() as conn:
+            yield from listing.export(conn, chosen)
+
+    async def next(self) -> list[dict[str, Any]] | None:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
+
+    def close(self) -> None:
+        self._thread.submit(self._chunks.close)
+        self._thread.shutdown(wait=False)
+        self._service.exports.release()
+
+
+class _Exported(StreamingResponse):
+    """The answer that an export is; it ends the export, also where nobody ever read of it."""
+
+    def __init__(self, export: _Export, first: list[dict[str, Any]] | None) -> None:
+        super().__init__(self._lines(first), media_type="application/x-ndjson")
+        self._export = export
+
+    async def _lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
+        while chunk is not None:
+            yield b"".join(to_json(row) + b"\n" for row in chunk)
+            chunk = await self._export.next()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._export.close()

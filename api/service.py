@@ -1,0 +1,181 @@
+"""What the service works with while it runs: connections, threads, keys, caches. Made at start, closed at the end."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy import Connection
+from starlette.requests import Request
+
+from api.access import Access
+from api.cache import Records, Rendered, Shared
+from api.metrics import Metrics
+from api.problems import Problem, unavailable
+from api.rendering import rendered
+from models.errors import DatabaseOutage, RedisOutage
+from models.settings import Settings
+from storage import database, keys, records
+
+# Each thread holds at most one connection. Few are enough: what they wait for is PostgreSQL, and that has no more cores.
+THREADS: Final = 12
+EXPORTS: Final = 3
+# A request waits so long for its turn, and a statement may take so long.
+TURN_S: Final = 10.0
+WORK_S: Final = 60.0
+# Bodies above this are held in memory only a few at a time; the others wait with what they have.
+LARGE_BODY_BYTES: Final = 1024 * 1024
+LARGE_BODIES: Final = 2
+_LARGE_BODY_TURN_S: Final = 30.0
+
+T = TypeVar("T")
+
+
+class Service:
+    """One for each process; everything in it belongs to its event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        url = settings.database_url.get_secret_value()
+        self._engine = database.engine(url, pool_size=THREADS, statement_timeout_s=WORK_S)
+        self.export_engine = database.engine(url, pool_size=EXPORTS, statement_timeout_s=WORK_S)
+        self.exports = asyncio.Semaphore(EXPORTS)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="evalstore-api")
+        self._turns = asyncio.Semaphore(THREADS)
+        self._large_bodies = asyncio.Semaphore(LARGE_BODIES)
+        self._watch = database.Watch()
+        self._stamp_thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-stamps")
+        self._stamp_conn: Connection | None = None
+        self.redis = redis.Redis.from_url(
+            settings.redis_url.get_secret_value(),
+            socket_timeout=0.25,
+            socket_connect_timeout=0.25,
+            retry=Retry(NoBackoff(), 0),
+        )
+        shared = Shared(self.redis, settings.cache_ttl_s)
+        self.access = Access(settings, lambda: self.run(keys.usable))
+
+        async def stamps(eval_ids: Sequence[str]) -> dict[str, str]:
+            return await asyncio.get_running_loop().run_in_executor(self._stamp_thread, self._stamps, eval_ids)
+
+        async def load(eval_id: str, stamp: str) -> Rendered | None:
+            return await self.thread(lambda: self._load(shared, eval_id, stamp))
+
+        self.records = Records(stamps=stamps, load=load, count=metrics.read, ttl_s=settings.cache_ttl_s)
+
+    def _stamps(self, eval_ids: Sequence[str]) -> dict[str, str]:
+        """On a connection kept for this alone: one query at a time, for all reads there are. It may have broken unseen."""
+        kept = self._stamp_conn is not None
+        try:
+            if self._stamp_conn is None:
+                self._stamp_conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            with self._watch.bounded(self._stamp_conn, WORK_S):
+                return records.stamps(self._stamp_conn, eval_ids)
+        except DatabaseOutage:
+            if self._stamp_conn is not None:
+                self._stamp_conn.invalidate()
+                self._stamp_conn.close()
+                self._stamp_conn = None
+            if not kept:
+                raise
+        return self._stamps(eval_ids)
+
+    def _load(self, shared: Shared, eval_id: str, stamp: str) -> Rendered | None:
+        if (cached := shared.get(eval_id, stamp)) is not None:
+            self.metrics.read("redis")
+            return cached
+        record = self.with_connection(lambda conn: records.load(conn, eval_id))
+        self.metrics.read("database")
+        if record is None:
+            return None
+        made = rendered(record)
+        shared.put(eval_id, made)
+        return made
+
+    def with_connection(self, work: Callable[[Connection], T]) -> T:
+        """What `work` gives, called here and now with a connection. For what runs in a thread already."""
+        with database.errors(), self._engine.connect() as conn, self._watch.bounded(conn, WORK_S):
+            return work(conn)
+
+    def remembered_time(self, eval_id: str, event_id: str, now: datetime) -> datetime:
+        """The time this event was first given with, or else `now`, remembered for a day. Raises RedisOutage."""
+        key = f"evalstore:given:{eval_id}:{event_id}"
+        try:
+            pipeline: Any = self.redis.pipeline(transaction=True)
+            pipeline.set(key, now.isoformat(), nx=True, ex=86_400)
+            pipeline.get(key)
+            _, first = pipeline.execute()
+        except redis.RedisError as error:
+            raise RedisOutage(str(error)) from error
+        return datetime.fromisoformat(first.decode())
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """What `work` gives, called in a thread with a connection. Raises Outage, Problem (503), and what `work` raises."""
+        return await self.thread(lambda: self.with_connection(work))
+
+    async def thread(self, work: Callable[[], T]) -> T:
+        """What `work` gives, called in a thread. Raises Problem (503) when none comes free, and what `work` raises."""
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise unavailable("the service is busy") from None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._turns.release()
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The request's body, in memory. Of large ones only so many are, for as long as this is not left."""
+        async with contextlib.AsyncExitStack() as stack:
+            pieces: list[bytes] = []
+            size, counted = 0, False
+            async for piece in request.stream():
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGE_BODY_BYTES and not counted:
+                    counted = True
+                    try:
+                        async with asyncio.timeout(_LARGE_BODY_TURN_S):
+                            await self._large_bodies.acquire()
+                    except TimeoutError:
+                        raise unavailable("the service is busy with other large requests") from None
+                    stack.callback(self._large_bodies.release)
+            yield b"".join(pieces)
+
+    def close(self) -> None:
+        """After the last answer."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._stamp_thread.shutdown(wait=True, cancel_futures=True)
+        if self._stamp_conn is not None:
+            self._stamp_conn.close()
+        self._engine.dispose()
+        self.export_engine.dispose()
+        self.redis.close()
+
+
+def service_of(request: Request) -> Service:
+    """The service that answers `request`."""
+    found = getattr(request.app.state, "service", None)
+    if not isinstance(found, Service):
+        raise Problem(503, "starting", "the service is starting")
+    return found
+
+
+def set_up_logging() -> None:
+    """Where nobody has set up logging, tell who did what on stderr, as uvicorn tells the rest."""
+    logger = logging.getLogger("evalstore")
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

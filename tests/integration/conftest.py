@@ -1,0 +1,126 @@
+"""The HTTP service as a process of its own, in front of real servers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+import httpx
+import pytest
+
+from ops import processes
+from ops.servers import free_port
+
+ROOT = Path(__file__).parents[2]
+READ, WRITE, BOTH = "read-key-0001", "write-key-0001", "both-key-0001"
+
+
+class Api:
+    """A running service; `read`, `write` and `both` speak to it with such a key, `nobody` with none."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], command: tuple[str, ...] = ("-m", "api")) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = command
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")},
+            "EVALSTORE_API_HOST": "127.0.0.1",
+            "EVALSTORE_API_PORT": str(self.port),
+            "EVALSTORE_READ_API_KEYS": f"{READ},{BOTH}",
+            "EVALSTORE_WRITE_API_KEYS": f"{BOTH}, {WRITE}",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._clients: list[httpx.Client] = []
+        self.log = folder / "api.log"
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = processes.start(
+                [sys.executable, *self._command], mark=self.folder, output=log, env=self._environment, cwd=self.folder
+            )
+        give_up = time.monotonic() + 30
+        while not self.lives():
+            if time.monotonic() > give_up or self._process.poll() is not None:
+                pytest.fail(f"the service did not start:\n{self.log.read_text()}")
+            time.sleep(0.05)
+
+    def lives(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/live", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def client(self, key: str | None, **options: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        made = httpx.Client(base_url=self.url, headers=headers, timeout=options.pop("timeout", 60), **options)
+        self._clients.append(made)
+        return made
+
+    @property
+    def both(self) -> httpx.Client:
+        return self._cached(BOTH)
+
+    @property
+    def read(self) -> httpx.Client:
+        return self._cached(READ)
+
+    @property
+    def write(self) -> httpx.Client:
+        return self._cached(WRITE)
+
+    @property
+    def nobody(self) -> httpx.Client:
+        return self._cached(None)
+
+    def _cached(self, key: str | None) -> httpx.Client:
+        name = f"_client_{key}"
+        if not hasattr(self, name):
+            setattr(self, name, self.client(key))
+        found: httpx.Client = getattr(self, name)
+        return found
+
+    def terminate(self) -> None:
+        """Ask it to stop, and go on."""
+        if self._process is not None:
+            self._process.send_signal(SIGTERM)
+
+    def stop(self) -> None:
+        for client in self._clients:
+            client.close()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def lines(self, answer: httpx.Response) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in answer.text.splitlines()]
+
+
+@pytest.fixture
+def start_api(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Callable[..., Api]]:
+    """`start_api(NAME=value, …)`: a service with these settings besides the usual."""
+    started: list[Api] = []
+
+    def start(*, command: tuple[str, ...] = ("-m", "api"), **environment: str) -> Api:
+        servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
+        api = Api(tmp_path / f"api-{len(started)}", {**servers, **environment}, command)
+        started.append(api)
+        api.start()
+        return api
+
+    yield start
+    for api in started:
+        api.stop()
+
+
+@pytest.fixture
+def api(start_api: Callable[..., Api]) -> Api:
+    """A running service of the test's own."""
+    return start_api()

@@ -1,0 +1,185 @@
+"""Who may do what: every request with every kind of key."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine
+
+from storage import database, keys
+
+E = "/storage/evaluations"
+READS = [
+    ("GET", E, None),
+    ("GET", f"{E}?cursor=&status=failed", None),
+    ("GET", f"{E}?format=ndjson", None),
+    ("GET", f"{E}/e", None),
+    ("GET", f"{E}/e/events", None),
+    ("GET", f"{E}/e/code", None),
+    ("GET", f"{E}/e/output", None),
+    ("GET", f"{E}/e/error", None),
+]
+WRITES = [
+    ("POST", E, {"eval_id": "new", "code": "c"}),
+    ("PUT", f"{E}/e", {"status": "running"}),
+    ("POST", f"{E}/e/events", {"type": "evaluation:started"}),
+    ("POST", "/storage/events:batch", {"type": "evaluation:started", "eval_id": "e"}),
+]
+PUBLIC = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"]
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = database.engine(database_url)
+    yield made
+    made.dispose()
+
+
+def test_every_request_is_answered_as_its_key_allows(api: Any, engine: Engine) -> None:
+    api.both.post(E, json={"eval_id": "e", "code": "c"})
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    with engine.connect() as conn:
+        made = {
+            "table read": keys.create(conn, "r", ["read"], soon),
+            "table write": keys.create(conn, "w", ["write"]),
+            "table both": keys.create(conn, "b", ["read", "write"]),
+            "revoked": keys.create(conn, "x", ["read", "write"]),
+            "expired": keys.create(conn, "y", ["read", "write"], past),
+        }
+        keys.revoke(conn, [made["revoked"][1].key_id])
+    given: dict[str, tuple[str | None, set[str]]] = {
+        "none": (None, set()),
+        "unknown": ("wrong-key", set()),
+        "almost": (made["table both"][0][:-1] + "!", set()),
+        "read": ("read-key-0001", {"read"}),
+        "write": ("write-key-0001", {"write"}),
+        "both": ("both-key-0001", {"read", "write"}),
+        **{name: (key, set(kept.scopes)) for name, (key, kept) in made.items()},
+        "revoked": (made["revoked"][0], set()),
+        "expired": (made["expired"][0], set()),
+    }
+    for name, (key, scopes) in given.items():
+        for needs, requests in (("read", READS), ("write", WRITES)):
+            for method, path, body in requests:
+                for headers in _forms(key):
+                    answer = api.nobody.request(method, path, headers=headers, content=json.dumps(body) if body else None)
+                    what = f"{name}: {method} {path}: {answer.status_code}"
+                    if not scopes:
+                        assert answer.status_code == 401, what
+                        assert answer.headers["www-authenticate"].startswith("Bearer"), what
+                    elif needs not in scopes:
+                        assert answer.status_code == 403, what
+                    else:
+                        assert answer.status_code in {200, 201, 404, 409}, what
+                    if answer.status_code in {401, 403}:
+                        assert answer.headers["content-type"] == "application/problem+json", what
+    assert [api.nobody.get(path).status_code for path in PUBLIC] == [200] * len(PUBLIC)
+
+
+def _forms(key: str | None) -> list[dict[str, str]]:
+    return [{}] if key is None else [{"Authorization": f"Bearer {key}"}, {"X-API-Key": key}]
+
+
+def test_without_any_key_every_request_is_answered_401(start_api: Callable[..., Any]) -> None:
+    api = start_api(EVALSTORE_READ_API_KEYS="", EVALSTORE_WRITE_API_KEYS=" , ")
+    for key in (None, "", "read-key-0001", "None"):
+        for method, path, body in (*READS, *WRITES):
+            headers = {} if key is None else {"X-API-Key": key}
+            assert api.nobody.request(method, path, headers=headers, json=body).status_code == 401
+    assert api.nobody.get("/health/ready").status_code == 200
+
+
+def test_a_file_of_keys_is_read_again_when_it_changes(
+    start_api: Callable[..., Any], tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("first\nsecond\n")
+    api = start_api(EVALSTORE_READ_API_KEYS_FILE=str(path))
+
+    def works(key: str) -> bool:
+        return bool(api.nobody.get(E, headers={"X-API-Key": key}).status_code == 200)
+
+    assert works("first")
+    assert works("read-key-0001")
+    fresh = tmp_path / "fresh"
+    fresh.write_text("second, third")
+    fresh.replace(path)
+    eventually(lambda: works("third"))
+    assert works("second")
+    assert not works("first")
+    path.unlink()  # as when it is about to be replaced
+    eventually(lambda: "cannot be read" in api.log.read_text() or not works("third"))
+    assert works("third")
+
+
+def test_a_key_works_soon_after_it_was_made_and_no_longer_once_it_is_revoked(
+    api: Any, engine: Engine, eventually: Callable[..., None]
+) -> None:
+    with engine.connect() as conn:
+        key, kept = keys.create(conn, "temporary", ["read"])
+        client = api.client(key)
+        eventually(lambda: client.get(E).status_code == 200, within_s=2)
+        keys.revoke(conn, [kept.key_id])
+        eventually(lambda: client.get(E).status_code == 401, within_s=2)
+        assert [one.name for one in keys.all_keys(conn)] == ["temporary"]
+        assert keys.usable(conn) == []
+
+
+def test_the_log_says_who_did_what_and_no_key(api: Any, engine: Engine) -> None:
+    with engine.connect() as conn:
+        key, kept = keys.create(conn, "w", ["write"])
+    made = api.nobody.post(E, json={"eval_id": "e", "code": "c"}, headers={"X-API-Key": key, "X-Request-ID": "from-outside"})
+    api.both.put(f"{E}/e", json={"status": "running"})
+    refused = api.nobody.get(f"{E}/e", headers={"X-API-Key": "guessed-secret"})
+    assert made.headers["x-request-id"] == "from-outside"
+    assert refused.json()["request_id"] == refused.headers["x-request-id"]
+    log = api.log.read_text()
+    assert re.search(rf"POST {E}: 201, by key {kept.key_id}, request from-outside", log)
+    assert re.search(rf"PUT {E}/e: 200, by key settings-[0-9a-f]{{8}}, request [0-9a-f]{{32}}", log)
+    assert re.search(rf"GET {E}/e: 401, by key nobody, request {refused.json()['request_id']}", log)
+    assert [secret for secret in (key, key[20:], "both-key-0001", "guessed-secret") if secret in log] == []
+
+
+def test_keys_are_made_listed_and_revoked_at_the_command_line(database_url: str, run_evalstore: Callable[..., Any]) -> None:
+    made = run_evalstore("keys", "create", "ci", "--scope", "read", "--scope", "write", "--expires-in", "2h")
+    key = made.stdout.strip()
+    assert re.fullmatch(r"evs_[0-9a-f]{12}_[0-9a-f]{64}", key)
+    assert key not in made.stderr
+    (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)
+    assert (row["name"], row["scopes"], row["state"]) == ("ci", "read,write", "usable")
+    assert run_evalstore("keys", "revoke", row["key_id"], "absent", status=4).stderr.count("absent") == 1
+    (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)
+    assert row["state"] == "revoked"
+    assert run_evalstore("keys", "revoke", "absent", status=3).stdout == ""
+    assert "--scope" in run_evalstore("keys", "create", "ci", status=2).stderr
+    assert "90d" in run_evalstore("keys", "create", "ci", "--scope", "read", "--expires-in", "soon", status=2).stderr
+
+
+@pytest.fixture
+def run_evalstore(database_url: str, tmp_path: Path) -> Callable[..., Any]:
+    env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url}
+
+    def run(*arguments: str, status: int = 0) -> Any:
+        command = [sys.executable, "-m", "ops.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == status, done.stderr
+        return done
+
+    return run
+
+
+def test_a_key_presented_in_odd_ways_is_refused_not_a_crash(api: Any) -> None:
+    odd = [b"Bearer", b"bearer \xff\xfe", b"Basic cmVhZA==", b"evs__", b"Bearer evs_" + b"a" * 5000]
+    for value in odd:
+        answer = api.nobody.get(E, headers=[(b"Authorization", value)])
+        assert answer.status_code == 401, value
+    assert httpx.get(f"{api.url}{E}", headers={"authorization": "BEARER read-key-0001"}).status_code == 200

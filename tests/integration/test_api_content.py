@@ -1,0 +1,172 @@
+"""Content over HTTP: streamed, in ranges, and never taken for a page; and what clients that misbehave leave behind."""
+
+import base64
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import psycopg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from api.contents import span_of
+from api.problems import Problem
+from models.events import parse
+from storage import database, evaluations
+
+E = "/storage/evaluations"
+SIZE = 24 * 1024 * 1024
+
+
+@pytest.fixture
+def stored(database_url: str) -> Iterator[Callable[..., None]]:
+    """`stored("e", output=bytes)`: an evaluation that ended with that."""
+    engine = database.engine(database_url)
+
+    def store(eval_id: str, **contents: bytes) -> None:
+        fields = {f"{kind}_b64": base64.b64encode(data).decode() for kind, data in contents.items()}
+        event = {"type": "evaluation:completed", "eval_id": eval_id, "exit_code": 0, "event_id": UUID(int=1)}
+        with engine.connect() as conn:
+            evaluations.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z", **fields})])
+
+    yield store
+    engine.dispose()
+
+
+@pytest.mark.parametrize("data", [os.urandom(SIZE), b"compressible\n" * (SIZE // 13)], ids=["random", "compressed"])
+def test_large_content_comes_back_whole_and_in_ranges(api: Any, stored: Callable[..., None], data: bytes) -> None:
+    stored("e", output=data)
+    assert api.read.get(f"{E}/e/output").content == data
+    picked = random.Random(1)  # noqa: S311 - the same at every run
+    for _ in range(12):
+        first = picked.randrange(len(data))
+        last = min(len(data) - 1, first + picked.randrange(3_000_000))
+        part = api.read.get(f"{E}/e/output", headers={"Range": f"bytes={first}-{last}"})
+        assert part.status_code == 206
+        assert part.headers["content-range"] == f"bytes {first}-{last}/{len(data)}"
+        assert part.content == data[first : last + 1]
+
+
+def test_small_content_has_its_headers(api: Any, stored: Callable[..., None]) -> None:
+    stored("e", output=b"<script>\n", error=b"\0\xff")
+    text, raw = api.read.get(f"{E}/e/output"), api.read.get(f"{E}/e/error")
+    assert (text.content, text.headers["content-type"]) == (b"<script>\n", "text/plain; charset=utf-8")
+    assert (raw.content, raw.headers["content-type"]) == (b"\0\xff", "application/octet-stream")
+    assert text.headers["x-content-type-options"] == "nosniff"
+    assert text.headers["content-disposition"] == 'attachment; filename="e-output.txt"'
+    assert text.headers["accept-ranges"] == "bytes"
+    same = api.read.get(f"{E}/e/output", headers={"If-None-Match": text.headers["etag"]})
+    other = api.read.get(f"{E}/e/output", headers={"Range": "bytes=0-1", "If-Range": '"another"'})
+    assert (same.status_code, other.status_code, other.content) == (304, 200, b"<script>\n")
+    beyond = api.read.get(f"{E}/e/output", headers={"Range": "bytes=9-"})
+    assert (beyond.status_code, beyond.headers["content-range"]) == (416, "bytes */9")
+    assert api.read.get(f"{E}/e/code").status_code == api.read.get(f"{E}/absent/output").status_code == 404
+
+
+def test_content_of_an_event_that_no_longer_counts_can_be_read(api: Any) -> None:
+    for attempt in (1, 2):
+        body = {"status": "completed", "exit_code": 0, "attempt": attempt, "output": f"of attempt {attempt}"}
+        api.both.put(f"{E}/e", json=body)
+    assert api.read.get(f"{E}/e/output").text == "of attempt 2"
+    log = api.read.get(f"{E}/e/events").json()["events"]
+    assert api.read.get(f"{E}/e/output", params={"event_id": log[0]["event_id"]}).text == "of attempt 1"
+
+
+def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
+    api: Any, stored: Callable[..., None], database_url: str, eventually: Callable[..., None]
+) -> None:
+    stored("e", output=os.urandom(SIZE))
+    for _ in range(20):
+        with api.read.stream("GET", f"{E}/e/output") as answer:
+            next(answer.iter_raw())
+
+    def in_transaction() -> int:
+        with psycopg.connect(database_url, autocommit=True) as conn:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%%' AND datname = current_database()"
+            return int(conn.execute(query.replace("%%", "%")).fetchall()[0][0])
+
+    eventually(lambda: in_transaction() == 0, what="an end of every transaction")
+    assert api.read.get(f"{E}/e/output", headers={"Range": "bytes=0-3"}).status_code == 206
+
+
+def test_many_large_uploads_at_once_need_little_memory(start_api: Callable[..., Any], eventually: Callable[..., None]) -> None:
+    """Each is refused in the end: what counts is what was held meanwhile."""
+    api = start_api(EVALSTORE_MAX_REQUEST_BYTES=str(32 * 1024 * 1024))
+    process = max((one for one in psutil.process_iter() if _listens(one, api.port)), key=lambda one: one.memory_info().rss)
+    before, peak, done = process.memory_info().rss, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+
+    def upload() -> None:
+        pieces = (b'{"eval_id": "e", "code": "' if number == 0 else bytes(65536).replace(b"\0", b"x") for number in range(400))
+        with httpx.Client(base_url=api.url, headers=dict(api.both.headers), timeout=120) as client:
+            statuses.append(client.post(E, content=pieces).status_code)
+
+    statuses: list[int] = []
+    uploads = [threading.Thread(target=upload) for _ in range(16)]
+    for one in uploads:
+        one.start()
+    for one in uploads:
+        one.join()
+    done.set()
+    watcher.join()
+    assert set(statuses) <= {422, 503}  # its JSON has no end; or it waited too long for its turn
+    assert peak - before < 16 * 25 * 1024 * 1024 / 2
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        return any(one.status == "LISTEN" and one.laddr.port == port for one in process.net_connections("tcp"))
+    except psutil.Error:
+        return False
+
+
+def test_a_request_that_is_too_large_is_refused_while_it_is_read(start_api: Callable[..., Any]) -> None:
+    api = start_api(EVALSTORE_MAX_REQUEST_BYTES="100000")
+    announced = api.both.post(E, content=b"x" * 200_000)
+    assert (announced.status_code, announced.json()["type"]) == (413, "urn:evalstore:problem:too-large")
+    unannounced = api.both.post(E, content=(b"x" * 1000 for _ in range(5000)))
+    assert (unannounced.status_code, unannounced.headers["content-type"]) == (413, "application/problem+json")
+    # A client that never ends is answered all the same.
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as conn:
+        head = f"POST {E} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.both.headers['authorization']}\r\n"
+        conn.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"186a1\r\n" + b"x" * 100_001)
+        assert conn.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_who_may_not_write_is_told_before_the_body_is_read(api: Any) -> None:
+    answer = api.read.post(E, content=(b"x" * 65536 for _ in range(100)))
+    assert (answer.status_code, answer.json()["title"]) == (403, "Forbidden")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 50), st.one_of(st.none(), st.integers(0, 60)), st.one_of(st.none(), st.integers(0, 60)))
+def test_a_range_is_the_slice_it_names(size: int, first: int | None, last: int | None) -> None:
+    data = bytes(range(size))
+    header = f"bytes={'' if first is None else first}-{'' if last is None else last}"
+    if first is None:
+        expected = data[max(0, size - last) :] if last is not None else data
+    else:
+        expected = data[first:] if last is None else data[first : last + 1]
+    if first is not None and last is not None and last < first:
+        expected = data  # no range at all, so it is ignored
+    ignored = header == "bytes=-" or (first is not None and last is not None and last < first)
+    if expected or ignored:
+        span = span_of(header, size)
+        assert (data if span is None else data[span.start : span.stop]) == expected
+    else:
+        with pytest.raises(Problem, match="it holds"):
+            span_of(header, size)

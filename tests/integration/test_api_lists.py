@@ -1,0 +1,178 @@
+"""Lists over HTTP: filters, cursors, exports, event logs and batches."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine
+
+from models.events import parse
+from storage import database, evaluations, listing
+
+E = "/storage/evaluations"
+COUNT = 60
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = database.engine(database_url)
+    yield made
+    made.dispose()
+
+
+def event(number: int, **fields: Any) -> dict[str, Any]:
+    team, language = f"team-{number % 3}", "rust" if number % 10 == 0 else "python"
+    given = {"type": "evaluation:queued", "eval_id": f"e{number:03}", "code": "c", "language": language, "submitter": team}
+    named = {"event_id": str(UUID(int=1)), "occurred_at": "2026-01-01T00:00:00Z"}
+    return {**given, **named, "metadata": {"shard": number % 4}, **fields}
+
+
+@pytest.fixture
+def stored(engine: Engine) -> list[str]:
+    """Sixty evaluations, made by twelve commits; the ids from oldest to newest."""
+    with engine.connect() as conn:
+        for start in range(0, COUNT, 5):
+            evaluations.store(conn, [parse(event(number)) for number in range(start, start + 5)])
+        ended = {"event_id": str(UUID(int=2)), "occurred_at": "2026-01-01T00:00:01Z", "executor_id": "x", "exit_code": 0}
+        for number in range(0, COUNT, 7):
+            evaluations.store(conn, [parse({**ended, "eval_id": f"e{number:03}", "type": "evaluation:completed"})])
+    return [f"e{number:03}" for number in range(COUNT)]
+
+
+def ids(answer: Any) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [one["eval_id"] for one in answer.json()["evaluations"]]
+
+
+def walk(api: Any, **query: Any) -> list[str]:
+    found, cursor = [], ""
+    while cursor is not None:
+        answer = api.read.get(E, params={**query, "cursor": cursor})
+        found += ids(answer)
+        cursor = answer.json()["next"]
+    return found
+
+
+FILTERS: list[tuple[dict[str, Any], Callable[[int], bool]]] = [
+    ({}, lambda _: True),
+    ({"status": "completed"}, lambda n: n % 7 == 0),
+    ({"status": ["completed", "queued"]}, lambda _: True),
+    ({"status": "failed"}, lambda _: False),
+    ({"language": "rust"}, lambda n: n % 10 == 0),
+    ({"submitter": "team-1"}, lambda n: n % 3 == 1),
+    ({"executor": "x"}, lambda n: n % 7 == 0),
+    ({"metadata.shard": "2"}, lambda n: n % 4 == 2),
+    ({"metadata.shard": "2", "submitter": "team-0"}, lambda n: n % 4 == 2 and n % 3 == 0),
+    ({"metadata.absent": "2"}, lambda _: False),
+]
+
+
+@pytest.mark.parametrize(("query", "matches"), FILTERS, ids=[str(query) for query, _ in FILTERS])
+def test_a_list_holds_what_matches_in_order_however_it_is_read(
+    api: Any, stored: list[str], query: dict[str, Any], matches: Callable[[int], bool]
+) -> None:
+    expected = [eval_id for number, eval_id in enumerate(stored) if matches(number)]
+    for order, wanted in (("oldest", expected), ("newest", expected[::-1])):
+        asked = {**query, "order": order}
+        assert ids(api.read.get(E, params={**asked, "limit": 1000})) == wanted
+        assert walk(api, **asked, limit=7) == wanted
+        pages = [ids(api.read.get(E, params={**asked, "limit": 11, "offset": offset})) for offset in range(0, COUNT, 11)]
+        assert list(chain(*pages)) == wanted
+        exported = api.read.get(E, params={**asked, "format": "ndjson"})
+        assert [json.loads(line)["eval_id"] for line in exported.text.splitlines()] == wanted
+    counted = api.read.get(E, params={**query, "limit": 1, "total": "true"}).json()
+    assert counted["total"] == len(expected)
+
+
+def test_a_page_read_by_cursor_looks_at_a_bounded_number(
+    engine: Engine, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "SCAN", 10)
+    rare = listing.Filter(metadata={"shard": "3"}, submitter="team-0", language="rust", oldest_first=True)
+    pages: list[list[str]] = []
+    after: listing.Position | None = None
+    with engine.connect() as conn:
+        while len(pages) < 20:
+            page = listing.page(conn, rare, limit=10, after=after)
+            pages.append([row["eval_id"] for row in page.rows])
+            after = page.following
+            if after is None:
+                break
+    expected = [one for number, one in enumerate(stored) if number % 4 == 3 and number % 3 == 0 and number % 10 == 0]
+    assert len(pages) == COUNT // 10 + 1
+    assert list(chain(*pages)) == expected
+
+
+def test_since_and_until_are_about_when_an_evaluation_was_created(api: Any, stored: list[str]) -> None:
+    times = [one["created_at"] for one in api.read.get(E, params={"order": "oldest"}).json()["evaluations"]]
+    found = ids(api.read.get(E, params={"since": times[10], "until": times[20], "order": "oldest"}))
+    assert found == stored[10:20]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=1001", "limit=x", "offset=-1", "status=done", "order=up", "cursor=x", "cursor=W10", "since=yesterday",
+     "since=2026-01-01T00:00:00", "sort=x", "metadata=x", "metadata.=x", "metadata.a=%00", "submitter=%00", "cursor=&offset=1",
+     "metadata.a=1&metadata.a=2", "total=maybe", "format=xml", "cursor=WyIwMDAxIiwiLi4iXQ"],
+)  # fmt: skip
+def test_a_parameter_that_is_wrong_is_named(api: Any, query: str) -> None:
+    answer = api.read.get(f"{E}?{query}")
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    name = query.partition("=")[0] if query != "cursor=&offset=1" else "offset"
+    assert [fault["field"].removesuffix(".0") for fault in answer.json()["faults"]] == [name]
+
+
+def test_the_log_of_an_evaluation_is_read_in_pages(api: Any) -> None:
+    made = api.both.post(E, json={"eval_id": "e", "code": "x" * 5000, "occurred_at": "2026-01-01T00:00:00Z"})
+    for second in range(1, 8):
+        api.both.put(f"{E}/e", json={"status": "running", "occurred_at": f"2026-01-01T00:00:0{second}Z"})
+    first = api.read.get(f"{E}/e/events", params={"limit": 5}).json()
+    rest = api.read.get(f"{E}/e/events", params={"limit": 5, "cursor": first["next"]}).json()
+    events = first["events"] + rest["events"]
+    assert made.status_code == 201
+    assert ([one["type"] for one in events], rest["next"]) == (["evaluation:queued"] + ["evaluation:started"] * 7, None)
+    assert (events[0]["code_size"], "code" in events[0]) == (5000, False)
+    assert api.read.get(events[0]["code_url"]).text == "x" * 5000
+    assert api.read.get(f"{E}/absent/events").status_code == 404
+
+
+def test_each_line_of_a_batch_is_answered(api: Any) -> None:
+    lines = [
+        event(1),
+        event(1),
+        event(1, code="another"),
+        event(2, type="evaluation:completed"),
+        {"type": "evaluation:started", "eval_id": "e001", "metadata": {"a": 1}},
+    ]
+    body = "\n".join([*map(json.dumps, lines), "", "{", "[]"])
+    answer = api.both.post("/storage/events:batch", content=body, headers={"Content-Type": "application/x-ndjson"})
+    told = api.lines(answer)
+    assert [(one["line"], one["outcome"]) for one in told] == [
+        (1, "applied"), (2, "duplicate"), (3, "reused"), (4, "invalid"), (5, "applied"), (7, "invalid"), (8, "invalid"),
+    ]  # fmt: skip
+    assert [fault["field"] for fault in told[3]["faults"]] == ["exit_code", "code", "language", "submitter"]
+    assert api.read.get(f"{E}/e001").json()["version"] == 2
+
+
+def test_events_of_one_evaluation_may_leave_out_its_id(api: Any) -> None:
+    one = api.both.post(f"{E}/e/events", json={"type": "evaluation:queued", "code": "c"}, headers={"Idempotency-Key": "k"})
+    again = api.both.post(f"{E}/e/events", json={"type": "evaluation:queued", "code": "c"}, headers={"Idempotency-Key": "k"})
+    body = b'{"type": "evaluation:started"}\n{"type": "evaluation:started", "eval_id": "other"}\n'
+    many = api.both.post(f"{E}/e/events", content=body, headers={"Content-Type": "application/x-ndjson"})
+    assert [one.json()["outcome"], again.json()["outcome"]] == ["applied", "duplicate"]
+    assert [line["outcome"] for line in api.lines(many)] == ["applied", "invalid"]
+    assert api.both.post(f"{E}/e/events", json={"type": "evaluation:lost"}).status_code == 422
+    assert api.read.get(f"{E}/other").status_code == 404
+
+
+def test_a_batch_holds_at_most_ten_thousand_events(api: Any) -> None:
+    headers = {"Content-Type": "application/x-ndjson"}
+    line = json.dumps({"type": "evaluation:started", "eval_id": "e"})
+    full = api.both.post("/storage/events:batch", content="\n".join([line] * 10_000), headers=headers)
+    over = api.both.post("/storage/events:batch", content="\n".join([line] * 10_001), headers=headers)
+    none = api.both.post("/storage/events:batch", content="\n", headers=headers)
+    assert (full.status_code, over.status_code, none.status_code) == (200, 422, 422)
+    assert api.read.get(f"{E}/e").json()["version"] == 10_000
