@@ -58,6 +58,13 @@ class SeaweedFS(Server):
         keys = {"aws_access_key_id": self.access_key, "aws_secret_access_key": self.password, "region_name": "us-east-1"}
         return boto3.client("s3", endpoint_url=self.endpoint, **keys, **options)
 
+    def kill(self) -> None:
+        """Its sockets, which it puts into /tmp whatever it is told, go with it."""
+        super().kill()
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                left.unlink(missing_ok=True)
+
     def _spawn(self) -> subprocess.Popen[bytes]:
         self.data.mkdir(mode=0o700, exist_ok=True)
         ports: dict[int, str] = {self.port: "s3.port"}
@@ -65,6 +72,7 @@ class SeaweedFS(Server):
             while (port := free_port()) in ports:
                 pass
             ports[port] = name
+        self._ports = list(ports)
         options = {**self.settings, **{name: str(port) for port, name in ports.items()}, "dir": str(self.data)}
         options |= {f"{part}.localSocket": f"{self.folder}/{part}.sock" for part in ("filer", "s3")}
         weed = Path(sysconfig.get_path("scripts"), "weed")

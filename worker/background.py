@@ -67,7 +67,7 @@ class Background(threading.Thread):
         """Once more, and no longer: what cannot be done now is left to others."""
         self._stopping.set()
         self._wanted.set()
-        self.join(timeout=5)
+        self.join(timeout=1)
 
 
 class Beside(dramatiq.Middleware):

@@ -23,7 +23,7 @@ from worker.hold import Hold
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
-_STOP_GRACE_S = 3.0
+_STOP_GRACE_S = 2.0
 _SUSPICIONS = 5
 
 _Pair = tuple[Delivery, Fact]
@@ -173,7 +173,7 @@ class Store:
 
     def _is_the_work(self, error: Outage | SchemaMismatch) -> bool:
         """Whether a small write goes through, right after one failed in a way that what it wrote may cause."""
-        if not isinstance(error, DatabaseOutage) or not error.may_be_the_work:
+        if not isinstance(error, DatabaseOutage) or not error.may_be_the_work or self._hold.stopping:
             return False
         try:
             engine().dispose()  # what is left in the pool may have broken with it

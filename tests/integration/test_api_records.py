@@ -2,6 +2,8 @@
 
 import base64
 import json
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,10 +60,22 @@ def test_creating_what_another_event_created_is_a_conflict(api: Any) -> None:
     assert api.both.get(f"{E}/g").json()["code"] == "a"
 
 
-def test_of_many_who_create_the_same_at_once_one_does(api: Any) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(lambda _: create(api, "contended").status_code, range(24)))
-    assert (statuses.count(201), statuses.count(409)) == (1, 23)
+def test_of_many_who_create_the_same_at_once_one_does(api: Any, start_api: Callable[..., Any]) -> None:
+    apis = [api, start_api()]
+    together = threading.Barrier(6)
+
+    def attempt(number: int) -> list[int]:
+        client = apis[number % 2].client("both-key-0001")
+        statuses = []
+        for round_ in range(25):
+            together.wait(60)
+            body = {"eval_id": f"contended-{round_}", "code": f"of {number}"}
+            statuses.append(client.post(E, json=body).status_code)
+        return statuses
+
+    with ThreadPoolExecutor(6) as pool:
+        rounds = list(zip(*pool.map(attempt, range(6)), strict=True))
+    assert [sorted(statuses) for statuses in rounds] == [[201, *[409] * 5]] * 25
 
 
 def test_an_evaluation_known_by_later_events_alone_can_be_created(api: Any) -> None:
