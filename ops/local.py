@@ -7,6 +7,7 @@ in a folder (an flock on its file `lock`); after a kill the next one takes over 
 import contextlib
 import fcntl
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -41,8 +42,23 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
         "scheduler": [python, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"],
     }
     if find_spec("api") and find_spec("api.app"):
-        found["api"] = [python, "-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(free_port(8086))]
+        found["api"] = [python, "-m", "api"]
     return found
+
+
+def _service(folder: Path) -> dict[str, str]:
+    """Where the HTTP service listens and its keys, the same at every start where they can be."""
+    kept = folder / "api"
+    port, read, write = kept.read_text().split() if kept.exists() else ("8086", secrets.token_hex(24), secrets.token_hex(24))
+    port = str(free_port(int(port)))
+    write_private(kept, f"{port}\n{read}\n{write}\n")
+    return {
+        "EVALSTORE_API_HOST": "127.0.0.1",
+        "EVALSTORE_API_PORT": port,
+        "EVALSTORE_API_URL": f"http://127.0.0.1:{port}",
+        "EVALSTORE_READ_API_KEYS": read,
+        "EVALSTORE_WRITE_API_KEYS": write,
+    }
 
 
 def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
@@ -128,6 +144,8 @@ class Local:
             "EVALSTORE_REDIS_URL": self.valkey.url(),
         }
         upgrade(self.postgres.url())
+        if any(process.name == "api" for process in self.processes):
+            self.environment |= _service(self.folder)
         for process in self.processes:
             process.environment = self.environment
             process.start()

@@ -96,6 +96,15 @@ def _summary(local: Local) -> list[str]:
         ("PostgreSQL", f"127.0.0.1:{local.postgres.port}, log {local.postgres.log}"),
         ("Valkey", f"127.0.0.1:{local.valkey.port}, log {local.valkey.log}"),
         ("processes", ", ".join(process.name for process in local.processes)),
+        *(
+            [
+                ("HTTP", local.environment["EVALSTORE_API_URL"]),
+                ("read key", local.environment["EVALSTORE_READ_API_KEYS"]),
+                ("write key", local.environment["EVALSTORE_WRITE_API_KEYS"]),
+            ]
+            if "EVALSTORE_API_URL" in local.environment
+            else []
+        ),
         ("for shells", f"set -a; . {local.folder}/environment; set +a"),
     ]
     return [

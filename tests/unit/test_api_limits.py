@@ -16,16 +16,13 @@ Exchange = tuple[list[Message], list[int]]
 
 
 def exchange(app: ASGIApp, body: list[bytes] | None = None, headers: list[tuple[bytes, bytes]] | None = None) -> Exchange:
-    """What `app` sends to one request behind a Guard, and what is observed."""
+    """What `app` sends to one request behind a Guard, and what is observed. What it reads is taken from `body`."""
     sent: list[Message] = []
     statuses: list[int] = []
-    pieces = iter(body or [b""])
-    left = len(body or [b""])
+    pieces = [b""] if body is None else body
 
     async def receive() -> Message:
-        nonlocal left
-        left -= 1
-        return {"type": "http.request", "body": next(pieces), "more_body": left > 0}
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message: Message) -> None:
         sent.append(message)
@@ -90,7 +87,9 @@ def test_what_a_client_still_sends_is_read_before_the_answer_ends() -> None:
         await send({"type": "http.response.start", "status": 403, "headers": []})
         await send({"type": "http.response.body", "body": b"no"})
 
-    sent, _ = exchange(answers_at_once, [b"a", b"b", b"c"])
+    body = [b"a", b"b", b"c"]
+    sent, _ = exchange(answers_at_once, body)
+    assert body == []
     assert [(one.get("body"), one.get("more_body", False)) for one in sent[1:]] == [(b"no", True), (b"", False)]
 
 
