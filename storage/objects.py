@@ -142,7 +142,8 @@ def _open(store: Store, reference: Reference, *, with_body: bool = False) -> tup
     for attempt in range(1, _ATTEMPTS + 1):
         with store.open(reference.key, -wanted) as stream:
             try:
-                tail = stream.read(min(wanted, stream.length))
+                lacks = stream.length < wanted and reference.size >= FRAME_BYTES  # not even an index: not worth the memory
+                tail = stream.read(0 if lacks else min(wanted, stream.length))
                 return read_index(reference, tail, stream.listed.size), _Begun(stream.listed, tail)
             except (ObjectDamaged, ObjectStoreOutage):
                 if attempt == _ATTEMPTS:

@@ -23,7 +23,7 @@ from storage.frames import FRAME_BYTES, Encoder, Listed, Stream, is_key
 
 MULTIPART_BYTES = 16 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024
-PARTS_AT_ONCE = 4
+PARTS_AT_ONCE = 2
 
 _READ_BYTES = 256 * 1024
 

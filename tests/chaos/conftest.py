@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from ops.servers import Postgres, Valkey
-from tests.chaos.relay import ROOT, Relay
+from tests.chaos.relay import DISPATCH, ROOT, Relay
 from tests.chaos.world import World, port_of
 
 Worlds = Callable[..., World]
@@ -40,7 +40,7 @@ def world(worlds: Worlds, database_url: str, redis_url: str) -> World:
 def relay(redis_url: str) -> Iterator[Relay]:
     """Between workers and Redis, which knows our scripts already."""
     with redis.Redis.from_url(redis_url) as client:
-        for path in [*ROOT.glob("worker/lua/*.lua"), *ROOT.glob("tasks/lua/*.lua")]:
+        for path in [*ROOT.glob("worker/lua/*.lua"), *ROOT.glob("tasks/lua/*.lua"), DISPATCH]:
             client.script_load(path.read_text())
     with Relay(port_of(redis_url)) as made:
         yield made

@@ -45,3 +45,15 @@ def store_evaluation(event: dict[str, Any]) -> None:
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dramatiq.actor(queue_name="jobs", min_backoff=100, max_backoff=200)
+def fail_twice(name: str) -> None:
+    if broker.client.rpush("runs", name) < 3:
+        raise ValueError(f"{name} fails")
+
+
+@dramatiq.actor(queue_name="jobs")
+def take_long(name: str) -> None:
+    broker.client.rpush("runs", name)
+    time.sleep(10)

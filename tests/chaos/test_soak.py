@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.relay import STOCK
 from tests.chaos.soak import Soak
-from tests.chaos.world import STOCK
 
 
 @pytest.mark.skipif(STOCK, reason="it would take a quarter of an hour to see what is left behind")

@@ -8,7 +8,8 @@ import time
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 
-from tests.chaos.world import KEYS, ROOT, World, evaluation, evaluations, wait_until
+from tests.chaos.relay import ROOT
+from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
 
 # A gateway that knows a queue and an actor by name, and sends what it reads; with maintenance at every command.
 SENDER = """

@@ -22,9 +22,8 @@ from dramatiq import Message
 from ops import guard, processes
 from tasks.broker import Broker, Keys
 from tasks.evaluations import QUEUE, store_evaluation
+from tests.chaos.relay import ROOT, STOCK
 
-ROOT = Path(__file__).parents[2]
-STOCK = os.environ.get("EVALSTORE_CHAOS_BROKER") == "stock"
 KEYS = Keys.of("dramatiq", QUEUE)
 _STOCK_MAY_REST_S = 12.0  # it is much slower, but slow is not stuck
 _READY = b"Worker process is ready for action"
