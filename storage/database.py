@@ -30,9 +30,18 @@ _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
 def engine(
-    url: str, *, pool_size: int = 5, statement_timeout_s: float = 60, lock_timeout_s: float = 5, pre_ping: bool = True
+    url: str,
+    *,
+    pool_size: int = 5,
+    statement_timeout_s: float = 60,
+    lock_timeout_s: float = 5,
+    idle_timeout_s: float = 0,
+    pre_ping: bool = True,
 ) -> Engine:
     """A pool of connections to `url` (any libpq address), opened as they are asked for.
+
+    The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
+    locks keep nobody waiting for longer than that.
 
     With `pre_ping` a connection is tried before it is handed out; a server that is frozen keeps that waiting without end.
 
@@ -45,6 +54,8 @@ def engine(
         raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
     options = (
         f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
+        f" -c idle_in_transaction_session_timeout={int(idle_timeout_s * 1000)} -c tcp_user_timeout=10000"
+        " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
         f" -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed {own_options}"
     )
 

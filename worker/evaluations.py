@@ -32,7 +32,7 @@ _Pair = tuple[Delivery, Fact]
 @cache
 def engine() -> Engine:
     """This process's connections, once the database is known to have the right schema. Raises SchemaMismatch, Outage."""
-    connections = database.engine(settings().database_url.get_secret_value(), pre_ping=False)
+    connections = database.engine(settings().database_url.get_secret_value(), idle_timeout_s=15, pre_ping=False)
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
     return connections
