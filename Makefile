@@ -38,7 +38,7 @@ lock:
 	uv export --quiet --no-emit-project --extra worker --extra api --no-header --format requirements-txt --output-file deploy/requirements.lock
 
 clean:
-	rm -rf .venv .evalstore
+	rm -rf .venv .bench-venv .evalstore
 
 # evalstore beside what else one would use; the others live in an environment of their own. BENCH takes options, like --quick.
 .PHONY: bench bench-large

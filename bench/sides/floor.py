@@ -1,15 +1,14 @@
 """The floor: fetch, decode, `evaluations.store`, acknowledge, in one plain loop: evalstore without Dramatiq and without care.
 
-What evalstore costs above this is the price of Dramatiq's worker, of checking messages, and of losing none.
+What evalstore costs above this is the price of Dramatiq's worker, and of losing none.
 """
 
 from bench.sides.evalstore import fill
-from models.events import Event, decode, parse
 from models.settings import settings
 from storage import evaluations
 from tasks.evaluations import QUEUE
 from worker.broker import Broker
-from worker.evaluations import engine
+from worker.evaluations import engine, fact_of
 
 __all__ = ["fill"]
 
@@ -21,14 +20,10 @@ def main() -> None:
     with engine().connect() as conn:
         while True:
             if found := consumer._fetch(settings().batch_events):  # noqa: SLF001 - with no more around it than this
-                evaluations.store(conn, [_event(body) for _, body in found])
+                evaluations.store(conn, [fact_of(body) for _, body in found])
                 consumer._settle([redis_id for redis_id, _ in found], {})  # noqa: SLF001
             else:
                 broker.client.blmove(consumer.keys.queue, consumer.keys.queue, 1, "LEFT", "LEFT")
-
-
-def _event(body: bytes) -> Event:
-    return parse(decode(body)["args"][0])
 
 
 if __name__ == "__main__":
