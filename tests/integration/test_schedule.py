@@ -35,7 +35,7 @@ def jobs(broker: Broker) -> list[Any]:
 
 
 def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, redis_url: str) -> None:
-    another = Broker(url=redis_url, middleware=[])
+    another = Broker(url=redis_url, middleware=[Retries()])
     schedule.declare(another)
 
     for copy in (broker, another):
@@ -49,7 +49,7 @@ def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, 
 
 
 def test_the_scheduler_outlives_an_outage(valkey_server: Valkey) -> None:
-    broker = Broker(url=valkey_server.url(), timeout_s=0.5, middleware=[])
+    broker = Broker(url=valkey_server.url(), timeout_s=0.5, middleware=[Retries()])
     schedule.declare(broker)
     valkey_server.kill()
 

@@ -108,7 +108,9 @@ def test_an_exit_by_a_signal_is_128_and_its_number(run: Run, number: signal.Sign
 
 def test_a_program_does_not_inherit_the_signals_that_python_ignores() -> None:
     execution = execute(["/bin/grep", "SigIgn", "/proc/self/status"])
-    assert execution.output == b"SigIgn:\t0000000000000000\n"
+    ignored = int(execution.output.removeprefix(b"SigIgn:"), 16)
+    # Signals 32 and 33 are glibc's own, which nobody else can set; a make that spawns leaves 32 ignored.
+    assert ignored & ~(0b11 << 31) == 0
 
 
 def test_all_256_byte_values_come_back(run: Run) -> None:
