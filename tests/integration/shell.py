@@ -21,7 +21,8 @@ from sqlalchemy import Engine
 from storage import database, dead_letters
 from storage.dead_letters import Burial
 from tasks.broker import Keys
-from tests.chaos.world import ROOT, Workers, World, wait_until
+from tests.chaos.relay import ROOT
+from tests.chaos.world import Workers, World, wait_until
 from worker.broker import Broker
 
 Json = dict[str, Any]
