@@ -278,9 +278,8 @@ def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> li
     ]
 
 
-_GET: Final = f"""
-SELECT {_columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
-    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data)
+# A record `e` beside the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.
+WITH_CONTENT: Final = """
 FROM evaluations e
 LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
 LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
@@ -288,6 +287,11 @@ LEFT JOIN contents code ON code.eval_id = e.eval_id AND code.event_id = e.code_e
 LEFT JOIN contents output ON output.eval_id = e.eval_id AND output.event_id = e.result_event_id AND output.kind = 'output'
 LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.result_event_id AND error.kind = 'error'
 WHERE e.eval_id = %s
+"""
+_GET: Final = f"""
+SELECT {_columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
+    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data)
+{WITH_CONTENT}
 """
 
 

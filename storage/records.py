@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 
 from models.record import Fact, State
 from storage import database
+from storage.evaluations import WITH_CONTENT
 
 INLINE_BYTES: Final = 64 * 1024
 PREVIEW_BYTES: Final = 1024
@@ -58,13 +59,7 @@ def _content(kind: str, event: str) -> str:
 _LOAD: Final = f"""
 SELECT {_STAMP}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at,
     {_content("code", "queued")}, {_content("output", "ending")}, {_content("error", "ending")}
-FROM evaluations e
-LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
-LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
-LEFT JOIN contents code ON code.eval_id = e.eval_id AND code.event_id = e.code_event_id AND code.kind = 'code'
-LEFT JOIN contents output ON output.eval_id = e.eval_id AND output.event_id = e.result_event_id AND output.kind = 'output'
-LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.result_event_id AND error.kind = 'error'
-WHERE e.eval_id = %s
+{WITH_CONTENT}
 """
 
 
