@@ -91,7 +91,8 @@ evaluation_events = Table(
     Column("extra", Text),
 )
 
-# Content too large for the event's own row.
+# Content too large for the event's own row: `data` here, or, where `store` is set, an object of that SHA-256 and `encoding` in
+# the store at EVALSTORE_OBJECT_STORE_URL ("objects") or EVALSTORE_ARCHIVE_URL ("archive").
 contents = Table(
     "contents",
     metadata,
@@ -101,6 +102,13 @@ contents = Table(
     Column("size", BigInteger, nullable=False),
     Column("sha256", LargeBinary, nullable=False),
     Column("data", LargeBinary),
+    Column("store", Text, CheckConstraint("store IN ('objects', 'archive')")),
+    Column("encoding", Text, CheckConstraint("encoding IN ('identity', 'zstd')")),
+    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    # Of moving it: how often that failed, why it did last, and when it is tried again.
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("failure", Text),
+    Column("retry_at", _TIME),
 )
 
 # The outbox: all confirmations of one commit in one row, a line each, so that it costs next to nothing. docs/decisions/0003.

@@ -1,7 +1,11 @@
 """`evalstore dlq redrive`: dead letters sent again, by a worker; here it is asked for and watched."""
 
 import re
-import time
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -133,25 +137,42 @@ def refuse_without_redis() -> None:
 def follow(conn: Connection, redrive_id: UUID, *, detach: bool, output_format: Format) -> None:
     """Have a worker begin with a redrive, and show how it goes until it is done. Raises Exit(1), Exit(4)."""
     again = f"`evalstore dlq redrives {redrive_id}` shows how it goes"
-    try:
-        _ask(redrive_id)
-        notice(f"redrive {redrive_id}")
-        if detach:
-            notice(f"it is on its way: {again}")
-            _print(stored.between(conn, redrive_id, redrive_id)[0], output_format)
-            return
-        row = _watch(conn, redrive_id)
-    except KeyboardInterrupt:
-        _ask(redrive_id)  # once more: it may have come before the first time was over
-        notice(f"\nthe redrive goes on without you: {again}, `evalstore dlq cancel {redrive_id}` stops it")
+    with _interrupted() as interrupted:
+        try:
+            _ask(redrive_id)
+            notice(f"redrive {redrive_id}")
+            if detach:
+                notice(f"it is on its way: {again}")
+                _print(stored.between(conn, redrive_id, redrive_id)[0], output_format)
+                return
+            row = _watch(conn, redrive_id, interrupted)
+        except Outage:
+            notice(f"the redrive goes on: {again}", "yellow")
+            raise
+    if row["finished_at"] is None:
+        notice(f"the redrive goes on without you: {again}, `evalstore dlq cancel {redrive_id}` stops it")
         return
-    except Outage:
-        notice(f"the redrive goes on: {again}", "yellow")
-        raise
     _print(row, output_format)
     if row["stored"] < row["total"]:
         raise failed(_told(row), 4 if row["stored"] else 1)
     notice(_told(row), "green")
+
+
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Set at the first Ctrl-C, which so breaks off no query: its connection would be lost, and the operator told of an outage.
+    The second one does as usual."""
+    event = threading.Event()
+
+    def note(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, usual)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _ask(redrive_id: UUID) -> None:
@@ -161,22 +182,23 @@ def _ask(redrive_id: UUID) -> None:
         notice(f"{error}: the letters are claimed, and sent once Redis is back", "yellow")
 
 
-def _watch(conn: Connection, redrive_id: UUID) -> dict[str, Any]:
+def _watch(conn: Connection, redrive_id: UUID, interrupted: threading.Event) -> dict[str, Any]:
+    """How the redrive stands when it is done, or when nobody wants to wait for that any more."""
     columns = [TextColumn("redriving"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=notices, transient=True, disable=not notices.is_terminal) as progress:
-        task, began = progress.add_task("", total=None), time.monotonic()
+        task, began = progress.add_task("", total=None), monotonic()
         hinted = False
         while True:
             row = stored.between(conn, redrive_id, redrive_id)[0]
             settled = row["stored"] + row["died"] + row["returned"]
             told = f"{row['sent']:,} sent, {row['stored']:,} stored, {row['died']:,} dead again"
             progress.update(task, total=row["total"], completed=settled, description=told)
-            if row["finished_at"] is not None:
+            if row["finished_at"] is not None or interrupted.is_set():
                 return row
-            if row["started_at"] is None and not hinted and time.monotonic() - began > _HINT_AFTER_S:
+            if row["started_at"] is None and not hinted and monotonic() - began > _HINT_AFTER_S:
                 notice("no worker has begun with it yet: is one running?", "yellow")
                 hinted = True
-            time.sleep(_LOOK_S)
+            interrupted.wait(_LOOK_S)
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -282,7 +282,11 @@ def test_ctrl_c_detaches_and_the_redrive_goes_on(world: World, operator: Operato
     running = operator.start("redrive", "--all", "--yes", start_new_session=True)
     assert running.stderr
     assert running.stderr.readline().startswith("redrive ")
-    running.send_signal(signal.SIGINT)
+    with psycopg.connect(world.database_url) as conn:  # it comes while a query is under way
+        conn.execute("LOCK TABLE redrives")
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        wait_until(lambda: operator.rows(waits)[0]["count"] == 1, what="it waits for PostgreSQL")
+        running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
     assert running.returncode == 0
     redrive = re.findall(r"evalstore dlq redrives (\S+)`", err)[0]
