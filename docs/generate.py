@@ -87,7 +87,7 @@ def events() -> str:
     for name, model in sent.items():
         required = {"type", *_required(name)}
         for field in model.model_fields:
-            if not field.endswith("_b64"):
+            if not field.endswith(("_b64", "_ref")):
                 where.setdefault(field, []).append(name.removeprefix("evaluation:") + " (required)" * (field in required))
     rows = []
     for field, form in _FORMS.items():

@@ -3,14 +3,55 @@
 Content is kept as bytes. A string is kept as its UTF-8; lone surrogates, which UTF-8 has no form for, as the three bytes
 that "generalized UTF-8" gives them (WTF-8, https://simonsapin.github.io/wtf-8/). So the text of some bytes, or that they
 are none, follows from the bytes alone, and no flag has to travel with them.
+
+Large content goes to an object store, and what it is known by travels in its place: a `Reference`.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 MAX_CONTENT_BYTES = 100 * 1024 * 1024
+# Content is checked and compressed in frames of this size; below one, it is kept as it is where compression does not help.
+FRAME_BYTES = 4 * 1024 * 1024
 
 # The two halves of a pair, each encoded by itself: no string encodes to this, because a pair is the character it stands for.
 _SPLIT_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class Reference(NamedTuple):
+    """What an event and a row hold instead of content: the SHA-256 and the size of the content, and how it is kept."""
+
+    sha256: str
+    size: int
+    encoding: Literal["identity", "zstd"]
+
+    @property
+    def key(self) -> str:
+        """The name of the object that holds it."""
+        return self.sha256 if self.encoding == "identity" else f"{self.sha256}.zst"
+
+
+def reference(value: Any) -> Reference:
+    """The reference that a JSON value is. Raises ValueError, which says what was expected."""
+    if isinstance(value, Reference):
+        value = value._asdict()
+    if not isinstance(value, Mapping) or value.keys() != set(Reference._fields):
+        raise ValueError("expected an object of sha256, size and encoding, and of nothing else")
+    sha256, size, encoding = value["sha256"], value["size"], value["encoding"]
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise ValueError("sha256: expected 64 of 0-9 a-f")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError("size: expected an integer, 0 or more: the bytes of the content before compression")
+    if encoding not in ("identity", "zstd"):
+        raise ValueError("encoding: expected identity or zstd")
+    if encoding == "identity" and size >= FRAME_BYTES:
+        raise ValueError("encoding: expected zstd, as of all content of 4 MiB and above")
+    if encoding == "zstd" and size == 0:
+        raise ValueError("encoding: expected identity, as there is nothing to compress")
+    return Reference(sha256, size, encoding)
 
 
 def to_bytes(text: str) -> bytes:

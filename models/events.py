@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
+    PlainSerializer,
     PlainValidator,
     StringConstraints,
     TypeAdapter,
@@ -149,11 +150,20 @@ def _b64(value: str) -> str:
     return value
 
 
+def _reference(value: Any) -> content.Reference | None:
+    return None if value is None else content.reference(value)
+
+
 # In the order of DESIGN: native constraints where pydantic has them, so that the store's hot path stays out of Python.
 EvalId = Annotated[str, PlainValidator(_eval_id)]
 Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 Content = InstanceOf[str]
 Base64 = Annotated[str, AfterValidator(_b64)]
+Ref = Annotated[
+    content.Reference | None,
+    PlainValidator(_reference),
+    PlainSerializer(lambda found: found and found._asdict(), return_type=dict | None),
+]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Int64 = Annotated[int, Field(ge=_INT64.start, le=_INT64.stop - 1)]
 
@@ -174,6 +184,7 @@ class EvaluationQueued(_Event):
     type: Literal["evaluation:queued"] = "evaluation:queued"
     code: Content | None = None
     code_b64: Base64 | None = None
+    code_ref: Ref = None
     language: Text | None = None
     submitter: Text | None = None
 
@@ -195,8 +206,10 @@ class _Result(_Event):
     exit_code: Int64 | None = None
     output: Content | None = None
     output_b64: Base64 | None = None
+    output_ref: Ref = None
     error: Content | None = None
     error_b64: Base64 | None = None
+    error_ref: Ref = None
     duration_ms: Number | None = None
     memory_bytes: Int64 | None = None
 
@@ -390,18 +403,21 @@ def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: in
     """What is wrong with an event's content beyond the type of each field."""
     faults = []
     for name in CONTENT_FIELDS[type_]:
-        text, b64 = values.get(name), values.get(f"{name}_b64")
-        if text is None and b64 is None:
+        text, b64, ref = values.get(name), values.get(f"{name}_b64"), values.get(f"{name}_ref")
+        if text is None and b64 is None and ref is None:
             if _REQUIRED_CONTENT.get(type_) == name:
-                faults.append(Fault(name, f"required, as {name} or {name}_b64"))
+                faults.append(Fault(name, f"required, as {name}, {name}_b64 or {name}_ref"))
             continue
-        if text is not None and b64 is not None:
-            faults.append(Fault(name, f"given twice, as {name} and {name}_b64"))
+        forms = [form for form, value in ((name, text), (f"{name}_b64", b64), (f"{name}_ref", ref)) if value is not None]
+        if len(forms) > 1:
+            faults.append(Fault(name, f"given more than once, as {' and '.join(forms)}"))
         # A character takes at most 4 bytes, four characters of base64 make 3: only what comes near is measured.
         if isinstance(text, str) and len(text) * 4 > max_content_bytes:
             size = len(content.to_bytes(text))
         elif isinstance(b64, str):
             size = len(b64) * 3 // 4 - b64[-2:].count("=")
+        elif isinstance(ref, content.Reference):
+            size = ref.size
         else:
             continue
         if size > max_content_bytes:

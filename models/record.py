@@ -17,6 +17,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict
 
 from models import content
+from models.content import Reference
 from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event
 
 
@@ -38,9 +39,9 @@ class Fact(NamedTuple):
     duration_ms: float | None = None
     memory_bytes: int | None = None
     reason: str | None = None
-    code: bytes | None = None
-    output: bytes | None = None
-    error: bytes | None = None
+    code: bytes | Reference | None = None
+    output: bytes | Reference | None = None
+    error: bytes | Reference | None = None
     extra: str | None = None
 
 
@@ -69,7 +70,10 @@ class State(NamedTuple):
 
 
 class Record(BaseModel):
-    """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON)."""
+    """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON).
+
+    `merge`, which reads no object, leaves a `Reference` where an event gave one.
+    """
 
     model_config = ConfigDict(frozen=True, defer_build=True, arbitrary_types_allowed=True)
 
@@ -105,12 +109,14 @@ def fact(event: Event) -> Fact:
     if event.event_id is None or event.occurred_at is None:
         raise ValueError("an event is stored under an event_id and an occurred_at")
     given = event.__dict__
-    contents: dict[str, bytes | None] = {}
+    contents: dict[str, bytes | Reference] = {}
     for name in CONTENT_FIELDS[event.type]:
         if (text := given[name]) is not None:
             contents[name] = content.to_bytes(text)
         elif (b64 := given[f"{name}_b64"]) is not None:
             contents[name] = base64.b64decode(b64)
+        elif (reference := given[f"{name}_ref"]) is not None:
+            contents[name] = reference
     get = given.get
     return Fact(
         event.eval_id,
@@ -233,11 +239,13 @@ def merge(events: Iterable[Event]) -> Record:
     return record(state, code, result.output if result else None, result.error if result else None)
 
 
-def record(state: State, code: bytes | None, output: bytes | None, error: bytes | None) -> Record:
-    """`state` for readers, with its content."""
+def record(
+    state: State, code: bytes | Reference | None, output: bytes | Reference | None, error: bytes | Reference | None
+) -> Record:
+    """`state` for readers, with its content; where that is an object, with the reference to it."""
     fields: dict[str, Any] = {name: value for name, value in state._asdict().items() if name in Record.model_fields}
     for name, data in (("code", code), ("output", output), ("error", error)):
-        fields[name] = None if data is None else content.from_bytes(data)
+        fields[name] = content.from_bytes(data) if isinstance(data, bytes) else data
     return Record(**fields)
 
 

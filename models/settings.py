@@ -88,8 +88,24 @@ class Settings(BaseModel):
     object_store_url: Annotated[
         str | None, Field(description="where large content goes: file:///folder or s3://bucket/prefix; read by all")
     ] = None
+    inline_limit_bytes: Annotated[
+        int, Field(ge=0, description="content above it goes to the object store, if there is one; read by senders")
+    ] = 64 * 1024
+    object_grace_s: Annotated[
+        float, Field(ge=0, description="seconds an event waits for an object that is missing; read by workers")
+    ] = 3600
+    sweep_grace_days: Annotated[
+        float, Field(gt=0, description="days until an object that nothing names is removed; read by senders and workers")
+    ] = 7
     archive_url: Annotated[
         str | None, Field(description="where archived content goes; unset: the object store; read by worker, API, CLI")
+    ] = None
+    archive_threshold_bytes: Annotated[
+        int, Field(ge=1, description="content above it leaves PostgreSQL for the archive; read by workers")
+    ] = 1_000_000
+    archive_after_days: Annotated[
+        float | None,
+        Field(ge=0, description="days after an evaluation's end until all its content does; unset: never; read by workers"),
     ] = None
     s3_endpoint_url: Annotated[
         str | None, Field(description="an S3-compatible server, as http(s)://host:port; unset: AWS; read by all")

@@ -10,6 +10,7 @@ import msgspec
 import psycopg
 from sqlalchemy import Connection
 
+from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import ENDINGS, Event
 from models.record import Fact, Record, State, fact, fold, record
@@ -79,7 +80,7 @@ INSERT INTO evaluation_events ({_columns(Fact._fields)})
 SELECT {_columns(Fact._fields)} FROM stage_events ORDER BY number
 ON CONFLICT DO NOTHING RETURNING eval_id, event_id
 """
-_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data) FROM STDIN (FORMAT BINARY)"
+_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)"
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
 _COMPARE: Final = f"""
 SELECT s.number,
@@ -198,7 +199,8 @@ def _write(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> _Written:
 
 
 def _stage_events(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> dict[int, list[tuple[Any, ...]]]:
-    """COPY `facts` to the stage, all but large content, which is returned as rows for `contents`, by position."""
+    """COPY `facts` to the stage, all but content that is large or an object, which is returned as rows for `contents`, by
+    position."""
     large: dict[int, list[tuple[Any, ...]]] = {}
     with cursor.copy(_STAGE_EVENTS) as copy:
         copy.set_types(["int4", *(_TYPE_OF[column] for column in Fact._fields)])
@@ -206,10 +208,14 @@ def _stage_events(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> dict[int, l
             row: list[Any] = [position, *one]
             for column in _CONTENT_POSITIONS:
                 data = one[column]
-                if isinstance(data, bytes) and len(data) > ROW_LIMIT_BYTES:
-                    content_row = (*one[:2], Fact._fields[column], len(data), hashlib.sha256(data).digest(), data)
-                    large.setdefault(position, []).append(content_row)
-                    row[column + 1] = None
+                if isinstance(data, Reference):
+                    where: tuple[Any, ...] = (data.size, _digest(data), None, "objects", data.encoding)
+                elif isinstance(data, bytes) and len(data) > ROW_LIMIT_BYTES:
+                    where = (len(data), _digest(data), data, None, None)
+                else:
+                    continue
+                large.setdefault(position, []).append((*one[:2], Fact._fields[column], *where))
+                row[column + 1] = None
             copy.write_row(row)
     return large
 
@@ -223,7 +229,7 @@ def _stage_records(cursor: psycopg.Cursor[Any], number: int, states: Iterable[St
 
 def _log_contents(cursor: psycopg.Cursor[Any], rows: list[tuple[Any, ...]]) -> None:
     with cursor.copy(_LOG_CONTENTS) as copy:
-        copy.set_types(["text", "uuid", "text", "int8", "bytea", "bytea"])
+        copy.set_types(["text", "uuid", "text", "int8", "bytea", "bytea", "text", "text"])
         for row in rows:
             copy.write_row(row)
 
@@ -243,11 +249,14 @@ def _reused(cursor: psycopg.Cursor[Any], facts: list[Fact], repeated: set[int]) 
     return [position for position in repeated if stored[position] != [True, *map(_digest, _contents(facts[position]))]]
 
 
-def _contents(one: Fact) -> tuple[bytes | None, ...]:
+def _contents(one: Fact) -> tuple[bytes | Reference | None, ...]:
     return one.code, one.output, one.error
 
 
-def _digest(data: bytes | None) -> bytes | None:
+def _digest(data: bytes | Reference | None) -> bytes | None:
+    """The SHA-256 of content, by which the same is the same wherever it is."""
+    if isinstance(data, Reference):
+        return bytes.fromhex(data.sha256)
     return None if data is None else hashlib.sha256(data).digest()
 
 

@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage
-from storage.frames import Encoder, Listed, Reference, Stream, is_key
+from storage.frames import Encoder, Listed, Stream, is_key
 
 Look = Callable[[Reference], Literal["intact", "damaged", "missing"]]
 

@@ -19,16 +19,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import accumulate, pairwise
-from typing import BinaryIO, Literal, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
+from models.content import FRAME_BYTES, Reference
 from models.errors import ObjectDamaged, ObjectStoreOutage
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
-
-FRAME_BYTES = 4 * 1024 * 1024
 
 # Level 1 where the last frame did not shrink: it tells that the next does not either in half the time.
 _LEVEL, _LEVEL_IN_VAIN = 3, 1
@@ -41,18 +40,6 @@ _DIGEST_BYTES = 32
 _OURS_BYTES = len(_VERSION) + _DIGEST_BYTES + 8 + _DIGEST_BYTES  # and a digest for each frame
 
 Content = bytes | BinaryIO | Iterable[bytes]
-
-
-class Reference(NamedTuple):
-    """What an event and a row hold instead of content: the SHA-256 and the size of the content, and how it is kept."""
-
-    sha256: str
-    size: int
-    encoding: Literal["identity", "zstd"]
-
-    @property
-    def key(self) -> str:
-        return self.sha256 if self.encoding == "identity" else f"{self.sha256}.zst"
 
 
 class Listed(NamedTuple):

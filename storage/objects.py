@@ -11,10 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
+from models.content import FRAME_BYTES, Reference
 from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.settings import Settings, parse_store_url
 from storage.files import FileStore
-from storage.frames import FRAME_BYTES, Content, Encoder, Index, Listed, Reference, index_bytes, read_index
+from storage.frames import Content, Encoder, Index, Listed, index_bytes, read_index
 
 if TYPE_CHECKING:
     from storage.s3 import S3Store

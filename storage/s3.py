@@ -16,10 +16,11 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 from urllib3.exceptions import HTTPError
 
+from models.content import FRAME_BYTES
 from models.errors import ObjectMissing, ObjectStoreOutage
 from models.settings import Settings
 from storage.files import Look
-from storage.frames import FRAME_BYTES, Encoder, Listed, Stream, is_key
+from storage.frames import Encoder, Listed, Stream, is_key
 
 MULTIPART_BYTES = 16 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectStoreOutage
 from models.settings import Settings
 from storage import objects
-from storage.frames import FRAME_BYTES
 from storage.objects import Reference
 from storage.s3 import S3Store
 from tests.integration.s3_relay import Fault, Request, S3Relay

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectStoreOutage
 from storage import objects
 from storage.files import FileStore
-from storage.frames import FRAME_BYTES, Encoder, _pack, read_index
+from storage.frames import Encoder, _pack, read_index
 from storage.objects import Reference
 
 SMALL = os.urandom(50_000)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing
 from models.settings import Settings
 from storage import objects
 from storage.files import FileStore
-from storage.frames import FRAME_BYTES
 from storage.objects import Reference, Store
 
 MIB = 1024 * 1024

@@ -20,6 +20,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import Connection, Engine
 
 from models import Event, Outage, Record, merge
+from models.content import Reference
 from models.errors import DatabaseOutage, InvalidSettings
 from models.events import parse
 from models.record import Fact, canonical_json, fact
@@ -307,6 +308,24 @@ def test_the_same_body_said_in_other_words_is_a_duplicate(engine: Engine) -> Non
         first, same = (one.model_copy(update={"eval_id": f"e{number}"}) for one in pair)
         assert store(engine, [first]).outcomes == ["applied"]
         assert store(engine, [same]).outcomes == ["duplicate"], pair
+
+
+@pytest.mark.parametrize("inline_first", [True, False])
+@pytest.mark.parametrize("text", ["x", LARGE])
+def test_content_and_a_reference_to_the_same_bytes_are_the_same_body(
+    engine: Engine, plain: psycopg.Connection[Json], inline_first: bool, text: str
+) -> None:
+    ref = Reference(hashlib.sha256(text.encode()).hexdigest(), len(text), "zstd")
+    inline, referring = event("failed", error=text), event("failed", error=None, error_ref=ref)
+    one, other = (inline, referring) if inline_first else (referring, inline)
+    assert store(engine, [one, other]).outcomes == ["applied", "duplicate"]
+    assert store(engine, [other]).outcomes == store(engine, [one]).outcomes == ["duplicate"]
+    different = event("failed", error=None, error_ref=ref._replace(sha256="0" * 64))
+    assert store(engine, [event("failed", error=text + "y"), different]).outcomes == ["reused", "reused"]
+    if not inline_first:
+        row = plain.execute("SELECT size, sha256, data, store, encoding FROM contents").fetchone()
+        digest = bytes.fromhex(ref.sha256)
+        assert row == {"size": len(text), "sha256": digest, "data": None, "store": "objects", "encoding": "zstd"}
 
 
 def test_an_event_id_is_unique_within_its_evaluation_alone(engine: Engine) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import EvaluationStarted, Event, InvalidEvent
+from models.content import Reference
 from models.events import check, decode, identified, parse
 from models.record import fact, jsonb
 
@@ -30,9 +31,11 @@ LOST = {"type": "evaluation:lost", "eval_id": "e"}
 SENT: list[dict[str, Any]] = [QUEUED, STARTED, COMPLETED, FAILED, TIMED_OUT, CANCELLED]
 RESULTS = [COMPLETED, FAILED, TIMED_OUT]
 RAN = [STARTED, *RESULTS]
+REF = {"sha256": "0f" * 32, "size": 5, "encoding": "identity"}
 FIELDS: dict[str, Any] = {
     "code": "x",
     "code_b64": "eA==",
+    "code_ref": REF,
     "language": "python",
     "submitter": "s",
     "executor_id": "x",
@@ -41,8 +44,10 @@ FIELDS: dict[str, Any] = {
     "exit_code": 0,
     "output": "o",
     "output_b64": "bw==",
+    "output_ref": REF,
     "error": "e",
     "error_b64": "ZQ==",
+    "error_ref": REF,
     "duration_ms": 1.5,
     "memory_bytes": 1,
     "reason": "r",
@@ -105,16 +110,15 @@ def test_exit_code_is_required_only_where_the_code_ran_to_its_end() -> None:
 @pytest.mark.parametrize("event", SENT, ids=lambda event: event["type"])
 def test_each_type_takes_its_own_fields_and_names_every_other(event: dict[str, Any]) -> None:
     allowed = {
-        "evaluation:queued": {"code", "code_b64", "language", "submitter"},
+        "evaluation:queued": {"code", "code_b64", "code_ref", "language", "submitter"},
         "evaluation:started": {"executor_id", "container_id", "timeout_s"},
         "evaluation:cancelled": {"reason"},
     }.get(
         event["type"],
-        set(FIELDS) - {"code", "code_b64", "language", "submitter", "timeout_s", "reason"},
+        set(FIELDS) - {"code", "code_b64", "code_ref", "language", "submitter", "timeout_s", "reason"},
     )
     for name, value in FIELDS.items():
-        twin = name.removesuffix("_b64")
-        with_field = without(event, twin if name != twin else f"{name}_b64") | {name: value}
+        with_field = without(event, name.removesuffix("_b64").removesuffix("_ref")) | {name: value}
         if name in allowed:
             assert check(with_field).model_dump()[name] == value
         else:
@@ -351,7 +355,62 @@ def test_bytes_travel_as_base64_with_padding_and_nothing_else(b64: object) -> No
 
 @pytest.mark.parametrize(("event", "name"), CONTENTS)
 def test_content_given_twice_is_refused(event: dict[str, Any], name: str) -> None:
-    assert list(faults_of({**event, name: "", f"{name}_b64": ""})) == [name]
+    for other in ({f"{name}_b64": ""}, {f"{name}_ref": REF}):
+        assert list(faults_of({**event, name: "", **other})) == [name]
+    assert list(faults_of(without(event, name) | {f"{name}_b64": "", f"{name}_ref": REF})) == [name]
+
+
+@pytest.mark.parametrize(("event", "name"), CONTENTS)
+@pytest.mark.parametrize(
+    "ref",
+    [
+        REF,
+        REF | {"size": 0},
+        REF | {"size": 4 * 1024 * 1024 - 1},
+        REF | {"size": 1, "encoding": "zstd"},
+        REF | {"size": 100 * 1024 * 1024, "encoding": "zstd"},
+    ],
+)
+def test_a_reference_stands_for_content(event: dict[str, Any], name: str, ref: dict[str, Any]) -> None:
+    given = without(event, name) | {f"{name}_ref": ref}
+    checked = check(given)
+    assert checked.model_dump()[f"{name}_ref"] == ref
+    assert getattr(fact(named(given)), name) == Reference(**ref)
+    assert check(checked) == checked == parse(given)
+    assert check(given | {f"{name}_ref": Reference(**ref)}) == checked
+
+
+NO_OBJECTS: list[Any] = [1, True, "x", b"x", [], [*REF.values()], {}]
+BAD_PARTS: dict[str, list[Any]] = {
+    "sha256": ["0f" * 31, "0F" * 32, "0f" * 32 + "\n", "\u0660" * 64, None, 1, ["x"]],
+    "size": [-1, 1.0, True, "1", None, math.nan],
+    "encoding": ["gzip", "", None, 1, ["zstd"], {}],
+}
+
+
+@pytest.mark.parametrize(
+    ("ref", "problem"),
+    [
+        *((bad, "an object of sha256, size and encoding") for bad in NO_OBJECTS),
+        *((without(REF, name), "an object of sha256, size and encoding") for name in REF),
+        (REF | {"more": 1}, "an object of sha256, size and encoding"),
+        *((REF | {name: bad}, f"{name}: ") for name, bads in BAD_PARTS.items() for bad in bads),
+        (REF | {"size": 4 * 1024 * 1024}, "encoding: expected zstd"),
+        (REF | {"size": 0, "encoding": "zstd"}, "encoding: expected identity"),
+        (Reference("x", 1, "zstd"), "sha256: "),
+    ],
+    ids=str,
+)
+def test_a_bad_reference(ref: object, problem: str) -> None:
+    faults = faults_of(without(QUEUED, "code") | {"code_ref": ref})
+    assert list(faults) == ["code_ref"]
+    assert problem in faults["code_ref"]
+
+
+def test_what_a_reference_stands_for_is_measured_too() -> None:
+    given = without(QUEUED, "code") | {"code_ref": REF}
+    assert check(given, max_content_bytes=5)
+    assert faults_of(given, max_content_bytes=4) == {"code": "5 bytes, expected at most 4"}
 
 
 def test_content_is_measured_in_bytes_and_to_the_byte() -> None:

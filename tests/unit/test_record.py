@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import merge
-from models.content import from_bytes, to_bytes
+from models.content import Reference, from_bytes, to_bytes
 from models.events import parse
 
 Json = dict[str, Any]
@@ -38,7 +38,9 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
         """The field from the first source that has it."""
         return next((source[name] for source in sources if source and name in source), None)
 
-    def content(name: str, event: Json | None) -> str | bytes | None:
+    def content(name: str, event: Json | None) -> str | bytes | Reference | None:
+        if (ref := said(f"{name}_ref", event)) is not None:
+            return Reference(**ref)
         data = said(f"{name}_b64", event)
         text = said(name, event)
         return from_bytes(base64.b64decode(data)) if data is not None else None if text is None else from_bytes(to_bytes(text))
@@ -93,6 +95,7 @@ numbers = st.sampled_from([0, -0.0, 1.5, 2**53, None])
 integers = st.sampled_from([0, 1, -(2**63), None])
 contents = st.sampled_from(["", "\0", "\ud800", "\ud83d\ude00"])
 b64s = st.sampled_from(["", "/w==", "7aCA"])
+refs = st.sampled_from([{"sha256": digit * 64, "size": size, "encoding": "zstd"} for digit in "0f" for size in (1, 5_000_000)])
 metadata = st.none() | st.dictionaries(
     st.sampled_from("abc"), st.sampled_from([None, 0, 1.5, "x", [1], {"a": None}]), max_size=3
 )
@@ -103,8 +106,9 @@ common = {
 ran = {"executor_id": texts, "container_id": texts}
 
 
-def one_of_both(name: str) -> st.SearchStrategy[Json]:
-    return st.fixed_dictionaries({name: contents}) | st.fixed_dictionaries({f"{name}_b64": b64s})
+def one_form(name: str) -> st.SearchStrategy[Json]:
+    forms = {name: contents, f"{name}_b64": b64s, f"{name}_ref": refs}
+    return st.one_of([st.fixed_dictionaries({form: values}) for form, values in forms.items()])
 
 
 def kind(type_: str, optional: dict[str, st.SearchStrategy[Any]], *more: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
@@ -121,14 +125,14 @@ def kind(type_: str, optional: dict[str, st.SearchStrategy[Any]], *more: st.Sear
 
 
 nothing: st.SearchStrategy[Json] = st.just({})
-output, error = nothing | one_of_both("output"), nothing | one_of_both("error")
+output, error = nothing | one_form("output"), nothing | one_form("error")
 measured = {**ran, "duration_ms": numbers, "memory_bytes": integers}
 events = st.one_of(
-    kind("evaluation:queued", {"language": texts, "submitter": texts}, one_of_both("code")),
+    kind("evaluation:queued", {"language": texts, "submitter": texts}, one_form("code")),
     kind("evaluation:started", {**ran, "timeout_s": numbers}),
     kind("evaluation:running", {**ran, "timeout_s": numbers}),
     kind("evaluation:completed", measured, st.fixed_dictionaries({"exit_code": st.sampled_from([0, 1])}), output, error),
-    kind("evaluation:failed", {**measured, "exit_code": integers}, output, one_of_both("error")),
+    kind("evaluation:failed", {**measured, "exit_code": integers}, output, one_form("error")),
     kind("evaluation:timed_out", {**measured, "exit_code": integers}, output, error),
     kind("evaluation:cancelled", {"reason": texts}),
     kind("evaluation:lost", {}),

@@ -14,6 +14,7 @@ from models.record import Fact, fact
 from models.wire import read_fact
 
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
+REF = {"sha256": "0f" * 32, "size": 5, "encoding": "zstd"}
 USUAL: dict[str, dict[str, Any]] = {
     "queued": {"code": "print(1)", "language": "lua", "submitter": "me", "metadata": {"a": [1, 2.5, None, {"b": "c"}]}},
     "started": {"executor_id": "e", "container_id": "", "timeout_s": 30, "attempt": 3},
@@ -125,6 +126,8 @@ of_field: dict[str, st.SearchStrategy[Any]] = {
     "output": st.text(st.characters(exclude_categories=()), max_size=20),
     "code": st.text(st.characters(exclude_categories=()), max_size=20),
     "metadata": st.dictionaries(st.text(st.characters(exclude_categories=()), max_size=3), anything, max_size=4),
+    "code_ref": st.sampled_from([REF, REF | {"size": -1}]),
+    "output_ref": st.sampled_from([REF, REF | {"sha256": ""}]),
     "code_b64": st.sampled_from(["YQ==", "!"]),
     "type": st.sampled_from([*(f"evaluation:{kind}" for kind in [*USUAL, "running", "lost", "other"]), 5, None]),
     "unknown": anything,
