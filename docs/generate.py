@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidEvent
 from models.events import ENDINGS, MAX_METADATA_BYTES, Event, check
+from models.metrics import METRICS, Metric
 from models.record import Record
 from models.settings import Settings
 from ops.cli import app
@@ -122,6 +123,26 @@ def record() -> str:
     return ", ".join(f"`{name}`" for name in Record.model_fields) + ".\n"
 
 
+def metrics() -> str:
+    """Every metric: from `models.metrics.METRICS`."""
+    head = ["metric", "type", "unit", "labels", "what"]
+    sections = {
+        "worker": "What a worker's processes did",
+        "api": "What the service's processes did",
+        "any": "Of each group of processes",
+        "servers": "What the servers hold",
+    }
+    parts = []
+    for source, title in sections.items():
+        rows = [[f"`{one.name}`", one.kind, one.unit, _labels(one), one.help] for one in METRICS if one.source == source]
+        parts.append(f"## {title}\n\n{_table(head, rows)}")
+    return "\n".join(parts)
+
+
+def _labels(metric: Metric) -> str:
+    return "<br>".join(f"`{name}`: {', '.join(values) or '…'}" for name, values in metric.labels.items())
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
@@ -133,6 +154,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "events": events,
     "limits": limits,
     "record": record,
+    "metrics": metrics,
 }
 
 
