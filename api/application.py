@@ -15,6 +15,7 @@ from api import contents, documentation, evaluations, events, health, lists, pro
 from api.limits import Guard
 from api.metrics import Metrics
 from api.openapi import document, methods
+from api.reads import Reads
 from api.rendering import json_response
 from api.service import Service, set_up_logging
 from models.settings import settings
@@ -69,7 +70,7 @@ def build() -> ASGIApp:
                 "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
             )
 
-    return Guard(app, max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
+    return Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
 
 
 def _release() -> str:

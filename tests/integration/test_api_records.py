@@ -182,3 +182,15 @@ def test_who_may_not_read_is_told_no_more_than_the_version(api: Any) -> None:
     made = api.write.post(E, json={"eval_id": "e", "code": "secret"})
     assert made.json() == {"eval_id": "e", "version": 1, "status": "queued"}
     assert api.write.put(f"{E}/e", json={"status": "running"}).json() == {"eval_id": "e", "version": 2, "status": "running"}
+
+
+def test_a_record_is_read_whatever_form_its_address_has_and_counted_by_its_route(api: Any) -> None:
+    api.both.post(E, json={"eval_id": "a@b", "code": "c"})
+    plain, encoded = api.read.get(f"{E}/a@b"), api.read.get(f"{E}/%61%40b?unknown=1")
+    assert plain.status_code == encoded.status_code == 200
+    assert plain.content == encoded.content
+    assert plain.headers["content-type"] == encoded.headers["content-type"] == "application/json"
+    assert api.read.get(f"{E}/a@b", headers={"If-None-Match": plain.headers["etag"]}).status_code == 304
+    counted = api.nobody.get("/metrics").text
+    assert 'evalstore_http_requests_total{method="GET",route="/storage/evaluations/{eval_id}",status="200"} 2.0' in counted
+    assert "a@b" not in counted
