@@ -19,6 +19,7 @@ FRAME_BYTES = 4 * 1024 * 1024
 _SPLIT_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NAMED = re.compile(rb'"sha256"\s*:\s*"([0-9a-f]{64})"')
 
 
 class Reference(NamedTuple):
@@ -52,6 +53,14 @@ def reference(value: Any) -> Reference:
     if encoding == "zstd" and size == 0:
         raise ValueError("encoding: expected identity, as there is nothing to compress")
     return Reference(sha256, size, encoding)
+
+
+def objects_named(message: bytes) -> set[bytes]:
+    """The SHA-256 of every object that a message may need, given as it travels. One too many does no harm: it stays longer.
+
+    By the letter, so that it holds of messages that cannot be read, too.
+    """
+    return {bytes.fromhex(found.decode()) for found in _NAMED.findall(message)}
 
 
 def to_bytes(text: str) -> bytes:

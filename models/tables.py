@@ -92,7 +92,7 @@ evaluation_events = Table(
 )
 
 # Content too large for the event's own row: `data` here, or, where `store` is set, an object of that SHA-256 and `encoding` in
-# the store at EVALSTORE_OBJECT_STORE_URL ("objects") or EVALSTORE_ARCHIVE_URL ("archive").
+# the store at EVALSTORE_OBJECT_STORE_URL ("objects") or, where that is another one, EVALSTORE_ARCHIVE_URL ("archive").
 contents = Table(
     "contents",
     metadata,
@@ -109,6 +109,13 @@ contents = Table(
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("failure", Text),
     Column("retry_at", _TIME),
+    # Of its event, so of the result when that is what it belongs to: the order in which content grows old.
+    Column("occurred_at", _TIME, nullable=False, server_default=_NOW),
+    # What is due is found by size or by age, and never by reading what is not. storage/archive.py
+    Index("contents_by_size", "store", "size"),
+    Index("contents_by_time", "store", "occurred_at", postgresql_where=text("store IS NULL OR store = 'objects'")),
+    Index("contents_by_object", "sha256", postgresql_where=text("store IS NOT NULL")),
+    Index("contents_failed", "retry_at", postgresql_where=text("failure IS NOT NULL")),
 )
 
 # The outbox: all confirmations of one commit in one row, a line each, so that it costs next to nothing. docs/decisions/0003.
@@ -160,11 +167,14 @@ dead_letters = Table(
     Column("redrive", Uuid),
     # When the redrive that holds it put it in Redis: unknown to one that died before it could say so.
     Column("sent_at", _TIME),
+    # The SHA-256 of each object that the message needs, so that no sweep takes it.
+    Column("objects", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
     Index("dead_letters_by_time", "last_at"),
     Index("dead_letters_by_signature", "signature"),
     Index("dead_letters_by_evaluation", "eval_id"),
     Index("dead_letters_by_redrive", "redrive", postgresql_where=text("redrive IS NOT NULL")),
     Index("dead_letters_redriving", "id", postgresql_where=text("state = 'redriving'")),
+    Index("dead_letters_by_object", "objects", postgresql_using="gin", postgresql_where=text("objects <> '{}'")),
     Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
 )
 

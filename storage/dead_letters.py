@@ -12,6 +12,7 @@ import psycopg
 from psycopg.rows import dict_row
 from sqlalchemy import Connection
 
+from models.content import objects_named
 from models.errors import printable
 from storage import database, operator_actions, redrives
 from storage.operator_actions import Intent
@@ -40,8 +41,8 @@ class Burial(NamedTuple):
 # A letter that dies again after a redrive is the same letter, with its newest cause.
 _WRITE: Final = """
 INSERT INTO dead_letters (id, queue, actor, eval_id, event_id, message, error_class, error_message, traceback, signature,
-    deliveries, attempts, first_at, last_at, host, release)
-VALUES (%s, %s, %s, %s, %s, %b, %s, %s, %s, %s, 1, %s, %s, %s, %s, %s)
+    deliveries, attempts, first_at, last_at, host, release, objects)
+VALUES (%s, %s, %s, %s, %s, %b, %s, %s, %s, %s, 1, %s, %s, %s, %s, %s, %s)
 ON CONFLICT (id) DO UPDATE SET state = 'dead', error_class = excluded.error_class, error_message = excluded.error_message,
     traceback = excluded.traceback, signature = excluded.signature, deliveries = dead_letters.deliveries + 1,
     attempts = least(dead_letters.attempts::bigint + excluded.attempts, 2147483647), last_at = excluded.last_at,
@@ -57,7 +58,15 @@ def write(conn: Connection, burials: Sequence[Burial]) -> None:
     Raises DatabaseOutage (retry).
     """
     ordered = sorted(burials)  # by id, as letters are locked everywhere
-    rows = [(*one[:10], min(one.attempts, _MOST_ATTEMPTS), one.died_at, one.died_at, one.host, one.release) for one in ordered]
+    rows = [
+        (
+            *one[:10],
+            min(one.attempts, _MOST_ATTEMPTS),
+            *(one.died_at, one.died_at, one.host, one.release),
+            sorted(objects_named(one.message)),
+        )
+        for one in ordered
+    ]
     died_at = {one.id: one.died_at for one in burials}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         redriven = redrives.lock(cursor, list(died_at))
@@ -231,8 +240,15 @@ class Edited(NamedTuple):
 
 
 _EDIT: Final = """
-UPDATE dead_letters SET message = %b, actor = %s, eval_id = %s, event_id = %s WHERE id = ANY(%s) AND message = %b
+UPDATE dead_letters SET message = %b, actor = %s, eval_id = %s, event_id = %s, objects = %s
+WHERE id = ANY(%s) AND message = %b
 """
+
+
+def _edit(edited: Edited, ids: list[UUID]) -> list[Any]:
+    # What the old message needs stays, too: an operator may want it back from the file it was kept in.
+    needed = objects_named(edited.before) | objects_named(edited.message)
+    return [*edited[1:], sorted(needed), ids, edited.before]
 
 
 def redrive(
@@ -253,7 +269,7 @@ def redrive(
     redrive_id = uuid4()
     with database.errors(), conn.begin() as transaction, database.driver(conn).cursor() as cursor:
         ids = _locked(cursor, chosen._replace(states=("dead",)))
-        unchanged = edited is None or cursor.execute(_EDIT, [*edited[1:], ids, edited.before]).rowcount == 1
+        unchanged = edited is None or cursor.execute(_EDIT, _edit(edited, ids)).rowcount == 1
         if not ids or not unchanged or not accept(len(ids)):
             transaction.rollback()
             return None, len(ids)

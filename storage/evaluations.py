@@ -80,7 +80,9 @@ INSERT INTO evaluation_events ({_columns(Fact._fields)})
 SELECT {_columns(Fact._fields)} FROM stage_events ORDER BY number
 ON CONFLICT DO NOTHING RETURNING eval_id, event_id
 """
-_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)"
+_LOG_CONTENTS: Final = """
+COPY contents (eval_id, event_id, kind, occurred_at, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)
+"""
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
 _COMPARE: Final = f"""
 SELECT s.number,
@@ -214,7 +216,7 @@ def _stage_events(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> dict[int, l
                     where = (len(data), _digest(data), data, None, None)
                 else:
                     continue
-                large.setdefault(position, []).append((*one[:2], Fact._fields[column], *where))
+                large.setdefault(position, []).append((*one[:2], Fact._fields[column], one.occurred_at, *where))
                 row[column + 1] = None
             copy.write_row(row)
     return large
@@ -229,7 +231,7 @@ def _stage_records(cursor: psycopg.Cursor[Any], number: int, states: Iterable[St
 
 def _log_contents(cursor: psycopg.Cursor[Any], rows: list[tuple[Any, ...]]) -> None:
     with cursor.copy(_LOG_CONTENTS) as copy:
-        copy.set_types(["text", "uuid", "text", "int8", "bytea", "bytea", "text", "text"])
+        copy.set_types(["text", "uuid", "text", "timestamptz", "int8", "bytea", "bytea", "text", "text"])
         for row in rows:
             copy.write_row(row)
 
