@@ -13,9 +13,10 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import set_json_dumps
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import DatabaseOutage, InvalidSettings
 from models.record import jsonb
@@ -27,6 +28,13 @@ _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
 _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.CrashShutdown)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege)
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
+
+
+class _ThisThread(threading.local):
+    was_refused = False
+
+
+_this_thread = _ThisThread()
 
 
 def engine(
@@ -74,7 +82,7 @@ def engine(
         set_json_dumps(jsonb, conn)
         return conn
 
-    return create_engine(
+    made = create_engine(
         "postgresql+psycopg://",
         creator=connect,
         pool_size=pool_size,
@@ -82,6 +90,15 @@ def engine(
         pool_timeout=10,
         pool_pre_ping=pre_ping,
     )
+    event.listen(made, "checkin", _leave_read_only)
+    return made
+
+
+def _leave_read_only(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    """Do not go back to a server that refused to write: after a switch-over another one does, behind the same address."""
+    if _this_thread.was_refused:
+        _this_thread.was_refused = False
+        record.invalidate()
 
 
 def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
@@ -103,6 +120,8 @@ def errors() -> Iterator[None]:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, _NOT_MIGRATED):
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
+        # The connection it came from goes back to its pool next.
+        _this_thread.was_refused = isinstance(cause, pg.ReadOnlySqlTransaction)
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             may_be_the_work = cause.sqlstate is None or isinstance(cause, _OVERTAXED)
             raise DatabaseOutage(str(cause).strip() or type(cause).__name__, may_be_the_work=may_be_the_work) from error

@@ -5,10 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,6 +20,7 @@ import psycopg
 import redis
 from dramatiq import Message
 
+from models.errors import RedisOutage
 from ops import guard, processes
 from tasks.broker import Broker, Keys
 from tasks.evaluations import QUEUE, store_evaluation
@@ -70,12 +72,13 @@ class Workers:
     def __init__(self, folder: Path, env: dict[str, str], module: str, processes_: int, threads: int) -> None:
         self.folder, self.env, self.module, self.size, self.threads = folder, env, module, processes_, threads
         self.log = folder / f"worker-{uuid4().hex[:6]}.log"
+        self.prefix: list[str] = []  # what makes of a command one that runs somewhere else
         self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
         """Start, and return when all processes are ready to work."""
         so_far = self.log.read_bytes().count(_READY) if self.log.exists() else 0
-        command = [sys.executable, "-m", "dramatiq", self.module, "-p", str(self.size), "-t", str(self.threads)]
+        command = [*self.prefix, sys.executable, "-m", "dramatiq", self.module, "-p", str(self.size), "-t", str(self.threads)]
         with self.log.open("ab") as output:
             self._guard = processes.start(
                 command, mark=self.folder, output=output, grace_s=60, cwd=ROOT, env={**os.environ, **self.env}
@@ -171,6 +174,33 @@ class World:
             chunk = events[start : start + 1000]
             self.broker.enqueue_many([store_evaluation.message(event) for event in chunk])
             self.sent |= {event["event_id"]: event for event in chunk}
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """500 events a second, until the end of the block."""
+        done = threading.Event()
+
+        def send() -> None:
+            while not done.wait(0.2):
+                with suppress(RedisOutage):  # what perhaps arrived all the same is sent again, and stored once
+                    pending.extend([] if pending else evaluations(33))
+                    self.send(pending)
+                    pending.clear()
+
+        pending: list[dict[str, Any]] = []
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            yield
+        finally:
+            done.set()
+            sender.join()
+            self.send(pending)
+
+    def is_waiting(self) -> bool:
+        """Whether every worker process has said that it waits for an outage to end."""
+        states = self.client.hvals(KEYS.processes)
+        return bool(states) and all(state.startswith(b"waiting") for state in states)
 
     def raw(self, body: bytes | str, redis_id: str | None = None) -> str:
         """Put a body in the queue as a sender without Dramatiq does; returns its id."""
