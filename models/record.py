@@ -44,6 +44,11 @@ class Fact(NamedTuple):
     error: bytes | Reference | None = None
     extra: str | None = None
 
+    @property
+    def references(self) -> list[Reference]:
+        """The objects it needs."""
+        return [found for found in (self.code, self.output, self.error) if isinstance(found, Reference)]
+
 
 class State(NamedTuple):
     """A record as the table `evaluations` holds it: content by the events that brought it."""

@@ -5,6 +5,7 @@ is not set up: wait and repeat the step. Every step may be repeated, and done by
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from models.content import FRAME_BYTES, Reference
-from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage
+from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.settings import Settings, parse_store_url
 from storage.files import FileStore
 from storage.frames import Content, Encoder, Index, Listed, index_bytes, read_index
@@ -21,12 +22,27 @@ if TYPE_CHECKING:
     from storage.s3 import S3Store
 
 Store: TypeAlias = "FileStore | S3Store"
+Place = Literal["objects", "archive"]
 State = Literal["intact", "damaged", "missing"]
 
 # What breaks off or is damaged on its way is asked for again this often; a store's client repeats what is refused by itself.
 _ATTEMPTS = 3
 
-__all__ = ["Content", "Listed", "Put", "Reference", "Store", "head", "open_store", "put", "read", "read_range", "verify"]
+__all__ = [
+    "Content",
+    "Listed",
+    "Place",
+    "Put",
+    "Reference",
+    "Store",
+    "Stores",
+    "head",
+    "open_store",
+    "put",
+    "read",
+    "read_range",
+    "verify",
+]
 
 
 class Put(NamedTuple):
@@ -36,17 +52,53 @@ class Put(NamedTuple):
     new: bool
 
 
-def open_store(url: str, settings: Settings, *, threads: int = 8) -> Store:
+def open_store(url: str, settings: Settings, *, threads: int = 8, in_a_hurry: bool = False) -> Store:
     """The store at `file:///folder` or `s3://bucket/prefix`, for up to that many threads at once. Nothing is looked at yet.
 
-    Raises ValueError for another address, and needs boto3 for S3 alone. A process that forks opens its own.
+    `in_a_hurry`: where somebody waits who can do without, S3 is given up on sooner. A process that forks opens its own.
+    Raises ValueError for another address, InvalidSettings for S3 without boto3.
     """
     scheme, place, prefix = parse_store_url(url)
     if scheme == "file":
         return FileStore(Path(place))
-    from storage.s3 import S3Store  # noqa: PLC0415  a gateway that uses a directory does without boto3
-
+    try:
+        from storage.s3 import S3Store  # noqa: PLC0415  a gateway that uses a directory does without boto3
+    except ModuleNotFoundError as error:
+        raise InvalidSettings(f"an object store on S3 needs {error.name}: install evalstore[s3]") from None
+    if in_a_hurry:
+        return S3Store(place, prefix, settings, threads=threads, attempts=2, connect_timeout_s=2, read_timeout_s=10)
     return S3Store(place, prefix, settings, threads=threads)
+
+
+class Stores:
+    """The stores that rows name, each opened at its first use. For many threads; a process that forks makes its own."""
+
+    def __init__(self, settings: Settings, *, threads: int = 8, in_a_hurry: bool = False) -> None:
+        self._settings, self._threads, self._in_a_hurry = settings, threads, in_a_hurry
+        self._lock = threading.Lock()
+        self._open: dict[str, Store] = {}
+
+    def url(self, name: Place) -> str | None:
+        """Where the store is that a row means by `name`."""
+        archive = self._settings.archive_url if name == "archive" else None
+        return archive or self._settings.object_store_url
+
+    def __getitem__(self, name: Place) -> Store:
+        """Raises ObjectStoreOutage where no setting says where it is: that can be mended."""
+        url = self.url(name)
+        if url is None:
+            raise ObjectStoreOutage("there is no object store: set EVALSTORE_OBJECT_STORE_URL")
+        with self._lock:
+            if url not in self._open:
+                self._open[url] = open_store(url, self._settings, threads=self._threads, in_a_hurry=self._in_a_hurry)
+            return self._open[url]
+
+    def close(self) -> None:
+        """Close what was opened."""
+        with self._lock:
+            for store in self._open.values():
+                store.close()
+            self._open.clear()
 
 
 def put(

@@ -34,10 +34,12 @@ class Delivery:
 
 @dataclass(slots=True)
 class Batch:
-    """Deliveries for one call of an actor. All are acknowledged after it but those it buried, or go back if `returned`."""
+    """Deliveries for one call of an actor. All are acknowledged after it but those it buried, and those that are to come again
+    `later` (in so many ms), or go back if `returned`."""
 
     deliveries: list[Delivery]
     buried: dict[bytes, bytes] = field(default_factory=dict)
+    later: dict[bytes, int] = field(default_factory=dict)
     returned: bool = False
 
     def __iter__(self) -> Iterator[Delivery]:

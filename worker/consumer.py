@@ -173,8 +173,9 @@ class Consumer(DramatiqConsumer):
             elif batch is not None and error is not None and len(batch) > 1:
                 self._take_apart(message)
             elif error is None:
-                buried = batch.buried if batch else {}
-                self._settle([redis_id for redis_id in redis_ids if redis_id not in buried], buried)
+                buried, later = (batch.buried, batch.later) if batch else ({}, {})
+                self._settle([one for one in redis_ids if one not in buried and one not in later], buried)
+                self._postpone(later)
             elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
                 retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
                 self._retry(redis_ids[0], message, retry_ms)
@@ -241,6 +242,11 @@ class Consumer(DramatiqConsumer):
             self._settle([], {redis_id: cause(error)})
             return
         self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
+
+    def _postpone(self, later: dict[bytes, int]) -> None:
+        if later:
+            pairs = [part for pair in later.items() for part in pair]
+            self._until_done(list(later), lambda: self.broker.run("postpone", [self.unacked, self.keys.delayed], *pairs))
 
     def _give_back(self, redis_ids: list[bytes]) -> None:
         self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))

@@ -15,18 +15,19 @@ from models.record import Fact, fact
 from models.settings import settings
 from models.wire import read_fact
 from storage import database, evaluations, migrations
+from storage.objects import Stores
+from storage.presence import Presence
 from tasks.evaluations import ACTOR
 from worker import dead_letters
-from worker.batches import Batch, Delivery, cause, read
+from worker.batches import REDRIVEN, Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
+from worker.contents import Contents, Pair
 from worker.hold import Hold
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
 _STOP_GRACE_S = 2.0
 _SUSPICIONS = 5
-
-_Pair = tuple[Delivery, Fact]
 
 
 @cache
@@ -45,9 +46,12 @@ class Store:
         self._hold = hold
         self._watch = database.Watch()
         self._breaker = Breaker(limits or BreakerLimits())
+        self._presence = Presence(Stores(settings(), in_a_hurry=True))
+        self._contents = Contents(self._presence)
 
     def __call__(self, batch: Batch) -> None:
-        """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored.
+        """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored, and let
+        come again later what waits for an object. Events that need one have a transaction of their own.
 
         Waits for PostgreSQL as long as it is away, and while the breaker is open. When it is told to stop meanwhile, the batch
         goes back to the queue: what was stored of it will be recognised when it comes again.
@@ -58,8 +62,8 @@ class Store:
                 if self._breaker.is_open:
                     left = self._probe(batch, left)
                     continue
-                bad = self._work(left)
-                counted = [delivery for delivery in left if not delivery.is_redriven]
+                bad = self._work(batch, left)
+                counted = [one for one in left if not one.is_redriven and one.redis_id not in batch.later]
                 counted_bad = sum(delivery.redis_id in bad for delivery in counted)
                 if self._breaker.note(len(counted) - counted_bad, counted_bad):
                     self._shout(bad)
@@ -81,13 +85,13 @@ class Store:
                     raise _Stopped("told to stop while the breaker is open")
                 if not self._breaker.is_open:
                     return left
-            bad = self._work(left[:1])
+            bad = self._work(batch, left[:1])
         finally:
             self._hold.outages -= 1
         if bad:
             self._shout(bad)
             batch.buried |= bad
-        else:
+        elif left[0].redis_id not in batch.later:
             log.warning("the breaker is closed: a message was stored")
             self._breaker.close()
         return left[1:]
@@ -100,29 +104,39 @@ class Store:
             *(limits.share * 100, limits.messages, limits.window_s, limits.probe_s, newest),
         )
 
-    def _work(self, deliveries: list[Delivery]) -> dict[bytes, bytes]:
+    def _work(self, batch: Batch, deliveries: list[Delivery]) -> dict[bytes, bytes]:
         """Store these; returns the causes of those that can never be stored."""
         bad: dict[bytes, bytes] = {}
-        events: list[_Pair] = []
+        events: list[Pair] = []
+        referring: list[Pair] = []
+        most = settings().max_content_bytes
         for delivery in deliveries:
             try:
-                events.append((delivery, fact_of(delivery.body)))
+                usual = read_fact(delivery.body, max_content_bytes=most)
+                event = usual or unusual_fact(delivery.body)
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
+                continue
+            (events if usual or self._contents.known(event) else referring).append((delivery, event))
         if events:
             self._store(bad, events)
-        redriven = [delivery.redis_id for delivery in deliveries if delivery.is_redriven and delivery.redis_id not in bad]
+        # Last: the object store may be slow.
+        if referring and (present := self._contents.present(referring, batch, bad)):
+            self._store(bad, present)
+        settled = [one.redis_id for one in deliveries if one.redis_id not in bad and one.redis_id not in batch.later]
+        redriven = [redis_id for redis_id in settled if redis_id.startswith(REDRIVEN)]
         if redriven:
             dead_letters.record_stored(engine(), redriven)
         return bad
 
     def stop_soon(self) -> None:
         """Break off, after a moment, what a server that does not answer keeps waiting."""
+        self._presence.stopping = True
         timer = threading.Timer(_STOP_GRACE_S, self._watch.break_all)
         timer.daemon = True
         timer.start()
 
-    def _store(self, bad: dict[bytes, bytes], events: list[_Pair]) -> None:
+    def _store(self, bad: dict[bytes, bytes], events: list[Pair]) -> None:
         """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
         started = time.monotonic()
         try:
@@ -143,7 +157,7 @@ class Store:
             if outcome == "reused":
                 bad[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
 
-    def _stored(self, events: list[_Pair]) -> evaluations.Stored:
+    def _stored(self, events: list[Pair]) -> evaluations.Stored:
         """`evaluations.store`, tried again while the database is away or its schema is not ours.
 
         Raises DatabaseOutage when it fails in a way that these events may cause, and goes on to while small writes go through.
@@ -190,16 +204,18 @@ class _Stopped(Outage):
 
 def fact_of(body: bytes) -> Fact:
     """The event in a message as the log is to hold it. Raises InvalidEvent, ActorNotFound."""
-    most = settings().max_content_bytes
-    usual = read_fact(body, max_content_bytes=most)
-    if usual is not None:
-        return usual
+    return read_fact(body, max_content_bytes=settings().max_content_bytes) or unusual_fact(body)
+
+
+def unusual_fact(body: bytes) -> Fact:
+    """The same, the thorough way: of whatever `read_fact` leaves alone."""
     message = read(body)
     if message.actor_name != ACTOR:
         raise ActorNotFound(message.actor_name)
     if len(message.args) != 1 or message.kwargs or not isinstance(message.args[0], dict):
         raise InvalidEvent([Fault("message.args", "expected one event, a JSON object, as the one positional argument")])
-    event = parse(identified(message.args[0], message.message_id, message.message_timestamp), max_content_bytes=most)
+    given = identified(message.args[0], message.message_id, message.message_timestamp)
+    event = parse(given, max_content_bytes=settings().max_content_bytes)
     if event.type == "evaluation:lost":
         raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
     return fact(event)
