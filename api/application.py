@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
 
-from api import contents, documentation, evaluations, events, health, lists, problems
+from api import contents, documentation, evaluations, events, health, lists, problems, uploads
 from api.limits import Guard
 from api.metrics import Metrics
 from api.openapi import document, methods
@@ -43,7 +43,7 @@ def build() -> ASGIApp:
             service.close()
 
     app = FastAPI(title=TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for part in (evaluations, lists, events, contents, health):
+    for part in (evaluations, lists, events, contents, uploads, health):
         app.include_router(part.router)
 
     def made() -> Mapping[str, Any]:

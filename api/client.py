@@ -9,26 +9,29 @@ Every call that writes may be repeated: what it says is stored once. So whatever
 """
 
 import base64
+import hashlib
+import io
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, BinaryIO, Final, Literal, Self, cast
 from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
 
 from api.answers import Conflict, Evaluation, NotFound, Outcome, ServiceError, ServiceOutage, VersionChanged
-from models.errors import Fault
+from models.errors import Fault, ObjectDamaged
 from models.events import decode
 
 Kind = Literal["code", "output", "error"]
 _BATCH: Final = 5_000
 _BATCH_BYTES: Final = 16 * 1024 * 1024
+_PIECE_BYTES: Final = 256 * 1024
 _LONGEST_WAIT_S: Final = 5.0
 
 
@@ -62,8 +65,11 @@ class StorageClient:
         """Close the connections."""
         self._http.close()
 
-    def create_evaluation(self, eval_id: str, code: str | bytes, **fields: Any) -> Evaluation:
-        """Store that an evaluation was queued: `language`, `submitter`, `metadata`, … Raises Conflict where it was before."""
+    def create_evaluation(self, eval_id: str, code: str | bytes | None = None, **fields: Any) -> Evaluation:
+        """Store that an evaluation was queued: `language`, `submitter`, `metadata`, … `code`, or `code_ref` from `put_content`.
+
+        Raises Conflict where it was before.
+        """
         body = _body({"eval_id": eval_id, "code": code, "occurred_at": _now(), **fields})
         answer = self._request("POST", "/storage/evaluations", content=body, headers={"Idempotency-Key": uuid4().hex})
         return _evaluation(answer.content)
@@ -102,6 +108,26 @@ class StorageClient:
             if page["next"] is None:
                 return
             query["cursor"] = page["next"]
+
+    def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
+        """Upload content, and return what an event names it by: give it as `output_ref`, `code_ref` or `error_ref`, soon.
+
+        A file is sent from where it stands, piece by piece, and must be one that can seek, as an attempt may have to be
+        repeated. Raises ObjectDamaged where the service received something else.
+        """
+        source: BinaryIO = io.BytesIO(content) if isinstance(content, bytes) else content
+        begin, sent = source.tell(), hashlib.sha256()
+
+        def attempt() -> httpx.Request:
+            nonlocal sent
+            source.seek(begin)
+            sent = hashlib.sha256()
+            return self._http.build_request("POST", "/storage/content", content=_pieces(source, sent))
+
+        reference: dict[str, Any] = decode(self._answered(attempt).content)
+        if reference["sha256"] != sent.hexdigest():
+            raise ObjectDamaged("the service did not receive what was sent")
+        return reference
 
     def get_output(self, eval_id: str) -> bytes:
         """The whole standard output, in memory. Raises NotFound."""
@@ -169,11 +195,14 @@ class StorageClient:
             yield Outcome.model_validate(told)
 
     def _request(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
+        return self._answered(lambda: self._http.build_request(method, path, **options), stream=stream)
+
+    def _answered(self, attempt: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
         """Send until it is answered with something else than an outage."""
         give_up, wait_s = time.monotonic() + self._retry_s, 0.05
         while True:
             try:
-                answer = self._http.send(self._http.build_request(method, path, **options), stream=stream)
+                answer = self._http.send(attempt(), stream=stream)
             except httpx.TransportError as error:
                 wait_s = _wait(wait_s, give_up, error)
                 continue
@@ -210,6 +239,12 @@ def _refusal(answer: httpx.Response) -> ServiceError:
         kind, detail, faults = "unknown", answer.text[:200], []
     found = {404: NotFound, 409: Conflict, 412: VersionChanged}.get(answer.status_code, ServiceError)
     return found(answer.status_code, kind, detail, faults, answer.headers.get("x-request-id"))
+
+
+def _pieces(source: BinaryIO, sent: Any) -> Iterator[bytes]:
+    while piece := source.read(_PIECE_BYTES):
+        sent.update(piece)
+        yield piece
 
 
 def _path(eval_id: str) -> str:

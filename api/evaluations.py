@@ -8,14 +8,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api import requests
+from api import requests, uploads
 from api.access import Caller
 from api.cache import Rendered
 from api.openapi import EVAL_ID_PARAMETER, answers, header, json_body
 from api.problems import not_found
 from api.rendering import json_response, rendered, url
 from api.service import Service, service_of
-from models.errors import EventIdReused
+from models.errors import EventIdReused, InvalidEvent
 from models.events import Event, identity
 from storage import conditional, records
 from storage.conditional import Given
@@ -77,12 +77,17 @@ async def create(request: Request) -> Response:
     caller = await service.access.caller(request, "write")
     key = requests.idempotency_key(request.headers)
     async with service.body(request) as body:
+
+        def read() -> Given:
+            given = requests.created(body, key, service.settings.max_content_bytes)
+            _check_references(service, caller, given.event)
+            return given
+
         if wants_async(request.headers):
-            given = await service.thread(lambda: requests.created(body, key, service.settings.max_content_bytes))
-            return await accepted(service, given)
+            return await accepted(service, await service.thread(read))
 
         def work() -> tuple[Event, Outcome]:
-            given = requests.created(body, key, service.settings.max_content_bytes)
+            given = read()
             return given.event, service.with_connection(lambda conn: conditional.create(conn, given))
 
         event, outcome = await service.thread(work)
@@ -103,13 +108,24 @@ async def update(request: Request, eval_id: str) -> Response:
     caller = await service.access.caller(request, "write")
     key, versions = requests.idempotency_key(request.headers), _versions(request.headers.get("if-match"))
     async with service.body(request) as body:
-        change = await service.thread(lambda: requests.changed(body, eval_id, key, service.settings.max_content_bytes))
+
+        def read() -> requests.Change:
+            change = requests.changed(body, eval_id, key, service.settings.max_content_bytes)
+            _check_references(service, caller, change.event)
+            return change
+
+        change = await service.thread(read)
         if wants_async(request.headers) and versions is None:
             attempt = change.attempt or await _attempt(service, eval_id)
             given = await service.thread(lambda: change.make(attempt))
             return await accepted(service, given)
         given, outcome, is_new = await service.run(lambda conn: conditional.update(conn, eval_id, change.make, versions))
     return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
+
+
+def _check_references(service: Service, caller: Caller, event: Event) -> None:
+    if faults := uploads.faults(service, caller, [event])[0]:
+        raise InvalidEvent(faults)
 
 
 async def _attempt(service: Service, eval_id: str) -> int:

@@ -9,7 +9,8 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from api import requests
+from api import requests, uploads
+from api.access import Caller
 from api.evaluations import IDEMPOTENCY_KEY, PREFER, accepted, as_first_given, wants_async
 from api.openapi import answers, json_body
 from api.problems import invalid, not_found
@@ -50,10 +51,15 @@ async def send(request: Request, eval_id: str) -> Response:
     if _is_lines(request):
         return await _batch(request, eval_id)
     service = service_of(request)
-    await service.access.caller(request, "write")
+    caller = await service.access.caller(request, "write")
     key = requests.idempotency_key(request.headers)
     async with service.body(request) as body:
-        line = await service.thread(lambda: requests.single(body, eval_id, key, service.settings.max_content_bytes))
+
+        def read() -> Line:
+            line = requests.single(body, eval_id, key, service.settings.max_content_bytes)
+            return _allowed(service, caller, [line])[0]
+
+        line = await service.thread(read)
     if line.given is None:
         raise invalid(line.faults)
     given = line.given
@@ -80,13 +86,14 @@ async def send_batch(request: Request) -> Response:
 
 async def _batch(request: Request, eval_id: str | None) -> Response:
     service = service_of(request)
-    await service.access.caller(request, "write")
+    caller = await service.access.caller(request, "write")
     key = requests.idempotency_key(request.headers)
     is_async = wants_async(request.headers)
     async with service.body(request) as body:
 
         def work() -> list[dict[str, Any]]:
             lines = requests.lines(body, eval_id, key, service.settings.max_content_bytes)
+            lines = _allowed(service, caller, lines)
             outcomes = _sent(service, lines) if is_async else _stored(service, lines)
             return [_told(line, outcome) for line, outcome in zip(lines, outcomes, strict=True)]
 
@@ -96,6 +103,13 @@ async def _batch(request: Request, eval_id: str | None) -> Response:
     text = b"".join(to_json(one) + b"\n" for one in told)
     headers = {"Preference-Applied": "respond-async"} if is_async else {}
     return Response(text, 202 if is_async else 200, headers=headers, media_type="application/x-ndjson")
+
+
+def _allowed(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Line]:
+    """The lines; those with a reference that the caller may not use are invalid."""
+    found = uploads.faults(service, caller, [line.given.event if line.given else None for line in lines])
+    pairs = zip(lines, found, strict=True)
+    return [line._replace(given=None, faults=faults) if faults else line for line, faults in pairs]
 
 
 def _stored(service: Service, lines: Sequence[Line]) -> list[str]:

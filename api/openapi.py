@@ -18,9 +18,11 @@ _PROBLEMS: Final = {
     409: "Another event is stored in its place.",
     412: "The record is not at the version of If-Match.",
     413: "The request is too large.",
+    415: "The body is wrapped or packed, instead of raw.",
     416: "The content has no such range.",
     422: "Something in the request is wrong; every wrong field is named.",
     500: "An error of the service.",
+    501: "The service has no object store.",
     503: "A server it needs is away. Try again.",
 }
 EVAL_ID_PARAMETER: Final = {"name": "eval_id", "in": "path", "required": True, "schema": EVAL_ID}

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from models.errors import EventIdReused, Fault, InvalidEvent, Outage
@@ -90,6 +91,8 @@ def of(error: Exception) -> Problem:
         case Outage():
             log.warning("%s: %s", type(error).__name__, error)
             return unavailable(f"{type(error).__name__}: a server this service needs cannot be reached; try again")
+        case ClientDisconnect():
+            return Problem(400, "broken-off", "the request did not come to its end")  # so it is counted; nobody reads it
         case RequestValidationError():
             return invalid(_faults(error))
         case HTTPException():
@@ -118,7 +121,7 @@ def install(app: FastAPI, methods: Callable[[str], list[str]]) -> None:
             problem.headers["Allow"] = ", ".join(methods(request.url.path))
         return response(problem, request.state.request_id)
 
-    for kind in (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, Outage, RequestValidationError):
+    ours = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, Outage)
+    for kind in (*ours, RequestValidationError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, handle)
-    app.add_exception_handler(HTTPException, handle)
     app.add_exception_handler(Exception, handle)

@@ -68,8 +68,10 @@ def _completed(event: Event, key: str | None) -> Given:
 
 
 class Change(NamedTuple):
-    """What a PUT asks for: `make` gives the event for the record's attempt. `attempt`, if the request says which."""
+    """What a PUT asks for: `make` gives the event for the record's attempt. `attempt`, if the request says which. `event`: as
+    far as it is known without."""
 
+    event: Event
     make: Callable[[int], Given]
     attempt: int | None
 
@@ -102,7 +104,7 @@ def changed(body: bytes, eval_id: str, key: str | None, max_content_bytes: int) 
             changes["event_id"] = uuid5(NAMESPACE_URL, f"evalstore:change:{name}")
         return _completed(event.model_copy(update=changes), key)
 
-    return Change(make, event.attempt if "attempt" in data else None)
+    return Change(event, make, event.attempt if "attempt" in data else None)
 
 
 def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import redis
@@ -22,7 +23,8 @@ from api.problems import Problem, unavailable
 from api.rendering import rendered
 from models.errors import DatabaseOutage, RedisOutage
 from models.settings import Settings
-from storage import database, keys, records
+from storage import database, keys, objects, records
+from storage.objects import Store
 
 # Each thread holds at most one connection. Few are enough: what they wait for is PostgreSQL, and that has no more cores.
 THREADS: Final = 12
@@ -33,7 +35,9 @@ WORK_S: Final = 60.0
 # Bodies above this are held in memory only a few at a time; the others wait with what they have.
 LARGE_BODY_BYTES: Final = 1024 * 1024
 LARGE_BODIES: Final = 2
-_LARGE_BODY_TURN_S: Final = 30.0
+# Uploads on their way to the object store at the same time: each holds some frames of 4 MiB. The others are not read meanwhile.
+UPLOADS: Final = 8
+_LARGE_TURN_S: Final = 25.0  # less than clients usually wait for a server that takes nothing
 
 T = TypeVar("T")
 
@@ -50,6 +54,8 @@ class Service:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="evalstore-api")
         self._turns = asyncio.Semaphore(THREADS)
         self._large_bodies = asyncio.Semaphore(LARGE_BODIES)
+        self._upload_threads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="evalstore-upload")
+        self._upload_turns = asyncio.Semaphore(UPLOADS)
         self._watch = database.Watch()
         self._stamp_thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-stamps")
         self._stamp_conn: Connection | None = None
@@ -122,15 +128,8 @@ class Service:
 
     async def thread(self, work: Callable[[], T]) -> T:
         """What `work` gives, called in a thread. Raises Problem (503) when none comes free, and what `work` raises."""
-        try:
-            async with asyncio.timeout(TURN_S):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise unavailable("the service is busy") from None
-        try:
+        async with _turn(self._turns, TURN_S, "the service is busy"):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        finally:
-            self._turns.release()
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
@@ -143,23 +142,44 @@ class Service:
                 size += len(piece)
                 if size > LARGE_BODY_BYTES and not counted:
                     counted = True
-                    try:
-                        async with asyncio.timeout(_LARGE_BODY_TURN_S):
-                            await self._large_bodies.acquire()
-                    except TimeoutError:
-                        raise unavailable("the service is busy with other large requests") from None
-                    stack.callback(self._large_bodies.release)
+                    busy = "the service is busy with other large requests"
+                    await stack.enter_async_context(_turn(self._large_bodies, _LARGE_TURN_S, busy))
             yield b"".join(pieces)
+
+    @asynccontextmanager
+    async def upload(self) -> AsyncIterator[Callable[[Callable[[], T]], asyncio.Future[T]]]:
+        """What starts work in a thread that is this upload's own until this is left. Raises Problem (503)."""
+        async with _turn(self._upload_turns, _LARGE_TURN_S, "the service is busy with other uploads"):
+            yield lambda work: asyncio.get_running_loop().run_in_executor(self._upload_threads, work)
+
+    @cached_property
+    def objects(self) -> Store:
+        """The object store. Opened in a thread, at its first use. Raises ObjectStoreOutage, ValueError."""
+        return objects.open_store(self.settings.object_store_url or "", self.settings, threads=THREADS + UPLOADS)
 
     def close(self) -> None:
         """After the last answer."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._upload_threads.shutdown(wait=True, cancel_futures=True)
         self._stamp_thread.shutdown(wait=True, cancel_futures=True)
         if self._stamp_conn is not None:
             self._stamp_conn.close()
         self._engine.dispose()
         self.export_engine.dispose()
         self.redis.close()
+
+
+@asynccontextmanager
+async def _turn(turns: asyncio.Semaphore, within_s: float, busy: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(within_s):
+            await turns.acquire()
+    except TimeoutError:
+        raise unavailable(busy) from None
+    try:
+        yield
+    finally:
+        turns.release()
 
 
 def service_of(request: Request) -> Service:

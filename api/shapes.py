@@ -35,6 +35,7 @@ def _content(name: str) -> dict[str, Schema]:
         f"{name}_b64": _nullable(
             {"type": "string", "contentEncoding": "base64", "description": f"{name} as raw bytes, instead."}
         ),
+        f"{name}_ref": _nullable({**ref("Reference"), "description": f"{name} that was uploaded before, instead."}),
     }
 
 
@@ -105,6 +106,20 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "required": ["eval_id"],
         "additionalProperties": False,
         "examples": [{"eval_id": "run-1", "code": "print(1)", "language": "python", "metadata": {"team": "blue"}}],
+    },
+    "Reference": {
+        "type": "object",
+        "description": "Content that was uploaded, as POST /storage/content answers it.",
+        "properties": {
+            "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+            "size": {"type": "integer", "minimum": 0, "description": "Bytes."},
+            "encoding": {"type": "string", "enum": ["identity", "zstd"], "description": "How it is kept."},
+        },
+        "required": ["sha256", "size", "encoding"],
+        "additionalProperties": False,
+        "examples": [
+            {"sha256": "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", "size": 3, "encoding": "identity"}
+        ],
     },
     "Change": {
         "type": "object",

@@ -234,3 +234,15 @@ api_keys = Table(
     Column("expires_at", _TIME),
     Column("revoked_at", _TIME),
 )
+
+# What a key of the HTTP service uploaded, and may therefore name in an event.
+content_grants = Table(
+    "content_grants",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("granted_at", _TIME, nullable=False, server_default=_NOW),
+    Index("content_grants_by_age", "granted_at"),
+)

@@ -1,9 +1,11 @@
 """The HTTP service as a process of its own, in front of real servers."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from signal import SIGTERM
 from typing import Any
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from ops import processes
@@ -57,6 +60,15 @@ class Api:
             return httpx.get(f"{self.url}/health/live", timeout=2).status_code == 200
         except httpx.TransportError:
             return False
+
+    @property
+    def pid(self) -> int:
+        """Of the process that listens."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if any(one.status == "LISTEN" and one.laddr.port == self.port for one in process.net_connections("tcp")):
+                    return int(process.pid)
+        pytest.fail("nothing listens")
 
     def client(self, key: str | None, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -124,3 +136,35 @@ def start_api(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Cal
 def api(start_api: Callable[..., Api]) -> Api:
     """A running service of the test's own."""
     return start_api()
+
+
+class _Peak:
+    """How much more memory a process holds at its peak than before."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._before = self._most = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def __enter__(self) -> "_Peak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def grown_bytes(self) -> int:
+        return int(self._most - self._before)
+
+
+@pytest.fixture
+def peak_rss() -> Callable[[int], _Peak]:
+    """`with peak_rss(pid) as peak: …; peak.grown_bytes`."""
+    return _Peak

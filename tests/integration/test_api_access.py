@@ -32,6 +32,7 @@ WRITES = [
     ("PUT", f"{E}/e", {"status": "running"}),
     ("POST", f"{E}/e/events", {"type": "evaluation:started"}),
     ("POST", "/storage/events:batch", {"type": "evaluation:started", "eval_id": "e"}),
+    ("POST", "/storage/content", {}),
 ]
 PUBLIC = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"]
 
@@ -43,7 +44,8 @@ def engine(database_url: str) -> Iterator[Engine]:
     made.dispose()
 
 
-def test_every_request_is_answered_as_its_key_allows(api: Any, engine: Engine) -> None:
+def test_every_request_is_answered_as_its_key_allows(start_api: Callable[..., Any], engine: Engine, tmp_path: Path) -> None:
+    api = start_api(EVALSTORE_OBJECT_STORE_URL=(tmp_path / "objects").as_uri())
     api.both.post(E, json={"eval_id": "e", "code": "c"})
     soon = datetime.now(UTC) + timedelta(hours=1)
     past = datetime.now(UTC) - timedelta(seconds=1)
@@ -71,7 +73,9 @@ def test_every_request_is_answered_as_its_key_allows(api: Any, engine: Engine) -
         for needs, requests in (("read", READS), ("write", WRITES)):
             for method, path, body in requests:
                 for headers in _forms(key):
-                    answer = api.nobody.request(method, path, headers=headers, content=json.dumps(body) if body else None)
+                    answer = api.nobody.request(
+                        method, path, headers=headers, content=None if body is None else json.dumps(body)
+                    )
                     what = f"{name}: {method} {path}: {answer.status_code}"
                     if not scopes:
                         assert answer.status_code == 401, what

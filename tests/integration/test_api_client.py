@@ -1,5 +1,6 @@
 """The Python client against a running service, and against a line that breaks."""
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -104,6 +105,22 @@ def test_a_stream_that_breaks_off_is_taken_up_where_it_did(api: Any) -> None:
     with StorageClient(api.url, "both-key-0001", transport=Breaking(streams=True)) as client:
         client.update_evaluation("e", "completed", exit_code=0, output=data)
         assert client.get_output("e") == data
+
+
+def test_what_is_uploaded_piece_by_piece_can_be_named_in_events(start_api: Callable[..., Any], tmp_path: Path) -> None:
+    api = start_api(EVALSTORE_OBJECT_STORE_URL=(tmp_path / "objects").as_uri())
+    path, data = tmp_path / "output", bytes(range(256)) * 40_000
+    path.write_bytes(b"before" + data)
+    line = Breaking(answers=True)
+    with StorageClient(api.url, "both-key-0001", transport=line) as client, path.open("rb") as file:
+        file.seek(6)
+        uploaded, small = client.put_content(file), client.put_content(b"print(1)")
+        assert (uploaded["sha256"], uploaded["size"]) == (hashlib.sha256(data).hexdigest(), len(data))
+        client.create_evaluation("e", code_ref=small)
+        ended = client.update_evaluation("e", "completed", exit_code=0, output_ref=uploaded)
+        assert (line.requests, ended.output_size) == (8, len(data))
+    with StorageClient(api.url, "read-key-0001") as client, pytest.raises(ServiceError, match="403"):
+        client.put_content(b"data")
 
 
 def test_lists_and_batches_go_on_over_several_requests(client: StorageClient) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import contents, documentation, evaluations, events, health, lists, openapi, problems
+from api import contents, documentation, evaluations, events, health, lists, openapi, problems, uploads
 from api.limits import Guard
 
 Exchange = tuple[list[Message], list[int]]
@@ -117,7 +117,7 @@ def test_the_document_names_examples_and_errors_of_every_request(made: Any) -> N
 @pytest.fixture(scope="module")
 def made() -> Any:
     app = FastAPI()
-    for part in (evaluations, lists, events, contents, health):
+    for part in (evaluations, lists, events, contents, uploads, health):
         app.include_router(part.router)
     return openapi.document(app, title="evalstore", version="1", description="d")
 
