@@ -120,9 +120,7 @@ def test_after_a_bad_release_the_breaker_keeps_most_in_the_queue_and_the_rest_is
     assert re.search(r"applied +750\b", shell.type(next(steps)))
 
 
-def test_redis_comes_back_from_a_copy_of_its_append_only_files(
-    worlds: Any, database_url: str, valkey_server: Valkey
-) -> None:
+def test_redis_comes_back_from_a_copy_of_its_append_only_files(worlds: Any, database_url: str, valkey_server: Valkey) -> None:
     world = worlds(database_url, valkey_server.url())
     shell, steps = Shell(world, VALKEY_DATA=str(valkey_server.data)), blocks("Redis is lost")
     world.send(evaluations(50, "copied"))
@@ -145,9 +143,7 @@ def test_redis_comes_back_from_a_copy_of_its_append_only_files(
     world.audit()
 
 
-def test_postgresql_comes_back_from_a_dump_while_workers_hold(
-    worlds: Any, postgres_server: Postgres, redis_url: str
-) -> None:
+def test_postgresql_comes_back_from_a_dump_while_workers_hold(worlds: Any, postgres_server: Postgres, redis_url: str) -> None:
     migrations.upgrade(postgres_server.url())
     world = worlds(postgres_server.url(), redis_url)
     shell, steps = Shell(world, ADMIN_URL=postgres_server.url("postgres")), blocks("PostgreSQL is lost")
