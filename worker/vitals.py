@@ -21,6 +21,7 @@ import redis
 from dramatiq import Worker
 
 from worker.batches import cause
+from worker.durability import doubts
 
 if TYPE_CHECKING:
     from worker.broker import Broker
@@ -122,6 +123,7 @@ class Vitals(threading.Thread):
         self._done = threading.Event()
         self._late = threading.Timer(STOP_WITHIN_S, self._stop_late)
         self._failing = False
+        self._looked = False
         self._state: str | None = None
         self._turns: dict[str, tuple[int, int]] = {}
         self._reconciled = time.monotonic()
@@ -139,10 +141,12 @@ class Vitals(threading.Thread):
     def _beat_and_wait(self) -> None:
         try:
             self.run_once()
+            if not self._looked:
+                self._look_at_server()
             self._failing = False
         except redis.RedisError as error:
             log.debug("no heartbeat: %s", error)
-            self._failing = True
+            self._failing, self._looked = True, False
             self._broker.learn(error)
             self._observers.clear()
         # A change of state shows at once: a death soon after an outage began is none of its messages' making.
@@ -162,6 +166,12 @@ class Vitals(threading.Thread):
             self._reconciled = time.monotonic()
             for queue in sorted(self._broker.queues):
                 self._reconcile(queue)
+
+    def _look_at_server(self) -> None:
+        """Say once what could lose events. After an outage it may be another server, or one that was set up anew."""
+        for doubt in doubts(self._broker.client):
+            log.warning("Redis is not set up to keep what it confirms: %s", doubt)
+        self._looked = True
 
     def stop_in_time(self) -> None:
         """From now on the process ends within STOP_WITHIN_S, whatever its threads wait for: a server that hangs, say."""
