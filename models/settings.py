@@ -82,6 +82,26 @@ class Settings(BaseModel):
     queued_limit_s: Annotated[
         float, Field(gt=0, le=1e9, description="seconds an evaluation may be queued; read by workers")
     ] = 86_400
+    metrics_host: Annotated[str, Field(description="where metrics and health are answered; read by worker, scheduler")] = (
+        "127.0.0.1"
+    )
+    metrics_port: Annotated[
+        int, Field(ge=0, le=65535, description="one port for a worker and all its processes, 0 for none; read by worker")
+    ] = 9191
+    scheduler_metrics_port: Annotated[int, Field(ge=0, le=65535, description="the same of a scheduler; read by scheduler")] = (
+        9192
+    )
+    runtime_dir: Annotated[
+        Path | None,
+        Field(
+            description="a local folder in which processes keep what they count and that they live; unset: one of this user's "
+            "in the folder for temporary files; read by worker, scheduler, API, CLI"
+        ),
+    ] = None
+    log_format: Annotated[
+        Literal["auto", "json", "text"],
+        Field(description="JSON lines, or text for people; `auto`: text on a terminal; read by worker, scheduler, API"),
+    ] = "auto"
     max_content_bytes: Annotated[
         int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
     ] = MAX_CONTENT_BYTES
@@ -125,7 +145,7 @@ class Settings(BaseModel):
     ] = None
     spool_max_bytes: Annotated[int, Field(ge=1, description="the most that folder may hold; read by senders")] = 1024**3
 
-    @field_validator("spool_dir")
+    @field_validator("spool_dir", "runtime_dir")
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():

@@ -1,6 +1,7 @@
 """Storing and reading evaluations. Every event, whichever way it came, is written by `store`."""
 
 import hashlib
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
@@ -25,11 +26,15 @@ _Key = tuple[Any, ...]  # eval_id, event_id
 
 @dataclass(frozen=True)
 class Stored:
-    """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox."""
+    """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox.
+
+    `written_at`: when there was nothing left to do but to commit, on the clock of `time.perf_counter`.
+    """
 
     outcomes: list[Outcome]
     confirmations: list[dict[str, Any]] = field(default_factory=list)
     conflicting_results: int = 0
+    written_at: float = 0.0
 
 
 _CONTENTS: Final = ("code", "output", "error")
@@ -130,12 +135,13 @@ def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
         if confirmations:
             body = b"\n".join(map(msgspec.json.encode, confirmations))
             cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
+        written_at = time.perf_counter()
     staged["evalstore_staged"] = True
     for position in written.applied:
         outcomes[position] = "applied"
     for position in written.reused:
         outcomes[position] = "reused"
-    return Stored(outcomes, confirmations, written.conflicting_results)
+    return Stored(outcomes, confirmations, written.conflicting_results, written_at)
 
 
 def _begin(cursor: psycopg.Cursor[Any], statements: str) -> str:

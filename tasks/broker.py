@@ -46,6 +46,7 @@ class Keys(NamedTuple):
     suspects: str
     deaths: str
     processes: str
+    workers: str
     dead: str
     dead_bodies: str
     causes: str
@@ -63,6 +64,7 @@ class Keys(NamedTuple):
             suspects=f"{ours}:suspects",
             deaths=f"{ours}:deaths",
             processes=f"{ours}:processes",
+            workers=f"{ours}:workers",
             dead=f"{ours}:dead",
             dead_bodies=f"{ours}:dead:msgs",
             causes=f"{ours}:dead:causes",

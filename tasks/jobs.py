@@ -20,6 +20,11 @@ JOBS: Final = (
 )
 
 
+def last_successes_key(namespace: str) -> str:
+    """The hash in Redis that tells when each job last ended well, in seconds since 1970."""
+    return f"evalstore:{namespace}:jobs:last_successes"
+
+
 def last_runs_key(namespace: str) -> str:
     """The hash in Redis that tells of each job's last run, as JSON."""
     return f"evalstore:{namespace}:jobs:last_runs"

@@ -13,12 +13,13 @@ from storage.database import Watch
 from worker import confirmations, dead_letters
 from worker.broker import Broker
 from worker.evaluations import Store, engine
+from worker.metrics import WORK_S
 
 log = logging.getLogger("evalstore.worker")
 
 # Also without being told: another process may have died between its commit and what follows it.
 _TICK_S: Final = 5.0
-_LONGEST_S: Final = 30.0
+_LONGEST_S: Final = 15.0
 
 
 class Background(threading.Thread):
@@ -37,6 +38,9 @@ class Background(threading.Thread):
         self._wanted.set()
 
     def run(self) -> None:
+        ledger = self._broker.metrics.ledger
+        ledger.watch_thread(self.name)
+        ledger.due(WORK_S)
         try:
             engine()
         except SchemaMismatch as error:
@@ -46,7 +50,9 @@ class Background(threading.Thread):
         while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
+            ledger.due(WORK_S)
             self._try("confirmations", confirmations.relay)
+            ledger.due(WORK_S)
             self._try("dead letters", dead_letters.move)
 
     def _try(self, what: str, work: Callable[[Connection, Broker], int]) -> None:

@@ -12,10 +12,12 @@ from typing import Any, Final
 import dramatiq
 from dramatiq import Actor, Message, Worker
 
+from storage.database import Watch
 from tasks.broker import Broker as SendingBroker
 from worker.batches import Batch
 from worker.consumer import Consumer, Held
 from worker.hold import Hold
+from worker.metrics import WORK_S, Metrics
 from worker.vitals import Vitals, process_name
 
 _LUA: Final = Path(__file__).parent / "lua"
@@ -32,6 +34,8 @@ class Broker(SendingBroker):
         self.max_deaths, self.batch_events, self.batch_bytes = max_deaths, batch_events, batch_bytes
         self.batched: dict[str, str] = {}
         self.hold = Hold()
+        self.metrics = Metrics()
+        self.watch = Watch()
         self.fetches: dict[str, int] = defaultdict(int)
         self.process = process_name()
         self._ours = {path.stem: self.script(path) for path in sorted(_LUA.glob("*.lua"))}
@@ -73,6 +77,7 @@ class Broker(SendingBroker):
     def stopping(self) -> None:
         """Take nothing more."""
         self.hold.close()
+        self.metrics.ledger.rest()
         if self._vitals:
             self._vitals.stop_in_time()
 
@@ -88,6 +93,15 @@ class _Lifecycle(dramatiq.Middleware):
 
     def before_worker_boot(self, broker: Any, worker: Worker) -> None:
         broker.boot(worker)
+
+    def after_consumer_thread_boot(self, broker: Any, thread: Any) -> None:
+        broker.metrics.ledger.watch_thread(f"consumer of {thread.queue_name}")
+
+    def after_worker_thread_boot(self, broker: Any, thread: Any) -> None:
+        broker.metrics.ledger.watch_thread(f"worker {thread.name}")
+
+    def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        broker.metrics.ledger.due(WORK_S)
 
     def before_worker_shutdown(self, broker: Any, worker: Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
         broker.stopping()

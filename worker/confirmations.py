@@ -33,6 +33,7 @@ def relay(conn: Connection, broker: Broker) -> int:
                     return Relayed(known, done=False)
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
+        broker.metrics.ledger.add("evalstore_confirmations_relayed_total", by=len(lines))
         return Relayed(known, done=True)
 
     return confirmations.relay(conn, publish)

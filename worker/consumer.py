@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from dramatiq.broker import Consumer as DramatiqConsumer
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
 from worker.batches import Batch, Delivery, cause, read
+from worker.metrics import LOOP_S, WORK_S
 
 if TYPE_CHECKING:
     from worker.broker import Broker
@@ -63,6 +65,7 @@ class Consumer(DramatiqConsumer):
     def __next__(self) -> Held | None:
         """The next batch or message; None after a while without one."""
         self.turns += 1
+        self.broker.metrics.ledger.due(LOOP_S)
         if not self._ready:
             try:
                 self._fill()
@@ -70,6 +73,7 @@ class Consumer(DramatiqConsumer):
                 self._wait_out(error)
                 return None
             self._failures = 0
+            self.broker.metrics.outages.back("redis", self.queue_name)
         return self._ready.popleft() if self._ready else None
 
     def _fill(self) -> None:
@@ -173,19 +177,32 @@ class Consumer(DramatiqConsumer):
             elif batch is not None and error is not None and len(batch) > 1:
                 self._take_apart(message)
             elif error is None:
-                buried, later = (batch.buried, batch.later) if batch else ({}, {})
-                self._settle([one for one in redis_ids if one not in buried and one not in later], buried)
-                self._postpone(later)
+                self._acknowledge(redis_ids, batch)
             elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
                 retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
                 self._retry(redis_ids[0], message, retry_ms)
             else:
-                self._settle([], dict.fromkeys(redis_ids, cause(error)))
+                self._bury(redis_ids, batch, error)
         except BaseException:
             self.broker.hold.drop(redis_ids)  # reconciling gives it back
             raise
         finally:
             self._release()
+            self.broker.metrics.ledger.due(None)
+
+    def _acknowledge(self, redis_ids: list[bytes], batch: Batch | None) -> None:
+        buried, later = (batch.buried, batch.later) if batch else ({}, {})
+        started = time.perf_counter()
+        self._settle([one for one in redis_ids if one not in buried and one not in later], buried)
+        self._postpone(later)
+        if batch:
+            seconds = time.perf_counter() - started
+            self.broker.metrics.ledger.observe("evalstore_store_duration_seconds", "acknowledge", value=seconds)
+            self.broker.metrics.buried(delivery.body for delivery in batch if delivery.redis_id in buried)
+
+    def _bury(self, redis_ids: list[bytes], batch: Batch | None, error: BaseException) -> None:
+        self._settle([], dict.fromkeys(redis_ids, cause(error)))
+        self.broker.metrics.buried(delivery.body for delivery in batch or ())
 
     def _take_apart(self, message: Held) -> None:
         """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""
@@ -202,6 +219,7 @@ class Consumer(DramatiqConsumer):
             self._settle([], dict.fromkeys(_ids(message), cause(error)))
         finally:
             self._release()
+            self.broker.metrics.ledger.due(None)
 
     def requeue(self, messages: Iterable[Any]) -> None:
         """Put back, at the head of the queue, what was handed out and not begun."""
@@ -242,19 +260,23 @@ class Consumer(DramatiqConsumer):
             self._settle([], {redis_id: cause(error)})
             return
         self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
+        self.broker.metrics.ledger.add("evalstore_retries_total", self.queue_name)
 
     def _postpone(self, later: dict[bytes, int]) -> None:
         if later:
             pairs = [part for pair in later.items() for part in pair]
             self._until_done(list(later), lambda: self.broker.run("postpone", [self.unacked, self.keys.delayed], *pairs))
+            self.broker.metrics.ledger.add("evalstore_retries_total", self.queue_name, by=len(later))
 
     def _give_back(self, redis_ids: list[bytes]) -> None:
         self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))
+        self.broker.metrics.ledger.add("evalstore_redeliveries_total", self.queue_name, "stopped", by=len(redis_ids))
 
     def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
         """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""
         hold = self.broker.hold
         while not hold.abandoned:
+            self.broker.metrics.ledger.due(WORK_S)
             try:
                 act()
             except redis.RedisError as error:
@@ -262,12 +284,14 @@ class Consumer(DramatiqConsumer):
                     hold.abandoned = True
             else:
                 self.broker.hold.drop(redis_ids)
+                self.broker.metrics.outages.back("redis", self.queue_name)
                 return
 
     def _wait_out(self, error: redis.RedisError) -> bool:
         """Wait a moment, longer each time; say so once. Returns whether to go on."""
         self.turns += 1
         self._failures += 1
+        self.broker.metrics.outages.away("redis", self.queue_name)
         self.broker.learn(error)
         if self._failures == 1:
             log.warning("Redis refuses queue %s, trying again until it does not: %s", self.queue_name, error)

@@ -12,6 +12,7 @@ from models.record import Fact
 from models.settings import settings
 from storage.presence import Presence
 from worker.batches import Batch, Delivery, cause, read
+from worker.metrics import Outages
 
 log = logging.getLogger("evalstore.worker")
 _SOONEST_S: Final = 1.0
@@ -27,8 +28,8 @@ Pair = tuple[Delivery, Fact]
 class Contents:
     """Tells which events can be stored. For many threads."""
 
-    def __init__(self, presence: Presence) -> None:
-        self._presence = presence
+    def __init__(self, presence: Presence, outages: Outages) -> None:
+        self._presence, self._outages = presence, outages
         self._lock = threading.Lock()
         self._away = False
         self._next_due = 0.0
@@ -70,6 +71,10 @@ class Contents:
             changed, self._away = self._away != (outage is not None), outage is not None
             if outage is None:
                 self._next_due = 0.0
+        if outage is not None:
+            self._outages.away("objects", "contents")
+        else:
+            self._outages.back("objects", "contents")
         if changed and outage is not None:
             log.warning("events that need an object wait until this is over, all others are stored: %s", outage)
         elif changed:

@@ -19,6 +19,7 @@ from worker.broker import Broker
 
 log = logging.getLogger("evalstore.worker")
 _CHUNK: Final = 50
+_LONGEST_S: Final = 10.0
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
@@ -119,14 +120,14 @@ def letter_of(redis_id: bytes) -> UUID | None:
         return None
 
 
-def record_stored(engine: Engine, redis_ids: Sequence[bytes]) -> None:
+def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Watch) -> None:
     """Note of messages that were redriven that what they ask for is done: after it was committed, before they are acknowledged.
 
     What cannot be noted now is found out by the next sweep: an outage is no reason to do the work again.
     """
     letters = [letter for redis_id in redis_ids if (letter := letter_of(redis_id))]
     try:
-        with database.errors(), engine.connect() as conn:
+        with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
             redrives.stored(conn, letters)
     except Outage as error:
         log.warning("the outcome of %d redriven messages is left to the sweep: %s", len(letters), error)

@@ -17,12 +17,13 @@ from models.wire import read_fact
 from storage import database, evaluations, migrations
 from storage.objects import Stores
 from storage.presence import Presence
-from tasks.evaluations import ACTOR
+from tasks.evaluations import ACTOR, QUEUE
 from worker import dead_letters
 from worker.batches import REDRIVEN, Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
 from worker.contents import Contents, Pair
 from worker.hold import Hold
+from worker.metrics import WORK_S, Metrics
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
@@ -42,12 +43,13 @@ def engine() -> Engine:
 class Store:
     """The function of the actor `store_evaluation` in a worker that holds `hold`."""
 
-    def __init__(self, hold: Hold, limits: BreakerLimits | None = None) -> None:
-        self._hold = hold
+    def __init__(self, hold: Hold, limits: BreakerLimits | None = None, metrics: Metrics | None = None) -> None:
+        self._hold, self._metrics = hold, metrics or Metrics()
+        self._count = self._metrics.ledger
         self._watch = database.Watch()
         self._breaker = Breaker(limits or BreakerLimits())
         self._presence = Presence(Stores(settings(), in_a_hurry=True))
-        self._contents = Contents(self._presence)
+        self._contents = Contents(self._presence, self._metrics.outages)
 
     def __call__(self, batch: Batch) -> None:
         """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored, and let
@@ -57,6 +59,7 @@ class Store:
         goes back to the queue: what was stored of it will be recognised when it comes again.
         """
         left = list(batch)
+        self._count.observe("evalstore_batch_events", value=len(left))
         try:
             while left:
                 if self._breaker.is_open:
@@ -81,6 +84,7 @@ class Store:
         self._hold.outages += 1
         try:
             while not self._breaker.may_probe():
+                self._count.due(WORK_S)
                 if not self._hold.wait_out(0.5):
                     raise _Stopped("told to stop while the breaker is open")
                 if not self._breaker.is_open:
@@ -94,9 +98,11 @@ class Store:
         elif left[0].redis_id not in batch.later:
             log.warning("the breaker is closed: a message was stored")
             self._breaker.close()
+            self._count.set("evalstore_breaker_open", to=0)
         return left[1:]
 
     def _shout(self, bad: dict[bytes, bytes]) -> None:
+        self._count.set("evalstore_breaker_open", to=1)
         limits, newest = self._breaker.limits, next(iter(bad.values()), b"").decode()
         log.critical(
             "the breaker is open: at least %.0f %% of %d messages within %.0f s were bad. Nothing is consumed but one message "
@@ -109,7 +115,7 @@ class Store:
         bad: dict[bytes, bytes] = {}
         events: list[Pair] = []
         referring: list[Pair] = []
-        most = settings().max_content_bytes
+        most, started = settings().max_content_bytes, time.perf_counter()
         for delivery in deliveries:
             try:
                 usual = read_fact(delivery.body, max_content_bytes=most)
@@ -118,15 +124,17 @@ class Store:
                 bad[delivery.redis_id] = cause(error)
                 continue
             (events if usual or self._contents.known(event) else referring).append((delivery, event))
+        self._timed("decode", started)
         if events:
             self._store(bad, events)
         # Last: the object store may be slow.
+        self._count.due(WORK_S)
         if referring and (present := self._contents.present(referring, batch, bad)):
             self._store(bad, present)
         settled = [one.redis_id for one in deliveries if one.redis_id not in bad and one.redis_id not in batch.later]
         redriven = [redis_id for redis_id in settled if redis_id.startswith(REDRIVEN)]
         if redriven:
-            dead_letters.record_stored(engine(), redriven)
+            dead_letters.record_stored(engine(), redriven, self._watch)
         return bad
 
     def stop_soon(self) -> None:
@@ -153,6 +161,7 @@ class Store:
             for start in range(0, len(events), size):
                 self._store(bad, events[start : start + size])
             return
+        self._metrics.stored(events, stored.outcomes, stored.conflicting_results)
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
                 bad[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
@@ -167,15 +176,16 @@ class Store:
         try:
             while True:
                 try:
-                    with database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s * 2**suspicions):
-                        return evaluations.store(conn, [event for _, event in events])
+                    return self._attempt(events, bound_s * 2**suspicions)
                 except (Outage, SchemaMismatch) as error:
                     failures += 1
                     suspicions = suspicions + 1 if self._is_the_work(error) else 0
                     if suspicions >= _SUSPICIONS:
                         raise
+                    self._count.add("evalstore_retries_total", QUEUE)
                     if failures == 1:
                         self._hold.outages += 1
+                        self._metrics.outages.away("postgresql", threading.current_thread().name)
                     elif failures == 2:  # one is often no more than a connection that broke while it was not used
                         log.warning("%s, holding %d events until it is over: %s", type(error).__name__, len(events), error)
                     longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(failures, 10))
@@ -184,6 +194,23 @@ class Store:
         finally:
             if failures:
                 self._hold.outages -= 1
+                self._metrics.outages.back("postgresql", threading.current_thread().name)
+
+    def _attempt(self, events: list[Pair], bound_s: float) -> evaluations.Stored:
+        self._count.due(WORK_S + bound_s)
+        started = time.perf_counter()
+        with database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
+            connected = self._timed("connect", started)
+            stored = evaluations.store(conn, [event for _, event in events])
+        self._timed("write", connected, stored.written_at)
+        self._timed("commit", stored.written_at)
+        return stored
+
+    def _timed(self, phase: str, started: float, ended: float | None = None) -> float:
+        """Note how long a phase took; returns when it ended."""
+        ended = time.perf_counter() if ended is None else ended
+        self._count.observe("evalstore_store_duration_seconds", phase, value=ended - started)
+        return ended
 
     def _is_the_work(self, error: Outage | SchemaMismatch) -> bool:
         """Whether a small write goes through, right after one failed in a way that what it wrote may cause."""

@@ -31,6 +31,7 @@ log = logging.getLogger("evalstore.worker")
 _TURN_S: Final = 2.0
 _SHORT_S: Final = 0.2
 _QUESTIONABLE_S: Final = 10.0
+_LONGEST_S: Final = 20.0
 _CHUNK: Final = 500
 # What an earlier life left in the message: with it, the first failure of the new one would be the last.
 _OLD_OPTIONS: Final = frozenset({"retries", "traceback", "requeue_timestamp", "eta"})
@@ -52,7 +53,7 @@ class _Outcomes(dramatiq.Middleware):
 
     def after_process_message(
         self,
-        broker: Any,  # noqa: ARG002 - Dramatiq's signature
+        broker: Any,
         message: Any,
         *,
         result: Any = None,  # noqa: ARG002 - Dramatiq's signature
@@ -60,7 +61,7 @@ class _Outcomes(dramatiq.Middleware):
     ) -> None:
         redis_id = str(message.options.get("redis_message_id", "")).encode(errors="replace")
         if exception is None and redis_id.startswith(REDRIVEN):
-            record_stored(self._engine(), [redis_id])
+            record_stored(self._engine(), [redis_id], broker.watch)
 
 
 def work_on(engine: Engine, broker: Broker, redrive_id: UUID) -> None:
@@ -70,7 +71,7 @@ def work_on(engine: Engine, broker: Broker, redrive_id: UUID) -> None:
     are dead again, and the reason is with it.
     """
     try:
-        with engine.connect() as conn:
+        with engine.connect() as conn, broker.watch.bounded(conn, _LONGEST_S):
             wait_s = _turn(conn, broker, redrive_id)
     except Outage:
         raise

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import uuid4
@@ -12,14 +13,18 @@ import msgspec
 import redis
 from dramatiq import Actor, Message
 from periodiq import cron
+from sqlalchemy import Connection
 
 from models.settings import settings
 from storage import confirmations as stored_confirmations
 from tasks.broker import encode
-from tasks.jobs import JOBS, QUEUE, last_runs_key
+from tasks.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
 from worker import confirmations, dead_letters, lost, redrives
 from worker.broker import Broker
 from worker.evaluations import engine
+
+# Less than worker.metrics.WORK_S, with the time it takes to connect.
+_LONGEST_S: Final = 15.0
 
 log = logging.getLogger("evalstore.worker")
 
@@ -77,18 +82,27 @@ def declare(broker: Broker) -> None:
 
 
 def _relay_confirmations(broker: Broker) -> dict[str, int]:
-    with engine().connect() as conn:
+    with _connection(broker) as conn:
         return {"relayed": confirmations.relay(conn, broker), "forgotten": stored_confirmations.forget(conn)}
 
 
 def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
-    with engine().connect() as conn:
-        return lost.run_once(conn, broker, settings())
+    with _connection(broker) as conn:
+        done = lost.run_once(conn, broker, settings())
+        broker.metrics.lost(done["lost"])
+        return done
 
 
 def _move_dead_letters(broker: Broker) -> dict[str, int]:
-    with engine().connect() as conn:
+    with _connection(broker) as conn:
         return {"moved": dead_letters.move(conn, broker), **redrives.sweep(conn, broker)}
+
+
+@contextmanager
+def _connection(broker: Broker) -> Iterator[Connection]:
+    """A connection for a while: a server that is frozen keeps no thread for longer. What is left is for the next run."""
+    with engine().connect() as conn, broker.watch.bounded(conn, _LONGEST_S):
+        yield conn
 
 
 def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:
@@ -104,8 +118,11 @@ def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], No
             raise
         finally:
             told["seconds"] = round(time.time() - started, 3)
+            broker.metrics.ledger.add("evalstore_job_runs_total", name, str(told["outcome"]))
             try:
                 broker.client.hset(last_runs_key(broker.namespace), name, msgspec.json.encode(told))
+                if told["outcome"] == "ok":
+                    broker.client.hset(last_successes_key(broker.namespace), name, time.time())
             except redis.RedisError as error:
                 log.warning("could not tell of job %s: %s", name, error)
 

@@ -25,6 +25,7 @@ store = Store(
     BreakerLimits(
         settings().breaker_messages, settings().breaker_share, settings().breaker_window_s, settings().breaker_probe_s
     ),
+    broker.metrics,
 )
 broker.add_middleware(Beside(store))
 broker.declare_batch_actor(store_evaluation, store)

@@ -5,7 +5,6 @@ while its own beats went through, takes back what that one held. No clock is com
 Redis, in which nobody beats, makes nobody dead. A process that is seen to be gone from this machine is dead at once.
 """
 
-import contextlib
 import faulthandler
 import logging
 import os
@@ -13,15 +12,17 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 from uuid import uuid4
 
+import msgspec
 import redis
 from dramatiq import Worker
 
+from tasks.groups import exists, place, started
 from worker.batches import cause
 from worker.durability import doubts
+from worker.metrics import LOOP_S
 
 if TYPE_CHECKING:
     from worker.broker import Broker
@@ -44,48 +45,18 @@ class WorkerDied(Exception):
 
 def process_name() -> str:
     """A name no other process has or had, in which others on this machine recognise it."""
-    return "|".join([socket.gethostname(), *_place(), str(os.getpid()), _started(os.getpid()) or "?", uuid4().hex[:12]])
+    return "|".join([socket.gethostname(), *place(), str(os.getpid()), started(os.getpid()) or "?", uuid4().hex[:12]])
 
 
 def is_gone(name: str) -> bool:
     """Whether the process of that name ran on this machine and no longer does."""
     parts = name.split("|")
-    if len(parts) != 6 or tuple(parts[1:3]) != _place() or not parts[3].isdigit():
+    if len(parts) != 6 or tuple(parts[1:3]) != place() or not parts[3].isdigit():
         return False
-    started = _started(int(parts[3]))
-    if "?" in parts or (started is None and _exists(int(parts[3]))):
+    ticks = started(int(parts[3]))
+    if "?" in parts or (ticks is None and exists(int(parts[3]))):
         return False  # it cannot be told
-    return started is None or started != parts[4]
-
-
-def _place() -> tuple[str, str]:
-    """This machine's boot and this container's process numbers: only within both does a pid mean anything."""
-    boot, pids = "?", "?"
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
-        pids = Path("/proc/self/ns/pid").readlink().name
-    return boot, pids
-
-
-def _started(pid: int) -> str | None:
-    """When the process started, in ticks since boot; None if there is none, or only its remains."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in {"Z", "X"} else fields[19]
-
-
-def _exists(pid: int) -> bool:
-    """Whether a process that /proc does not show is there: with `hidepid` it shows no other user's."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return False
+    return ticks is None or ticks != parts[4]
 
 
 class Observer:
@@ -127,10 +98,14 @@ class Vitals(threading.Thread):
         self._state: str | None = None
         self._turns: dict[str, tuple[int, int]] = {}
         self._reconciled = time.monotonic()
+        self._metrics = broker.metrics
+        self._since = time.time()
 
     def run(self) -> None:
+        self._metrics.ledger.watch_thread(self.name)
         try:
             while not self._done.is_set():
+                self._metrics.ledger.due(LOOP_S)
                 self._watch_threads()
                 self._beat_and_wait()
         except BaseException:
@@ -144,9 +119,11 @@ class Vitals(threading.Thread):
             if not self._looked:
                 self._look_at_server()
             self._failing = False
+            self._metrics.outages.back("redis", self.name)
         except redis.RedisError as error:
             log.debug("no heartbeat: %s", error)
             self._failing, self._looked = True, False
+            self._metrics.outages.away("redis", self.name)
             self._broker.learn(error)
             self._observers.clear()
         # A change of state shows at once: a death soon after an outage began is none of its messages' making.
@@ -160,8 +137,9 @@ class Vitals(threading.Thread):
         """One beat, and what it shows to be due. Raises what redis raises; nothing is half done."""
         self._beats += 1
         self._state = self._broker.hold.state
+        told = self._told()
         for queue in sorted(self._broker.queues):
-            self._beat(queue)
+            self._beat(queue, told)
         if time.monotonic() - self._reconciled >= RECONCILE_S:
             self._reconciled = time.monotonic()
             for queue in sorted(self._broker.queues):
@@ -204,21 +182,37 @@ class Vitals(threading.Thread):
                 if left:
                     self._broker.run("give_back", [unacked, keys.queue], *left)
                 self._broker.client.hdel(keys.processes, self._broker.process)
+                self._broker.client.hdel(keys.workers, self._broker.process)
         except redis.RedisError as error:
             log.warning("could not say goodbye to Redis, others will take over: %s", error)
 
-    def _beat(self, queue: str) -> None:
+    def _told(self) -> bytes:
+        """What others may know of this process."""
+        threads = len(self._worker.workers)
+        told = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": self._since,
+            "threads": threads,
+            "state": self._state,
+        }
+        return msgspec.json.encode(told | self._metrics.told())
+
+    def _beat(self, queue: str, told: bytes) -> None:
         keys, own = self._broker.keys(queue), self._broker.process
         count = f"{self._state}:{self._beats}"
-        answer = [_as_text(part) for part in self._broker.run("beat", [keys.processes], own, count)]
+        answer = [_as_text(part) for part in self._broker.run("beat", [keys.processes, keys.workers], own, count, told)]
         beats = dict(zip(answer[::2], answer[1::2], strict=True))
         for process, last in self._observers.setdefault(queue, Observer()).dead(beats, own).items():
             places = [keys.processes, self._broker.unacked(queue, process), keys.queue, keys.bodies, keys.suspects]
             places += [keys.deaths, keys.dead, keys.dead_bodies, keys.causes]
             why = cause(WorkerDied(f"{self._broker.max_deaths} processes died with this message alone; the last was {process}"))
             at_work = int(last.startswith("working"))
-            held = self._broker.run("reclaim", places, process, last, at_work, self._broker.max_deaths, why)
+            held, buried = self._broker.run("reclaim", places, process, last, at_work, self._broker.max_deaths, why)
+            if buried and queue in self._broker.batched:
+                self._metrics.buried([None])
             if held > 0:
+                self._metrics.ledger.add("evalstore_redeliveries_total", queue, "died", by=held - buried)
                 log.warning("process %s is dead (it was %s); took back %d messages", process, last.partition(":")[0], held)
 
     def _reconcile(self, queue: str) -> None:
@@ -228,7 +222,8 @@ class Vitals(threading.Thread):
         ours = self._broker.client.zrangebyscore(unacked, "-inf", f"({unanswered}")
         held = self._broker.hold.ids(queue)
         stranded = [redis_id for redis_id in ours if redis_id not in held]
-        if stranded and self._broker.run("give_back", [unacked, keys.queue], *stranded):
+        if stranded and (given := self._broker.run("give_back", [unacked, keys.queue], *stranded)):
+            self._metrics.ledger.add("evalstore_redeliveries_total", queue, "stranded", by=given)
             log.warning("gave %d stranded messages back to queue %s", len(stranded), queue)
 
     def _watch_threads(self) -> None:

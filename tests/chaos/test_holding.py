@@ -252,8 +252,8 @@ def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker
 
 
 def test_where_a_process_cannot_be_told_apart_it_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vitals, "_place", lambda: ("?", "?"))
-    monkeypatch.setattr(vitals, "_started", _nothing)
+    monkeypatch.setattr(vitals, "place", lambda: ("?", "?"))
+    monkeypatch.setattr(vitals, "started", _nothing)
     assert not is_gone(process_name())
 
 

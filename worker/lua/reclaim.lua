@@ -10,18 +10,19 @@
 --       8 dead bodies  hash  id -> message, as received             evalstore:<namespace>:<queue>:dead:msgs
 --       9 causes       hash  id -> JSON                             evalstore:<namespace>:<queue>:dead:causes
 -- ARGV  1 dead process, 2 its state and count as last seen, 3 "1" if it died at work, 4 deaths that make a dead letter, 5 cause
--- Returns how many messages it held, or -1 if it has beaten since or was reclaimed already.
+-- Returns { how many messages it held, or -1 if it has beaten since or was reclaimed already; how many are dead letters now }.
 --
 -- What it held when it died at work is suspected of having killed it, and comes back in halves, each to be worked on by a process
 -- that holds nothing else, until the culprit is alone. Only then is a death counted against it: a message that happened to be the
 -- only one of its queue may have died of another queue's.
 
 if redis.call("HGET", KEYS[1], ARGV[1]) ~= ARGV[2] then
-    return -1
+    return { -1, 0 }
 end
 redis.call("HDEL", KEYS[1], ARGV[1])
 local ids = redis.call("ZRANGE", KEYS[2], 0, -1)
 local first = redis.call("ZRANGE", KEYS[2], 0, 0, "WITHSCORES")[2]
+local buried = 0
 local was_alone = #ids == 1 and tonumber(first) % 1 ~= 0
 redis.call("DEL", KEYS[2])
 
@@ -38,6 +39,7 @@ elseif was_alone then
         redis.call("ZADD", KEYS[7], time[1] * 1000 + math.floor(time[2] / 1000), id)
         redis.call("HSET", KEYS[8], id, body)
         redis.call("HSET", KEYS[9], id, ARGV[5])
+        buried = 1
     elseif body then
         redis.call("LPUSH", KEYS[5], cmsgpack.pack(ids))
     end
@@ -51,4 +53,4 @@ else
         end
     end
 end
-return #ids
+return { #ids, buried }

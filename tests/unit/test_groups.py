@@ -1,0 +1,160 @@
+"""What processes count and whether they live is read from outside, whatever became of them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGSTOP
+
+import pytest
+
+from models.settings import settings
+from tasks import groups
+from tasks.ledger import Layout, Ledger, counted_by
+
+LAYOUT = Layout(counted_by("worker"), {"job": ["a"]})
+APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
+
+# A process that counts, and beats until it is killed; `after` says what it does when it has begun.
+_PROCESS = """
+import sys, threading, time
+from tasks import groups
+from tasks.ledger import Layout, Ledger, counted_by
+ledger = Ledger(Layout(counted_by("worker"), {"job": ["a"]}))
+ledger.add("evalstore_events_total", "applied", "evaluation:queued", by=int(sys.argv[1]))
+groups.join("worker", ledger)
+ledger.add("evalstore_outage_seconds_total", "redis", by=int(sys.argv[1]))
+ledger.set("evalstore_breaker_open", to=1)
+ledger.watch_thread("main")
+ledger.due(0.5)
+print("ready", flush=True)
+while True:
+    time.sleep(0.05)
+    ledger.due(0.5)
+"""
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("EVALSTORE_RUNTIME_DIR", str(tmp_path / "run"))
+    settings.cache_clear()
+    yield tmp_path / "run"
+    settings.cache_clear()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def start_one(number: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", _PROCESS, str(number)], stdout=subprocess.PIPE)
+        begun.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    yield start_one
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def counted(group: groups.Group, *key: str) -> float:
+    return group.totals(LAYOUT)[LAYOUT.places[key[0], key[1:]]]
+
+
+def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
+    start: Callable[[int], subprocess.Popen[bytes]], runtime: Path
+) -> None:
+    for number in (3, 4):
+        started = start(number)
+        assert len(groups.groups()) == 1
+        started.send_signal(SIGKILL)
+        started.wait()
+        assert groups.groups() == []
+    start(5)
+    start(6)
+
+    assert sorted(counted(group, APPLIED[0], *APPLIED[1]) for group in groups.groups()) == [6, 3 + 4 + 5]
+    assert sorted(counted(group, "evalstore_outage_seconds_total", "redis") for group in groups.groups()) == [6, 3 + 4 + 5]
+    assert [counted(group, "evalstore_breaker_open") for group in groups.groups()] == [1, 1]  # gauges of the dead are over
+    assert len(list(runtime.glob("worker;*"))) == 2
+
+
+@pytest.mark.parametrize("done", ["total", "files", "moved"])
+def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
+    start: Callable[[int], subprocess.Popen[bytes]], runtime: Path, monkeypatch: pytest.MonkeyPatch, done: str
+) -> None:
+    started = start(7)
+    (ended,) = groups.groups()
+    started.kill()
+    started.wait()
+    start(1)
+    heir = next(group for group in groups.groups() if group.folder != ended.folder)
+    assert counted(heir, APPLIED[0], *APPLIED[1]) == 8
+
+    # What a crash leaves behind after each step: the total beside the files, the total alone, an empty folder.
+    taken = next(heir.folder.glob("past;*"))
+    ended.folder.mkdir()
+    if done != "moved":
+        taken.rename(ended.folder / "total")
+    if done == "total":
+        (ended.folder / groups.name_of(2**22 - 1)).write_bytes(LAYOUT.data([9.0] * LAYOUT.size))
+    start(2)
+
+    assert sum(counted(group, APPLIED[0], *APPLIED[1]) for group in groups.groups()) == 7 + 1 + 2
+
+
+def test_a_frozen_process_is_stuck_until_it_goes_on(
+    start: Callable[[int], subprocess.Popen[bytes]], eventually: Callable[..., None]
+) -> None:
+    started = start(1)
+    (group,) = groups.groups()
+    assert [process.stuck for process in group.processes()] == [[]]
+
+    started.send_signal(SIGSTOP)
+    eventually(lambda: [process.stuck for process in group.processes()] == [["main"]], what="the verdict")
+    started.send_signal(SIGCONT)
+    eventually(lambda: [process.stuck for process in group.processes()] == [[]], what="the recovery")
+
+
+def test_a_thread_that_is_stuck_shows_and_one_that_waits_does_not(eventually: Callable[..., None]) -> None:
+    ledger = Ledger(LAYOUT)
+    group = groups.join("worker", ledger)
+    ledger.watch_thread("batches")
+
+    ledger.due(None)
+    assert [process.stuck for process in group.processes()] == [[]]
+    ledger.due(0.01)
+    eventually(lambda: [process.stuck for process in group.processes()] == [["batches"]], what="the verdict")
+    ledger.leave_thread()
+    assert [process.stuck for process in group.processes()] == [[]]
+
+
+def test_counts_of_another_release_are_dropped(runtime: Path, start: Callable[[int], subprocess.Popen[bytes]]) -> None:
+    other = Layout(counted_by("api"), {"method": [], "route": [], "status": []})
+    ended = runtime / f"worker;{groups.name_of(2**22 - 1)}"
+    ended.mkdir(parents=True)
+    (ended / groups.name_of(2**22 - 1)).write_bytes(other.data([9.0] * other.size))
+
+    start(2)
+
+    (group,) = groups.groups()
+    assert counted(group, APPLIED[0], *APPLIED[1]) == 2
+    assert not ended.exists()
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    with pytest.raises(groups.Unshared, match="another user"):
+        groups.runtime()
+
+
+def test_histograms_count_each_value_in_its_bucket() -> None:
+    ledger = Ledger(LAYOUT)
+    for value in (1, 2, 3, 20_000):
+        ledger.observe("evalstore_batch_events", value=value)
+    place = LAYOUT.places["evalstore_batch_events", ()]
+    numbers = LAYOUT.numbers(ledger.data())[place : place + 15]
+    assert numbers == [1, 1, 1, *[0] * 10, 1, 20_006]

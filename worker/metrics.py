@@ -1,0 +1,134 @@
+"""What a worker counts: a few numbers for each batch, none for each event."""
+
+import re
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from models.metrics import TYPES
+from models.record import Fact
+from tasks.jobs import JOBS
+from tasks.ledger import Layout, Ledger, counted_by
+from worker.batches import Delivery
+
+LAYOUT: Final = Layout(counted_by("worker"), {"job": [job.name for job in JOBS]})
+# A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Ledger.due`.
+LOOP_S: Final = 20.0
+WORK_S: Final = 25.0
+_SAMPLE: Final = 64
+_RATE_OVER_S: Final = 10.0
+_SENT: Final = re.compile(rb'"message_timestamp":\s*(\d{1,16})')
+
+
+class Metrics:
+    """Of one process. For use by many threads."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger(LAYOUT)
+        self.outages = Outages(self.ledger)
+        self._events = Counter[str]()
+        self._marks = deque([(time.monotonic(), 0)])
+
+    def stored(self, events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[str], conflicting_results: int) -> None:
+        """A batch was committed just now."""
+        now = datetime.now(UTC)
+        self._count(zip(outcomes, (event.type for _, event in events), strict=True))
+        if conflicting_results:
+            self.ledger.add("evalstore_conflicting_results_total", by=conflicting_results)
+        applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
+        sample = min(len(applied), _SAMPLE)
+        observe, name = self.ledger.observe, "evalstore_event_latency_seconds"
+        for number in range(sample):
+            delivery, event = events[applied[number * len(applied) // sample]]
+            weight = len(applied) / sample
+            observe(name, "occurred", value=max(0.0, (now - event.occurred_at).total_seconds()), times=weight)
+            if sent := _SENT.search(delivery.body, max(0, len(delivery.body) - 200)):
+                observe(name, "sent", value=max(0.0, now.timestamp() - int(sent[1]) / 1000), times=weight)
+
+    def lost(self, count: int) -> None:
+        """Evaluations were given up."""
+        self._count([("applied", "evaluation:lost")] * count)
+
+    def buried(self, bodies: Iterable[bytes | None]) -> None:
+        """Messages turned out to be such that they can never be stored."""
+        self._count(("dead", _type_of(body)) for body in bodies)
+
+    def _count(self, events: Iterable[tuple[str, str]]) -> None:
+        for (outcome, type_), count in Counter(events).items():
+            if outcome != "reused":  # it is buried, and counted then
+                self.ledger.add("evalstore_events_total", outcome, type_, by=count)
+                self._events[outcome] += count
+
+    def told(self) -> dict[str, Any]:
+        """What others may know of this process: what it counted since it began, its rate, and what it waits for."""
+        now, total = time.monotonic(), self._events.total()
+        while len(self._marks) > 1 and self._marks[1][0] < now - _RATE_OVER_S:
+            self._marks.popleft()
+        then, before = self._marks[0]
+        self._marks.append((now, total))
+        rate = (total - before) / max(now - then, 1.0)
+        is_open = bool(self.ledger.get("evalstore_breaker_open"))
+        return {**self._events, "events_per_s": round(rate, 1), "away": self.outages.update(), "breaker_open": is_open}
+
+
+class _Typed(msgspec.Struct):
+    type: Any = None
+
+
+class _Sent(msgspec.Struct):
+    args: tuple[_Typed]
+
+
+_DECODER: Final = msgspec.json.Decoder(_Sent)
+
+
+def _type_of(body: bytes | None) -> str:
+    """The type of the event in a message of which nothing else may be right."""
+    try:
+        found = _DECODER.decode(body or b"").args[0].type
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "unknown"
+    return found if isinstance(found, str) and found in TYPES else "unknown"
+
+
+class Outages:
+    """For how long servers were away, as this process's threads noticed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._away: dict[str, set[str]] = {"postgresql": set(), "redis": set(), "objects": set()}
+        self._counted = dict.fromkeys(self._away, 0.0)
+
+    def away(self, server: str, who: str) -> None:
+        """`who` waits for that server from now on."""
+        with self._lock:
+            self._count(server)
+            self._away[server].add(who)
+            self._ledger.set("evalstore_outage", server, to=1)
+
+    def back(self, server: str, who: str) -> None:
+        """`who` does not wait for it, or no longer."""
+        if who in self._away[server]:
+            with self._lock:
+                self._count(server)
+                self._away[server].discard(who)
+                self._ledger.set("evalstore_outage", server, to=bool(self._away[server]))
+
+    def update(self) -> list[str]:
+        """Count what passed so far; returns which servers are away."""
+        with self._lock:
+            for server in self._away:
+                self._count(server)
+            return [server for server, waiting in self._away.items() if waiting]
+
+    def _count(self, server: str) -> None:
+        now = time.monotonic()
+        if self._away[server]:
+            self._ledger.add("evalstore_outage_seconds_total", server, by=now - self._counted[server])
+        self._counted[server] = now
