@@ -126,6 +126,8 @@ confirmations = Table(
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("count", Integer, nullable=False),
     Column("body", Text, nullable=False),
+    # The traces they go on in, a line each, empty where there is none.
+    Column("traceparents", Text),
     # When they were relayed, and how far the Redis stream had come by then.
     Column("relayed_at", _TIME),
     Column("stream_ms", BigInteger),

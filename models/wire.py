@@ -66,6 +66,14 @@ class _Cancelled(_Event, tag="evaluation:cancelled"):
     reason: _Text = None
 
 
+class _Options(msgspec.Struct, forbid_unknown_fields=True):
+    """What our senders put there. What is said of a trace is for whoever follows it to check: the event is as good without."""
+
+    redis_message_id: Any = None
+    traceparent: Any = None
+    tracestate: Any = None
+
+
 class _Message(msgspec.Struct):
     actor_name: Literal["store_evaluation"]
     args: tuple[_Queued | _Started | _Completed | _Failed | _TimedOut | _Cancelled]
@@ -73,22 +81,24 @@ class _Message(msgspec.Struct):
     message_id: str
     message_timestamp: int
     kwargs: Annotated[dict[str, Any], Meta(max_length=0)]
-    options: dict[str, Any]
+    options: _Options
 
 
-_OPTIONS = frozenset({"redis_message_id"})
 _DECODER = msgspec.json.Decoder(_Message)
 
 
-def read_fact(body: bytes, *, max_content_bytes: int) -> Fact | None:
-    """The event in a message of `store_evaluation`, if it is a usual one in all respects."""
+def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | None = None) -> Fact | None:
+    """The event in a message of `store_evaluation`, if it is a usual one in all respects.
+
+    Into `carrier` goes what the message says of its trace, unchecked: `traceparent` and `tracestate`.
+    """
     try:
         message = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     event = message.args[0]
     # Content is at most as long as what it was escaped to; NUL is for content alone.
-    if message.options.keys() - _OPTIONS or len(body) > max_content_bytes or b"\\u0000" in body:
+    if len(body) > max_content_bytes or b"\\u0000" in body:
         return None
     if not UUID_FORM.fullmatch(event.event_id):
         return None
@@ -111,6 +121,8 @@ def read_fact(body: bytes, *, max_content_bytes: int) -> Fact | None:
             error = None if event.error is None else event.error.encode()
             rest = (None, None, event.executor_id, event.container_id, None, event.exit_code, event.duration_ms)
             rest += (event.memory_bytes, None, None, output, error, None)
+    if carrier is not None and message.options.traceparent is not None:
+        carrier["traceparent"], carrier["tracestate"] = message.options.traceparent, message.options.tracestate
     return Fact._make(head + rest)
 
 

@@ -1,6 +1,6 @@
 """The outbox: confirmations of what was committed, until they are relayed, and for a while after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
@@ -25,11 +25,18 @@ class Relayed(NamedTuple):
     done: bool
 
 
-Publish = Callable[[StreamId, Sequence[str]], Relayed]
+class Line(NamedTuple):
+    """A confirmation as JSON, and the trace it goes on in as a `traceparent`, empty where there is none."""
+
+    body: str
+    traceparent: str = ""
+
+
+Publish = Callable[[StreamId, Sequence[Line]], Relayed]
 
 # Losing this transaction only makes confirmations be relayed twice, so nobody waits for the disk.
 _POSITION: Final = "SELECT stream_ms, stream_seq FROM confirmation_position FOR UPDATE"
-_PENDING: Final = "SELECT id, body FROM confirmations WHERE relayed_at IS NULL ORDER BY id LIMIT %s"
+_PENDING: Final = "SELECT id, body, traceparents FROM confirmations WHERE relayed_at IS NULL ORDER BY id LIMIT %s"
 _RELAYED: Final = "UPDATE confirmations SET relayed_at = now(), stream_ms = %s, stream_seq = %s WHERE id = ANY(%s)"
 _LOST: Final = """
 UPDATE confirmations SET relayed_at = NULL, stream_ms = NULL, stream_seq = NULL WHERE (stream_ms, stream_seq) > (%s, %s)
@@ -40,7 +47,7 @@ _COMMITS: Final = 20
 
 
 def relay(conn: Connection, publish: Publish) -> int:
-    """Hand all pending confirmations to `publish`, a line of JSON each; returns how many there were.
+    """Hand all pending confirmations to `publish`; returns how many there were.
 
     One caller at a time works, the others wait. An evaluation's confirmations come in the order of its versions: a commit takes
     its id while it holds the lock of each evaluation it confirms, so what is seen here includes every lower version. Where
@@ -55,17 +62,22 @@ def relay(conn: Connection, publish: Publish) -> int:
             cursor.execute("SET LOCAL synchronous_commit = off")
             ((ms, seq),) = cursor.execute(_POSITION).fetchall()
             rows = cursor.execute(_PENDING, [_COMMITS]).fetchall()
-            lines = [line for _, body in rows for line in body.split("\n")]
+            lines = [line for _, body, traces in rows for line in _lines(body, traces)]
             last, done = publish(StreamId(ms, seq), lines)
             if not done:
                 cursor.execute(_LOST, [*last])
             elif rows:
-                cursor.execute(_RELAYED, [*last, [row_id for row_id, _ in rows]])
+                cursor.execute(_RELAYED, [*last, [row_id for row_id, *_ in rows]])
                 handed += len(lines)
             if (ms, seq) != last:
                 cursor.execute(_ADVANCE, [*last])
         if done and len(rows) < _COMMITS:
             return handed
+
+
+def _lines(body: str, traces: str | None) -> Iterator[Line]:
+    bodies = body.split("\n")
+    return map(Line, bodies) if traces is None else map(Line, bodies, traces.split("\n"))
 
 
 def forget(conn: Connection, *, older_than_s: float = 600) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
@@ -111,15 +111,16 @@ _UPDATE: Final = f"""
 UPDATE evaluations e SET ({_columns(_CHANGED)}, updated_at) = ROW({_columns(_CHANGED, "s.{}")}, statement_timestamp())
 FROM stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
-_CONFIRM: Final = "INSERT INTO confirmations (count, body) VALUES (%s, %s)"
+_CONFIRM: Final = "INSERT INTO confirmations (count, body, traceparents) VALUES (%s, %s, %s)"
 
 
-def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
+def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[int], str | None] | None = None) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
     An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
     nothing. Any number of callers may store events of the same evaluations at once: all take their locks in the order of
-    `eval_id`, new records first, so that none waits for another in a circle.
+    `eval_id`, new records first, so that none waits for another in a circle. `trace_of` gives the trace of an event by its
+    position, as a `traceparent`; each confirmation goes on in that of the last event it tells of.
 
     Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
     """
@@ -134,7 +135,8 @@ def store(conn: Connection, events: Sequence[Event | Fact]) -> Stored:
         confirmations = _confirmations(facts, written, recorded_at)
         if confirmations:
             body = b"\n".join(map(msgspec.json.encode, confirmations))
-            cursor.execute(_CONFIRM, [len(confirmations), body.decode()])
+            traces = trace_of and _traces(facts, written, trace_of)
+            cursor.execute(_CONFIRM, [len(confirmations), body.decode(), traces])
         written_at = time.perf_counter()
     staged["evalstore_staged"] = True
     for position in written.applied:
@@ -293,6 +295,13 @@ def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> li
         }
         for eval_id, state in written.states.items()
     ]
+
+
+def _traces(facts: list[Fact], written: _Written, trace_of: Callable[[int], str | None]) -> str | None:
+    """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
+    last = {facts[position].eval_id: position for position in written.applied}
+    traces = [trace_of(last[eval_id]) or "" for eval_id in written.states]
+    return "\n".join(traces) if any(traces) else None
 
 
 # A record `e` beside the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.

@@ -26,6 +26,7 @@ from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
 from models.settings import settings
+from tasks import tracing
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
 
@@ -208,26 +209,30 @@ class Broker(RedisBroker):
         durable = bool(message.options.pop("durable", False))
         sent = message.copy(options={"redis_message_id": str(uuid4())})
         self.emit_before("enqueue", sent, delay)
-        keys = self.keys(sent.queue_name)
-        redis_id, body = sent.options["redis_message_id"], encode(sent)
-        if delay is None:
-            self._send_or_keep(sent.queue_name, [redis_id, body], durable)
-        elif 0 <= delay <= _MAX_DELAY_MS:
-            self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, delay], durable)
-        else:
-            raise ValueError(f"expected a delay of 0 to {_MAX_DELAY_MS} ms, not {delay}")
+        with tracing.sending(sent.queue_name, [sent]):
+            keys = self.keys(sent.queue_name)
+            redis_id, body = sent.options["redis_message_id"], encode(sent)
+            if delay is None:
+                self._send_or_keep(sent.queue_name, [redis_id, body], durable)
+            elif 0 <= delay <= _MAX_DELAY_MS:
+                self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, delay], durable)
+            else:
+                raise ValueError(f"expected a delay of 0 to {_MAX_DELAY_MS} ms, not {delay}")
         self.emit_after("enqueue", sent, delay)
         return sent
 
     def enqueue_many(self, messages: Sequence[Message[Any]], *, durable: bool = False) -> None:
         """Send all of one queue's messages in one round trip, or none. Keeps and raises as `enqueue` does."""
-        arguments: list[str | bytes] = []
-        for message in messages:
-            redis_id = str(uuid4())
-            message.options["redis_message_id"] = redis_id
-            arguments += [redis_id, encode(message)]
-        if messages:
-            self._send_or_keep(messages[0].queue_name, arguments, durable)
+        if not messages:
+            return
+        queue = messages[0].queue_name
+        with tracing.sending(queue, messages):
+            arguments: list[str | bytes] = []
+            for message in messages:
+                redis_id = str(uuid4())
+                message.options["redis_message_id"] = redis_id
+                arguments += [redis_id, encode(message)]
+            self._send_or_keep(queue, arguments, durable)
 
     def send_on(self, arguments: list[str | bytes]) -> None:
         """Send what the spool kept. Raises RedisOutage; the slower the network may be, as nobody waits for it."""

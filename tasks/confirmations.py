@@ -14,6 +14,7 @@ import msgspec
 import redis
 
 from models.errors import RedisOutage
+from tasks import tracing
 from tasks.broker import broker
 
 STREAM: Final = "evalstore:confirmations"
@@ -63,7 +64,8 @@ class Confirmations:
             for entry_id, fields in entries:
                 confirmation = msgspec.json.decode(fields[b"confirmation"]) if fields else None
                 if confirmation and self._is_news(confirmation):
-                    yield confirmation
+                    with tracing.receiving(STREAM, self.group, fields, confirmation):
+                        yield confirmation
                 self._done(entry_id, confirmation)
 
     def _key(self, confirmation: dict[str, Any]) -> str:

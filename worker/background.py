@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from models.errors import Outage, SchemaMismatch
 from storage.database import Watch
-from worker import confirmations, dead_letters
+from worker import confirmations, dead_letters, tracing
 from worker.broker import Broker
 from worker.evaluations import Store, engine
 from worker.metrics import WORK_S
@@ -100,3 +100,4 @@ class Beside(dramatiq.Middleware):
         if self.thread:
             self.thread.stop()
             self.thread = None
+        tracing.flush()

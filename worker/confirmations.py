@@ -1,5 +1,6 @@
 """Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -9,7 +10,8 @@ from sqlalchemy import Connection
 
 from models.errors import RedisOutage
 from storage import confirmations
-from storage.confirmations import Relayed, StreamId
+from storage.confirmations import Line, Relayed, StreamId
+from worker import tracing
 from worker.broker import Broker
 
 STREAM: Final = "evalstore:confirmations"
@@ -23,11 +25,12 @@ def relay(conn: Connection, broker: Broker) -> int:
     Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
     """
 
-    def publish(known: StreamId, lines: Sequence[str]) -> Relayed:
+    def publish(known: StreamId, lines: Sequence[Line]) -> Relayed:
         oldest_ms = int((time.time() - KEEP_S) * 1000)
         try:
             for start in range(0, max(1, len(lines)), _CHUNK):
-                ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, *lines[start : start + _CHUNK])
+                with tracing.publishing(STREAM, lines[start : start + _CHUNK]) as chunk:
+                    ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, *itertools.chain(*chunk))
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from functools import cache
+from typing import Any
 
 from dramatiq.errors import ActorNotFound
 from sqlalchemy import Engine
@@ -18,7 +19,7 @@ from storage import database, evaluations, migrations
 from storage.objects import Stores
 from storage.presence import Presence
 from tasks.evaluations import ACTOR, QUEUE
-from worker import dead_letters
+from worker import dead_letters, tracing
 from worker.batches import REDRIVEN, Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
 from worker.contents import Contents, Pair
@@ -58,6 +59,10 @@ class Store:
         Waits for PostgreSQL as long as it is away, and while the breaker is open. When it is told to stop meanwhile, the batch
         goes back to the queue: what was stored of it will be recognised when it comes again.
         """
+        with tracing.processing(batch):
+            self._process(batch)
+
+    def _process(self, batch: Batch) -> None:
         left = list(batch)
         self._count.observe("evalstore_batch_events", value=len(left))
         try:
@@ -116,10 +121,12 @@ class Store:
         events: list[Pair] = []
         referring: list[Pair] = []
         most, started = settings().max_content_bytes, time.perf_counter()
+        carriers = tracing.carriers()
         for delivery in deliveries:
+            carrier = carriers and carriers(delivery.redis_id)
             try:
-                usual = read_fact(delivery.body, max_content_bytes=most)
-                event = usual or unusual_fact(delivery.body)
+                usual = read_fact(delivery.body, max_content_bytes=most, carrier=carrier)
+                event = usual or unusual_fact(delivery.body, carrier)
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
                 continue
@@ -162,6 +169,7 @@ class Store:
                 self._store(bad, events[start : start + size])
             return
         self._metrics.stored(events, stored.outcomes, stored.conflicting_results)
+        tracing.note(events, stored.outcomes)
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
                 bad[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
@@ -199,9 +207,10 @@ class Store:
     def _attempt(self, events: list[Pair], bound_s: float) -> evaluations.Stored:
         self._count.due(WORK_S + bound_s)
         started = time.perf_counter()
-        with database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
+        trying = tracing.transaction(len(events))
+        with trying, database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
             connected = self._timed("connect", started)
-            stored = evaluations.store(conn, [event for _, event in events])
+            stored = evaluations.store(conn, [event for _, event in events], tracing.trace_of(events))
         self._timed("write", connected, stored.written_at)
         self._timed("commit", stored.written_at)
         return stored
@@ -234,9 +243,11 @@ def fact_of(body: bytes) -> Fact:
     return read_fact(body, max_content_bytes=settings().max_content_bytes) or unusual_fact(body)
 
 
-def unusual_fact(body: bytes) -> Fact:
-    """The same, the thorough way: of whatever `read_fact` leaves alone."""
+def unusual_fact(body: bytes, carrier: dict[str, Any] | None = None) -> Fact:
+    """The same, the thorough way: of whatever `read_fact` leaves alone. Into `carrier` goes what is said of the trace."""
     message = read(body)
+    if carrier is not None:
+        carrier.update(message.options)
     if message.actor_name != ACTOR:
         raise ActorNotFound(message.actor_name)
     if len(message.args) != 1 or message.kwargs or not isinstance(message.args[0], dict):

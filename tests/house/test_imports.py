@@ -29,6 +29,7 @@ def test_importing_tasks_loads_no_server_side_package() -> None:
         "boto3",
         "botocore",
         "periodiq",
+        "opentelemetry",
         "rich",
         "typer",
         "storage",

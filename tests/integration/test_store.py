@@ -25,7 +25,7 @@ from models.errors import DatabaseOutage, InvalidSettings
 from models.events import parse
 from models.record import Fact, canonical_json, fact
 from storage import confirmations, database, evaluations
-from storage.confirmations import Relayed, StreamId
+from storage.confirmations import Line, Relayed, StreamId
 from storage.evaluations import ROW_LIMIT_BYTES, Stored
 
 Json = dict[str, Any]
@@ -519,11 +519,11 @@ class Stream:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def publish(self, known: StreamId, lines: Sequence[str]) -> Relayed:
+    def publish(self, known: StreamId, lines: Sequence[Line]) -> Relayed:
         last = StreamId(0, len(self.lines))
         if last < known:
             return Relayed(last, done=False)
-        self.lines += lines
+        self.lines += [line.body for line in lines]
         return Relayed(StreamId(0, len(self.lines)), done=True)
 
     @property
@@ -548,7 +548,7 @@ def test_confirmations_are_relayed_in_order_once_and_then_forgotten(engine: Engi
 
 
 def test_confirmations_that_could_not_be_published_stay(engine: Engine) -> None:
-    def fail(_known: StreamId, _lines: Sequence[str]) -> Relayed:
+    def fail(_known: StreamId, _lines: Sequence[Line]) -> Relayed:
         raise Outage("not now")
 
     stream = Stream()

@@ -90,6 +90,17 @@ def test_an_unusual_envelope_is_left_to_the_thorough_way(changed: dict[str, Any]
     assert read_fact(message(usual("started"), **changed), max_content_bytes=10**6) is None
 
 
+@pytest.mark.parametrize("traceparent", [f"00-{'ab' * 16}-{'cd' * 8}-01", "nonsense", 5, ["x"], None], ids=str)
+def test_a_message_with_a_trace_is_read_quickly_whatever_is_wrong_with_the_trace(traceparent: object) -> None:
+    carrier: dict[str, Any] = {}
+    options = {"redis_message_id": "r", "traceparent": traceparent, "tracestate": "a=b"}
+
+    quick = read_fact(message(usual("started"), options=options), max_content_bytes=10**6, carrier=carrier)
+
+    assert quick == thorough(message(usual("started")))
+    assert carrier == ({} if traceparent is None else {"traceparent": traceparent, "tracestate": "a=b"})
+
+
 def test_content_that_may_be_too_large_is_left_to_the_thorough_way() -> None:
     assert read_fact(message(usual("queued", code="x" * 2000)), max_content_bytes=1000) is None
 

@@ -1,7 +1,8 @@
 -- Append confirmations to the stream and publish each on the channel of its type.
 --
 -- KEYS  1 stream   evalstore:confirmations
--- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; then a line of JSON each
+-- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; then for each a line of JSON,
+--       and its traceparent, which becomes a field of its own, or nothing
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
 
@@ -19,9 +20,15 @@ local known_ms, known_sequence = tonumber(ARGV[1]), tonumber(ARGV[2])
 if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
-for i = 4, #ARGV do
+for i = 4, #ARGV, 2 do
     local kind = string.match(ARGV[i], '"type":"([^"]+)"')
-    ms, sequence = parts(redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i]))
+    local id
+    if ARGV[i + 1] == "" then
+        id = redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i])
+    else
+        id = redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i], "traceparent", ARGV[i + 1])
+    end
+    ms, sequence = parts(id)
     redis.call("PUBLISH", kind, ARGV[i])
 end
 return { ms, sequence, 1 }

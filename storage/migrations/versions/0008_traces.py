@@ -1,0 +1,10 @@
+"""The traces that confirmations go on in."""
+
+from alembic import op
+
+revision = "0008"
+down_revision = "0007"
+
+
+def upgrade() -> None:
+    op.execute("ALTER TABLE confirmations ADD COLUMN traceparents text")

@@ -1,0 +1,190 @@
+"""The trace of an event: OpenTelemetry, off unless its own environment variables ask for it, and then not even imported.
+
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
+
+The context travels as the options `traceparent` and `tracestate` of the message (https://www.w3.org/TR/trace-context/), which
+stock clients neither need nor mind.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
+
+from dramatiq import Message
+
+from tasks.evaluations import QUEUE
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
+
+log = logging.getLogger("evalstore")
+
+NAME: Final = "evalstore"
+_OFF: Final = nullcontext()
+
+
+def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether OpenTelemetry's variables ask for traces, and in a way that we know."""
+
+    def read(*names: str) -> str:
+        return next((value.lower() for name in names if (value := environment.get(name, "").strip())), "")
+
+    exporter = read("OTEL_TRACES_EXPORTER")
+    endpoint = read("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    if read("OTEL_SDK_DISABLED") == "true" or exporter == "none" or not (exporter or endpoint):
+        return False
+    protocol = read("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    if exporter not in {"", "otlp"} or protocol not in {"", "http/protobuf"}:
+        log.warning("no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf")
+        return False
+    return True
+
+
+@cache
+def provider(service: str | None = None) -> "TracerProvider | None":
+    """What makes and sends this process's spans, if they are asked for. `service`: its name, where the environment has none."""
+    if not is_asked_for():
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        log.warning("no traces: the environment asks for them, and evalstore[otel] is not installed: %s", error)
+        return None
+    resource = Resource.create()
+    if service and str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: service}))
+    made = TracerProvider(resource=resource)
+    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return made
+
+
+def start(service: str) -> None:
+    """Let all spans of this process, which is one of ours, be made by our provider, unless it was given another before."""
+    if made := provider(service):
+        from opentelemetry import trace
+
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            trace.set_tracer_provider(made)
+
+
+def tracer() -> "Tracer | None":
+    """What makes spans: of the provider that the process has set, or else of our own; None where traces are off."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is not None and not isinstance(found := trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return _tracer_of(found)
+    own = provider()
+    return None if own is None else _tracer_of(own)
+
+
+@cache
+def _tracer_of(made: Any) -> "Tracer":
+    found: Tracer = made.get_tracer(NAME, release())
+    return found
+
+
+def release() -> str:
+    """Of evalstore."""
+    return metadata.version("evalstore")
+
+
+def sending(queue: str, messages: Sequence[Message[Any]]) -> AbstractContextManager[None]:
+    """The span of sending these; they carry its context from the beginning of the block."""
+    found = tracer()
+    return _OFF if found is None or queue != QUEUE else _sending(found, queue, messages)
+
+
+@contextmanager
+def _sending(found: "Tracer", queue: str, messages: Sequence[Message[Any]]) -> Iterator[None]:
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    attributes = messaging("dramatiq", "send", queue)
+    if len(messages) == 1:
+        attributes |= {"messaging.message.id": messages[0].message_id} | _named(*messages[0].args[:1])
+    else:
+        attributes["messaging.batch.message_count"] = len(messages)
+    with found.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes):
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier)
+        for message in messages:
+            message.options.update(carrier)
+        yield
+
+
+def receiving(
+    stream: str, group: str, fields: Mapping[bytes, bytes], confirmation: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """The span of handling a confirmation: in the trace of the event that it confirms, and current in the block."""
+    found = tracer()
+    return _OFF if found is None else _receiving(found, stream, group, fields, confirmation)
+
+
+@contextmanager
+def _receiving(
+    found: "Tracer", stream: str, group: str, fields: Mapping[bytes, bytes], confirmation: Mapping[str, Any]
+) -> Iterator[None]:
+    from opentelemetry.trace import Link, SpanKind, get_current_span
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier = {"traceparent": fields.get(b"traceparent", b"").decode(errors="replace")}
+    context = TraceContextTextMapPropagator().extract(carrier)
+    sender = get_current_span(context).get_span_context()
+    with found.start_as_current_span(
+        f"process {stream}",
+        context=context,
+        kind=SpanKind.CONSUMER,
+        links=[Link(sender)] if sender.is_valid else [],
+        attributes=messaging("redis", "process", stream) | {"messaging.consumer.group.name": group} | _named(confirmation),
+    ):
+        yield
+
+
+@contextmanager
+def transaction(events: int) -> Iterator[str | None]:
+    """The span of storing events in one transaction; gives its context as a `traceparent`, None where traces are off."""
+    found = tracer()
+    if found is None:
+        yield None
+        return
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    with found.start_as_current_span("transaction evaluations", kind=SpanKind.CLIENT, attributes=database(events)):
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier)
+        yield carrier.get("traceparent")
+
+
+def database(events: int) -> dict[str, str | int]:
+    """What a span says of a transaction: https://opentelemetry.io/docs/specs/semconv/database/database-spans/."""
+    return {
+        "db.system.name": "postgresql",
+        "db.operation.name": "transaction",
+        "db.collection.name": "evaluations",
+        "db.operation.batch.size": events,
+    }
+
+
+def messaging(system: str, operation: str, destination: str) -> dict[str, str | int]:
+    """What a span says of messages."""
+    return {
+        "messaging.system": system,
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+        "messaging.destination.name": destination,
+    }
+
+
+def _named(fields: Any = None) -> dict[str, str | int]:
+    names = {"eval_id": "evalstore.eval_id", "type": "evalstore.type", "version": "evalstore.version"}
+    return {names[name]: fields[name] for name in names if isinstance(fields, Mapping) and name in fields}

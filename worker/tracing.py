@@ -1,0 +1,86 @@
+"""What a worker tells of its work to whoever follows traces. Where they are off, none of it does anything.
+
+How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/spans.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from models.record import Fact
+from storage.confirmations import Line
+from storage.evaluations import Outcome
+from tasks.tracing import provider
+from worker.batches import Batch, Delivery
+
+if TYPE_CHECKING:
+    from worker.spans import BatchSpans, Traces
+
+SERVICE: Final = "evalstore-worker"
+_OFF: Final = nullcontext()
+_batch: ContextVar["BatchSpans | None"] = ContextVar("batch", default=None)
+
+
+@cache
+def traces() -> "Traces | None":
+    """What sends this process's spans, or None where they are off."""
+    made = provider(SERVICE)
+    if made is None:
+        return None
+    from worker.spans import Traces  # noqa: PLC0415 - it imports OpenTelemetry
+
+    return Traces(made)
+
+
+@contextmanager
+def processing(batch: Batch) -> Iterator[None]:
+    """The spans of a batch, for the thread that works on it; what follows adds to them."""
+    found = traces()
+    if found is None:
+        yield
+        return
+    spans = found.batch(batch)
+    token = _batch.set(spans)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+        spans.end()
+
+
+def carriers() -> Callable[[bytes], dict[str, Any]] | None:
+    """What gives, for each message of the batch, where to put what it says of its trace."""
+    spans = _batch.get()
+    return None if spans is None else spans.carrier
+
+
+def transaction(events: int) -> AbstractContextManager[None]:
+    """The span of a transaction, and of its failure."""
+    spans = _batch.get()
+    return _OFF if spans is None else spans.transaction(events)
+
+
+def trace_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[int], str | None] | None:
+    """What `evaluations.store` asks for the trace that a confirmation goes on in."""
+    spans = _batch.get()
+    return None if spans is None else lambda at: spans.traceparent(events[at][0].redis_id)
+
+
+def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
+    """Note what became of events."""
+    if spans := _batch.get():
+        spans.note(events, outcomes)
+
+
+def publishing(stream: str, lines: Sequence[Line]) -> AbstractContextManager[Sequence[Line]]:
+    """The spans of publishing confirmations, each of which goes on in its own."""
+    found = traces()
+    return nullcontext(lines) if found is None else found.publishing(stream, lines)
+
+
+def flush(within_s: float = 2.0) -> None:
+    """Send what waits to be sent, before the process ends."""
+    if found := traces():
+        found.flush(within_s)
