@@ -106,6 +106,8 @@ class FileStore:
     def objects(self, after: str = "") -> Iterator[Listed]:
         """The objects whose names come after that one, in the order of their names; other files are passed over."""
         with self._errors("list", str(self.folder)):
+            if not self.folder.exists() and self.folder.parent.exists():
+                return  # nothing was ever stored
             for first in self._fan_out(self.folder):
                 if first.name >= after[:2]:
                     for second in self._fan_out(first):

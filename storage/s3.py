@@ -5,10 +5,12 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3  # type: ignore[import-untyped]
@@ -27,6 +29,9 @@ PART_BYTES = 8 * 1024 * 1024
 PARTS_AT_ONCE = 2
 
 _READ_BYTES = 256 * 1024
+# For how long at most a mark says that an object is being deleted, and how long a `touch` waits for the end of that.
+_MARK_S = 600
+_PATIENCE_S = 10
 
 _T = TypeVar("_T")
 
@@ -117,7 +122,17 @@ class S3Store:
                     if _status(error) == 412:  # another wrote the same meanwhile
                         return False
                     raise
+            if found == "damaged":
+                self._see_it_stay(reference.key)
             return True
+
+    def _see_it_stay(self, key: str) -> None:
+        """A `delete` that looked at what was there before would take what replaced it."""
+        with self._errors("write", key):
+            try:
+                self._outlast_deletion(key)
+            except ObjectMissing as error:
+                raise ObjectStoreOutage(f"{self._name(key)} was deleted while it was written") from error
 
     def _put(self, key: str, spool: BinaryIO, *, replace: bool) -> None:
         self._adapting(
@@ -164,24 +179,59 @@ class S3Store:
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
         """Delete it, unless it was modified since that time; whether it was, or could have been, there to delete.
 
-        S3 has no way to do both in one step: a `touch` within a few milliseconds of this may come too late.
+        S3 cannot look and delete in one step. So this puts a mark beside it for that while, and whoever touches the object
+        looks for the mark afterwards: either the touch is seen here, or the mark is seen there.
         """
         with self._errors("delete", key):
-            if unmodified_since is not None:
-                try:
-                    with self.open(key, -1) as stream:
-                        if stream.listed.modified_at > unmodified_since:
-                            return False
-                except ObjectMissing:
-                    return False
-            self._s3.delete_object(**self._at(key))
-            return True
+            if unmodified_since is None:
+                self._s3.delete_object(**self._at(key))
+                return True
+            begun, mark = time.monotonic(), self._mark(key)
+            self._s3.put_object(**mark, Body=b"")
+            try:
+                with self.open(key, -1) as stream:
+                    is_old = stream.listed.modified_at <= unmodified_since
+                if is_old and time.monotonic() - begun < _MARK_S / 2:
+                    self._s3.delete_object(**self._at(key))
+                    return True
+            except ObjectMissing:
+                pass
+            finally:
+                self._s3.delete_object(**mark)
+            return False
 
     def touch(self, key: str) -> None:
-        """Make it as young as one just written, by copying it onto itself."""
+        """Make it as young as one just written, by copying it onto itself.
+
+        Raises ObjectMissing where a `delete` was faster.
+        """
         with self._errors("touch", key):
             at = self._at(key)
             self._s3.copy_object(**at, **self._as(key), CopySource=at, MetadataDirective="REPLACE")
+            self._outlast_deletion(key)
+
+    def _outlast_deletion(self, key: str) -> None:
+        give_up = time.monotonic() + _PATIENCE_S
+        while self._is_being_deleted(key):
+            if time.monotonic() > give_up:
+                raise ObjectStoreOutage(f"{self._name(key)} is being deleted")
+            time.sleep(0.05)
+        self.open(key, -1).__exit__()
+
+    def _is_being_deleted(self, key: str) -> bool:
+        try:
+            answer = self._s3.head_object(**self._mark(key))
+        except ClientError as error:
+            if _status(error) == 404:
+                return False
+            raise
+        # By the server's own clock. One older than that was left behind: its writer does not delete so late.
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return bool(now - answer["LastModified"] < timedelta(seconds=_MARK_S))
+
+    def _mark(self, key: str) -> dict[str, str]:
+        self._at(key)
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}deleting/{key}"}
 
     def objects(self, after: str = "") -> Iterator[Listed]:
         """The objects whose names come after that one, in the order of their names; other objects are passed over."""
@@ -194,8 +244,16 @@ class S3Store:
                         yield Listed(key, entry["Size"], entry["LastModified"])
 
     def leftovers(self, before: datetime, *, remove: bool = False) -> list[str]:
-        """The uploads in parts that were begun before that time and never ended; given up if asked to."""
+        """Uploads in parts and marks of deletions from before that time, which nobody ended; given up if asked to."""
         found = []
+        marks = self._s3.get_paginator("list_objects_v2")
+        with self._errors("list", ""):
+            for page in marks.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}deleting/"):
+                for entry in page.get("Contents", ()):
+                    if entry["LastModified"] < before:
+                        found.append(entry["Key"])
+                        if remove:
+                            self._s3.delete_object(Bucket=self.bucket, Key=entry["Key"])
         pages = self._s3.get_paginator("list_multipart_uploads")
         with self._errors("list", ""):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):

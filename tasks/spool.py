@@ -151,6 +151,18 @@ class Spool:
         age_s = None if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000)
         return Status(messages, size, age_s, damaged)
 
+    def lines(self) -> Iterator[tuple[int | None, bytes]]:
+        """Every line that waits, and since when, in ms since 1970; of damaged ones and those around them, None."""
+        for path, size in self._segments():
+            with suppress(FileNotFoundError), path.open("rb") as file:  # it may be forwarded meanwhile
+                file.seek(self._progress(path.name, size)[0])
+                for line in file:
+                    record = Record.of(line)
+                    yield record.at_ms if record else None, line
+        for path in self.folder.glob("*.bad"):
+            with path.open("rb") as file:
+                yield from ((None, line) for line in file)
+
     def _segments(self) -> list[tuple[Path, int]]:
         """The segments in their order, and their sizes."""
         found = []

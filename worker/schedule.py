@@ -19,7 +19,7 @@ from models.settings import settings
 from storage import confirmations as stored_confirmations
 from tasks.broker import encode
 from tasks.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
-from worker import confirmations, dead_letters, lost, redrives
+from worker import archive, confirmations, dead_letters, lost, redrives
 from worker.broker import Broker
 from worker.evaluations import engine
 
@@ -71,6 +71,8 @@ def declare(broker: Broker) -> None:
     work: Final[dict[str, Callable[[], Any]]] = {
         "relay_confirmations": lambda: _relay_confirmations(broker),
         "mark_lost_evaluations": lambda: _mark_lost_evaluations(broker),
+        "archive_large_outputs": lambda: _archive_large_outputs(broker),
+        "sweep_objects": lambda: _sweep_objects(broker),
         "move_dead_letters": lambda: _move_dead_letters(broker),
     }
     for job in JOBS:
@@ -91,6 +93,16 @@ def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
         done = lost.run_once(conn, broker, settings())
         broker.metrics.lost(done["lost"])
         return done
+
+
+def _archive_large_outputs(broker: Broker) -> dict[str, Any]:
+    with _connection(broker) as conn:
+        return archive.move(conn, broker)
+
+
+def _sweep_objects(broker: Broker) -> dict[str, Any]:
+    with _connection(broker) as conn:
+        return archive.sweep(conn, broker)
 
 
 def _move_dead_letters(broker: Broker) -> dict[str, int]:
