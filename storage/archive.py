@@ -21,9 +21,8 @@ from models.content import FRAME_BYTES, Reference
 from models.errors import DatabaseOutage, InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage, printable
 from models.settings import Settings, parse_store_url
 from storage import database, objects
-from storage.objects import Store
+from storage.objects import Place, Store
 
-Place = Literal["objects", "archive"]
 Step = Literal["claimed", "uploaded", "verified", "pointed", "moved", "failed"]
 
 _FETCH: Final = 200

@@ -166,6 +166,12 @@ class Watch:
             with self._lock:
                 del self._calls[key]
 
+    def renew(self, seconds: float) -> None:
+        """The calling thread, within `bounded`, got on: it has so many seconds from now."""
+        key = threading.get_ident()
+        with self._lock:
+            self._calls[key] = self._calls[key][0], time.monotonic() + seconds
+
     def break_all(self) -> None:
         """Break every connection in use."""
         with self._lock:

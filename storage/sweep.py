@@ -16,9 +16,8 @@ from sqlalchemy import Connection
 
 from models.settings import Settings, parse_store_url
 from storage import database
-from storage.archive import Place
 from storage.frames import Listed
-from storage.objects import Store, open_store
+from storage.objects import Place, Store, open_store
 
 _BATCH: Final = 1000
 

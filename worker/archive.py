@@ -2,11 +2,13 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from models.errors import InvalidSettings, ObjectStoreOutage
 from models.settings import settings
@@ -22,6 +24,21 @@ log = logging.getLogger("evalstore.worker")
 # Less than the time between two runs.
 _LONGEST_S: Final = 240.0
 _PARTS: Final = 48  # of a day: half hours
+# For how long one step may take, such as a large upload over a slow line.
+_STEP_S: Final = 300.0
+
+
+@contextmanager
+def patient(broker: Broker, engine: Callable[[], Engine]) -> Iterator[Connection]:
+    """A connection for work that takes long, as long as it gets on: see `_gets_on`."""
+    with engine().connect() as conn, broker.watch.bounded(conn, _STEP_S):
+        broker.metrics.ledger.due(_STEP_S)
+        yield conn
+
+
+def _gets_on(broker: Broker) -> None:
+    broker.watch.renew(_STEP_S)
+    broker.metrics.ledger.due(_STEP_S)
 
 
 @cache
@@ -43,8 +60,13 @@ def move(conn: Connection, broker: Broker) -> dict[str, Any]:
         return {"moved": 0, "archive": "not set up"}
     give_up = time.monotonic() + _LONGEST_S
     done = moving.run_once(
-        conn, archive, datetime.now(UTC), go_on=lambda: time.monotonic() < give_up and not broker.hold.stopping
+        conn,
+        archive,
+        datetime.now(UTC),
+        go_on=lambda: time.monotonic() < give_up and not broker.hold.stopping,
+        watch=lambda _step, _row: _gets_on(broker),
     )
+    broker.metrics.archived(done.moved, done.bytes, done.failed)
     told: dict[str, Any] = {"moved": done.moved, "bytes": done.bytes, "failed": done.failed}
     if done.failed:
         log.warning("%d contents could not be moved to the archive: evalstore archive status says why", done.failed)
@@ -70,6 +92,7 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
                 now,
                 grace,
                 lambda: backlog.look(broker, spool, longest_s=sweeping.longest_wait(grace).total_seconds()),
+                watch=lambda _: _gets_on(broker),
                 part=((now.hour * 60 + now.minute) * _PARTS // 1440, _PARTS),
             )
         except ObjectStoreOutage as error:

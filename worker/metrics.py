@@ -54,6 +54,12 @@ class Metrics:
         """Evaluations were given up."""
         self._count([("applied", "evaluation:lost")] * count)
 
+    def archived(self, moved: int, size: int, failed: int) -> None:
+        """Contents moved to the archive, of so many bytes, or could not."""
+        self.ledger.add("evalstore_archived_contents_total", "archived", by=moved)
+        self.ledger.add("evalstore_archived_contents_total", "failed", by=failed)
+        self.ledger.add("evalstore_archived_bytes_total", by=size)
+
     def buried(self, bodies: Iterable[bytes | None]) -> None:
         """Messages turned out to be such that they can never be stored."""
         self._count(("dead", _type_of(body)) for body in bodies)

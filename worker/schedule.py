@@ -96,12 +96,12 @@ def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
 
 
 def _archive_large_outputs(broker: Broker) -> dict[str, Any]:
-    with _connection(broker) as conn:
+    with archive.patient(broker, engine) as conn:
         return archive.move(conn, broker)
 
 
 def _sweep_objects(broker: Broker) -> dict[str, Any]:
-    with _connection(broker) as conn:
+    with archive.patient(broker, engine) as conn:
         return archive.sweep(conn, broker)
 
 
