@@ -177,6 +177,7 @@ class Broker(RedisBroker):
         self.timeout_s, self.spool = timeout_s, spool
         self._enqueue = self.script(Path(__file__).parent / "lua" / "enqueue.lua")
         self._delay = self.script(Path(__file__).parent / "lua" / "delay.lua")
+        self.waiting = self.script(Path(__file__).parent / "lua" / "waiting.lua")
 
     def script(self, path: Path) -> Any:
         """A script of ours; it is loaded at its first use."""

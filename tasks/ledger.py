@@ -50,10 +50,17 @@ class Layout:
                 self.is_gauge += bytes([metric.kind == "gauge"]) * width
                 self.is_largest += bytes([metric.across == "max"]) * width
                 self.size += width
+        self._series: dict[str, list[tuple[Series, int]]] = {name: [] for name in self.metrics}
+        for key, place in self.places.items():
+            self._series[key[0]].append((key, place))
         described = repr([(name, labels, self.metrics[name][1:]) for name, labels in self.places])
         self.mark = _MAGIC + b"%08x" % crc32(described.encode())
         self.start = _HEAD_BYTES + _LOOPS * _LOOP.size
         self.bytes = self.start + 8 * self.size
+
+    def series(self, name: str) -> list[tuple[Series, int]]:
+        """The series of a metric, and their places."""
+        return self._series[name]
 
     def holds(self, data: bytes) -> bool:
         """Whether `data` is of this layout: that of another release, or a file that was cut short, is not."""

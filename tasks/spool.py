@@ -34,6 +34,8 @@ _BATCH_RECORDS: Final = 500
 _LONGEST_WAIT_S: Final = 1.0
 _PROGRESS: Final = re.compile(rb"(\d{20}\.spool) (\d{20}) (\d{20})\n")
 
+_AT: Final = re.compile(rb"[0-9a-f]{8} (\d+) ")
+
 _logger = get_logger("tasks", "spool")
 
 
@@ -162,6 +164,20 @@ class Spool:
         for path in self.folder.glob("*.bad"):
             with path.open("rb") as file:
                 yield from ((None, line) for line in file)
+
+    def waiting(self) -> tuple[int, float]:
+        """How many bytes wait to be forwarded, and for how many seconds the first of them. Reads next to nothing."""
+        segments, age_s = self._segments(), 0.0
+        waiting = sum(size for _, size in segments)
+        if segments:
+            path, size = segments[0]
+            with suppress(OSError), path.open("rb") as file:
+                offset, _ = self._progress(path.name, size)
+                waiting -= offset
+                file.seek(offset)
+                if found := _AT.match(file.read(64)):
+                    age_s = max(0.0, time.time() - int(found[1]) / 1000)
+        return waiting, age_s
 
     def _segments(self) -> list[tuple[Path, int]]:
         """The segments in their order, and their sizes."""

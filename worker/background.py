@@ -50,10 +50,17 @@ class Background(threading.Thread):
         while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
+            self._count_connections()
             ledger.due(WORK_S)
             self._try("confirmations", confirmations.relay)
             ledger.due(WORK_S)
             self._try("dead letters", dead_letters.move)
+
+    def _count_connections(self) -> None:
+        if engine.cache_info().currsize:  # else it would connect
+            pool: Any = engine().pool
+            for state, count in (("used", pool.checkedout()), ("idle", pool.checkedin())):
+                self._broker.metrics.ledger.set("evalstore_database_connections", state, to=count)
 
     def _try(self, what: str, work: Callable[[Connection, Broker], int]) -> None:
         """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""

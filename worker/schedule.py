@@ -40,6 +40,8 @@ class _Periodic(dramatiq.Middleware):
 class _TickActor(Actor[[], None]):
     """An actor whose scheduled messages are sent once for each minute, whoever else schedules it."""
 
+    on_tick: Callable[[], None] = staticmethod(lambda: None)
+
     def send_with_options(
         self,
         *,
@@ -51,6 +53,7 @@ class _TickActor(Actor[[], None]):
         scheduled_at = options.pop("scheduled_at", None)
         if scheduled_at is None:
             return super().send_with_options(args=args, kwargs=kwargs, delay=delay, **options)
+        self.on_tick()
         minute = datetime.fromisoformat(scheduled_at).astimezone(UTC).strftime("%Y%m%dT%H%MZ")
         redis_id = str(uuid4())
         message = self.message_with_options(redis_message_id=redis_id, **options)
@@ -65,8 +68,8 @@ class _TickActor(Actor[[], None]):
         return message
 
 
-def declare(broker: Broker) -> None:
-    """Declare the periodic jobs on `broker`."""
+def declare(broker: Broker, *, on_tick: Callable[[], None] = lambda: None) -> None:
+    """Declare the periodic jobs on `broker`. `on_tick` is called whenever this process schedules one."""
     broker.add_middleware(_Periodic())
     work: Final[dict[str, Callable[[], Any]]] = {
         "relay_confirmations": lambda: _relay_confirmations(broker),
@@ -79,7 +82,8 @@ def declare(broker: Broker) -> None:
         declared = dramatiq.actor(
             actor_name=job.name, actor_class=_TickActor, queue_name=QUEUE, broker=broker, periodic=cron(job.schedule)
         )
-        declared(_told(broker, job.name, work[job.name]))
+        actor: Any = declared(_told(broker, job.name, work[job.name]))
+        actor.on_tick = on_tick
     redrives.declare(broker, engine)
 
 

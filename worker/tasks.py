@@ -5,7 +5,7 @@ from dramatiq.middleware import Retries
 
 from models.settings import settings
 from tasks.evaluations import store_evaluation
-from worker import schedule
+from worker import exposition, schedule
 from worker.background import Beside
 from worker.breaker import BreakerLimits
 from worker.broker import Broker
@@ -29,4 +29,5 @@ store = Store(
 )
 broker.add_middleware(Beside(store))
 broker.declare_batch_actor(store_evaluation, store)
-schedule.declare(broker)
+broker.add_middleware(exposition.Shared())
+schedule.declare(broker, on_tick=exposition.Scheduler().tick)

@@ -1,0 +1,89 @@
+"""What Redis holds of the queues and knows of the workers: read, and nothing changed."""
+
+import time
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import redis
+
+from models.errors import RedisOutage
+from models.metrics import QUEUES
+from tasks.broker import Broker
+from tasks.jobs import last_runs_key, last_successes_key
+
+# A worker tells of itself every two seconds (worker/vitals.py).
+SILENT_AFTER_S: Final = 15.0
+_REDRIVEN: Final = b"dead-letter:"
+
+
+class Queue(NamedTuple):
+    """A queue at one moment. `oldest_age_s`: since the oldest message was sent that is ready or in flight; 0 without one."""
+
+    name: str
+    messages: dict[str, int]
+    oldest_age_s: float
+    consumers: int
+
+
+class Standing(NamedTuple):
+    """What Redis knew at one moment. `workers`: what each tells of itself, by its name. `jobs`: the last run of each, and when
+    one ended well."""
+
+    queues: list[Queue]
+    workers: dict[str, dict[str, Any]]
+    jobs: dict[str, dict[str, Any]]
+    successes: dict[str, float]
+    memory_bytes: int
+    memory_limit_bytes: int
+
+
+def look(broker: Broker) -> Standing:
+    """How things stand. Raises RedisOutage."""
+    client: Any = broker.client
+    try:
+        seconds, micros = client.time()
+        workers: dict[str, dict[str, Any]] = {}
+        queues = []
+        for name in QUEUES:
+            living = _living(client.hgetall(broker.keys(name).workers), seconds + micros / 1e6)
+            workers |= living
+            queues.append(Queue(name, broker.counts(name), oldest_age_s(broker, name), len(living)))
+        memory = client.info("memory")
+        told = client.hgetall(last_runs_key(broker.namespace))
+        successes = client.hgetall(last_successes_key(broker.namespace))
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
+    return Standing(
+        queues,
+        workers,
+        {name.decode(): msgspec.json.decode(one) for name, one in told.items()},
+        {name.decode(): float(at) for name, at in successes.items()},
+        int(memory["used_memory"]),
+        int(memory.get("maxmemory", 0)),
+    )
+
+
+def _living(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
+    """Those that told of themselves a moment ago, by Redis's own clock."""
+    found = {}
+    for name, line in told.items():
+        at_ms, _, json = line.partition(b" ")
+        if now - int(at_ms) / 1000 < SILENT_AFTER_S:
+            found[name.decode(errors="replace")] = dict(msgspec.json.decode(json))
+    return found
+
+
+def oldest_age_s(broker: Broker, queue: str) -> float:
+    """For how long the oldest message of a queue has waited. What an operator sent again counts for nothing: it was sent long
+    ago, and has not waited for long. Raises what redis raises."""
+    keys, client = broker.keys(queue), broker.client
+    processes: list[Any] = list(client.hkeys(keys.processes))
+    heads: list[Any] = list(client.lrange(keys.queue, 0, 99))
+    heads = [one for one in heads if not one.startswith(_REDRIVEN)][:1]
+    for process in processes:
+        held: list[Any] = list(client.zrange(keys.unacked_prefix + process.decode(errors="surrogateescape"), 0, 0))
+        heads += [one for one in held if not one.startswith(_REDRIVEN)]
+    if not heads:
+        return 0.0
+    sent: list[bytes] = broker.waiting(keys=[keys.bodies], args=heads)
+    return max([0.0, *(time.time() - int(at) / 1000 for at in sent)])
