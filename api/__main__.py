@@ -1,6 +1,6 @@
 """`python -m api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT.
 
-`uvicorn api.app:app` runs the same, with addresses and limits as uvicorn's own options say.
+`uvicorn --http api.protocol:Protocol api.app:app` runs the same, with addresses and limits as uvicorn's own options say.
 """
 
 import sys
@@ -22,6 +22,7 @@ def main() -> int:
         return 2
     uvicorn.run(
         "api.app:app",
+        http="api.protocol:Protocol",
         host=chosen.api_host,
         port=chosen.api_port,
         timeout_graceful_shutdown=GRACE_S,

@@ -21,10 +21,13 @@ log = logging.getLogger("evalstore.api")
 
 # A client that is slower than this at a single step has gone, or wants to hold us.
 STEP_S: Final = 60.0
+# Beyond that, a body may take as long as it takes at this pace: a byte now and then must not hold what others wait for.
+PACE_BYTES_S: Final = 16_384
 # For how long what a client still sends is read after it was answered. A connection closed at once takes the answer with it.
 LINGER_S: Final = 2.0
 
 _AT_ONCE: Final = 65_536
+_SLICE: Final = 262_144
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 Observe = Callable[[Scope, int, float], None]  # the request, the status of its answer (0: none), seconds
@@ -45,16 +48,21 @@ class Guard:
         try:
             await exchange.run(self._app)
         finally:
-            self._observe(scope, exchange.status, time.perf_counter() - started)
+            self._observe(exchange.scope, exchange.status, time.perf_counter() - started)
 
 
 class _Exchange:
     """One request and its answer."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
-        self._scope, self._receive, self._send, self._max_bytes = scope, receive, send, max_bytes
+        self._is_head = scope["method"] == "HEAD"
+        if self._is_head:
+            scope = {**scope, "method": "GET"}  # the answer is the same, up to its body (RFC 9110, 9.3.2)
+        self.scope = scope
+        self._receive, self._send, self._max_bytes = receive, send, max_bytes
         self._read = 0
         self._all_read = False
+        self._patience_s = STEP_S
         self._answered = False
         self.status = 0
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
@@ -62,19 +70,20 @@ class _Exchange:
         scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def run(self, app: ASGIApp) -> None:
-        try:
-            self._check_announced()
-            await app(self._scope, self.receive, self.send)
-        except Exception as error:  # noqa: BLE001 - every request is answered
-            if self._answered:
-                return  # with a problem; what it was is in the log
-            if self.status:
-                log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(error).__name__, error)
-                raise _BrokenOff from None  # the server closes the connection: an answer cut short must not look whole
-            await problems.response(problems.of(error), self.request_id)(self._scope, self.receive, self.send)
+        with contextlib.suppress(_HeadAnswered):
+            try:
+                self._check_announced()
+                await app(self.scope, self.receive, self.send)
+            except Exception as error:  # noqa: BLE001 - every request is answered
+                if self._answered:
+                    return  # with a problem; what it was is in the log
+                if self.status:
+                    log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(error).__name__, error)
+                    raise _BrokenOff from None  # the server closes the connection: an answer cut short must not look whole
+                await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 
     def _check_announced(self) -> None:
-        for name, value in self._scope["headers"]:
+        for name, value in self.scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
                 raise self._too_large()
 
@@ -82,11 +91,16 @@ class _Exchange:
         return Problem(413, "too-large", f"a request may hold {self._max_bytes:,} bytes", headers={"Connection": "close"})
 
     async def receive(self) -> Message:
+        if self._all_read:
+            return await self._receive()  # until the client goes away: whoever streams an answer waits for that beside it
+        begun = time.monotonic()
         try:
-            async with asyncio.timeout(STEP_S):
+            async with asyncio.timeout(min(STEP_S, self._patience_s)):
                 message = await self._receive()
         except TimeoutError:
-            raise Problem(408, "too-slow", f"nothing came for {STEP_S:g} s", headers={"Connection": "close"}) from None
+            detail = f"nothing came for {STEP_S:g} s, or less than {PACE_BYTES_S:,} bytes a second"
+            raise Problem(408, "too-slow", detail, headers={"Connection": "close"}) from None
+        self._patience_s += len(message.get("body", b"")) / PACE_BYTES_S - (time.monotonic() - begun)
         if message["type"] == "http.request":
             self._read += len(message.get("body", b""))
             self._all_read = not message.get("more_body", False)
@@ -106,6 +120,9 @@ class _Exchange:
             ]
             await self._send(message)
             return
+        if self._is_head:
+            await self._send({"type": "http.response.body"})
+            raise _HeadAnswered  # so that nothing more of it is read
         more = message.get("more_body", False)
         if not more and not self._all_read and self._is_sending():
             await self._pass_on({**message, "more_body": True})
@@ -120,7 +137,7 @@ class _Exchange:
 
     def _is_sending(self) -> bool:
         """Whether the client has more to send than was read."""
-        names = {name for name, _ in self._scope["headers"]}
+        names = {name for name, _ in self.scope["headers"]}
         waits = b"expect" in names and not self._read  # for a leave it was not given
         return not waits and bool(names & {b"content-length", b"transfer-encoding"})
 
@@ -131,9 +148,17 @@ class _Exchange:
                     pass
 
     async def _pass_on(self, message: Message) -> None:
-        async with asyncio.timeout(STEP_S):
-            await self._send(message)
+        """In slices: of each the client has to take something in time, not of all there is."""
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, len(body) or 1, _SLICE):
+            slice_ = body[start : start + _SLICE]
+            async with asyncio.timeout(STEP_S):
+                await self._send({**message, "body": slice_, "more_body": more or start + _SLICE < len(body)})
 
 
 class _BrokenOff(Exception):
     """The answer could not be finished."""
+
+
+class _HeadAnswered(BaseException):
+    """That was all. No error, which somebody on the way would log or answer."""

@@ -53,6 +53,7 @@ _METADATA: Final = {
     },
     "example": {"metadata.team": "blue"},
 }
+_MOST_KEYS: Final = 20
 _KNOWN: Final = {
     *("status", "language", "submitter", "executor", "since", "until", "order"),
     *("limit", "offset", "cursor", "total", "format"),
@@ -135,6 +136,8 @@ def _metadata(request: Request) -> dict[str, str]:
             faults.append(Fault(name[:100], "given twice"))
         else:
             found[key] = value
+    if len(found) > _MOST_KEYS:
+        faults.append(Fault("metadata", f"expected up to {_MOST_KEYS} keys, not {len(found):,}"))
     if faults:
         raise invalid(faults)
     return found

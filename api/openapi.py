@@ -87,4 +87,5 @@ def document(app: FastAPI, *, title: str, version: str, description: str) -> Map
 def methods(made: Mapping[str, Any], path: str) -> list[str]:
     """The methods that a path has; GET where it is none of the document's, as those of the document itself."""
     found = (paths for template, paths in made["paths"].items() if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path))
-    return sorted(name.upper() for paths in found for name in paths) or ["GET"]
+    named = {name.upper() for paths in found for name in paths} or {"GET"}
+    return sorted(named | {"HEAD"} if "GET" in named else named)
