@@ -183,7 +183,7 @@ def confirm(what: str, count: int, *, yes: bool) -> None:
         raise failed(f"{what}: not confirmed. Without a terminal, say --yes", 5)
     try:
         if count > TYPED_ABOVE:
-            typed = typer.prompt(f"{what}? Type the number of letters to go on", err=True, default="", show_default=False)
+            typed = typer.prompt(f"{what}? Type their number to go on", err=True, default="", show_default=False)
             sure = str(typed).strip().replace(",", "") == str(count)
         else:
             sure = typer.confirm(f"{what}?", err=True)

@@ -163,7 +163,7 @@ def run_once(
             for row in _rows(conn, query, values(archive, now)):
                 if not go_on():
                     return done
-                with _claimed(conn, row) as is_ours:
+                with claimed(conn, row) as is_ours:
                     outcome = _try(conn, archive, row, now, watch) if is_ours else None
                 if outcome is None:
                     continue
@@ -190,7 +190,7 @@ _UNCLAIM: Final = "SELECT pg_advisory_unlock(%s)"
 
 
 @contextmanager
-def _claimed(conn: Connection, row: Row) -> Iterator[bool]:
+def claimed(conn: Connection, row: Row) -> Iterator[bool]:
     """Whether this content is ours for now, and nobody else's. The lock goes with the connection, and holds no transaction."""
     key = [int.from_bytes(hashlib.sha256(b"evalstore:archive:" + row.sha256).digest()[:8], signed=True)]
     with database.errors(), conn.begin():

@@ -39,6 +39,12 @@ def write(
     cursor.execute(_WRITE, values)
 
 
+def note(conn: Connection, intent: Intent, count: int, *, details: Mapping[str, Any] | None = None) -> None:
+    """Note what was done in steps of its own, or is about to be. Commits. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        write(cursor, intent, count, details=details)
+
+
 _LATEST: Final = """
 SELECT at, actor, verb, reason, filter, count, redrive, details FROM operator_actions ORDER BY at DESC, id DESC LIMIT %s
 """
