@@ -18,7 +18,9 @@ from api.openapi import document, methods
 from api.reads import Reads
 from api.rendering import json_response
 from api.service import Service, set_up_logging
+from api.tracing import SERVICE, Traced
 from models.settings import settings
+from tasks import tracing
 
 log = logging.getLogger("evalstore.api")
 
@@ -36,13 +38,23 @@ def build() -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging()
+        traces = tracing.start(SERVICE)
         service = app.state.service = Service(settings(), metrics)
         try:
             yield
         finally:
             service.close()
+            tracing.flush(traces)
 
-    app = FastAPI(title=TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title=TITLE,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # it sees no request that Guard or Reads answer
+    )
     for part in (evaluations, lists, events, contents, uploads, health):
         app.include_router(part.router)
 
@@ -70,7 +82,7 @@ def build() -> ASGIApp:
                 "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
             )
 
-    return Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
+    return Traced(Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe))
 
 
 def _release() -> str:

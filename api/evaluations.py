@@ -88,7 +88,7 @@ async def create(request: Request) -> Response:
 
         def work() -> tuple[Event, Outcome]:
             given = read()
-            return given.event, service.with_connection(lambda conn: conditional.create(conn, given))
+            return given.event, service.write(1, lambda conn, trace: conditional.create(conn, given, trace))
 
         event, outcome = await service.thread(work)
     return await _written(service, caller, event, outcome, 201)
@@ -119,7 +119,11 @@ async def update(request: Request, eval_id: str) -> Response:
             attempt = change.attempt or await _attempt(service, eval_id)
             given = await service.thread(lambda: change.make(attempt))
             return await accepted(service, given)
-        given, outcome, is_new = await service.run(lambda conn: conditional.update(conn, eval_id, change.make, versions))
+
+        def work() -> tuple[Given, Outcome, bool]:
+            return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, change.make, versions, trace))
+
+        given, outcome, is_new = await service.thread(work)
     return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
 
 

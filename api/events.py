@@ -65,7 +65,7 @@ async def send(request: Request, eval_id: str) -> Response:
     given = line.given
     if wants_async(request.headers):
         return await accepted(service, given)
-    (outcome,), _ = await service.run(lambda conn: conditional.store(conn, [given]))
+    (outcome,), _ = await service.thread(lambda: service.write(1, lambda conn, trace: conditional.store(conn, [given], trace)))
     service.metrics.events(outcome)
     if outcome == "reused":
         raise EventIdReused(given.event.eval_id, given.event.event_id)
@@ -114,7 +114,8 @@ def _allowed(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Li
 
 def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
     given = [line.given for line in lines if line.given]
-    outcomes = iter(service.with_connection(lambda conn: conditional.store(conn, given))[0] if given else [])
+    stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))[0] if given else []
+    outcomes = iter(stored)
     return [next(outcomes) if line.given else "invalid" for line in lines]
 
 

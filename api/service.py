@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from models.errors import DatabaseOutage, RedisOutage
 from models.settings import Settings
 from storage import database, keys, objects, records
 from storage.objects import Store
+from tasks import tracing
 
 # Each thread holds at most one connection. Few are enough: what they wait for is PostgreSQL, and that has no more cores.
 THREADS: Final = 12
@@ -110,6 +112,11 @@ class Service:
         with database.errors(), self._engine.connect() as conn, self._watch.bounded(conn, WORK_S):
             return work(conn)
 
+    def write(self, events: int, work: Callable[[Connection, str | None], T]) -> T:
+        """The same for what stores so many events; `work` is also given the trace that their confirmations go on in."""
+        with tracing.transaction(events) as traceparent:
+            return self.with_connection(lambda conn: work(conn, traceparent))
+
     def remembered_time(self, eval_id: str, event_id: str, now: datetime) -> datetime:
         """The time this event was first given with, or else `now`, remembered for a day. Raises RedisOutage."""
         key = f"evalstore:given:{eval_id}:{event_id}"
@@ -129,7 +136,8 @@ class Service:
     async def thread(self, work: Callable[[], T]) -> T:
         """What `work` gives, called in a thread. Raises Problem (503) when none comes free, and what `work` raises."""
         async with _turn(self._turns, TURN_S, "the service is busy"):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            here = contextvars.copy_context()  # the span of the request is in it
+            return await asyncio.get_running_loop().run_in_executor(self._threads, here.run, work)
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:

@@ -43,9 +43,9 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 """
 
 
-def store(conn: Connection, given: Sequence[Given]) -> tuple[list[Outcome], evaluations.Stored]:
-    """Store events in one transaction. Commits. Raises DatabaseOutage (retry)."""
-    stored = evaluations.store(conn, [one.event for one in given])
+def store(conn: Connection, given: Sequence[Given], traceparent: str | None = None) -> tuple[list[Outcome], evaluations.Stored]:
+    """Store events in one transaction, which their confirmations trace back to. Commits. Raises DatabaseOutage (retry)."""
+    stored = evaluations.store(conn, [one.event for one in given], lambda _: traceparent)
     outcomes = list(stored.outcomes)
     doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.is_timed]
     if doubtful:
@@ -67,7 +67,7 @@ _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"
 _QUEUED: Final = "SELECT event_id FROM evaluation_events WHERE eval_id = %s AND type = 'evaluation:queued'"
 
 
-def create(conn: Connection, given: Given) -> Outcome:
+def create(conn: Connection, given: Given, traceparent: str | None = None) -> Outcome:
     """Store a queued event unless another one of its evaluation is stored. Commits.
 
     Of several callers at once, one does. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
@@ -80,7 +80,7 @@ def create(conn: Connection, given: Given) -> Outcome:
         if queued - {event.event_id} and event.event_id not in queued:
             raw.rollback()
             raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
-    return store(conn, [given])[0][0]
+    return store(conn, [given], traceparent)[0][0]
 
 
 def _lock_key(eval_id: str) -> int:
@@ -92,7 +92,11 @@ _IS_STORED: Final = "SELECT 1 FROM evaluation_events WHERE eval_id = %s AND even
 
 
 def update(
-    conn: Connection, eval_id: str, make: Callable[[int], Given], versions: Sequence[int] | None
+    conn: Connection,
+    eval_id: str,
+    make: Callable[[int], Given],
+    versions: Sequence[int] | None,
+    traceparent: str | None = None,
 ) -> tuple[Given, Outcome, bool]:
     """Store what `make` gives for the record's attempt (1 where there is no record), if it is at one of `versions`. Commits.
 
@@ -114,7 +118,7 @@ def update(
         if not holds:
             raw.rollback()
             raise VersionChanged(version)
-    (outcome,), stored = store(conn, [given])
+    (outcome,), stored = store(conn, [given], traceparent)
     return given, outcome, any(one["type"] == "storage:evaluation:created" for one in stored.confirmations)
 
 

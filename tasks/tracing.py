@@ -10,6 +10,7 @@ stock clients neither need nor mind.
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -68,13 +69,23 @@ def provider(service: str | None = None) -> "TracerProvider | None":
     return made
 
 
-def start(service: str) -> None:
+def start(service: str) -> "TracerProvider | None":
     """Let all spans of this process, which is one of ours, be made by our provider, unless it was given another before."""
-    if made := provider(service):
+    made = provider(service)
+    if made is not None:
         from opentelemetry import trace
 
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             trace.set_tracer_provider(made)
+    return made
+
+
+def flush(what: Any, within_s: float = 2.0) -> None:
+    """Send what waits to be sent, before the process ends. What is not taken within that time is given up."""
+    if what is not None:
+        flushing = threading.Thread(target=what.force_flush, daemon=True)
+        flushing.start()
+        flushing.join(within_s)
 
 
 def tracer() -> "Tracer | None":

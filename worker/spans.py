@@ -10,7 +10,6 @@ sender's span, and a span for each of its transactions.
 
 import random
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from models.record import Fact
 from storage.confirmations import Line
 from storage.evaluations import Outcome
 from tasks.evaluations import QUEUE
-from tasks.tracing import NAME, database, messaging, release
+from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import REDRIVEN, Batch, Delivery
 
 # https://www.w3.org/TR/trace-context/#traceparent-header; later versions may say more after the flags.
@@ -132,11 +131,9 @@ class Traces:
         if spans := [_below(context) + common for context in contexts if context and context.is_sampled]:
             self.send(spans)
 
-    def flush(self, within_s: float) -> None:
-        """Send all now. What is not taken within that time is given up."""
-        flushing = threading.Thread(target=self._processor.force_flush, daemon=True)
-        flushing.start()
-        flushing.join(within_s)
+    def flush(self) -> None:
+        """Send all now."""
+        flush(self._processor)
 
 
 class BatchSpans:

@@ -80,7 +80,7 @@ def publishing(stream: str, lines: Sequence[Line]) -> AbstractContextManager[Seq
     return nullcontext(lines) if found is None else found.publishing(stream, lines)
 
 
-def flush(within_s: float = 2.0) -> None:
+def flush() -> None:
     """Send what waits to be sent, before the process ends."""
     if found := traces():
-        found.flush(within_s)
+        found.flush()

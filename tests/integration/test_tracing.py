@@ -17,6 +17,7 @@ from ops.servers import Postgres
 from storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import KEYS, World, wait_until
+from tests.integration.conftest import Api
 from tests.integration.otlp import Collector, Read, a_collector
 from tests.integration.shell import Operator, body, event
 
@@ -176,6 +177,52 @@ def test_a_batch_is_linked_to_every_event_of_it_that_is_traced(traced: Traced) -
     assert fields["run-9"] == unsampled.encode()  # passed on as it is
     assert [fields[f"run-{number}"] for number in range(5, 9)] == [None] * 4
     assert {fields["run-1"].decode()[3:35], fields["run-3"].decode()[3:35]} == {sent[0].trace_id, sent[2].trace_id}
+
+
+def test_a_request_is_traced_by_its_route_and_its_trace_goes_on_in_what_it_writes(
+    start_api: Callable[..., Api], database_url: str, redis_url: str, tmp_path: Path, collector: Collector
+) -> None:
+    service = start_api(**collector.environment)
+    given: dict[str, Any] = {**collector.environment}
+    world = World(database_url, redis_url, tmp_path)
+    try:
+        world.workers(**given).start()
+        at_once, later = "aa" * 16, "bb" * 16
+        headers = {"traceparent": f"00-{at_once}-{'cd' * 8}-01"}
+        assert service.both.post("/storage/evaluations", json={"eval_id": "e", "code": "1"}, headers=headers).status_code == 201
+        headers = {"traceparent": f"00-{later}-{'cd' * 8}-01", "Prefer": "respond-async"}
+        assert service.both.put("/storage/evaluations/e", json={"status": "running"}, headers=headers).status_code == 202
+        assert service.both.get("/storage/evaluations/nobody").status_code == 404
+        assert service.nobody.get("/health/live").status_code == 200
+        wait_until(lambda: len(collector.spans("send evalstore:confirmations")) == 2, what="all is told")
+        wait_until(lambda: collector.spans("GET /storage/evaluations/{eval_id}"), what="the last request is traced")
+    finally:
+        world.close()
+
+    def chain(trace_id: str) -> list[tuple[str, str, str]]:
+        spans = {one.parent_id: one for one in collector.spans(trace_id=trace_id)}
+        found, at = [], "cd" * 8
+        while at in spans:
+            found.append((spans[at].service, spans[at].kind, spans[at].name))
+            at = spans[at].span_id
+        assert len(found) == len(spans)
+        return found
+
+    told = ("evalstore-worker", "PRODUCER", "send evalstore:confirmations")
+    assert chain(at_once) == [
+        ("evalstore-api", "SERVER", "POST /storage/evaluations"),
+        ("evalstore-api", "CLIENT", "transaction evaluations"),
+        told,
+    ]
+    assert chain(later) == [
+        ("evalstore-api", "SERVER", "PUT /storage/evaluations/{eval_id}"),
+        ("evalstore-api", "PRODUCER", "send evaluations"),
+        ("evalstore-worker", "CONSUMER", "store evaluation"),
+        told,
+    ]
+    served = [one for one in collector.spans() if one.kind == "SERVER"]
+    assert [one.attributes["http.response.status_code"] for one in served] == [201, 202, 404]
+    assert not any(one.is_error for one in served)
 
 
 def test_where_nobody_asks_nothing_is_traced_or_imported(traced: Traced) -> None:
