@@ -62,6 +62,14 @@ def test_a_command_that_is_not_there_is_found_out() -> None:
         assert fault(wrong), wrong
 
 
+def test_what_containers_are_started_with_and_asked_exists() -> None:
+    text = "".join(path.read_text() for path in DEPLOY if path.name == "Dockerfile" or path.suffix in {".yml", ".yaml"})
+    lists = [re.findall(r"[\w-]+", found) for found in re.findall(r"\[\W*evalstore\b([^\]]*)\]", text)]
+    lists += [found.split() for found in re.findall(r"command: evalstore (.*)", text)]
+    assert len(lists) >= 3
+    assert [found for words in lists if (found := fault(" ".join(words)))] == []
+
+
 @pytest.mark.parametrize("path", DEPLOY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_of_the_deployment_names_settings_that_exist(path: Path) -> None:
     known = {f"EVALSTORE_{name.upper()}" for name in Settings.model_fields} | BESIDE

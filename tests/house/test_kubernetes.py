@@ -9,11 +9,10 @@ import kubernetes_validate
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from api.__main__ import GRACE_S
 from api import health
+from api.__main__ import GRACE_S
 from tasks.broker import Keys
 from tasks.evaluations import QUEUE
-from tests.house.test_commands import fault
 from tests.house.test_watching import faults_of, records
 from worker.vitals import STOP_WITHIN_S
 
@@ -125,18 +124,13 @@ def test_each_deployment_has_a_disruption_budget() -> None:
 def test_probes_ask_what_there_is_to_ask(workload: Manifest) -> None:
     one = container(workload)
     routes = {getattr(route, "path", "") for route in health.router.routes}
+    beside = (ROOT / "tasks/exposition.py").read_text()
     ports = {port["name"] for port in one["ports"]}
     for kind, asks in (("startupProbe", "live"), ("livenessProbe", "live"), ("readinessProbe", "ready")):
-        probe = one[kind]
-        if "exec" in probe:
-            program, *words = probe["exec"]["command"]
-            assert program == "evalstore"
-            assert fault(" ".join(words)) is None
-            assert words == ["health", f"--{asks}"]
-        else:
-            assert probe["httpGet"]["path"] in routes
-            assert probe["httpGet"]["path"].endswith(asks)
-            assert probe["httpGet"]["port"] in ports
+        asked = one[kind]["httpGet"]
+        assert asked["path"] == f"/health/{asks}"
+        assert asked["path"] in routes if asked["port"] == "http" else f'"{asked["path"]}"' in beside
+        assert asked["port"] in ports
 
 
 def test_nothing_is_killed_before_it_has_stopped() -> None:

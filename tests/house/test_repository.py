@@ -6,11 +6,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+
+from models.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ["requirements.lock", "requirements-demo.lock", "deploy/requirements.lock"]
@@ -183,7 +186,9 @@ def test_images_are_pinned_by_tag(compose: dict[str, Any]) -> None:
 def test_containers_wait_for_what_they_need_and_come_back(compose: dict[str, Any]) -> None:
     services = compose["services"]
     servers = {name for name in services if name not in {*COMMANDS, "migrate"}}
-    assert {name for name in services if "healthcheck" in services[name]} == servers
+    # Our own processes are looked after by the image's; the collector's image has nothing that could ask.
+    assert {name for name in services if "healthcheck" in services[name]} == servers - {"otel-collector"}
+    assert "HEALTHCHECK " in (ROOT / "deploy/Dockerfile").read_text()
     assert {name: services[name]["restart"] for name in services if name != "migrate"} == dict.fromkeys(
         [*servers, *COMMANDS], "unless-stopped"
     )
@@ -194,6 +199,7 @@ def test_containers_wait_for_what_they_need_and_come_back(compose: dict[str, Any
             "migrate": "service_completed_successfully",
             "postgres": "service_healthy",
             "valkey": "service_healthy",
+            "objects": "service_healthy",
         }
 
 
@@ -202,21 +208,55 @@ def test_containers_keep_their_data(compose: dict[str, Any]) -> None:
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
     mounted = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
-    assert mounted == set(compose["volumes"])
+    files = {source for source in mounted if source.startswith("./")}
+    assert mounted - files == set(compose["volumes"])
+    assert [source for source in files if not (ROOT / source).exists()] == []
     # The image of PostgreSQL 18 and later has its data below this, and refuses a volume further down.
     assert compose["services"]["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
 
 
 def test_passwords_in_the_compose_file_are_variables_and_nothing_listens_to_the_world(compose: dict[str, Any]) -> None:
     text = re.sub(r"#.*", "", (ROOT / "docker-compose.yml").read_text())
-    secret = re.compile(r"password|secret|REDISCLI_AUTH|://:?\w*:", re.IGNORECASE)
+    secret = re.compile(r"password|secret|REDISCLI_AUTH|://:?\w*:(?!\d)", re.IGNORECASE)
     lines = [line.strip() for line in text.splitlines() if secret.search(line)]
     command = compose["services"]["valkey"]["command"]
     lines.append(command[command.index("--requirepass") + 1])
     assert [line for line in lines if not re.search(r"\$\{\w+:-evalstore\}", line)] == []
     ports = re.findall(r"^ +- (\S+):\d+$", text, re.MULTILINE)
-    assert len(ports) == 4
+    assert len(ports) == 6
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_the_containers_know_how_to_find_each_other(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    ports = {name: config["port"] for job in scraped for config in job.get("dns_sd_configs", []) for name in config["names"]}
+    defaults = Settings()
+    assert ports == {
+        "worker": defaults.metrics_port,
+        "scheduler": defaults.scheduler_metrics_port,
+        "api": defaults.api_port,
+    }
+    environment = services["worker"]["environment"]
+    assert environment["EVALSTORE_METRICS_HOST"] == "0.0.0.0"  # noqa: S104
+    hosts = re.findall(r"(?:://|@)([a-z-]+):\d+", " ".join(environment.values()))
+    hosts += re.findall(r"://([a-z-]+):\d+", "".join(path.read_text() for path in (ROOT / "deploy/grafana").rglob("*.yml")))
+    assert set(hosts) - {"evalstore"} <= set(services)
+    dashboards = {Path(volume.split(":")[0]).name for volume in services["grafana"]["volumes"] if ".json:" in volume}
+    assert dashboards == {path.name for path in (ROOT / "deploy/grafana").glob("*.json")}
+
+
+def test_the_image_builds_with_all_that_the_build_backend_needs() -> None:
+    needed, look = set[str](), ["hatchling"]
+    while look:
+        name = look.pop()
+        needed.add(name)
+        requirements_of = [
+            re.split(r"[^\w-]", text, maxsplit=1)[0] for text in metadata.requires(name) or [] if ";" not in text
+        ]
+        look += [found.lower() for found in requirements_of if found.lower() not in needed]
+    (kept,) = re.findall(r"keep = /\^\(([\w|-]+)\)==/", (ROOT / "deploy/Dockerfile").read_text())
+    assert set(kept.split("|")) == needed
 
 
 def test_the_image_gets_every_package_that_the_wheel_has(project: dict[str, Any]) -> None:
@@ -225,7 +265,7 @@ def test_the_image_gets_every_package_that_the_wheel_has(project: dict[str, Any]
         source
         for line in re.findall(r"^COPY (?!--)(.*) \S+$", dockerfile, re.MULTILINE)
         for source in line.split()
-        if source != "."
+        if source not in {".", "./deploy/"}
     }
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert {*wheel["packages"], *wheel["force-include"]} - copied == set()
