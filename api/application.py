@@ -1,5 +1,6 @@
 """The application: routes, errors, limits and documentation around one Service."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -7,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
@@ -33,16 +35,19 @@ DESCRIPTION: Final = (
 
 def build() -> ASGIApp:
     """The service as an ASGI application. Settings are read, and connections opened, when it starts."""
-    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging()
         traces = tracing.start(SERVICE)
+        metrics.share()
         service = app.state.service = Service(settings(), metrics)
+        beat = asyncio.create_task(metrics.beat(service))
         try:
             yield
         finally:
+            beat.cancel()
+            metrics.ledger.rest()
             service.close()
             tracing.flush(traces)
 
@@ -55,8 +60,17 @@ def build() -> ASGIApp:
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # it sees no request that Guard or Reads answer
     )
-    for part in (evaluations, lists, events, contents, uploads, health):
+    parts = (evaluations, lists, events, contents, uploads, health)
+    for part in parts:
         app.include_router(part.router)
+
+    metrics = Metrics(
+        (method, route.path)
+        for part in parts
+        for route in part.router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    )
 
     def made() -> Mapping[str, Any]:
         return document(app, title=TITLE, version=_release(), description=DESCRIPTION)

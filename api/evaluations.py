@@ -19,7 +19,7 @@ from models.errors import EventIdReused, InvalidEvent
 from models.events import Event, identity
 from storage import conditional, records
 from storage.conditional import Given
-from storage.evaluations import Outcome
+from storage.evaluations import Outcome, Stored
 from tasks import store_evaluation
 
 router = APIRouter(prefix="/storage", tags=["evaluations"])
@@ -120,10 +120,12 @@ async def update(request: Request, eval_id: str) -> Response:
             given = await service.thread(lambda: change.make(attempt))
             return await accepted(service, given)
 
-        def work() -> tuple[Given, Outcome, bool]:
+        def work() -> tuple[Given, Outcome, Stored]:
             return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, change.make, versions, trace))
 
-        given, outcome, is_new = await service.thread(work)
+        given, outcome, stored = await service.thread(work)
+        service.metrics.conflicts(stored.conflicting_results)
+        is_new = any(one["type"] == "storage:evaluation:created" for one in stored.confirmations)
     return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
 
 

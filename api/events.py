@@ -65,8 +65,11 @@ async def send(request: Request, eval_id: str) -> Response:
     given = line.given
     if wants_async(request.headers):
         return await accepted(service, given)
-    (outcome,), _ = await service.thread(lambda: service.write(1, lambda conn, trace: conditional.store(conn, [given], trace)))
+    (outcome,), stored = await service.thread(
+        lambda: service.write(1, lambda conn, trace: conditional.store(conn, [given], trace))
+    )
     service.metrics.events(outcome)
+    service.metrics.conflicts(stored.conflicting_results)
     if outcome == "reused":
         raise EventIdReused(given.event.eval_id, given.event.event_id)
     return json_response(_told(line, outcome))
@@ -114,8 +117,11 @@ def _allowed(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Li
 
 def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
     given = [line.given for line in lines if line.given]
-    stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))[0] if given else []
-    outcomes = iter(stored)
+    if not given:
+        return ["invalid"] * len(lines)
+    found, stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))
+    service.metrics.conflicts(stored.conflicting_results)
+    outcomes = iter(found)
     return [next(outcomes) if line.given else "invalid" for line in lines]
 
 

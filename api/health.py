@@ -1,5 +1,7 @@
 """Whether the service lives and is ready, and what it counts. Anyone may ask."""
 
+import asyncio
+
 import redis
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
@@ -8,16 +10,21 @@ from api.rendering import json_response
 from api.service import service_of
 from models.errors import Outage, SchemaMismatch
 from storage import migrations
+from tasks.exposition import Answer
+from tasks.exposition import live as liveness
 
 router = APIRouter(tags=["health"])
 
+_LIVE = {200: {"description": "It does."}, 503: {"description": "It does not: start it again."}}
 _READY = {200: {"description": "It answers requests."}, 503: {"description": "It cannot, for now; `database` says why."}}
 
 
-@router.get("/health/live", operation_id="live", summary="Is the process alive?")
-async def live() -> Response:
-    """It is, where this answers."""
-    return json_response({"status": "alive"})
+@router.get("/health/live", operation_id="live", summary="Does the process make progress?", responses=_LIVE)  # type: ignore[arg-type]
+async def live(request: Request) -> Response:
+    """It does where this answers, unless one of its threads is stuck. Asks no server."""
+    group = service_of(request).metrics.group
+    answer = liveness(group) if group else Answer(200, {"status": "alive"})
+    return json_response(answer.told, answer.status)
 
 
 @router.get("/health/ready", operation_id="ready", summary="Can it answer requests?", responses=_READY)  # type: ignore[arg-type]
@@ -45,5 +52,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Of this process, in Prometheus's text format."""
-    return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    """Of all processes of the service on this machine that were started together, in Prometheus's text format."""
+    metrics, accept = service_of(request).metrics, request.headers.get("accept", "")
+    text, media_type = await asyncio.get_running_loop().run_in_executor(None, metrics.text, accept)
+    return Response(text, media_type=media_type)

@@ -1,66 +1,98 @@
 """What the service counts. No ids in labels: a path is counted by its template."""
 
-from typing import Final
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.types import Scope
 
-_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+from tasks import groups
+from tasks.exposition import Exposition
+from tasks.ledger import Layout, Ledger, Series, counted_by
+
+if TYPE_CHECKING:
+    from api.service import Service
+
+log = logging.getLogger("evalstore.api")
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
+_STATUSES: Final = (
+    *(0, 200, 201, 202, 204, 206, 304, 307, 400, 401, 403, 404, 405, 406, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417),
+    *(422, 428, 429, 431, 500, 501, 502, 503, 504),
+)
+_BEAT_S: Final = 2.0
+_LOOP_S: Final = 20.0
 
 
 class Metrics:
-    """Of one process."""
+    """Of one process, shown together with those of the group's others: `uvicorn --workers` starts several.
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # finding one takes longer than counting
-        self._requests = Counter(
-            "evalstore_http_requests_total",
-            "Requests, by the status of their answer; 0 where there was none.",
-            ["method", "route", "status"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "evalstore_http_request_duration_seconds",
-            "From a request's headers to the end of its answer.",
-            ["method", "route"],
-            buckets=_BUCKETS,
-            registry=self._registry,
-        )
-        self._reads = Counter(
-            "evalstore_http_record_reads_total",
-            "Records read, by where they came from.",
-            ["source"],
-            registry=self._registry,
-        )
-        self._events = Counter(
-            "evalstore_http_events_total",
-            "Events taken by HTTP, by what became of them.",
-            ["outcome"],
-            registry=self._registry,
-        )
+    `routes`: each method and path template there is.
+    """
+
+    def __init__(self, routes: Iterable[tuple[str, str]]) -> None:
+        known = sorted(set(routes))
+        values = {
+            "method": [*_METHODS, "other"],
+            "route": [*sorted({path for _, path in known}), "unknown"],
+            "status": [*map(str, _STATUSES), "other"],
+        }
+        self._values = {name: frozenset(each) for name, each in values.items()}
+        self.layout = Layout(counted_by("api"), values)
+        self.ledger = Ledger(self.layout)
+        always: set[Series] = {("evalstore_http_request_duration_seconds", key) for key in known}
+        always |= {("evalstore_http_requests_total", (*key, status)) for key in known for status in ("200", "500", "503")}
+        self._always = frozenset(always)
+        self._exposition = self._of(None)
+        self.group: groups.Group | None = None
+
+    def _of(self, group: groups.Group | None) -> Exposition:
+        def totals() -> list[float]:
+            return group.totals(self.layout) if group else self.layout.numbers(self.ledger.data())
+
+        return Exposition("api", self.layout, totals, group, always=self._always)
+
+    def share(self) -> None:
+        """Count where the others of the group do, and find their counts."""
+        try:
+            self.group = groups.join("api", self.ledger)
+        except groups.Unshared as error:
+            log.warning("metrics are of this process alone: %s", error)
+        self._exposition = self._of(self.group)
+
+    async def beat(self, service: "Service") -> None:
+        """Show that the event loop makes progress, for as long as this is not cancelled, and what is in use."""
+        self.ledger.watch_thread("event loop")
+        while True:
+            self.ledger.due(_LOOP_S)
+            for state, count in service.connections.items():
+                self.ledger.set("evalstore_database_connections", state, to=count)
+            self.ledger.set("evalstore_http_threads_busy", to=service.busy)
+            await asyncio.sleep(_BEAT_S)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
         """An answered request."""
-        key = (scope["method"], getattr(scope.get("route"), "path", "unknown"), status)
-        series = self._series.get(key)
-        if series is None:
-            method = key[0] if key[0] in _METHODS else "other"
-            series = self._requests.labels(method, key[1], str(status)), self._seconds.labels(method, key[1])
-            if method != "other":
-                self._series[key] = series
-        series[0].inc()
-        series[1].observe(seconds)
+        method = self._known("method", scope["method"], "other")
+        route = self._known("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
+        self.ledger.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
+        self.ledger.observe("evalstore_http_request_duration_seconds", method, route, value=seconds)
+
+    def _known(self, label: str, value: str, otherwise: str) -> str:
+        return value if value in self._values[label] else otherwise
 
     def read(self, source: str) -> None:
         """A record was read from `memory`, `redis` or the `database`."""
-        self._reads.labels(source).inc()
+        self.ledger.add("evalstore_http_record_reads_total", source)
 
     def events(self, outcome: str, count: int = 1) -> None:
         """Events were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
-        self._events.labels(outcome).inc(count)
+        self.ledger.add("evalstore_http_events_total", outcome, by=count)
 
-    def text(self) -> bytes:
-        """In Prometheus's text format."""
-        return generate_latest(self._registry)
+    def conflicts(self, count: int) -> None:
+        """So many endings were stored of attempts that had ended before."""
+        self.ledger.add("evalstore_conflicting_results_total", by=count)
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """All of it, and its media type, in the form that an Accept header asks for."""
+        return self._exposition.text(accept)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -55,6 +56,7 @@ class Service:
         self.exports = asyncio.Semaphore(EXPORTS)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="evalstore-api")
         self._turns = asyncio.Semaphore(THREADS)
+        self.busy = 0
         self._large_bodies = asyncio.Semaphore(LARGE_BODIES)
         self._upload_threads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="evalstore-upload")
         self._upload_turns = asyncio.Semaphore(UPLOADS)
@@ -137,7 +139,21 @@ class Service:
         """What `work` gives, called in a thread. Raises Problem (503) when none comes free, and what `work` raises."""
         async with _turn(self._turns, TURN_S, "the service is busy"):
             here = contextvars.copy_context()  # the span of the request is in it
-            return await asyncio.get_running_loop().run_in_executor(self._threads, here.run, work)
+            self.busy += 1
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, here.run, self._watched, work)
+            finally:
+                self.busy -= 1
+
+    def _watched(self, work: Callable[[], T]) -> T:
+        """Called in a thread: what `work` gives. What takes longer than any statement may take is stuck."""
+        ledger = self.metrics.ledger
+        ledger.watch_thread(threading.current_thread().name)
+        ledger.due(WORK_S + TURN_S)
+        try:
+            return work()
+        finally:
+            ledger.due(None)
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
@@ -164,6 +180,12 @@ class Service:
     def objects(self) -> Store:
         """The object store. Opened in a thread, at its first use. Raises ObjectStoreOutage, ValueError."""
         return objects.open_store(self.settings.object_store_url or "", self.settings, threads=THREADS + UPLOADS)
+
+    @property
+    def connections(self) -> dict[str, int]:
+        """To PostgreSQL, by whether they are used now."""
+        pools: list[Any] = [self._engine.pool, self.export_engine.pool]
+        return {"used": sum(pool.checkedout() for pool in pools), "idle": sum(pool.checkedin() for pool in pools)}
 
     def close(self) -> None:
         """After the last answer."""

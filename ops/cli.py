@@ -10,7 +10,7 @@ import typer
 
 from models.errors import EvalstoreError, InvalidSettings, Outage
 from models.settings import settings
-from ops import archive, audit, cron, demo, dlq, evaluations, keys, spool, status, up
+from ops import archive, audit, cron, demo, dlq, evaluations, health, keys, spool, status, up
 from ops.output import notice
 from storage import migrations
 
@@ -31,6 +31,7 @@ app.command()(evaluations.send)
 app.command()(evaluations.get)
 app.command()(audit.audit)
 app.command()(status.status)
+app.command()(health.health)
 app.add_typer(archive.app, name="archive")
 app.add_typer(cron.app, name="cron")
 app.add_typer(dlq.app, name="dlq")

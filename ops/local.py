@@ -61,6 +61,12 @@ def _service(folder: Path) -> dict[str, str]:
     }
 
 
+def _metrics_ports() -> dict[str, str]:
+    """Where metrics are answered: at the usual ports, if they are free and nothing else was asked for."""
+    usual = {"EVALSTORE_METRICS_PORT": 9191, "EVALSTORE_SCHEDULER_METRICS_PORT": 9192}
+    return {name: os.environ.get(name) or str(free_port(port)) for name, port in usual.items()}
+
+
 def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
     """The environment of the one that works in this folder, once it is ready; None if there is none, or none gets ready."""
     give_up = time.monotonic() + deadline_s
@@ -86,7 +92,7 @@ class Process:
         return self._guard is not None and self._guard.poll() is None
 
     def start(self) -> None:
-        env = {**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"}
+        env = {"EVALSTORE_LOG_FORMAT": "text", **os.environ, **self.environment, "PYTHONUNBUFFERED": "1"}
         # In the data folder, not where the user is: `python -m` would find a gateway's own package `tasks` there first.
         if self.show is None:
             with (self.folder / f"{self.name}.log").open("ab") as log:
@@ -142,6 +148,8 @@ class Local:
         self.environment = {
             "EVALSTORE_DATABASE_URL": self.postgres.url(),
             "EVALSTORE_REDIS_URL": self.valkey.url(),
+            "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
+            **_metrics_ports(),
         }
         upgrade(self.postgres.url())
         if any(process.name == "api" for process in self.processes):

@@ -97,11 +97,11 @@ def update(
     make: Callable[[int], Given],
     versions: Sequence[int] | None,
     traceparent: str | None = None,
-) -> tuple[Given, Outcome, bool]:
+) -> tuple[Given, Outcome, evaluations.Stored]:
     """Store what `make` gives for the record's attempt (1 where there is no record), if it is at one of `versions`. Commits.
 
-    An event that is stored already is a duplicate whatever the version: the sender did not get the answer. Returns the event,
-    what became of it, and whether it made the record. Raises VersionChanged (nothing is stored), DatabaseOutage (retry), and
+    An event that is stored already is a duplicate whatever the version: the sender did not get the answer. Returns the event
+    and what became of it. Raises VersionChanged (nothing is stored), DatabaseOutage (retry), and
     what `make` raises.
     """
     with database.errors():
@@ -119,7 +119,7 @@ def update(
             raw.rollback()
             raise VersionChanged(version)
     (outcome,), stored = store(conn, [given], traceparent)
-    return given, outcome, any(one["type"] == "storage:evaluation:created" for one in stored.confirmations)
+    return given, outcome, stored
 
 
 def _is_stored(raw: psycopg.Connection[tuple[object, ...]], eval_id: str, event_id: UUID | None) -> bool:

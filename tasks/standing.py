@@ -32,7 +32,6 @@ Numbers = dict[Series, float]
 _KEEP_S: Final = 2.0
 # A server is asked for at most this share of the time.
 _SHARE: Final = 1 / 200
-_PATIENCE_S: Final = 2.0
 _LONGEST_S: Final = 60.0
 _MOST_REASONS: Final = 30
 _CONTENTS: Final = ("evalstore_evaluations_open", "evalstore_contents", "evalstore_content_bytes")
@@ -41,8 +40,8 @@ _CONTENTS: Final = ("evalstore_evaluations_open", "evalstore_contents", "evalsto
 class Reading(Generic[T]):
     """What `read` gives, read by one thread for all who ask. `stale`: give what was read before, while it takes long."""
 
-    def __init__(self, read: Callable[[], T], *, stale: bool = False) -> None:
-        self._read, self._stale = read, stale
+    def __init__(self, read: Callable[[], T], patience_s: float, *, stale: bool = False) -> None:
+        self._read, self._patience_s, self._stale = read, patience_s, stale
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._value: T | None = None
@@ -56,7 +55,7 @@ class Reading(Generic[T]):
             if self._thread is None and now < self._fresh_until:
                 return self._value
             if self._thread is None:
-                self._give_up = now + _PATIENCE_S
+                self._give_up = now + self._patience_s
                 self._thread = threading.Thread(target=self._run, name="evalstore-reading", daemon=True)
                 self._thread.start()
             thread = self._thread
@@ -79,14 +78,14 @@ class Reading(Generic[T]):
 class Standing:
     """For one process that is asked for metrics and health."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, patience_s: float = 2.0) -> None:
         self._settings = settings
         self._watch = database.Watch()
         self._broker = Broker(url=settings.redis_url.get_secret_value(), timeout_s=3)
-        self.redis = Reading(lambda: queues.look(self._broker))
-        self.database = Reading(lambda: self._bounded(self._server))
-        self._letters = Reading(lambda: self._bounded(stored.letters), stale=True)
-        self._contents = Reading(lambda: self._bounded(self._all_contents), stale=True)
+        self.redis = Reading(lambda: queues.look(self._broker), patience_s)
+        self.database = Reading(lambda: self._bounded(self._server), patience_s)
+        self._letters = Reading(lambda: self._bounded(stored.letters), patience_s, stale=True)
+        self._contents = Reading(lambda: self._bounded(self._all_contents), patience_s, stale=True)
 
     @cached_property
     def _engine(self) -> Engine:

@@ -30,6 +30,14 @@ EMPTY, MIGRATED = "template0", "evalstore_migrated"
 _numbers = itertools.count(1)
 
 
+@pytest.fixture(autouse=True)
+def _processes_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts finds none of what another one started, and no port that another one holds."""
+    monkeypatch.setenv("EVALSTORE_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+    monkeypatch.setenv("EVALSTORE_METRICS_PORT", "0")
+    monkeypatch.setenv("EVALSTORE_SCHEDULER_METRICS_PORT", "0")
+
+
 @pytest.fixture(scope="session")
 def shared_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """One for all tests: take `database_url` instead, a database of the test's own in it."""
