@@ -1,0 +1,105 @@
+"""A run of the archive with many evaluations stored beside what is due: `python -m bench.archive [--rows N] [--due 1000]`.
+
+First with nothing but what is due, then with as many evaluations more, each with content in the database that is not due.
+Prints the seconds of a run, of one that finds nothing to do, and how many pages the search for what is due reads.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+from sqlalchemy import Engine
+
+from models.settings import Settings
+from ops.servers import Postgres
+from storage import archive, database, migrations
+from storage.archive import Archive
+
+_FILL = """
+INSERT INTO evaluations (eval_id, status, attempt, version, metadata, finished_at, result_event_id)
+SELECT 'f' || n, 'completed', 1, 1, '{}', now(), md5(n::text)::uuid FROM generate_series(%(first)s::int, %(last)s::int) n;
+"""
+_FILL_CONTENTS = """
+INSERT INTO contents (eval_id, event_id, kind, size, sha256, data)
+SELECT 'f' || n, md5(n::text)::uuid, 'output', 4097 + n %% 900000, sha256(n::text::bytea), 'not read'
+FROM generate_series(%(first)s::int, %(last)s::int) n
+"""
+_DUE = """
+INSERT INTO contents (eval_id, event_id, kind, size, sha256, data, occurred_at)
+VALUES (%s, gen_random_uuid(), 'output', %s, sha256(%b), %b, %s)
+"""
+_EVALUATION = """
+INSERT INTO evaluations (eval_id, status, attempt, version, metadata, finished_at) VALUES (%s, 'completed', 1, 1, '{}', %s)
+"""
+_SERVER = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "256MB", "max_wal_size": "8GB", "autovacuum": "off"}
+
+
+def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
+    """Half of them due by their size, and half by their age."""
+    for number in range(count):
+        name, is_old = f"d{time.time_ns()}", number % 2
+        data = os.urandom(5000 if is_old else size)
+        finished_at = datetime.now(UTC) - timedelta(days=30 if is_old else 0)
+        conn.execute(_EVALUATION, [name, finished_at])
+        conn.execute(_DUE, [name, len(data), data, data, finished_at])
+    conn.commit()
+
+
+def timed(act: Callable[[], archive.Moved]) -> tuple[float, int]:
+    begun = time.perf_counter()
+    moved = act().moved
+    return time.perf_counter() - begun, moved
+
+
+def measure(engine: Engine, at: Archive, what: str) -> None:
+    with engine.connect() as conn:
+        taken, moved = timed(lambda: archive.run_once(conn, at, datetime.now(UTC)))
+        again, _ = timed(lambda: archive.run_once(conn, at, datetime.now(UTC)))
+        pages = 0
+        for query in archive.due(at):
+            with conn.begin():
+                raw = database.driver(conn)
+                raw.execute(archive.PLAN)
+                explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode()
+                ((((found,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
+                pages += found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+    print(f"{what}: {moved:,} moved in {taken:.2f} s; a run that finds nothing: {again * 1000:.0f} ms, {pages:,} pages read")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--due", type=int, default=1000)
+    parser.add_argument("--bytes", type=int, default=1_100_000, help="of each content that is due by its size")
+    given = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp") as name,
+        Postgres(Path(name) / "pg", settings=_SERVER) as server,
+    ):
+        migrations.upgrade(server.url("evalstore"))
+        engine = database.engine(server.url("evalstore"), statement_timeout_s=0)
+        at = Archive.of(Settings(object_store_url=f"file://{name}/objects", archive_after_days=7))
+        with psycopg.connect(server.url("evalstore")) as conn:
+            make_due(conn, given.due, given.bytes)
+        measure(engine, at, "nothing else stored")
+        begun = time.perf_counter()
+        with psycopg.connect(server.url("evalstore"), autocommit=True) as conn:
+            for first in range(1, given.rows + 1, 500_000):
+                values = {"first": first, "last": min(first + 499_999, given.rows)}
+                conn.execute(_FILL, values)
+                conn.execute(_FILL_CONTENTS, values)
+            conn.execute("VACUUM ANALYZE")
+        print(f"{given.rows:,} evaluations made in {time.perf_counter() - begun:.0f} s")
+        with psycopg.connect(server.url("evalstore")) as conn:
+            make_due(conn, given.due, given.bytes)
+        measure(engine, at, f"beside {given.rows:,} evaluations")
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
