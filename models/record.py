@@ -255,7 +255,8 @@ def record(
 
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
-_LARGE_EXPONENT = re.compile(rb"[0-9]e\+?[0-9]")
+# Begins with a letter so that the search goes from one to the next, which is many times faster than to look at every character.
+_LARGE_EXPONENT = re.compile(rb"e(?<=[0-9]e)\+?[0-9]")
 
 
 def jsonb(value: dict[str, Any]) -> bytes:

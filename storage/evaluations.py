@@ -21,7 +21,6 @@ from storage import database
 ROW_LIMIT_BYTES: Final = 4096
 
 Outcome = Literal["applied", "duplicate", "reused"]
-_Key = tuple[Any, ...]  # eval_id, event_id
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,10 @@ class Stored:
     outcomes: list[Outcome]
     confirmations: list[dict[str, Any]] = field(default_factory=list)
     conflicting_results: int = 0
-    written_at: float = 0.0
+    written_at: float = field(default=0.0, compare=False)
 
 
 _CONTENTS: Final = ("code", "output", "error")
-_CONTENT_POSITIONS: Final = [Fact._fields.index(kind) for kind in _CONTENTS]
 _PG_TYPES: Final = {
     "text": ["eval_id", "type", "status", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
     "uuid": ["event_id", "code_event_id", "result_event_id"],
@@ -63,14 +61,18 @@ def _stage(name: str, columns: Iterable[str]) -> str:
     return f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (number int4, {declared}) ON COMMIT DELETE ROWS;"
 
 
-# The stages live as long as the connection and are empty between transactions. Events are numbered by their place in the call;
-# records are 0 as these events alone make them, and 1 as all events of theirs do. What follows joins a stage with a table by
-# the table's primary key, and must do so by index however large the tables grow and whatever the planner believes of the stage.
+_FACT_TYPES: Final = [_TYPE_OF[column] for column in Fact._fields]
+_STATE_TYPES: Final = [_TYPE_OF[column] for column in State._fields]
+_CONTENT_TYPES: Final = ["text", "uuid", "text", "int8", "bytea", "bytea", "text", "text"]
+
+# The stages live as long as the connection and are empty between transactions. Records are 0 as the events of a call alone make
+# them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call. What follows
+# joins a stage with a table by the table's primary key, and must do so by index however large the tables grow and whatever the
+# planner believes of the stage.
 _STAGES: Final = _stage("stage_events", Fact._fields) + _stage("stage_records", State._fields)
 _BEGIN: Final = """
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off; SELECT now();
 """
-_STAGE_EVENTS: Final = f"COPY stage_events (number, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
 _STAGE_RECORDS: Final = f"COPY stage_records (number, {_columns(State._fields)}) FROM STDIN (FORMAT BINARY)"
 _CREATE: Final = f"""
 INSERT INTO evaluations ({_columns(State._fields)})
@@ -80,14 +82,13 @@ ON CONFLICT DO NOTHING RETURNING eval_id
 _LOCK: Final = """
 SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
-_LOG: Final = f"""
-INSERT INTO evaluation_events ({_columns(Fact._fields)})
-SELECT {_columns(Fact._fields)} FROM stage_events ORDER BY number
-ON CONFLICT DO NOTHING RETURNING eval_id, event_id
+_READ_LOG: Final = f"""
+SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
+FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
-_LOG_CONTENTS: Final = """
-COPY contents (eval_id, event_id, kind, occurred_at, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)
-"""
+_LOG: Final = f"COPY evaluation_events ({_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
+_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)"
+_STAGE_EVENTS: Final = f"COPY stage_events (number, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
 _COMPARE: Final = f"""
 SELECT s.number,
@@ -100,10 +101,6 @@ SELECT s.number,
     )
 }
 FROM stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
-"""
-_REREAD: Final = f"""
-SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extra"})}
-FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
 # The time of the statement, not of the transaction: that may have begun before another one created the record.
 _CHANGED: Final = [name for name in State._fields if name != "eval_id"]
@@ -135,12 +132,13 @@ def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[
         confirmations = _confirmations(facts, written, recorded_at)
         if confirmations:
             body = b"\n".join(map(msgspec.json.encode, confirmations))
-            traces = trace_of and _traces(facts, written, trace_of)
+            traces = trace_of and _traces(written, trace_of)
             cursor.execute(_CONFIRM, [len(confirmations), body.decode(), traces])
         written_at = time.perf_counter()
     staged["evalstore_staged"] = True
-    for position in written.applied:
-        outcomes[position] = "applied"
+    for positions in written.new.values():
+        for position in positions:
+            outcomes[position] = "applied"
     for position in written.reused:
         outcomes[position] = "reused"
     return Stored(outcomes, confirmations, written.conflicting_results, written_at)
@@ -156,9 +154,9 @@ def _begin(cursor: psycopg.Cursor[Any], statements: str) -> str:
 
 
 class _Written(NamedTuple):
-    """What was written: the positions of new and of reused events, and the records that the new ones made or changed."""
+    """What was written: the positions of an evaluation's new events, those of reused ones, and the records made or changed."""
 
-    applied: list[int]
+    new: dict[str, list[int]]
     reused: list[int]
     created: set[str]
     states: dict[str, State]
@@ -167,94 +165,100 @@ class _Written(NamedTuple):
 
 def _write(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> _Written:
     """Write `facts` to the log and the records. Of those with one event_id the first stands, unless one is stored already."""
-    first: dict[_Key, int] = {}
-    groups: dict[str, list[Fact]] = {}
+    firsts: dict[str, dict[UUID, int]] = {}
     for position, one in enumerate(facts):
-        if first.setdefault(one[:2], position) == position:
-            groups.setdefault(one.eval_id, []).append(one)
-    large = _stage_events(cursor, facts)
-    states = {eval_id: fold(groups[eval_id]) for eval_id in sorted(groups)}
+        firsts.setdefault(one.eval_id, {}).setdefault(one.event_id, position)
+    new = {eval_id: list(firsts[eval_id].values()) for eval_id in sorted(firsts)}
+    states = {eval_id: fold([facts[position] for position in positions]) for eval_id, positions in new.items()}
     _stage_records(cursor, 0, states.values())
 
     cursor.execute(_CREATE)
     all_created = cursor.rowcount == len(states)
     created = set(states) if all_created else {eval_id for (eval_id,) in cursor.fetchall()}
     existing = [] if all_created else [eval_id for eval_id in states if eval_id not in created]
-    if existing and cursor.execute(_LOCK, [existing]).rowcount != len(existing):
-        # Its events would be in the log, and of no record.
-        raise DatabaseOutage("an evaluation was deleted between finding and locking it")
-
-    cursor.execute(_LOG)
-    new: set[_Key] = set(first) if cursor.rowcount == len(first) else set(cursor.fetchall())
-    applied = sorted(first[key] for key in new)
-    if large:
-        _log_contents(cursor, [row for position in applied for row in large.get(position, ())])
-
-    # An evaluation created here has no other events than these. For the rest the log is read again, in a later
-    # statement than the one that locked them, which therefore sees what other workers committed before they let go.
-    changed = {eval_id for eval_id, _ in new}
-    if changed_before := [eval_id for eval_id in existing if eval_id in changed]:
-        groups |= _reread(cursor, changed_before)
-        changes = {eval_id: fold(groups[eval_id]) for eval_id in changed_before}
-        _stage_records(cursor, 1, changes.values())
+    before = _lock_and_read(cursor, existing) if existing else {}
+    for eval_id in existing:
+        known = {one.event_id for one in before[eval_id]}
+        new[eval_id] = [position for event_id, position in firsts[eval_id].items() if event_id not in known]
+        if not new[eval_id]:
+            del new[eval_id], states[eval_id]
+        else:
+            states[eval_id] = fold(before[eval_id] + [facts[position] for position in new[eval_id]])
+    applied = [position for positions in new.values() for position in positions]
+    # None of these is in the log: an evaluation created here had no events, and the others' are known, and locked.
+    if applied:
+        _log(cursor, [facts[position] for position in applied])
+    if changed_before := [states[eval_id] for eval_id in existing if eval_id in states]:
+        _stage_records(cursor, 1, changed_before)
         cursor.execute(_UPDATE)
-        states |= changes
     return _Written(
-        applied,
+        new,
         _reused(cursor, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else [],
         created,
-        {eval_id: states[eval_id] for eval_id in states if eval_id in changed},
-        sum(_conflicting_results(groups[eval_id], new) for eval_id in changed),
+        states,
+        sum(
+            _conflicting_results(before.get(eval_id, []), [facts[position] for position in positions])
+            for eval_id, positions in new.items()
+        ),
     )
 
 
-def _stage_events(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> dict[int, list[tuple[Any, ...]]]:
-    """COPY `facts` to the stage, all but content that is large or an object, which is returned as rows for `contents`, by
-    position."""
-    large: dict[int, list[tuple[Any, ...]]] = {}
-    with cursor.copy(_STAGE_EVENTS) as copy:
-        copy.set_types(["int4", *(_TYPE_OF[column] for column in Fact._fields)])
-        for position, one in enumerate(facts):
-            row: list[Any] = [position, *one]
-            for column in _CONTENT_POSITIONS:
-                data = one[column]
-                if isinstance(data, Reference):
-                    where: tuple[Any, ...] = (data.size, _digest(data), None, "objects", data.encoding)
-                elif isinstance(data, bytes) and len(data) > ROW_LIMIT_BYTES:
-                    where = (len(data), _digest(data), data, None, None)
-                else:
-                    continue
-                large.setdefault(position, []).append((*one[:2], Fact._fields[column], one.occurred_at, *where))
-                row[column + 1] = None
-            copy.write_row(row)
-    return large
-
-
 def _stage_records(cursor: psycopg.Cursor[Any], number: int, states: Iterable[State]) -> None:
-    with cursor.copy(_STAGE_RECORDS) as copy:
-        copy.set_types(["int4", *(_TYPE_OF[column] for column in State._fields)])
-        for state in states:
-            copy.write_row((number, *state))
+    _copy(cursor, _STAGE_RECORDS, ["int4", *_STATE_TYPES], ((number, *state) for state in states))
 
 
-def _log_contents(cursor: psycopg.Cursor[Any], rows: list[tuple[Any, ...]]) -> None:
-    with cursor.copy(_LOG_CONTENTS) as copy:
-        copy.set_types(["text", "uuid", "text", "timestamptz", "int8", "bytea", "bytea", "text", "text"])
+def _copy(cursor: psycopg.Cursor[Any], statement: str, types: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
+    with cursor.copy(statement.encode()) as copy:
+        copy.set_types(types)
         for row in rows:
             copy.write_row(row)
 
 
-def _reread(cursor: psycopg.Cursor[Any], eval_ids: list[str]) -> dict[str, list[Fact]]:
-    cursor.execute(_REREAD, [eval_ids])
-    groups: dict[str, list[Fact]] = {}
-    for row in cursor:
-        groups.setdefault(row[0], []).append(Fact(*row))
-    return groups
+def _lock_and_read(cursor: psycopg.Cursor[Any], eval_ids: list[str]) -> dict[str, list[Fact]]:
+    """Lock existing records, and read the log of each: in a later statement than the one that locked them, which therefore sees
+    what other workers committed before they let go."""
+    if cursor.execute(_LOCK, [eval_ids]).rowcount != len(eval_ids):
+        # Its events would be in the log, and of no record.
+        raise DatabaseOutage("an evaluation was deleted between finding and locking it")
+    logged: dict[str, list[Fact]] = {eval_id: [] for eval_id in eval_ids}
+    for row in cursor.execute(_READ_LOG, [eval_ids]):
+        logged[row[0]].append(Fact(*row))
+    return logged
+
+
+def _log(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> None:
+    """Write events to the log, and content that is large or an object to rows of its own."""
+    contents: list[tuple[Any, ...]] = []
+    _copy(cursor, _LOG, _FACT_TYPES, (_without_large(one, contents) for one in facts))
+    if contents:
+        _copy(cursor, _LOG_CONTENTS, _CONTENT_TYPES, contents)
+
+
+def _without_large(one: Fact, contents: list[tuple[Any, ...]]) -> Fact:
+    """`one` without content that is large or an object; rows for that are added to `contents`."""
+    large = {
+        kind: data
+        for kind, data in zip(_CONTENTS, _contents(one), strict=True)
+        if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
+    }
+    if not large:
+        return one
+    contents += [(*one[:2], kind, *_where(data)) for kind, data in large.items()]
+    nothing: dict[str, Any] = dict.fromkeys(large)
+    return one._replace(**nothing)
+
+
+def _where(data: bytes | Reference) -> tuple[Any, ...]:
+    """Content as a row of `contents` holds it: size, hash, data, store and encoding."""
+    if isinstance(data, Reference):
+        return data.size, _digest(data), None, "objects", data.encoding
+    return len(data), _digest(data), data, None, None
 
 
 def _reused(cursor: psycopg.Cursor[Any], facts: list[Fact], repeated: set[int]) -> list[int]:
     """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
-    # The whole stage is compared: picking from it, without an index, takes longer the more there is to pick.
+    staged = ((position, *_without_large(facts[position], [])) for position in repeated)
+    _copy(cursor, _STAGE_EVENTS, ["int4", *_FACT_TYPES], staged)
     stored = {position: same for position, *same in cursor.execute(_COMPARE)}
     return [position for position in repeated if stored[position] != [True, *map(_digest, _contents(facts[position]))]]
 
@@ -270,37 +274,35 @@ def _digest(data: bytes | Reference | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _conflicting_results(facts: list[Fact], new: set[_Key]) -> int:
+def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
     """How many of the `new` events end an attempt that another event ended before."""
-    endings: dict[int, list[bool]] = {}
-    for one in facts:
+    ended = {one.attempt for one in before if one.type in ENDINGS}
+    conflicts = 0
+    for one in new:
         if one.type in ENDINGS:
-            endings.setdefault(one.attempt, []).append(one[:2] in new)
-    return sum(min(sum(found), len(found) - 1) for found in endings.values())
+            conflicts += one.attempt in ended
+            ended.add(one.attempt)
+    return conflicts
 
 
 def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[dict[str, Any]]:
     """One for each evaluation that changed."""
-    event_ids: dict[str, list[str]] = {}
-    for position in written.applied:
-        event_ids.setdefault(facts[position].eval_id, []).append(str(facts[position].event_id))
     return [
         {
             "type": "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
             "eval_id": eval_id,
             "version": state.version,
             "status": state.status,
-            "event_ids": event_ids[eval_id],
+            "event_ids": [str(facts[position].event_id) for position in written.new[eval_id]],
             "recorded_at": recorded_at,
         }
         for eval_id, state in written.states.items()
     ]
 
 
-def _traces(facts: list[Fact], written: _Written, trace_of: Callable[[int], str | None]) -> str | None:
+def _traces(written: _Written, trace_of: Callable[[int], str | None]) -> str | None:
     """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
-    last = {facts[position].eval_id: position for position in written.applied}
-    traces = [trace_of(last[eval_id]) or "" for eval_id in written.states]
+    traces = [trace_of(written.new[eval_id][-1]) or "" for eval_id in written.states]
     return "\n".join(traces) if any(traces) else None
 
 

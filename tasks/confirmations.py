@@ -61,23 +61,21 @@ class Confirmations:
                     return
                 continue
             waited_s = 0.0
-            for entry_id, fields in entries:
-                confirmation = msgspec.json.decode(fields[b"confirmation"]) if fields else None
-                if confirmation and self._is_news(confirmation):
+            yield from self._news(entries)
+
+    def _news(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[dict[str, Any]]:
+        read = [msgspec.json.decode(fields[b"confirmation"]) if fields else None for _, fields in entries]
+        keys = [self._key(confirmation) if confirmation else "" for confirmation in read]  # which is no key
+        seen = dict(zip(keys, self._client.mget(keys), strict=True))
+        for (entry_id, fields), key, confirmation in zip(entries, keys, read, strict=True):
+            with self._client.pipeline(transaction=True) as pipeline:
+                if confirmation and int(seen[key] or 0) < confirmation["version"]:
                     with tracing.receiving(STREAM, self.group, fields, confirmation):
                         yield confirmation
-                self._done(entry_id, confirmation)
+                    seen[key] = confirmation["version"]
+                    pipeline.set(key, confirmation["version"], ex=_REMEMBER_S)
+                pipeline.xack(STREAM, self.group, entry_id)
+                pipeline.execute()
 
     def _key(self, confirmation: dict[str, Any]) -> str:
         return f"{STREAM}:{self.group}:{confirmation['eval_id']}"
-
-    def _is_news(self, confirmation: dict[str, Any]) -> bool:
-        seen = self._client.get(self._key(confirmation))
-        return seen is None or int(seen) < confirmation["version"]
-
-    def _done(self, entry_id: bytes, confirmation: dict[str, Any] | None) -> None:
-        pipeline = self._client.pipeline(transaction=True)
-        if confirmation and self._is_news(confirmation):
-            pipeline.set(self._key(confirmation), confirmation["version"], ex=_REMEMBER_S)
-        pipeline.xack(STREAM, self.group, entry_id)
-        pipeline.execute()

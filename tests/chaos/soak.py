@@ -23,6 +23,7 @@ import psycopg
 from models.errors import RedisOutage
 from ops.servers import Postgres, Valkey
 from storage.migrations import upgrade
+from tests.chaos.watcher import Watcher
 from tests.chaos.world import KEYS, Workers, World, evaluations, kill
 
 _BATCH = 99  # events a send: 33 evaluations
@@ -33,8 +34,8 @@ _LOSSLESS = {"fsync": "off", "full_page_writes": "off"}  # only a crash of the m
 class Soak:
     """A run, and what came of it."""
 
-    def __init__(self, folder: Path, *, seconds: float, rate: int, seed: int) -> None:
-        self.folder, self.seconds, self.rate = folder, seconds, rate
+    def __init__(self, folder: Path, *, seconds: float, rate: int, seed: int, watch: bool = False) -> None:
+        self.folder, self.seconds, self.rate, self.watch = folder, seconds, rate, watch
         self.random = random.Random(seed)  # noqa: S311
         self.done = threading.Event()
         self.busy = threading.Lock()
@@ -59,6 +60,9 @@ class Soak:
         sender = threading.Thread(target=self._send, args=(world,))
         chaos = threading.Thread(target=self._harass, args=(fragile, postgres, valkey))
         supervisor = threading.Thread(target=self._supervise, args=(fragile,))
+        watcher = Watcher(world) if self.watch else None
+        if watcher:
+            watcher.start()
         began = time.monotonic()
         sender.start()
         chaos.start()
@@ -75,6 +79,8 @@ class Soak:
                 workers.start()
         drained = time.monotonic()
         world.audit(settled_within_s=180)
+        if watcher:
+            watcher.audit(within_s=180)
         drained = time.monotonic() - drained
         numbers = {
             "sent": len(world.sent),
@@ -86,7 +92,7 @@ class Soak:
             "after": after,
             "idle": _use(steady),
             "connections": self._connections(world),
-            "keys": world.client.dbsize(),
+            "keys": world.client.dbsize() - (len(watcher.seen) if watcher else 0),
             "steady worker's log": len(steady.log.read_text().splitlines()),
         }
         stopped_s = [workers.stop(within_s=15) for workers in (steady, *fragile)]
@@ -190,10 +196,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--rate", type=int, default=2000, help="events a second")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))  # noqa: S311
+    parser.add_argument("--watch", action="store_true", help="read confirmations throughout, and check them in the end, too")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), seconds=given.seconds, rate=given.rate, seed=given.seed)
+        soak = Soak(Path(folder), seconds=given.seconds, rate=given.rate, seed=given.seed, watch=given.watch)
         try:
             print(json.dumps(soak.run(), indent=2))
         except AssertionError as error:
