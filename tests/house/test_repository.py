@@ -186,8 +186,9 @@ def test_images_are_pinned_by_tag(compose: dict[str, Any]) -> None:
 def test_containers_wait_for_what_they_need_and_come_back(compose: dict[str, Any]) -> None:
     services = compose["services"]
     servers = {name for name in services if name not in {*COMMANDS, "migrate"}}
-    # The collector's image has nothing that could ask.
+    # Our own processes are looked after by the image's; the collector's image has nothing that could ask.
     assert {name for name in services if "healthcheck" in services[name]} == servers - {"otel-collector"}
+    assert "\nHEALTHCHECK " in (ROOT / "deploy/Dockerfile").read_text()
     assert {name: services[name]["restart"] for name in services if name != "migrate"} == dict.fromkeys(
         [*servers, *COMMANDS], "unless-stopped"
     )
