@@ -134,7 +134,7 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
     program: Path,
     tmp_path: Path,
 ) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "EVALSTORE_RUNTIME_DIR": str(tmp_path / "runtime"),
         "EVALSTORE_METRICS_PORT": str(free_port()),
         "EVALSTORE_SCHEDULER_METRICS_PORT": str(free_port()),
