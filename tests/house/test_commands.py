@@ -42,7 +42,7 @@ def fault(command: str) -> str | None:
     unknown = [option for option in options if option not in known]
     if unknown:
         return f"evalstore {command}: no {', '.join(unknown)}"
-    if node.name == "run" and words and words[0] not in {job.name for job in JOBS}:
+    if node.name == "run" and words and not words[0].startswith("-") and words[0] not in {job.name for job in JOBS}:
         return f"evalstore {command}: there is no such job"
     return None
 

@@ -197,3 +197,25 @@ def test_an_upgrade_migrates_first_while_workers_of_the_old_release_store(
     world.wait_settled()
     assert re.search(r"applied +450\b", shell.type(next(steps), PYTHONPATH=str(release)))
     world.audit()
+
+
+def test_objects_come_back_from_a_copy_and_the_newest_from_whoever_sent_them(
+    worlds: Any, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    world, objects = worlds(database_url, redis_url), tmp_path / "kept"
+    settings = {"EVALSTORE_OBJECT_STORE_URL": f"file://{objects}", "EVALSTORE_ARCHIVE_THRESHOLD_BYTES": "4096"}
+    shell, steps = Shell(world, OBJECTS=str(objects), **settings), blocks("objects are lost")
+    world.workers(**settings).start()
+
+    def finish(name: str, count: int) -> None:
+        events = [event | {"output": os.urandom(5000).hex()} for event in evaluations(count, name) if "exit_code" in event]
+        world.send(events)
+        world.wait_settled()
+        shell.type("evalstore archive run")
+
+    finish("copied", 10)
+    shell.type(next(steps))
+    finish("stored-since", 5)
+    shutil.rmtree(objects)
+    assert "15 missing.jsonl" in shell.type(next(steps))
+    assert "5 missing.jsonl" in shell.type(next(steps))
