@@ -63,7 +63,7 @@ def _stage(name: str, columns: Iterable[str]) -> str:
 
 _FACT_TYPES: Final = [_TYPE_OF[column] for column in Fact._fields]
 _STATE_TYPES: Final = [_TYPE_OF[column] for column in State._fields]
-_CONTENT_TYPES: Final = ["text", "uuid", "text", "int8", "bytea", "bytea", "text", "text"]
+_CONTENT_TYPES: Final = ["text", "uuid", "text", "timestamptz", "int8", "bytea", "bytea", "text", "text"]
 
 # The stages live as long as the connection and are empty between transactions. Records are 0 as the events of a call alone make
 # them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call. What follows
@@ -87,7 +87,9 @@ SELECT {_columns(name for name in Fact._fields if name not in {*_CONTENTS, "extr
 FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
 _LOG: Final = f"COPY evaluation_events ({_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
-_LOG_CONTENTS: Final = "COPY contents (eval_id, event_id, kind, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)"
+_LOG_CONTENTS: Final = """
+COPY contents (eval_id, event_id, kind, occurred_at, size, sha256, data, store, encoding) FROM STDIN (FORMAT BINARY)
+"""
 _STAGE_EVENTS: Final = f"COPY stage_events (number, {_columns(Fact._fields)}) FROM STDIN (FORMAT BINARY)"
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *_CONTENTS}]
 _COMPARE: Final = f"""
@@ -243,7 +245,7 @@ def _without_large(one: Fact, contents: list[tuple[Any, ...]]) -> Fact:
     }
     if not large:
         return one
-    contents += [(*one[:2], kind, *_where(data)) for kind, data in large.items()]
+    contents += [(*one[:2], kind, one.occurred_at, *_where(data)) for kind, data in large.items()]
     nothing: dict[str, Any] = dict.fromkeys(large)
     return one._replace(**nothing)
 
