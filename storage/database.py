@@ -123,8 +123,11 @@ def errors() -> Iterator[None]:
         # The connection it came from goes back to its pool next.
         _this_thread.was_refused = isinstance(cause, pg.ReadOnlySqlTransaction)
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
-            may_be_the_work = cause.sqlstate is None or isinstance(cause, _OVERTAXED)
-            raise DatabaseOutage(str(cause).strip() or type(cause).__name__, may_be_the_work=may_be_the_work) from error
+            raise DatabaseOutage(
+                str(cause).strip() or type(cause).__name__,
+                may_be_the_work=cause.sqlstate is None or isinstance(cause, _OVERTAXED),
+                is_lock=isinstance(cause, pg.LockNotAvailable),
+            ) from error
         raise
 
 

@@ -349,6 +349,19 @@ def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str
         return set(cursor.fetchall())
 
 
+_THERE: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
+
+
+def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
+    """Those of these evaluations whose record somebody else keeps locked at this moment. Waits for nobody.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        there = {eval_id for (eval_id,) in cursor.execute(_THERE, [eval_ids])}
+        return there - {eval_id for (eval_id,) in cursor.execute(_THERE + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
+
+
 _COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"
 
 

@@ -24,6 +24,7 @@ from worker.batches import REDRIVEN, Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
 from worker.contents import Contents, Pair
 from worker.hold import Hold
+from worker.locks import Locks
 from worker.metrics import WORK_S, Metrics
 
 log = logging.getLogger("evalstore.worker")
@@ -49,6 +50,7 @@ class Store:
         self._count = self._metrics.ledger
         self._watch = database.Watch()
         self._breaker = Breaker(limits or BreakerLimits())
+        self._locks = Locks()
         self._presence = Presence(Stores(settings(), in_a_hurry=True))
         self._contents = Contents(self._presence, self._metrics.outages)
 
@@ -133,11 +135,11 @@ class Store:
             (events if usual or self._contents.known(event) else referring).append((delivery, event))
         self._timed("decode", started)
         if events:
-            self._store(bad, events)
+            self._store(batch, bad, events)
         # Last: the object store may be slow.
         self._count.due(WORK_S)
         if referring and (present := self._contents.present(referring, batch, bad)):
-            self._store(bad, present)
+            self._store(batch, bad, present)
         settled = [one.redis_id for one in deliveries if one.redis_id not in bad and one.redis_id not in batch.later]
         redriven = [redis_id for redis_id in settled if redis_id.startswith(REDRIVEN)]
         if redriven:
@@ -151,13 +153,20 @@ class Store:
         timer.daemon = True
         timer.start()
 
-    def _store(self, bad: dict[bytes, bytes], events: list[Pair]) -> None:
+    def _store(self, batch: Batch, bad: dict[bytes, bytes], events: list[Pair]) -> None:
         """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
+        if self._locks.concern(events) and self._are_locked(events):
+            events = self._locks.apart(events, batch)
+        if not events:
+            return
         started = time.monotonic()
         try:
             stored = self._stored(events)
         except _Stopped:
             raise
+        except _Locked:
+            self._store(batch, bad, events)
+            return
         except Exception as error:  # noqa: BLE001 - whatever it is, only the event that causes it may die of it
             if len(events) == 1:
                 bad[events[0][0].redis_id] = cause(error)
@@ -166,7 +175,7 @@ class Store:
             parts = 2 if time.monotonic() - started < 1 else 16
             size = -(-len(events) // parts)
             for start in range(0, len(events), size):
-                self._store(bad, events[start : start + size])
+                self._store(batch, bad, events[start : start + size])
             return
         self._metrics.stored(events, stored.outcomes, stored.conflicting_results)
         tracing.note(events, stored.outcomes)
@@ -177,7 +186,8 @@ class Store:
     def _stored(self, events: list[Pair]) -> evaluations.Stored:
         """`evaluations.store`, tried again while the database is away or its schema is not ours.
 
-        Raises DatabaseOutage when it fails in a way that these events may cause, and goes on to while small writes go through.
+        Raises DatabaseOutage when it fails in a way that these events may cause, and goes on to while small writes go through;
+        _Locked when somebody else keeps some of their evaluations locked.
         """
         failures = suspicions = 0
         bound_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
@@ -186,6 +196,8 @@ class Store:
                 try:
                     return self._attempt(events, bound_s * 2**suspicions)
                 except (Outage, SchemaMismatch) as error:
+                    if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
+                        raise _Locked from error
                     failures += 1
                     suspicions = suspicions + 1 if self._is_the_work(error) else 0
                     if suspicions >= _SUSPICIONS:
@@ -221,6 +233,14 @@ class Store:
         self._count.observe("evalstore_store_duration_seconds", phase, value=ended - started)
         return ended
 
+    def _are_locked(self, events: list[Pair]) -> bool:
+        """Whether, as far as can be told, it is the records of some of these that are locked, and not everybody's."""
+        try:
+            with database.errors(), engine().connect() as conn, self._watch.bounded(conn, 5):
+                return self._locks.look(conn, events)
+        except Outage:
+            return False
+
     def _is_the_work(self, error: Outage | SchemaMismatch) -> bool:
         """Whether a small write goes through, right after one failed in a way that what it wrote may cause."""
         if not isinstance(error, DatabaseOutage) or not error.may_be_the_work or self._hold.stopping:
@@ -232,6 +252,10 @@ class Store:
         except Outage:
             return False
         return True
+
+
+class _Locked(Outage):
+    """Some evaluations are locked; the events of the others need not wait."""
 
 
 class _Stopped(Outage):

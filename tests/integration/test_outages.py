@@ -226,6 +226,26 @@ def test_one_message_that_fails_each_time_dies_alone(
     )
 
 
+def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
+    database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
+) -> None:
+    send(broker, event("held", "queued", code="1"))
+    start()
+    eventually(lambda: stored(database) == 1, within_s=20)
+    with psycopg.connect(database.url()) as holder:
+        holder.execute("SELECT FROM evaluations WHERE eval_id = 'held' FOR UPDATE")
+
+        send(broker, *(event(f"e{n}") for n in range(200)), event("held"), *(event(f"e{n}") for n in range(200, 400)))
+        eventually(lambda: stored(database) == 401, within_s=10, what="the others are stored once the wait is over")
+        # And from now on without any wait.
+        send(broker, *(event(f"f{n}") for n in range(100)), event("held", "cancelled"), *(event(f"g{n}") for n in range(100)))
+        eventually(lambda: stored(database) == 601, within_s=3, what="the others are stored at once")
+        eventually(lambda: broker.counts(QUEUE)["delayed"] == 2, within_s=5)
+    eventually(lambda: stored(database) == 603, within_s=10, what="what waited is stored when the lock is gone")
+    assert rows(database, "SELECT status, version FROM evaluations WHERE eval_id = 'held'") == [("cancelled", 3)]
+    assert rows(database, "SELECT count(*) FROM dead_letters") == [(0,)]
+
+
 def test_the_breaker_opens_when_most_turns_bad_and_closes_when_one_is_stored(
     database: Postgres, broker: Broker, start: Start, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
