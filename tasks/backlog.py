@@ -25,6 +25,9 @@ class _Sent(msgspec.Struct):
     message_timestamp: float
 
 
+_MOST_DELAYED: Final = 1000
+# What a sender delayed by more than that is not looked at; what waits for something comes again sooner.
+_SOON_S: Final = 300
 _SENT: Final = msgspec.json.Decoder(_Sent)
 
 
@@ -41,10 +44,17 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
         for process in broker.client.hkeys(keys.processes):
             name = process.decode() if isinstance(process, bytes) else str(process)
             heads += broker.client.zrange(keys.unacked_prefix + name, 0, 0)
-        bodies: list[Any] = list(broker.client.hmget(keys.bodies, heads)) if heads else []
+        # Those that wait for an object or a lock come again and again, in no order of age.
+        soon_ms = (broker.client.time()[0] + _SOON_S) * 1000
+        heads += broker.client.zrangebyscore(keys.delayed, "-inf", soon_ms, start=0, num=_MOST_DELAYED)
+        if len(heads) > _MOST_DELAYED:
+            return float("inf")
+        bodies = (
+            body for start in range(0, len(heads), 50) for body in broker.client.hmget(keys.bodies, heads[start : start + 50])
+        )
+        return _age_s(sent for body in bodies if body and (sent := _sent_ms(body)))
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
-    return _age_s(sent for body in bodies if body and (sent := _sent_ms(body)))
 
 
 def look(broker: Broker, spool: Spool | None, *, longest_s: float) -> Backlog:

@@ -111,18 +111,20 @@ def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str
     assert status(conn) == {"completed": "completed", "started": "running"}[kind]
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["waiting", "being worked on"])
-def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, broker: Broker, held: bool) -> None:
+@pytest.mark.parametrize("place", ["waiting", "being worked on", "to come again later"])
+def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, broker: Broker, place: str) -> None:
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
     waits_since = int((time.time() - 61) * 1000)
     broker.enqueue(
         Message(QUEUE, "store_evaluation", (event("completed", exit_code=0) | {"event_id": "x"},), {}, {}, "m", waits_since)
     )
-    if held:
-        keys = broker.keys(QUEUE)
+    keys = broker.keys(QUEUE)
+    if place != "waiting":
         redis_id: Any = broker.client.lpop(keys.queue)
         broker.client.zadd(broker.unacked(QUEUE, "another"), {redis_id: 1})
         broker.client.hset(keys.processes, "another", "working:1")
+        if place == "to come again later":
+            broker.run("postpone", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
 
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 0, "held_back": 1}
     assert status(conn) == "running"
