@@ -83,14 +83,14 @@ METRICS: Final = (
         "counter",
         "Messages and batches that are tried once more after a failure.",
         "worker",
-        {"queue": QUEUES},
+        {"queue": (*QUEUES, "other")},
     ),
     Metric(
         "evalstore_redeliveries_total",
         "counter",
         "Messages given back to their queue: by a process that stops or lost track of them, or taken from one that died.",
         "worker",
-        {"queue": QUEUES, "reason": ("died", "stopped", "stranded")},
+        {"queue": (*QUEUES, "other"), "reason": ("died", "stopped", "stranded")},
     ),
     Metric(
         "evalstore_outage_seconds_total",

@@ -49,9 +49,9 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
         heads += broker.client.zrangebyscore(keys.delayed, "-inf", soon_ms, start=0, num=_MOST_DELAYED)
         if len(heads) > _MOST_DELAYED:
             return float("inf")
-        bodies = (
-            body for start in range(0, len(heads), 50) for body in broker.client.hmget(keys.bodies, heads[start : start + 50])
-        )
+        bodies: list[Any] = []
+        for start in range(0, len(heads), 50):
+            bodies += broker.client.hmget(keys.bodies, heads[start : start + 50])
         return _age_s(sent for body in bodies if body and (sent := _sent_ms(body)))
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error

@@ -260,17 +260,17 @@ class Consumer(DramatiqConsumer):
             self._settle([], {redis_id: cause(error)})
             return
         self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
-        self.broker.metrics.ledger.add("evalstore_retries_total", self.queue_name)
+        self.broker.metrics.retried(self.queue_name)
 
     def _postpone(self, later: dict[bytes, int]) -> None:
         if later:
             pairs = [part for pair in later.items() for part in pair]
             self._until_done(list(later), lambda: self.broker.run("postpone", [self.unacked, self.keys.delayed], *pairs))
-            self.broker.metrics.ledger.add("evalstore_retries_total", self.queue_name, by=len(later))
+            self.broker.metrics.retried(self.queue_name, len(later))
 
     def _give_back(self, redis_ids: list[bytes]) -> None:
         self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))
-        self.broker.metrics.ledger.add("evalstore_redeliveries_total", self.queue_name, "stopped", by=len(redis_ids))
+        self.broker.metrics.redelivered(self.queue_name, "stopped", len(redis_ids))
 
     def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
         """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""

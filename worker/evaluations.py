@@ -202,7 +202,7 @@ class Store:
                     suspicions = suspicions + 1 if self._is_the_work(error) else 0
                     if suspicions >= _SUSPICIONS:
                         raise
-                    self._count.add("evalstore_retries_total", QUEUE)
+                    self._metrics.retried(QUEUE)
                     if failures == 1:
                         self._hold.outages += 1
                         self._metrics.outages.away("postgresql", threading.current_thread().name)

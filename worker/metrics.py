@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from models.metrics import TYPES
+from models.metrics import QUEUES, TYPES
 from models.record import Fact
 from tasks.jobs import JOBS
 from tasks.ledger import Layout, Ledger, counted_by
@@ -50,6 +50,14 @@ class Metrics:
             if sent := _SENT.search(delivery.body, max(0, len(delivery.body) - 200)):
                 observe(name, "sent", value=max(0.0, now.timestamp() - int(sent[1]) / 1000), times=weight)
 
+    def retried(self, queue: str, count: int = 1) -> None:
+        """Messages of a queue, or a batch, are tried once more."""
+        self.ledger.add("evalstore_retries_total", _queue(queue), by=count)
+
+    def redelivered(self, queue: str, reason: str, count: int) -> None:
+        """Messages went back to their queue."""
+        self.ledger.add("evalstore_redeliveries_total", _queue(queue), reason, by=count)
+
     def lost(self, count: int) -> None:
         """Evaluations were given up."""
         self._count([("applied", "evaluation:lost")] * count)
@@ -80,6 +88,11 @@ class Metrics:
         rate = (total - before) / max(now - then, 1.0)
         is_open = bool(self.ledger.get("evalstore_breaker_open"))
         return {**self._events, "events_per_s": round(rate, 1), "away": self.outages.update(), "breaker_open": is_open}
+
+
+def _queue(name: str) -> str:
+    """As a label. Somebody may have declared an actor of their own on a queue of their own."""
+    return name if name in QUEUES else "other"
 
 
 class _Typed(msgspec.Struct):

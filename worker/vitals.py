@@ -212,7 +212,7 @@ class Vitals(threading.Thread):
             if buried and queue in self._broker.batched:
                 self._metrics.buried([None])
             if held > 0:
-                self._metrics.ledger.add("evalstore_redeliveries_total", queue, "died", by=held - buried)
+                self._metrics.redelivered(queue, "died", held - buried)
                 log.warning("process %s is dead (it was %s); took back %d messages", process, last.partition(":")[0], held)
 
     def _reconcile(self, queue: str) -> None:
@@ -223,7 +223,7 @@ class Vitals(threading.Thread):
         held = self._broker.hold.ids(queue)
         stranded = [redis_id for redis_id in ours if redis_id not in held]
         if stranded and (given := self._broker.run("give_back", [unacked, keys.queue], *stranded)):
-            self._metrics.ledger.add("evalstore_redeliveries_total", queue, "stranded", by=given)
+            self._metrics.redelivered(queue, "stranded", given)
             log.warning("gave %d stranded messages back to queue %s", len(stranded), queue)
 
     def _watch_threads(self) -> None:

@@ -1,0 +1,42 @@
+"""An actor of somebody's own, on a queue of their own, beside ours."""
+
+from threading import Event
+
+import dramatiq
+from dramatiq import Worker
+from dramatiq.middleware import Retries
+
+from tests.chaos.world import wait_until
+from worker.broker import Broker
+
+
+def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(redis_url: str) -> None:
+    broker = Broker(url=redis_url, middleware=[Retries(min_backoff=10, max_backoff=20)])
+    runs: list[str] = []
+    begun, may_end = Event(), Event()
+
+    @dramatiq.actor(broker=broker, queue_name="own")
+    def work(name: str) -> None:
+        runs.append(name)
+        if name == "long":
+            begun.set()
+            may_end.wait(timeout=20)
+        elif runs.count(name) < 2:
+            raise ValueError(name)
+
+    worker = Worker(broker, worker_threads=1, worker_timeout=100)
+    worker.start()
+    work.send("fails once")
+    wait_until(lambda: runs == ["fails once"] * 2, what="it is retried")
+    for name in ("long", "waits", "waits"):
+        work.send(name)
+    assert begun.wait(timeout=20)
+    wait_until(lambda: broker.counts("own")["inflight"] > 1, what="more is fetched than is begun")
+    broker.hold.close()
+    may_end.set()
+    worker.stop()
+
+    assert broker.counts("own")["dead"] == 0
+    assert broker.counts("own")["ready"] >= 1
+    assert set(broker.hold.ids("own")) == set()
+    broker.client.close()
