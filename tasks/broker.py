@@ -29,6 +29,7 @@ from models.settings import settings
 from tasks import tracing
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
+from tasks.young import Young
 
 Queued = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
@@ -364,7 +365,7 @@ def broker() -> Broker:
     from tasks.evaluations import store_evaluation
 
     read = settings()
-    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes) if read.spool_dir else None
+    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=Young(read)) if read.spool_dir else None
     made = Broker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)
     return made

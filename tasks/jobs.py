@@ -16,7 +16,7 @@ class Job(NamedTuple):
 JOBS: Final = (
     Job("relay_confirmations", "* * * * *", "publishes confirmations that were left behind, forgets old ones"),
     Job("mark_lost_evaluations", "* * * * *", "gives up evaluations whose result is overdue"),
-    Job("archive_large_outputs", "*/5 * * * *", "moves large content, and content that is old, to the archive"),
+    Job("archive_large_outputs", "* * * * *", "moves large content, and content that is old, to the archive"),
     Job("sweep_objects", "*/30 * * * *", "removes objects that nothing refers to: each is looked at once a day"),
     Job("move_dead_letters", "* * * * *", "moves dead letters that were left in Redis to the database"),
 )

@@ -17,7 +17,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -78,10 +78,21 @@ class Status(NamedTuple):
 
 
 class Spool:
-    """The spool in `folder`, of at most `max_bytes`; any number of processes and threads may share the folder."""
+    """The spool in `folder`, of at most `max_bytes`; any number of processes and threads may share the folder.
 
-    def __init__(self, folder: Path, *, max_bytes: int, segment_bytes: int = _SEGMENT_BYTES) -> None:
+    `in_outage` is called with what waits whenever that cannot be forwarded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        segment_bytes: int = _SEGMENT_BYTES,
+        in_outage: Callable[[Iterable[bytes]], None] = lambda _: None,
+    ) -> None:
         self.folder, self.max_bytes, self.segment_bytes = folder, max_bytes, segment_bytes
+        self._in_outage = in_outage
         self._forwarder: threading.Thread | None = None
 
     def holds(self) -> bool:
@@ -119,10 +130,14 @@ class Spool:
         """
         sent = damaged = 0
         if self.holds():
-            with self._locked("forward.lock") as progress:
-                while segments := self._segments():
-                    done = self._forward_segment(segments[0][0], progress, send)
-                    sent, damaged = sent + done.sent, damaged + done.damaged
+            try:
+                with self._locked("forward.lock") as progress:
+                    while segments := self._segments():
+                        done = self._forward_segment(segments[0][0], progress, send)
+                        sent, damaged = sent + done.sent, damaged + done.damaged
+            except RedisOutage:
+                self._in_outage(line for _, line in self.lines())
+                raise
         return Forwarded(sent, damaged)
 
     def keep_forwarding(self, send: Send) -> None:

@@ -21,7 +21,7 @@ from worker.broker import Broker
 
 log = logging.getLogger("evalstore.worker")
 
-# Less than the time between two runs.
+# Longer than the time between two runs: while there is much to do, a few workers at once share it.
 _LONGEST_S: Final = 240.0
 _PARTS: Final = 48  # of a day: half hours
 # For how long one step may take, such as a large upload over a slow line.

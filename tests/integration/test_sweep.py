@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from uuid_utils.compat import uuid4
 
 from models.content import Reference
-from models.errors import ObjectMissing, ObjectStoreOutage
+from models.errors import ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.events import parse
 from models.settings import Settings
 from storage import archive, database, evaluations, objects, redrives, sweep
@@ -24,6 +24,8 @@ from storage.sweep import Swept, Target
 from tasks import backlog
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
+from tasks.young import Young
+from tests.chaos.world import wait_until
 from worker import dead_letters
 from worker.broker import Broker
 
@@ -235,6 +237,26 @@ def test_senders_that_find_an_orphan_while_it_is_swept_never_lose_it(
         stop.set()
         sweeping.join()
     assert removed[0] > 0
+
+
+def test_the_spool_keeps_the_objects_young_that_its_events_need(tmp_path: Path, target: Target, settings: Settings) -> None:
+    def away(_: list[str | bytes]) -> None:
+        raise RedisOutage("away")
+
+    content, other = put(target), put(target)
+    long_ago = datetime.now(UTC)
+    hurried = settings.model_copy(update={"sweep_grace_days": 1 / 86_400_000})  # at once half as old as that
+    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=Young(hurried))
+    spool.append(["an id", message(content).encode()])
+    spool.append(["another", message(Reference("0" * 64, 5, "identity")).encode()])
+
+    def is_younger() -> bool:  # S3 tells whole seconds
+        with pytest.raises(RedisOutage):
+            spool.forward(away)
+        return objects.head(target.store, content).modified_at > long_ago
+
+    wait_until(is_younger, what="it is young again")
+    assert objects.head(target.store, other).modified_at <= long_ago
 
 
 def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
