@@ -15,10 +15,11 @@ import psycopg
 import redis
 
 from bench import measure, report
+from bench.collector import collecting
 from bench.place import ROOT, Place
 from bench.sides import SIDES, Shape, Side
 
-MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory")
+MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory", "tracing")
 
 
 class Sizes(NamedTuple):
@@ -132,6 +133,21 @@ class Run:
             found[processes] = statistics.median(one.events_per_s for one in done)
             self.say(f"{processes} processes: {found[processes]:,.0f} events/s")
         self.found["processes"] = found
+
+    def tracing(self) -> None:
+        """The storing rate with every event traced, and without."""
+        side, found = SIDES["evalstore"], dict[str, list[dict[str, Any]]](off=[], on=[])
+        with collecting() as environment:
+            for number in range(self.sizes.rounds):
+                for name in ("off", "on") if number % 2 else ("on", "off"):
+                    self.place.more = environment if name == "on" else {}
+                    try:
+                        done = self._drained(side, self.shapes[side.name], 200 + number)
+                    finally:
+                        self.place.more = {}
+                    found[name].append(vars(done))
+                    self.say(f"round {number + 1}, traces {name}: {_told(done)}")
+        self.found["tracing"] = found
 
     def stored(self) -> None:
         side, found, before = SIDES["evalstore"], [], 0

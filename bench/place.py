@@ -55,6 +55,7 @@ class Place:
 
     def __init__(self, peers: Path | None) -> None:
         self.peers = peers
+        self.more: dict[str, str] = {}  # variables for all processes, until they are taken out again
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -88,7 +89,7 @@ class Place:
         given = {name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")}
         given |= {"EVALSTORE_DATABASE_URL": self.postgres.url(), "EVALSTORE_REDIS_URL": self.valkey.url()}
         given |= {"RQ_REDIS_URL": self.valkey.url(), "BENCH_THREADS": str(shape.threads if shape else 1)}
-        return given
+        return given | self.more
 
     def reset(self, *, keep_rows: bool = False) -> None:
         """No messages, no rows (or only those of the log and the records), and the servers as rested as they can be."""

@@ -152,6 +152,13 @@ def _more(found: dict[str, Any]) -> str:
     ]
     if memory := found.get("memory"):
         rows.append([f"one queue of {memory['events']:,} events {memory['complaint']}", f"{memory['events_per_s']:,.0f}"])
+    rows += [
+        [
+            f"traces {name}; {_cpu_us(each):.1f} µs of processor time an event",
+            f"{statistics.median(one['events_per_s'] for one in each):,.0f}",
+        ]
+        for name, each in found.get("tracing", {}).items()
+    ]
     return f"evalstore in other situations:\n\n{_markdown(['', 'events/s'], rows)}" if rows else ""
 
 

@@ -91,7 +91,7 @@ _DECODER = msgspec.json.Decoder(_Message)
 def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | None = None) -> Fact | None:
     """The event in a message of `store_evaluation`, if it is a usual one in all respects.
 
-    Into `carrier` goes what the message says of its trace, unchecked: `traceparent` and `tracestate`.
+    Into `carrier` goes what the message says of its trace, unchecked: its `traceparent`.
     """
     try:
         message = _DECODER.decode(body)
@@ -119,7 +119,7 @@ def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | 
             rest = (None, None, event.executor_id, event.container_id, None, event.exit_code, event.duration_ms)
             rest += (event.memory_bytes, None, None, output, error, None)
     if carrier is not None and message.options.traceparent is not None:
-        carrier["traceparent"], carrier["tracestate"] = message.options.traceparent, message.options.tracestate
+        carrier["traceparent"] = message.options.traceparent
     return Fact._make(head + rest)
 
 

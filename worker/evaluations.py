@@ -125,7 +125,9 @@ class Store:
         most, started = settings().max_content_bytes, time.perf_counter()
         carriers = tracing.carriers()
         for delivery in deliveries:
-            carrier = carriers and carriers(delivery.redis_id)
+            carrier: dict[str, Any] | None = None
+            if carriers is not None:
+                carrier = carriers[delivery.redis_id] = {}
             try:
                 usual = read_fact(delivery.body, max_content_bytes=most, carrier=carrier)
                 event = usual or unusual_fact(delivery.body, carrier)

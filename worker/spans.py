@@ -32,44 +32,58 @@ from tasks.evaluations import QUEUE
 from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import REDRIVEN, Batch, Delivery
 
-# https://www.w3.org/TR/trace-context/#traceparent-header; later versions may say more after the flags.
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-_SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # https://github.com/open-telemetry/opentelemetry-proto, SpanFlags
+_SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
 _FLAGS: Final = (_SAMPLED | _REMOTE_PARENT).to_bytes(4, "little")
+_IDS: Final = b"\x0a\x10%b\x12\x08%b\x22\x08%b"  # the first fields of a span: trace, itself, parent
 _LINK: Final = b"\x6a\x21\x0a\x10%b\x12\x08%b\x35" + _FLAGS
-_IDS: Final = b"\x0a\x10%b\x12\x08%b\x22\x08%b"
-# Of what is sent and fails, so much is kept for later: a few batches.
+# https://www.w3.org/TR/trace-context/#traceparent-header; versions after the first may say more after the flags.
+_TRACEPARENT: Final = re.compile(r"(?!ff|00)[0-9a-f]{2}(-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-.*)?", re.DOTALL)
+# Of what nobody takes, so much is kept for later: a few batches.
 _WAITING, _TOGETHER = 32, 4
 _MOST_TRIES, _MOST_FAILURES = 20, 2
 
+_Carrier = dict[str, Any]
+_Pair = tuple[Delivery, Fact]
+_Context = tuple[bytes, bytes, bytes, bool]  # trace, the span of ours, that of the sender above it, whether it is sampled
 
-class Context(NamedTuple):
-    """Of a message: its trace, the span that is to be below that of its sender, and that of its sender."""
 
-    trace_id: bytes
-    span_id: bytes
-    parent_id: bytes
-    is_sampled: bool
-    state: bytes
+def traceparent_of(carrier: _Carrier) -> str | None:
+    """How a trace goes on: below our span, or, where we make none, as it came."""
+    context = context_of(carrier)
+    if context is None:
+        return None
+    given: str = carrier["traceparent"]
+    return f"00{given[2:36]}{context[1].hex() if context[3] else given[36:52]}-0{context[3]:d}"
 
-    @property
-    def traceparent(self) -> str:
-        below = self.span_id if self.is_sampled else self.parent_id
-        return f"00-{self.trace_id.hex()}-{below.hex()}-0{self.is_sampled:d}"
+
+def context_of(carrier: _Carrier) -> _Context | None:
+    """What `carrier` says, the same at each call; None where it says nothing, or nothing that one can go by.
+
+    Done for each event that is traced: without a regular expression it takes half the time.
+    """
+    found: _Context | None = carrier.get("context")
+    if found is not None:
+        return found
+    given = carrier.get("traceparent")
+    if not isinstance(given, str):
+        return None
+    if given[:3] != "00-" and (match := _TRACEPARENT.fullmatch(given)):
+        given = "00" + match[1]
+    if len(given) != 55 or given[:3] != "00-" or given[35] != "-" or given[52] != "-" or given != given.lower():
+        return None
+    try:
+        ids = bytes.fromhex(given[3:35] + given[36:52] + given[53:])
+    except ValueError:
+        return None
+    trace_id, parent_id = ids[:16], ids[16:24]
+    if len(ids) != 25 or not any(trace_id) or not any(parent_id):  # it skips spaces
+        return None
+    context = carrier["context"] = trace_id, _id(8), parent_id, bool(ids[24] & _SAMPLED)
+    return context
 
 
 def _id(size: int) -> bytes:
-    return random.randbytes(size)  # noqa: S311 - no secret
-
-
-def context_of(carrier: Mapping[str, Any]) -> Context | None:
-    """What `carrier` says; None where it says nothing, or nothing that one can go by."""
-    given, state = carrier.get("traceparent"), carrier.get("tracestate")
-    if not isinstance(given, str) or not _TRACEPARENT.fullmatch(given) or (given.startswith("00") and len(given) > 55):
-        return None
-    passed_on = state.encode() if isinstance(state, str) and state.isascii() and len(state) <= 512 else b""
-    trace_id, parent_id, flags = bytes.fromhex(given[3:35]), bytes.fromhex(given[36:52]), int(given[53:55], 16)
-    return Context(trace_id, _id(8), parent_id, bool(flags & _SAMPLED), passed_on)
+    return random.getrandbits(8 * size).to_bytes(size)  # no secret
 
 
 class _Encoded(NamedTuple):
@@ -105,20 +119,21 @@ class Traces:
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Have them sent soon. Where nobody takes them, old ones are dropped."""
-        scope_spans = b"".join([self._scope, *(_field(b"\x12", span) for span in spans)])
+        """Have them sent soon, each as `_framed` gives it. Where nobody takes them, old ones are dropped."""
+        scope_spans = b"".join([self._scope, *spans])
         request = _field(b"\x0a", self._resource + _field(b"\x12", scope_spans))
         self._processor.on_end(cast("ReadableSpan", _Encoded(request)))
 
     @contextmanager
     def publishing(self, stream: str, lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
         """Each confirmation that is traced gets a span, in which it goes on."""
-        contexts = [context_of({"traceparent": line.traceparent}) if line.traceparent else None for line in lines]
-        if not any(contexts):
+        carriers: list[_Carrier] = [{"traceparent": line.traceparent} for line in lines]
+        contexts = [context for carrier in carriers if (context := context_of(carrier)) and context[3]]
+        if not contexts:
             yield lines
             return
         began = time.time_ns()
-        yield [Line(line.body, context.traceparent) if context else line for line, context in zip(lines, contexts, strict=True)]
+        yield [Line(line.body, traceparent_of(carrier) or "") for line, carrier in zip(lines, carriers, strict=True)]
         attributes = _attributes(messaging("redis", "send", stream))
         common = Span(
             name=f"send {stream}",
@@ -128,8 +143,7 @@ class Traces:
             attributes=attributes,
             flags=_SAMPLED | _REMOTE_PARENT,
         ).SerializeToString()
-        if spans := [_below(context) + common for context in contexts if context and context.is_sampled]:
-            self.send(spans)
+        self.send([_framed(_IDS % context[:3] + common) for context in contexts])
 
     def flush(self) -> None:
         """Send all now."""
@@ -137,37 +151,24 @@ class Traces:
 
 
 class BatchSpans:
-    """Gathers what becomes of a batch, and sends its spans at the end."""
+    """Gathers what becomes of a batch, and sends its spans at the end. `carriers`: what messages say of their traces."""
 
     def __init__(self, traces: Traces, batch: Batch) -> None:
         self._traces, self._batch = traces, batch
         self._trace_id, self._span_id = _id(16), _id(8)
         self._began = time.time_ns()
-        self._carriers: dict[bytes, dict[str, Any]] = {}
-        self._contexts: dict[bytes, Context | None] = {}
-        self._noted: dict[bytes, tuple[Fact, Outcome]] = {}
+        self.carriers: dict[bytes, _Carrier] = {}
+        self._stored: list[tuple[Sequence[_Pair], Sequence[Outcome]]] = []
         self._transactions: list[Span] = []
         self._failures: list[Span.Event] = []
 
-    def carrier(self, redis_id: bytes) -> dict[str, Any]:
-        """Where what a message says of its trace is put."""
-        return self._carriers.setdefault(redis_id, {})
-
     def traceparent(self, redis_id: bytes) -> str | None:
         """Where the trace of a message goes on."""
-        context = self._context(redis_id)
-        return context and context.traceparent
+        return traceparent_of(self.carriers[redis_id])
 
-    def _context(self, redis_id: bytes) -> Context | None:
-        if redis_id not in self._contexts:
-            carrier = self._carriers.get(redis_id)
-            self._contexts[redis_id] = context_of(carrier) if carrier else None
-        return self._contexts[redis_id]
-
-    def note(self, events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
+    def note(self, events: Sequence[_Pair], outcomes: Sequence[Outcome]) -> None:
         """What became of events that are committed."""
-        for (delivery, fact), outcome in zip(events, outcomes, strict=True):
-            self._noted[delivery.redis_id] = fact, outcome
+        self._stored.append((events, outcomes))
 
     @contextmanager
     def transaction(self, events: int) -> Iterator[None]:
@@ -203,28 +204,67 @@ class BatchSpans:
     def end(self) -> None:
         """Send the batch's span, and that of each event whose trace is sampled."""
         ended = time.time_ns()
-        common: dict[tuple[str, str], bytes] = {}
-        links: dict[bytes, None] = {}
-        spans = []
-        buried = self._batch.buried
-        for delivery in self._batch:
-            redis_id = delivery.redis_id
-            context = self._context(redis_id)
-            if context is None or not context.is_sampled:
-                continue
-            links[_LINK % (context.trace_id, context.parent_id)] = None
-            fact, outcome = self._noted.get(redis_id, (None, "later" if redis_id in self._batch.later else "returned"))
-            if redis_id in buried:
-                rest = self._of_event(ended, fact and fact.type, "dead", buried[redis_id])
-            else:
-                kind = fact.type if fact else "", outcome
-                rest = common.get(kind) or common.setdefault(kind, self._of_event(ended, *kind))
-            spans.append(_below(context) + rest + (_eval_id(fact.eval_id) if fact else b""))
-            if redis_id.startswith(REDRIVEN):
-                spans[-1] += _REDRIVEN
+        links: dict[tuple[bytes, bytes], None] = {}
+        spans: list[bytes] = []
+        for events, outcomes in self._stored:
+            self._settled(events, outcomes, ended, links, spans)
+        if self._batch.buried or self._batch.later or self._batch.returned:
+            self._unsettled(ended, links, spans)
         if spans or self._traces.samples(self._trace_id, f"process {QUEUE}"):
-            transactions = [span.SerializeToString() for span in self._transactions]
-            self._traces.send([self._of_batch(ended) + b"".join(links), *transactions, *spans])
+            batch = self._of_batch(ended) + b"".join([_LINK % link for link in links])
+            transactions = [_framed(span.SerializeToString()) for span in self._transactions]
+            self._traces.send([_framed(batch), *transactions, *spans])
+
+    def _settled(
+        self,
+        events: Sequence[_Pair],
+        outcomes: Sequence[Outcome],
+        ended: int,
+        links: dict[tuple[bytes, bytes], None],
+        spans: list[bytes],
+    ) -> None:
+        """The spans of events that went through the store. This is done for each event, so all of it is in this one loop."""
+        common: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
+        carriers = self.carriers
+        for (delivery, fact), outcome in zip(events, outcomes, strict=True):
+            redis_id, eval_id = delivery.redis_id, fact.eval_id
+            context = context_of(carriers[redis_id])
+            if context is None or not context[3] or outcome == "reused":
+                continue
+            trace_id, span_id, parent_id, _ = context
+            links[trace_id, parent_id] = None
+            kind = fact.type, outcome, len(eval_id), redis_id.startswith(REDRIVEN)
+            if kind not in common:
+                common[kind] = self._around(ended, *kind)
+            before, rest = common[kind]
+            spans.append(
+                b"%b\x0a\x10%b\x12\x08%b\x22\x08%b%b%b" % (before, trace_id, span_id, parent_id, rest, eval_id.encode())
+            )
+
+    def _around(self, ended: int, type_: str, outcome: str, length: int, is_redriven: bool) -> tuple[bytes, bytes]:
+        """What comes before the ids in a framed span, and what between them and an eval_id of that length, which ends it."""
+        rest = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"") + _HEADS[length]
+        return _before(b"\x12", len(_IDS % (bytes(16), bytes(8), bytes(8))) + len(rest) + length), rest
+
+    def _unsettled(self, ended: int, links: dict[tuple[bytes, bytes], None], spans: list[bytes]) -> None:
+        """The spans of those that died, or come again."""
+        batch = self._batch
+        facts = {
+            delivery.redis_id: (fact, outcome)
+            for events, outcomes in self._stored
+            for (delivery, fact), outcome in zip(events, outcomes, strict=True)
+        }
+        for delivery in batch:
+            redis_id = delivery.redis_id
+            fact, outcome = facts.get(redis_id, (None, None))
+            context = context_of(self.carriers.get(redis_id, {}))
+            if context is None or not context[3] or outcome in {"applied", "duplicate"}:
+                continue
+            links[context[0], context[2]] = None
+            became = "dead" if redis_id in batch.buried else "later" if redis_id in batch.later else "returned"
+            span = _IDS % context[:3] + self._of_event(ended, fact.type if fact else "", became, batch.buried.get(redis_id))
+            span += _REDRIVEN if delivery.is_redriven else b""
+            spans.append(_framed(span + (_HEADS[len(fact.eval_id)] + fact.eval_id.encode() if fact else b"")))
 
     def _of_batch(self, ended: int) -> bytes:
         count = {"messaging.batch.message_count": len(self._batch), "evalstore.dead": len(self._batch.buried)}
@@ -240,11 +280,9 @@ class BatchSpans:
         ).SerializeToString()
         return encoded
 
-    def _of_event(self, ended: int, type_: str | None, outcome: str, cause: bytes | None = None) -> bytes:
+    def _of_event(self, ended: int, type_: str, outcome: str, cause: bytes | None = None) -> bytes:
         """What spans of events have in common, or of one that died, which has a cause of its own."""
-        about = messaging("dramatiq", "process", QUEUE) | {"evalstore.outcome": outcome}
-        if type_:
-            about["evalstore.type"] = type_
+        about = messaging("dramatiq", "process", QUEUE) | {"evalstore.type": type_, "evalstore.outcome": outcome}
         span = Span(
             name="store evaluation",
             kind=Span.SPAN_KIND_CONSUMER,
@@ -283,13 +321,17 @@ def _value(value: Any) -> AnyValue:
     return AnyValue(string_value=str(value).encode(errors="backslashreplace").decode())
 
 
-def _below(context: Context) -> bytes:
-    ids = _IDS % context[:3]
-    return ids + _field(b"\x1a", context.state) if context.state else ids
+def _framed(span: bytes) -> bytes:
+    """As it is among others."""
+    return _field(b"\x12", span)
 
 
 def _field(tag: bytes, data: bytes) -> bytes:
-    return tag + _varint(len(data)) + data
+    return _before(tag, len(data)) + data
+
+
+def _before(tag: bytes, length: int) -> bytes:
+    return tag + _varint(length)
 
 
 def _varint(number: int) -> bytes:
@@ -309,7 +351,3 @@ def _head(length: int) -> bytes:
 
 _HEADS: Final = [_head(length) for length in range(201)]
 _REDRIVEN: Final = Span(attributes=_attributes({"evalstore.redriven": True})).SerializeToString()
-
-
-def _eval_id(eval_id: str) -> bytes:
-    return _HEADS[len(eval_id)] + eval_id.encode()

@@ -50,10 +50,10 @@ def processing(batch: Batch) -> Iterator[None]:
         spans.end()
 
 
-def carriers() -> Callable[[bytes], dict[str, Any]] | None:
-    """What gives, for each message of the batch, where to put what it says of its trace."""
+def carriers() -> dict[bytes, dict[str, Any]] | None:
+    """Where to put what each message of the batch says of its trace."""
     spans = _batch.get()
-    return None if spans is None else spans.carrier
+    return None if spans is None else spans.carriers
 
 
 def transaction(events: int) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import redis
 
 from models.settings import settings
 from tasks import store_evaluation
+from tasks.tracing import is_asked_for
 
 
 def fill(events: Iterable[dict[str, Any]]) -> None:
@@ -25,13 +26,16 @@ def fill(events: Iterable[dict[str, Any]]) -> None:
 
 
 def _message(event: dict[str, Any], redis_id: str) -> bytes:
+    options = {"redis_message_id": redis_id}
+    if is_asked_for():
+        options["traceparent"] = f"00-{uuid4().hex}-{uuid4().hex[:16]}-01"
     return msgspec.json.encode(
         {
             "queue_name": "evaluations",
             "actor_name": "store_evaluation",
             "args": [event],
             "kwargs": {},
-            "options": {"redis_message_id": redis_id},
+            "options": options,
             "message_id": event["event_id"],
             "message_timestamp": 1_769_850_000_000,
         }

@@ -1,0 +1,67 @@
+"""What a message says of its trace is believed where OpenTelemetry's own reader believes it, and nowhere else."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.trace import get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from worker.spans import context_of, traceparent_of
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+GOOD = [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00", f"00-{TRACE}-{SPAN}-ff", f"cc-{TRACE}-{SPAN}-01-what-follows"]
+BAD: list[Any] = [
+    f"ff-{TRACE}-{SPAN}-01",
+    f"00-{TRACE}-{SPAN}-01-more",
+    f"00-{'0' * 32}-{SPAN}-01",
+    f"00-{TRACE}-{'0' * 16}-01",
+    f"00-{TRACE.upper()}-{SPAN}-01",
+    f"00-{TRACE[:-2]}  -{SPAN}-01",
+    f"00-{TRACE}-{SPAN}-+1",
+    f"00_{TRACE}-{SPAN}-01",
+    f"00-{TRACE}-{SPAN}-1",
+    "",
+    "\udc80" * 55,
+    5,
+    None,
+]
+
+
+def by_opentelemetry(traceparent: str) -> tuple[bytes, bytes, bool] | None:
+    found = get_current_span(TraceContextTextMapPropagator().extract({"traceparent": traceparent})).get_span_context()
+    sampled = bool(found.trace_flags & 1)
+    return (found.trace_id.to_bytes(16), found.span_id.to_bytes(8), sampled) if found.is_valid else None
+
+
+def by_us(traceparent: Any) -> tuple[bytes, bytes, bool] | None:
+    context = context_of({"traceparent": traceparent})
+    return context and (context[0], context[2], context[3])
+
+
+@pytest.mark.parametrize("traceparent", GOOD)
+def test_what_is_well_formed_is_believed(traceparent: str) -> None:
+    assert by_us(traceparent) == by_opentelemetry(traceparent) is not None
+
+
+@pytest.mark.parametrize("traceparent", BAD, ids=ascii)
+def test_what_is_not_is_as_if_it_were_not_there(traceparent: Any) -> None:
+    assert by_us(traceparent) is None
+    if isinstance(traceparent, str):
+        assert by_opentelemetry(traceparent) is None
+
+
+@settings(deadline=None)
+@given(st.text("0f-A \n", min_size=55, max_size=56) | st.integers(0, 54).map(lambda at: GOOD[0][:at] + "G" + GOOD[0][at + 1 :]))
+def test_it_is_never_believed_where_opentelemetry_does_not(traceparent: str) -> None:
+    assert by_us(traceparent) == by_opentelemetry(traceparent)
+
+
+def test_a_trace_goes_on_below_our_span_or_as_it_came() -> None:
+    sampled: dict[str, Any] = {"traceparent": GOOD[0]}
+    context = context_of(sampled)
+    assert context
+    assert traceparent_of(sampled) == f"00-{TRACE}-{context[1].hex()}-01"
+    assert traceparent_of({"traceparent": GOOD[1]}) == GOOD[1]
+    assert traceparent_of({"traceparent": "nonsense"}) is None
