@@ -14,6 +14,7 @@ from tasks.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUNBOOK = ROOT / "docs/operations.md"
 DEPLOY = [path for path in [ROOT / "docker-compose.yml", *sorted((ROOT / "deploy").rglob("*"))] if path.is_file()]
 # Read by the command line itself.
 BESIDE = {"EVALSTORE_ACTOR", "EVALSTORE_API_URL"}
@@ -53,7 +54,7 @@ def test_a_page_shows_commands_that_exist(page: Path) -> None:
 
 
 def test_the_runbook_shows_commands_at_all() -> None:
-    assert len(commands((ROOT / "docs/operations.md").read_text())) > 30
+    assert len(commands(RUNBOOK.read_text())) > 30
 
 
 def test_a_command_that_is_not_there_is_found_out() -> None:
@@ -70,7 +71,7 @@ def test_what_containers_are_started_with_and_asked_exists() -> None:
     assert [found for words in lists if (found := fault(" ".join(words)))] == []
 
 
-@pytest.mark.parametrize("path", DEPLOY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_of_the_deployment_names_settings_that_exist(path: Path) -> None:
+@pytest.mark.parametrize("path", [*DEPLOY, RUNBOOK], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_runbook_and_the_files_of_the_deployment_name_settings_that_exist(path: Path) -> None:
     known = {f"EVALSTORE_{name.upper()}" for name in Settings.model_fields} | BESIDE
     assert set(re.findall(r"\bEVALSTORE_[A-Z0-9_]+", path.read_text())) - known == set()
