@@ -4,6 +4,7 @@ What two looks at them showed is drawn out to half an hour, for `promtool` to sa
 much a minute, and gauges stay.
 """
 
+import json
 import math
 import os
 import re
@@ -26,7 +27,8 @@ from ops.servers import Postgres, Valkey, free_port
 from storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import World, evaluations, wait_until
-from tests.house.test_watching import RULES, promtool
+from tests.house.test_watching import DASHBOARDS, RULES, promtool
+from tests.house.test_watching import panels as panels_of
 
 Look = dict[str, tuple[bool, float]]  # a series, whether it counts, and its value
 _AT_S = 1800
@@ -58,20 +60,30 @@ class Watched:
 
     def firing(self) -> set[str]:
         """What would fire, if it all went on like this."""
+        told = self._evaluate(['count by (alertname) (ALERTS{alertstate="firing"})'])
+        return set(re.findall(r'alertname="(\w+)"', told))
+
+    def without_data(self, expressions: list[str]) -> set[str]:
+        """Those of which nothing would come, if it all went on like this."""
+        told = self._evaluate([f"count({expression})" for expression in expressions])
+        return {expression for expression in expressions if f"expr: {json.dumps(f'count({expression})')}" not in told}
+
+    def _evaluate(self, expressions: list[str]) -> str:
+        """What promtool tells, which is told to expect nothing of any, of those of which something comes."""
         before, self._before = self._before, self.look()
         series = [
             {"series": name, "values": _values(value, value - before.get(name, (counts, value))[1] if counts else 0)}
             for name, (counts, value) in self._before.items()
             if math.isfinite(value)
         ]
-        ask = {"expr": 'count by (alertname) (ALERTS{alertstate="firing"})', "eval_time": f"{_AT_S}s", "exp_samples": []}
-        test = {"interval": "1m", "input_series": series, "promql_expr_test": [ask]}
+        asks = [{"expr": expression, "eval_time": f"{_AT_S}s", "exp_samples": []} for expression in expressions]
+        test = {"interval": "1m", "input_series": series, "promql_expr_test": asks}
         path = self._folder / "alerts.yml"
         path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}))
         done = subprocess.run([self._program, "test", "rules", path], capture_output=True, text=True, check=False)
         told = done.stdout + done.stderr
         assert done.returncode == 0 or "got:" in told, told
-        return set(re.findall(r'alertname="(\w+)"', told))
+        return told
 
     def comes_to(self, *alerts: str, besides: tuple[str, ...] = (), within_s: float = 40) -> None:
         """Until these fire and nothing else does."""
@@ -174,6 +186,12 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
         conn.execute("UPDATE alembic_version SET version_num = %s", [head])
 
     watched.comes_to(within_s=100)  # the scheduler tells, too, by now
+    # Where a threshold hides what is well, or the HTTP service would tell, nothing may come.
+    panels = [panel["expr"] for board in DASHBOARDS for one in panels_of(board) for panel in one.get("targets", [])]
+    always = sorted({expression for expression in panels if not re.search(r"> 0|ALERTS|evalstore_http_", expression)})
+    world.send(evaluations(20, "for-the-dashboards"))
+    world.wait_settled()
+    assert watched.without_data(always) == set()
     valkey_server.stop()
     watched.comes_to("EvalstoreOutage")
     valkey_server.start()
