@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Annotated, Final, NamedTuple
 from uuid import UUID
 
@@ -95,16 +95,16 @@ for _kind in ("code", "output", "error"):
 async def _answer(service: Service, request: Request, eval_id: str, kind: Kind, event_id: UUID | None) -> Response:
     if identity({"eval_id": eval_id})[0] is None:
         raise not_found(eval_id)
-    content = await service.run(lambda conn: contents.find(conn, eval_id, kind, event_id))
-    if content is None:
+    found = await service.run(lambda conn: contents.find(conn, eval_id, kind, event_id))
+    if found is None:
         raise not_found(eval_id, kind)
+    content = found
     etag = f'"{content.event_id.hex}-{kind}"'
     headers = {
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": _NOW if event_id is None else _NEVER_CHANGES,
         "Vary": "Authorization, X-API-Key",
-        "Content-Disposition": f'attachment; filename="{eval_id}-{kind}{".txt" if content.is_text else ".bin"}"',
     }
     if content.sha256 is not None:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(content.sha256).decode()}:"
@@ -116,24 +116,32 @@ async def _answer(service: Service, request: Request, eval_id: str, kind: Kind, 
     if part:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{content.size}"
     headers["Content-Length"] = str(span.stop - span.start)
-    media_type = "text/plain; charset=utf-8" if content.is_text else "application/octet-stream"
     # The first piece before the headers: where it cannot be read, the answer still can say so.
-    first = await _piece(service, content, span) if span.stop > span.start else b""
-    pieces = _pieces(service, content, span, first)
-    return StreamingResponse(pieces, 206 if part else 200, headers=headers, media_type=media_type)
+    pieces = contents.read(service.connection, service.stores, content, span.start, span.stop)
+    first = await _next(service, content, pieces)
+    if content.store is not None and span.start == 0:
+        content = content._replace(head=first[: contents.HEAD_BYTES])
+    elif content.store is not None:
+        content = await service.thread(lambda: contents.with_head(service.connection, service.stores, found))
+    headers["Content-Disposition"] = f'attachment; filename="{eval_id}-{kind}{".txt" if content.is_text else ".bin"}"'
+    media_type = "text/plain; charset=utf-8" if content.is_text else "application/octet-stream"
+    rest = _rest(service, content, first, pieces)
+    return StreamingResponse(rest, 206 if part else 200, headers=headers, media_type=media_type)
 
 
-async def _pieces(service: Service, content: Content, span: Span, piece: bytes) -> AsyncIterator[bytes]:
-    """The span, piece by piece; between two of them nothing is held but the place."""
-    position = span.start
-    while piece:
-        yield piece
-        position += len(piece)
-        piece = await _piece(service, content, Span(position, span.stop)) if position < span.stop else b""
-
-
-async def _piece(service: Service, content: Content, span: Span) -> bytes:
+async def _rest(service: Service, content: Content, piece: bytes, pieces: Generator[bytes]) -> AsyncIterator[bytes]:
+    """All pieces, the first of which was read before."""
     try:
-        return await service.run(lambda conn: contents.read(conn, content, span.start, span.stop))
+        while piece:
+            yield piece
+            piece = await _next(service, content, pieces)
+    finally:
+        await service.thread(pieces.close)
+
+
+async def _next(service: Service, content: Content, pieces: Iterator[bytes]) -> bytes:
+    """The next piece; nothing after the last. Raises Problem, Outage, ObjectMissing, ObjectDamaged."""
+    try:
+        return await service.thread(lambda: next(pieces, b""))
     except LookupError:
         raise not_found(content.eval_id, content.kind) from None

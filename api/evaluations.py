@@ -17,7 +17,7 @@ from api.rendering import json_response, rendered, url
 from api.service import Service, service_of
 from models.errors import EventIdReused, InvalidEvent
 from models.events import Event, identity
-from storage import conditional, records
+from storage import conditional
 from storage.conditional import Given
 from storage.evaluations import Outcome, Stored
 from tasks import store_evaluation
@@ -143,7 +143,7 @@ async def _written(service: Service, caller: Caller, event: Event, outcome: Outc
     service.metrics.events(outcome)
     if outcome == "reused":
         raise EventIdReused(event.eval_id, event.event_id)
-    record = await service.run(lambda conn: records.load(conn, event.eval_id))
+    record = await service.thread(lambda: service.load(event.eval_id))
     if record is None:
         raise not_found(event.eval_id)
     made = rendered(record)

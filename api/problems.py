@@ -12,13 +12,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from models.errors import EventIdReused, Fault, InvalidEvent, Outage
+from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
 from storage.conditional import AlreadyQueued, VersionChanged
 
 log = logging.getLogger("evalstore.api")
 
 MEDIA_TYPE: Final = "application/problem+json"
 _RETRY_AFTER_S: Final = 2
+_NAMED: Final[dict[type[Exception], tuple[int, str]]] = {
+    EventIdReused: (409, "event-id-reused"),
+    AlreadyQueued: (409, "already-created"),
+    VersionChanged: (412, "version-changed"),
+    ObjectMissing: (500, "object-missing"),
+    ObjectDamaged: (500, "object-damaged"),
+}
 
 
 class Problem(Exception):
@@ -82,12 +89,11 @@ def of(error: Exception) -> Problem:
             return error
         case InvalidEvent():
             return invalid(error.faults)
-        case EventIdReused():
-            return Problem(409, "event-id-reused", str(error))
-        case AlreadyQueued():
-            return Problem(409, "already-created", str(error))
-        case VersionChanged():
-            return Problem(412, "version-changed", str(error))
+        case EventIdReused() | AlreadyQueued() | VersionChanged() | ObjectMissing() | ObjectDamaged():
+            status, kind = _NAMED[type(error)]
+            if status == 500:
+                log.error("%s: %s", type(error).__name__, error)
+            return Problem(status, kind, str(error))
         case Outage():
             log.warning("%s: %s", type(error).__name__, error)
             return unavailable(f"{type(error).__name__}: a server this service needs cannot be reached; try again")
@@ -121,7 +127,7 @@ def install(app: FastAPI, methods: Callable[[str], list[str]]) -> None:
             problem.headers["Allow"] = ", ".join(methods(request.url.path))
         return response(problem, request.state.request_id)
 
-    ours = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, Outage)
+    ours = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, ObjectMissing, ObjectDamaged, Outage)
     for kind in (*ours, RequestValidationError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle)

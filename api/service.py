@@ -5,9 +5,10 @@ import contextlib
 import contextvars
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -23,10 +24,11 @@ from api.cache import Records, Rendered, Shared
 from api.metrics import Metrics
 from api.problems import Problem, unavailable
 from api.rendering import rendered
-from models.errors import DatabaseOutage, RedisOutage
+from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.settings import Settings
 from storage import database, keys, objects, records
-from storage.objects import Store
+from storage.objects import Store, Stores
+from storage.records import Shown
 from tasks import tracing
 
 # Each thread holds at most one connection. Few are enough: what they wait for is PostgreSQL, and that has no more cores.
@@ -42,7 +44,11 @@ LARGE_BODIES: Final = 2
 UPLOADS: Final = 8
 _LARGE_TURN_S: Final = 25.0  # less than clients usually wait for a server that takes nothing
 
+# Records are read without the object store for so long after it was away.
+_REST_S: Final = 5.0
+
 T = TypeVar("T")
+log = logging.getLogger("evalstore.api")
 
 
 class Service:
@@ -63,6 +69,8 @@ class Service:
         self._watch = database.Watch()
         self._stamp_thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-stamps")
         self._stamp_conn: Connection | None = None
+        self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
+        self._objects_rest_until = 0.0
         self.redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(),
             socket_timeout=0.25,
@@ -101,17 +109,40 @@ class Service:
         if (cached := shared.get(eval_id, stamp)) is not None:
             self.metrics.read("redis")
             return cached
-        record = self.with_connection(lambda conn: records.load(conn, eval_id))
+        record = self.load(eval_id)
         self.metrics.read("database")
         if record is None:
             return None
         made = rendered(record)
-        shared.put(eval_id, made)
+        if all(part.where is None for part in record.contents.values()):
+            shared.put(eval_id, made)
         return made
+
+    def load(self, eval_id: str) -> Shown | None:
+        """The record, or None. While the object store is away it lacks what is there, and says where to read it."""
+        record = self.with_connection(lambda conn: records.load(conn, eval_id))
+        if record is None or all(part.where is None for part in record.contents.values()):
+            return record
+        if time.monotonic() < self._objects_rest_until:
+            return record
+        try:
+            return records.complete(self.connection, self.stores, record)
+        except ObjectStoreOutage as error:
+            self._objects_rest_until = time.monotonic() + _REST_S
+            log.warning("records are shown without what is in the object store: %s", error)
+        except (ObjectMissing, ObjectDamaged, LookupError) as error:
+            log.warning("the record of %s is shown without some content: %s", eval_id, error)
+        return record
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection, for what runs in a thread already."""
+        with database.errors(), self._engine.connect() as conn, self._watch.bounded(conn, WORK_S):
+            yield conn
 
     def with_connection(self, work: Callable[[Connection], T]) -> T:
         """What `work` gives, called here and now with a connection. For what runs in a thread already."""
-        with database.errors(), self._engine.connect() as conn, self._watch.bounded(conn, WORK_S):
+        with self.connection() as conn:
             return work(conn)
 
     def write(self, events: int, work: Callable[[Connection, str | None], T]) -> T:
@@ -195,6 +226,7 @@ class Service:
         if self._stamp_conn is not None:
             self._stamp_conn.close()
         self._engine.dispose()
+        self.stores.close()
         self.export_engine.dispose()
         self.redis.close()
 

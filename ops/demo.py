@@ -31,7 +31,8 @@ from ops import processes
 from ops.audit import fates_of
 from ops.local import Local, commands, running
 from ops.output import Format, failed, notice, notices, show
-from storage import database, evaluations
+from storage import contents, database, evaluations
+from storage.objects import Stores
 
 Key = tuple[str, UUID]
 
@@ -205,6 +206,7 @@ class Found:
     differing: list[str] = field(default_factory=list)
     output_bytes: int = 0
     largest: tuple[int, str] = (0, "")
+    bytes_by_place: dict[str, int] = field(default_factory=dict)
     first: datetime | None = None
     last: datetime | None = None
 
@@ -215,11 +217,13 @@ def read_back(engine: Engine, sent: dict[Key, dict[str, Any]]) -> Found:
     for entry in sent.values():
         produced.setdefault(entry["eval_id"], {}).update(entry)
     found = Found()
+    stores = Stores(settings())
     with engine.connect() as conn:
         for eval_id, entry in produced.items():
-            record = evaluations.get(conn, eval_id)
+            record = evaluations.get(conn, eval_id, stores)
             if record is not None:
                 _compare(found, record, entry)
+        found.bytes_by_place = contents.bytes_by_place(conn, list(produced))
     return found
 
 
@@ -254,6 +258,8 @@ def _show(watch: Watch, fates: Counter[str], found: Found) -> None:
         ("output bytes", found.output_bytes),
         ("largest output", f"{found.largest[0]:,}, of {found.largest[1].partition(':')[2]}"),
     ]
+    places = {"inline": "inline, in PostgreSQL", "objects": "in the object store", "archive": "in the archive"}
+    rows += [(f"bytes of content {words}", found.bytes_by_place.get(place, 0)) for place, words in places.items()]
     same = found.contents - len(found.differing)
     rows.append(("contents as produced (SHA-256)", f"{same:,} of {found.contents:,}"))
     show(

@@ -11,19 +11,19 @@ from dramatiq import Message
 from rich.progress import Progress
 
 from models import content
-from models.errors import InvalidEvent, Outage
+from models.errors import InvalidEvent, ObjectDamaged, ObjectMissing, ObjectStoreOutage, Outage
 from models.events import decode, identity
-from models.record import Record
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, notices, show, write_json
-from storage import database
-from storage import evaluations as stored
+from storage import contents, database, records
+from storage.contents import Kind
+from storage.objects import Stores
+from storage.records import Shown
 from tasks import store_evaluation
 from tasks.broker import broker
 
 _CHUNK_EVENTS = 1_000
 _CHUNK_BYTES = 8 * 1024 * 1024
-_INLINE_BYTES = 64 * 1024
 
 
 def send(
@@ -100,23 +100,30 @@ def get(
     output_format: OutputOption = Format.table,
 ) -> None:
     """Show the record of an evaluation, or write one of its contents to standard output."""
-    wanted = [name for name, is_wanted in (("output", output), ("code", code), ("error", error)) if is_wanted]
+    asked: list[tuple[Kind, bool]] = [("output", output), ("code", code), ("error", error)]
+    wanted = [kind for kind, is_wanted in asked if is_wanted]
     if len(wanted) > 1:
         raise typer.BadParameter("give one of --output, --code and --error")
-    engine = database.engine(settings().database_url.get_secret_value())
+    engine, stores = database.engine(settings().database_url.get_secret_value()), Stores(settings())
     record = None
     if identity({"eval_id": eval_id})[0] is not None:  # nothing else is ever stored, nor could be asked for
         with engine.connect() as conn:
-            record = stored.get(conn, eval_id)
+            record = records.load(conn, eval_id)
     if record is None:
         raise failed(f"there is no evaluation {eval_id!r}", 3)
     if wanted:
-        value = getattr(record, wanted[0])
-        if value is None:
+        with engine.connect() as conn:
+            found = contents.find(conn, eval_id, wanted[0])
+        if found is None:
             raise failed(f"evaluation {eval_id!r} has no {wanted[0]}", 3)
-        sys.stdout.buffer.write(content.to_bytes(value) if isinstance(value, str) else value)
+        for piece in contents.read(engine.connect, stores, found):
+            sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return
+    try:
+        record = records.complete(engine.connect, stores, record)
+    except (ObjectStoreOutage, ObjectMissing, ObjectDamaged) as away:
+        notice(f"shown without what is in the object store: {away}", "yellow")
     fields = _as_json(record)
     if output_format is Format.table:
         show([{"field": name, "value": value} for name, value in fields.items()], ["field", "value"], output_format)
@@ -124,20 +131,18 @@ def get(
         write_json(fields)
 
 
-def _as_json(record: Record) -> dict[str, Any]:
+def _as_json(record: Shown) -> dict[str, Any]:
     """The record as a JSON object; content above 64 KiB by its size and beginning."""
-    fields = {name: value for name, value in record if name not in {"code", "output", "error"}}
-    for name in ("code", "output", "error"):
-        value = getattr(record, name)
-        if value is None:
-            fields[name] = None
+    fields = dict(record.fields)
+    for kind in records.CONTENTS:
+        if (part := record.contents.get(kind)) is None:
+            fields[kind] = None
             continue
-        data = content.to_bytes(value) if isinstance(value, str) else value
-        fields[f"{name}_size"] = len(data)
-        if len(data) > _INLINE_BYTES:
-            fields[f"{name}_preview"] = data[:1024].decode(errors="replace")
-        elif isinstance(value, str):
-            fields[name] = value
+        fields[f"{kind}_size"] = part.size
+        if not part.is_whole:
+            fields[f"{kind}_preview"] = part.data[: records.PREVIEW_BYTES].decode(errors="replace")
+        elif isinstance(text := content.from_bytes(part.data), str):
+            fields[kind] = text
         else:
-            fields[f"{name}_b64"] = base64.b64encode(data).decode()
+            fields[f"{kind}_b64"] = base64.b64encode(text).decode()
     return fields

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
+from urllib.parse import quote
 
 from models.errors import EvalstoreError
 from ops import processes
@@ -127,6 +128,7 @@ class Local:
         self.environment: dict[str, str] = {}
         self.postgres = Postgres(self.folder / "postgres")
         self.valkey = Valkey(self.folder / "valkey")
+        self.objects = self.folder / "objects"
         self.processes = [Process(name, command, self.folder, show) for name, command in commands.items()]
         self._show = show or (lambda _name, _line: None)
         self._lock: int | None = None
@@ -150,7 +152,9 @@ class Local:
             "EVALSTORE_REDIS_URL": self.valkey.url(),
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
             **_metrics_ports(),
+            "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
         }
+        self.objects.mkdir(mode=0o700, exist_ok=True)
         upgrade(self.postgres.url())
         if any(process.name == "api" for process in self.processes):
             self.environment |= _service(self.folder)

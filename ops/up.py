@@ -96,6 +96,7 @@ def _summary(local: Local) -> list[str]:
         ("PostgreSQL", f"127.0.0.1:{local.postgres.port}, log {local.postgres.log}"),
         ("Valkey", f"127.0.0.1:{local.valkey.port}, log {local.valkey.log}"),
         ("metrics", f"http://127.0.0.1:{local.environment['EVALSTORE_METRICS_PORT']}/metrics"),
+        ("objects", str(local.objects)),
         ("processes", ", ".join(process.name for process in local.processes)),
         *(
             [

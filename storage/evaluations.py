@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
@@ -15,7 +16,9 @@ from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import ENDINGS, Event
 from models.record import Fact, Record, State, fact, fold, record
-from storage import database
+from storage import contents, database
+from storage.contents import Content, Kind
+from storage.objects import Stores
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
@@ -36,8 +39,8 @@ class Stored:
     written_at: float = field(default=0.0, compare=False)
 
 
-_CONTENTS: Final = ("code", "output", "error")
-_PG_TYPES: Final = {
+_CONTENTS: Final[tuple[Kind, ...]] = ("code", "output", "error")
+_PG_TYPES: Final[dict[str, list[str]]] = {
     "text": ["eval_id", "type", "status", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
     "uuid": ["event_id", "code_event_id", "result_event_id"],
     "int4": ["attempt", "version"],
@@ -320,20 +323,35 @@ WHERE e.eval_id = %s
 """
 _GET: Final = f"""
 SELECT {_columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
-    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data)
+    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
+    {_columns(_CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
 """
 
 
-def get(conn: Connection, eval_id: str) -> Record | None:
-    """The record with all its content, or None. Raises DatabaseOutage (retry)."""
+def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record | None:
+    """The record with all its content in memory, or None. Without `stores`, of what is an object the reference.
+
+    Raises DatabaseOutage, ObjectStoreOutage (retry), ObjectMissing, ObjectDamaged.
+    """
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(_GET, [eval_id]).fetchone()
     if row is None:
         return None
-    created_at, updated_at, code, output, error = row[len(State._fields) :]
-    found = record(State(*row[: len(State._fields)]), code, output, error)
+    state, (created_at, updated_at, *data) = State(*row[: len(State._fields)]), row[len(State._fields) : -12]
+    found = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
     return found.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+
+
+def _whole(
+    conn: Connection, state: State, stores: Stores | None, at: int, data: bytes | None, columns: Sequence[Any]
+) -> bytes | Reference | None:
+    size, sha256, store, encoding = columns[:4]
+    event_id = state.result_event_id if at else state.code_event_id
+    if store is None or event_id is None:
+        return data
+    content = Content(state.eval_id, event_id, _CONTENTS[at], size, b"", sha256, 0, store, encoding)
+    return content.reference if stores is None else b"".join(contents.read(lambda: nullcontext(conn), stores, content))
 
 
 _APPLIED: Final = """

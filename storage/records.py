@@ -8,19 +8,22 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from models.record import Fact, State
-from storage import database
+from storage import contents, database
+from storage.contents import Connect, Content, Kind
 from storage.evaluations import WITH_CONTENT
+from storage.objects import Stores
 
 INLINE_BYTES: Final = 64 * 1024
 PREVIEW_BYTES: Final = 1024
-CONTENTS: Final = ("code", "output", "error")
+CONTENTS: Final[tuple[Kind, ...]] = ("code", "output", "error")
 
 
 class Part(NamedTuple):
-    """Some content: all of its bytes, or its beginning (nothing where it is archived)."""
+    """Some content: all of its bytes, or its beginning. Of an object, `where` it is, and nothing else."""
 
     size: int
     data: bytes
+    where: Content | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -50,10 +53,12 @@ _FIELDS: Final = [name for name in State._fields if not name.endswith("_event_id
 
 
 def _content(kind: str, event: str) -> str:
-    """Size, and the content or its beginning, of one kind; `event` joined with its row of `contents`, named like the kind."""
+    """Size, the content or its beginning, and where it is, of one kind; `event` joined with its row of `contents`, named like
+    the kind."""
     return f"""coalesce(octet_length({event}.{kind}), {kind}.size),
     CASE WHEN {kind}.size > {INLINE_BYTES} THEN substring({kind}.data, 1, {PREVIEW_BYTES})
-        ELSE coalesce({event}.{kind}, {kind}.data) END"""
+        ELSE coalesce({event}.{kind}, {kind}.data) END,
+    {kind}.event_id, {kind}.sha256, {kind}.store, {kind}.encoding"""
 
 
 _LOAD: Final = f"""
@@ -64,13 +69,33 @@ SELECT {_STAMP}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.u
 
 
 def load(conn: Connection, eval_id: str) -> Shown | None:
-    """The record, or None. Raises DatabaseOutage (retry)."""
+    """The record, or None; what content of it is an object is left to `complete`. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(_LOAD, [eval_id]).fetchone()
     if row is None:
         return None
-    fields = dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-6], strict=True))
-    return Shown(row[0], fields, _parts(row[-6:]))
+    fields = dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True))
+    parts: dict[str, Part] = {}
+    for at, kind in enumerate(CONTENTS):
+        size, data, event_id, sha256, store, encoding = row[at * 6 - 18 :][:6]
+        if store is not None:
+            parts[kind] = Part(size, b"", Content(eval_id, event_id, kind, size, b"", sha256, 0, store, encoding))
+        elif size is not None:
+            parts[kind] = Part(size, bytes(data or b""))
+    return Shown(row[0], fields, parts)
+
+
+def complete(connect: Connect, stores: Stores, record: Shown) -> Shown:
+    """`record` with what belongs to it of content that is an object: as much as if it were in the database.
+
+    Raises ObjectStoreOutage, DatabaseOutage (retry), ObjectMissing, ObjectDamaged, LookupError.
+    """
+    parts = dict(record.contents)
+    for kind, part in parts.items():
+        if part.where is not None:
+            stop = part.size if part.size <= INLINE_BYTES else PREVIEW_BYTES
+            parts[kind] = Part(part.size, b"".join(contents.read(connect, stores, part.where, 0, stop)))
+    return record._replace(contents=parts)
 
 
 def _parts(columns: Sequence[Any]) -> dict[str, Part]:

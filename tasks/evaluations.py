@@ -14,6 +14,7 @@ from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import CONTENT_FIELDS, Event, check
 from models.settings import settings
+from tasks import contents
 
 QUEUE = "evaluations"
 ACTOR = "store_evaluation"
@@ -44,13 +45,22 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
     def message_with_options(
         self, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Message[None]:
-        """The message for one event. Raises InvalidEvent, which names every wrong field."""
+        """The message for one event; its large content is in the object store.
+
+        Raises InvalidEvent, which names every wrong field, or ObjectStoreOutage (send it again).
+        """
         given = [*args, *(kwargs or {}).values()]
         if len(given) != 1 or set(kwargs or {}) - {"event"}:
             raise InvalidEvent([Fault("event", f"{self.actor_name} takes one event, as its one positional argument")])
         event = _completed(given[0])
+        contents.offload([event])
+        return self.message_of(event, options)
+
+    def message_of(self, event: dict[str, Any], options: dict[str, Any] | None = None) -> Message[None]:
+        """The message for an event as it travels."""
+        _escape_less(event)
         # The message goes by the event's id, as an event without one goes by its message's.
-        return Message(self.queue_name, self.actor_name, (event,), {}, options, event["event_id"])
+        return Message(self.queue_name, self.actor_name, (event,), {}, options or {}, event["event_id"])
 
 
 def _not_here(_event: object) -> NoReturn:
@@ -58,7 +68,7 @@ def _not_here(_event: object) -> NoReturn:
 
 
 def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
-    """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON that Redis can hold."""
+    """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON."""
     event = check(data, max_content_bytes=settings().max_content_bytes)
     given = data if isinstance(data, Mapping) else event.model_dump()
     travelling = {name: value for name, value in given.items() if value is not None}
@@ -66,35 +76,45 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
     occurred_at = event.occurred_at or datetime.now(UTC)
     travelling["occurred_at"] = occurred_at.isoformat().replace("+00:00", "Z")
     for name in CONTENT_FIELDS[event.type]:
+        if (reference := travelling.get(f"{name}_ref")) is not None:
+            travelling[f"{name}_ref"] = content.reference(reference)._asdict()
+    contents.check_sizes(travelling)
+    return travelling
+
+
+def _escape_less(travelling: dict[str, Any]) -> None:
+    """JSON writes some characters as six: larger content of such travels as base64."""
+    for name in CONTENT_FIELDS[travelling["type"]]:
         text = travelling.get(name)
-        # JSON writes some characters as six: such content travels as base64, so that 100 MiB of it stay below the 512 MB that
-        # Redis takes (https://redis.io/docs/latest/develop/data-types/strings/).
         if text is not None and len(text) > _SMALL:
             data_bytes = content.to_bytes(text)
             if len(json.dumps(text)) > len(data_bytes) * 4 / 3:
                 del travelling[name]
                 travelling[f"{name}_b64"] = base64.b64encode(data_bytes).decode()
-    return travelling
 
 
 store_evaluation = EventActor(ACTOR, QUEUE)
 
 
 def store_evaluations(events: Iterable[Mapping[str, Any] | Event]) -> list[Message[None]]:
-    """Send all of `events` in one round trip, or none.
+    """Send all of `events` in one round trip, or none. All are checked before anything is put into the object store, and that
+    holds their large content before any is sent.
 
-    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`), or RedisOutage: then none was sent,
-    or, where only the answer was lost, all were; the same events may be sent again, as each is stored once. With
-    EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if it has no room.
+    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`), ObjectStoreOutage (none was sent), or
+    RedisOutage: then none was sent, or, where only the answer was lost, all were; the same events may be sent again, as each is
+    stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if
+    it has no room.
     """
-    messages, faults = [], []
+    travelling, faults = [], []
     for position, event in enumerate(events):
         try:
-            messages.append(store_evaluation.message(event))
+            travelling.append(_completed(event))
         except InvalidEvent as error:
             faults += [Fault(f"[{position}].{fault.field}", fault.problem) for fault in error.faults]
     if faults:
         raise InvalidEvent(faults)
+    contents.offload(travelling)
+    messages = [store_evaluation.message_of(event) for event in travelling]
     from tasks.broker import broker
 
     broker().enqueue_many(messages)
