@@ -51,7 +51,7 @@ def rate(  # noqa: PLR0913  each says something of its own
     place.fill(side, count, seed=seed, ordered=ordered)
     side.hold(place.redis)
     place.settle()
-    with _warm(place, side, shape, seed) as workers:
+    with warm(place, side, shape, seed) as workers:
         before, begun, begun_s = place.cpu(workers), time.monotonic(), time.time()
         side.release(place.redis)
         rss = _until(
@@ -73,7 +73,7 @@ def rate(  # noqa: PLR0913  each says something of its own
 
 
 @contextmanager
-def _warm(place: Place, side: Side, shape: Shape, seed: int) -> Iterator[Workers]:
+def warm(place: Place, side: Side, shape: Shape, seed: int) -> Iterator[Workers]:
     """Workers that have stored something, and wait for more."""
     with place.workers(side, shape) as workers:
         warm_seed = _WARM_SEED + seed
@@ -129,7 +129,7 @@ def tune(place: Place, side: Side, say: Callable[[str], None], *, seconds: float
 def latency(place: Place, side: Side, shape: Shape, *, probes: int, seconds: float) -> dict[str, Any]:
     """Milliseconds from `send` to committed and visible, when idle and at 1,000 events/s."""
     place.reset()
-    with _warm(place, side, shape, 0):
+    with warm(place, side, shape, 0):
         options = ["--side", side.name, "--probes", str(probes), "--seconds", str(seconds)]
         found: dict[str, Any] = json.loads(place.run(side, "bench.latency", *options))
     return found

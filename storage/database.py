@@ -26,7 +26,9 @@ from models.record import jsonb
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
 # Of these, what the work itself may have brought about.
 _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.CrashShutdown)
-_OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege)
+# A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
+_POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
+_OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
@@ -35,6 +37,7 @@ class _ThisThread(threading.local):
 
 
 _this_thread = _ThisThread()
+_shares_sessions = threading.Event()  # such a pooler was noticed: nothing is prepared from then on
 
 
 def engine(
@@ -78,6 +81,7 @@ def engine(
                 keepalives_count=3,
                 application_name="evalstore",
                 options=options,
+                prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
         set_json_dumps(jsonb, conn)
         return conn
@@ -90,12 +94,13 @@ def engine(
         pool_timeout=10,
         pool_pre_ping=pre_ping,
     )
-    event.listen(made, "checkin", _leave_read_only)
+    event.listen(made, "checkin", _leave_refused)
     return made
 
 
-def _leave_read_only(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
-    """Do not go back to a server that refused to write: after a switch-over another one does, behind the same address."""
+def _leave_refused(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    """Use no connection again on which a server refused to write (after a switch-over there is another one behind the same
+    address), or did not know what was prepared."""
     if _this_thread.was_refused:
         _this_thread.was_refused = False
         record.invalidate()
@@ -120,8 +125,10 @@ def errors() -> Iterator[None]:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, _NOT_MIGRATED):
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
+        if isinstance(cause, _POOLED):
+            _shares_sessions.set()
         # The connection it came from goes back to its pool next.
-        _this_thread.was_refused = isinstance(cause, pg.ReadOnlySqlTransaction)
+        _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             raise DatabaseOutage(
                 str(cause).strip() or type(cause).__name__,

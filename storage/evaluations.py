@@ -131,8 +131,9 @@ def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[
     facts = [event if isinstance(event, Fact) else fact(event) for event in events]
     outcomes: list[Outcome] = ["duplicate"] * len(facts)
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        staged = conn.connection.info
-        recorded_at = _begin(cursor, _BEGIN if "evalstore_staged" in staged else _STAGES + _BEGIN)
+        # Said anew by each commit: after a failure they are made sure of. A pooler may have gone on with another session.
+        is_staged = conn.connection.info.pop("evalstore_staged", False)
+        recorded_at = _begin(cursor, _BEGIN if is_staged else _STAGES + _BEGIN)
         written = _write(cursor, facts)
         confirmations = _confirmations(facts, written, recorded_at)
         if confirmations:
@@ -140,7 +141,8 @@ def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[
             traces = trace_of and _traces(written, trace_of)
             cursor.execute(_CONFIRM, [len(confirmations), body.decode(), traces])
         written_at = time.perf_counter()
-    staged["evalstore_staged"] = True
+        info = conn.connection.info
+    info["evalstore_staged"] = True
     for positions in written.new.values():
         for position in positions:
             outcomes[position] = "applied"

@@ -596,6 +596,38 @@ def test_what_passes_by_itself_is_an_outage_and_what_a_message_is_to_blame_for_i
         assert isinstance(raised.value, DatabaseOutage) == (sqlstate in PASSING), sqlstate
 
 
+def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_for_long(engine: Engine) -> None:
+    with engine.connect() as conn:
+        evaluations.store(conn, [event("queued", 1)])
+        database.driver(conn).execute("DISCARD TEMP")
+        conn.rollback()
+
+        with pytest.raises(DatabaseOutage):
+            evaluations.store(conn, [event("started", 2)])
+        assert evaluations.store(conn, [event("started", 2)]).outcomes == ["applied"]
+
+
+def test_behind_a_pooler_that_changes_sessions_nothing_is_prepared_any_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_shares_sessions", threading.Event())
+
+    def prepared(conn: Connection) -> int:
+        raw = database.driver(conn)
+        for _ in range(7):
+            raw.execute("SELECT 1")
+        ((count,),) = raw.execute("SELECT count(*) FROM pg_prepared_statements").fetchall()
+        return int(count)
+
+    with engine.connect() as conn:
+        assert prepared(conn) == 1
+        database.driver(conn).pgconn.exec_(b"DEALLOCATE ALL")
+        with pytest.raises(DatabaseOutage, match="_pg3_0"), database.errors():
+            prepared(conn)
+    with engine.connect() as conn:
+        assert prepared(conn) == 0
+
+
 @pytest.mark.parametrize(
     "url",
     [
