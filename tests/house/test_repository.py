@@ -274,6 +274,15 @@ def test_the_image_gets_every_package_that_the_wheel_has(project: dict[str, Any]
     assert copied == {line[1:] for line in ignore if line.startswith("!")}
 
 
+def test_a_migration_only_adds_so_that_the_release_before_works_on() -> None:
+    first, *later = sorted((ROOT / "storage/migrations/versions").glob("*.py"))
+    takes = re.compile(r"\b(?:DROP|RENAME|SET NOT NULL|ALTER COLUMN|TRUNCATE|op\.drop_\w+|op\.alter_column)\b", re.IGNORECASE)
+    assert first.name.startswith("0001")
+    assert [(path.name, found) for path in later for found in takes.findall(path.read_text())] == []
+    added = [line for path in later for line in path.read_text().splitlines() if re.search(r"ADD COLUMN .* NOT NULL", line)]
+    assert [line for line in added if "DEFAULT" not in line] == []
+
+
 def test_the_changelog_is_kept() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     assert "\n## [Unreleased]\n" in text
