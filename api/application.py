@@ -19,10 +19,10 @@ from api.metrics import Metrics
 from api.openapi import document, methods
 from api.reads import Reads
 from api.rendering import json_response
-from api.service import Service, set_up_logging
+from api.service import Service
 from api.tracing import SERVICE, Traced
 from models.settings import settings
-from tasks import tracing
+from tasks import logs, tracing
 
 log = logging.getLogger("evalstore.api")
 
@@ -38,7 +38,7 @@ def build() -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        set_up_logging()
+        logs.set_up("uvicorn", "uvicorn.access")
         traces = tracing.start(SERVICE)
         metrics.share()
         service = app.state.service = Service(settings(), metrics)

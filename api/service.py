@@ -250,14 +250,3 @@ def service_of(request: Request) -> Service:
     if not isinstance(found, Service):
         raise Problem(503, "starting", "the service is starting")
     return found
-
-
-def set_up_logging() -> None:
-    """Where nobody has set up logging, tell who did what on stderr, as uvicorn tells the rest."""
-    logger = logging.getLogger("evalstore")
-    if not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False

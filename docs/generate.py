@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidEvent
 from models.events import ENDINGS, MAX_METADATA_BYTES, Event, check
+from models.logs import LOGS
 from models.metrics import METRICS, Metric
 from models.record import Record
 from models.settings import Settings
@@ -139,6 +140,12 @@ def metrics() -> str:
     return "\n".join(parts)
 
 
+def logs() -> str:
+    """Every log event: from `models.logs.LOGS`."""
+    rows = [[f"`{one.name}`", one.level, ", ".join(f"`{name}`" for name in one.fields), one.text] for one in LOGS]
+    return _table(["event", "level", "fields", "text"], rows)
+
+
 def _labels(metric: Metric) -> str:
     return "<br>".join(f"`{name}`: {', '.join(values) or '…'}" for name, values in metric.labels.items())
 
@@ -155,6 +162,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "limits": limits,
     "record": record,
     "metrics": metrics,
+    "logs": logs,
 }
 
 

@@ -1,7 +1,7 @@
 """What the servers hold, as numbers for the metrics of `models.metrics` whose source is `servers`.
 
 Nobody who asks waits for a server: each is asked in a thread of its own, which is given a moment, and what one answered is
-kept for a while, the longer the longer it took. A server that does not answer in time counts as away until it does.
+kept for a while, and what takes long to tell for longer. A server that does not answer in time is away until it does.
 """
 
 import threading
@@ -30,7 +30,7 @@ T = TypeVar("T")
 Numbers = dict[Series, float]
 
 _KEEP_S: Final = 2.0
-# A server is asked for at most this share of the time.
+# What takes long is asked for at most this share of the time.
 _SHARE: Final = 1 / 200
 _LONGEST_S: Final = 60.0
 _MOST_REASONS: Final = 30
@@ -45,6 +45,7 @@ class Reading(Generic[T]):
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._value: T | None = None
+        self.error: EvalstoreError | None = None
         self._fresh_until = 0.0
         self._give_up = 0.0
 
@@ -63,16 +64,16 @@ class Reading(Generic[T]):
         return self._value if self._stale or not thread.is_alive() else None
 
     def _run(self) -> None:
-        started, value = time.monotonic(), None
+        started, value, failed = time.monotonic(), None, None
         try:
             value = self._read()
-        except EvalstoreError:
-            pass
+        except EvalstoreError as error:
+            failed = error
         finally:
             with self._lock:
                 now = time.monotonic()
-                self._value, self._thread = value, None
-                self._fresh_until = now + max(_KEEP_S, (now - started) / _SHARE if value is not None else 0.0)
+                self._value, self._thread, self.error = value, None, failed
+                self._fresh_until = now + (max(_KEEP_S, (now - started) / _SHARE) if self._stale and value else _KEEP_S)
 
 
 class Standing:
@@ -82,10 +83,11 @@ class Standing:
         self._settings = settings
         self._watch = database.Watch()
         self._broker = Broker(url=settings.redis_url.get_secret_value(), timeout_s=3)
+        self._patience_s = patience_s
         self.redis = Reading(lambda: queues.look(self._broker), patience_s)
         self.database = Reading(lambda: self._bounded(self._server), patience_s)
-        self._letters = Reading(lambda: self._bounded(stored.letters), patience_s, stale=True)
-        self._contents = Reading(lambda: self._bounded(self._all_contents), patience_s, stale=True)
+        self.letters = self.reading(stored.letters)
+        self.contents = self.reading(self._all_contents)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -98,6 +100,10 @@ class Standing:
             return Archive.of(self._settings)
         except InvalidSettings:
             return None
+
+    def reading(self, read: Callable[[Connection], T]) -> Reading[T]:
+        """Of something in the database that may take its time."""
+        return Reading(lambda: self._bounded(read), self._patience_s, stale=True)
 
     def _bounded(self, read: Callable[[Connection], T]) -> T:
         try:
@@ -143,8 +149,8 @@ class Standing:
             found["evalstore_schema_ready", ()] = answer[0]
             found |= _keyed(answer[1])
             if answer[0]:
-                letters = self._letters.get()
-                contents = self._contents.get()
+                letters = self.letters.get()
+                contents = self.contents.get()
                 found |= {**_zeros(*_CONTENTS), **_keyed(contents)} if contents is not None else {}
         if letters is not None:
             found |= _letter_numbers(letters)

@@ -1,5 +1,6 @@
 """How a queue's messages reach Dramatiq's worker threads, and how they are settled."""
 
+import json
 import logging
 import random
 import threading
@@ -16,7 +17,7 @@ from dramatiq.broker import Consumer as DramatiqConsumer
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
 from worker.batches import Batch, Delivery, cause, read
-from worker.metrics import LOOP_S, WORK_S
+from worker.metrics import LOOP_S, WORK_S, named
 
 if TYPE_CHECKING:
     from worker.broker import Broker
@@ -27,6 +28,7 @@ log = logging.getLogger("evalstore.worker")
 BATCHES: Final = 2
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
+_MOST_TOLD: Final = 20
 
 
 class Held(MessageProxy):
@@ -198,11 +200,28 @@ class Consumer(DramatiqConsumer):
         if batch:
             seconds = time.perf_counter() - started
             self.broker.metrics.ledger.observe("evalstore_store_duration_seconds", "acknowledge", value=seconds)
-            self.broker.metrics.buried(delivery.body for delivery in batch if delivery.redis_id in buried)
+            self._tell_buried(batch, buried)
 
     def _bury(self, redis_ids: list[bytes], batch: Batch | None, error: BaseException) -> None:
-        self._settle([], dict.fromkeys(redis_ids, cause(error)))
-        self.broker.metrics.buried(delivery.body for delivery in batch or ())
+        why = dict.fromkeys(redis_ids, cause(error))
+        self._settle([], why)
+        if batch:
+            self._tell_buried(batch, why)
+
+    def _tell_buried(self, batch: Batch, buried: dict[bytes, bytes]) -> None:
+        bodies = {delivery.redis_id: delivery.body for delivery in batch if delivery.redis_id in buried}
+        self.broker.metrics.buried(bodies.values())
+        for redis_id in list(bodies)[:_MOST_TOLD]:
+            event, error_class = named(bodies[redis_id]), json.loads(buried[redis_id])["error_class"]
+            log.warning(
+                "dead letter: %s, eval_id %.200s, event_id %.40s, type %.40s",
+                error_class,
+                event.eval_id,
+                event.event_id,
+                event.type,
+            )
+        if len(bodies) > _MOST_TOLD:
+            log.warning("and %d more dead letters of the same batch", len(bodies) - _MOST_TOLD)
 
     def _take_apart(self, message: Held) -> None:
         """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""

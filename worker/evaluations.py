@@ -29,6 +29,7 @@ from worker.metrics import WORK_S, Metrics
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
+_CONNECT_S = 12.0
 _STOP_GRACE_S = 2.0
 _SUSPICIONS = 5
 
@@ -219,7 +220,7 @@ class Store:
                 self._metrics.outages.back("postgresql", threading.current_thread().name)
 
     def _attempt(self, events: list[Pair], bound_s: float) -> evaluations.Stored:
-        self._count.due(WORK_S + bound_s)
+        self._count.due(bound_s + _CONNECT_S)
         started = time.perf_counter()
         trying = tracing.transaction(len(events))
         with trying, database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):

@@ -9,7 +9,7 @@ from typing import Any, Final
 import dramatiq
 
 from models.settings import settings
-from tasks import exposition, groups
+from tasks import exposition, groups, logs
 from tasks.ledger import Layout, Ledger, counted_by
 from worker import metrics
 
@@ -22,6 +22,7 @@ _TICK_S: Final = 60.0 + 25.0
 
 def serve() -> int:
     """What Dramatiq's master runs in a process of its own, so that workers are not kept waiting by whoever asks."""
+    logs.take_over()
     master = os.getppid()
     try:
         group = groups.own("worker")

@@ -95,23 +95,31 @@ def _queue(name: str) -> str:
     return name if name in QUEUES else "other"
 
 
-class _Typed(msgspec.Struct):
+class Named(msgspec.Struct):
+    """What an event says of itself, in a message of which nothing else may be right."""
+
     type: Any = None
+    eval_id: Any = None
+    event_id: Any = None
 
 
 class _Sent(msgspec.Struct):
-    args: tuple[_Typed]
+    args: tuple[Named]
 
 
 _DECODER: Final = msgspec.json.Decoder(_Sent)
 
 
-def _type_of(body: bytes | None) -> str:
-    """The type of the event in a message of which nothing else may be right."""
+def named(body: bytes | None) -> Named:
+    """The event in a message, as far as that can be told."""
     try:
-        found = _DECODER.decode(body or b"").args[0].type
+        return _DECODER.decode(body or b"").args[0]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return "unknown"
+        return Named()
+
+
+def _type_of(body: bytes | None) -> str:
+    found = named(body).type
     return found if isinstance(found, str) and found in TYPES else "unknown"
 
 

@@ -4,6 +4,7 @@ import dramatiq
 from dramatiq.middleware import Retries
 
 from models.settings import settings
+from tasks import logs
 from tasks.evaluations import store_evaluation
 from worker import exposition, schedule
 from worker.background import Beside
@@ -11,6 +12,7 @@ from worker.breaker import BreakerLimits
 from worker.broker import Broker
 from worker.evaluations import Store
 
+logs.take_over()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
     # For the periodic jobs; events are not retried one by one.

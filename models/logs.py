@@ -1,0 +1,113 @@
+"""The log events: one closed list. Every line that evalstore logs is one of these; docs/reference/logs.md is made from it.
+
+Code logs with the standard library, by the texts below; the names and fields are for machines (tasks/logs.py). No line holds
+content or a secret. What else is in a log comes from libraries, and its event is `library`.
+"""
+
+from typing import Final, Literal, NamedTuple
+
+Level = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class Entry(NamedTuple):
+    """`text` is what is given to the logger; `fields` name what is put into it, in their order."""
+
+    name: str
+    level: Level
+    text: str
+    fields: tuple[str, ...] = ()
+
+
+LOGS: Final = (
+    # Outages, and their end.
+    Entry("outage", "warning", "%s, holding %d events until it is over: %s", ("kind", "events", "error")),
+    Entry("redis_refuses", "warning", "Redis refuses queue %s, trying again until it does not: %s", ("queue", "error")),
+    Entry("heartbeat_failed", "debug", "no heartbeat: %s", ("error",)),
+    Entry("redis_doubtful", "warning", "Redis is not set up to keep what it confirms: %s", ("doubt",)),
+    Entry("starting_without_database", "warning", "starting without PostgreSQL: %s", ("error",)),
+    Entry("schema_mismatch", "critical", "this worker stores nothing until that is mended: %s", ("error",)),
+    Entry("background_waits", "warning", "%s wait until this is over: %r", ("what", "error")),
+    Entry(
+        "objects_outage", "warning", "events that need an object wait until this is over, all others are stored: %s", ("error",)
+    ),
+    Entry("objects_back", "warning", "the object store is back"),
+    Entry(
+        "evaluations_locked",
+        "warning",
+        "%d evaluations are locked by somebody else; their events wait, others do not: %.200s",
+        ("count", "eval_ids"),
+    ),
+    # Dead letters and redrives.
+    Entry(
+        "dead_letter",
+        "warning",
+        "dead letter: %s, eval_id %.200s, event_id %.40s, type %.40s",
+        ("error_class", "eval_id", "event_id", "type"),
+    ),
+    Entry("more_dead_letters", "warning", "and %d more dead letters of the same batch", ("count",)),
+    Entry("no_messages_for_us", "error", "%d messages of queue %s are no messages for us: dead letters", ("count", "queue")),
+    Entry(
+        "breaker_opened",
+        "critical",
+        "the breaker is open: at least %.0f %% of %d messages within %.0f s were bad. Nothing is consumed but one message "
+        "every %.0f s, until one is stored. The last one's cause: %.500s",
+        ("percent", "messages", "window_s", "probe_s", "cause"),
+    ),
+    Entry("breaker_closed", "warning", "the breaker is closed: a message was stored"),
+    Entry(
+        "redrive_outcome_left", "warning", "the outcome of %d redriven messages is left to the sweep: %s", ("count", "error")
+    ),
+    Entry("redriven_lost", "error", "%d redriven messages were lost by Redis: they are dead letters again", ("count",)),
+    # Processes.
+    Entry("returned", "info", "%d events go back to the queue: %s", ("events", "why")),
+    Entry("process_dead", "warning", "process %s is dead (it was %s); took back %d messages", ("process", "state", "messages")),
+    Entry("stranded", "warning", "gave %d stranded messages back to queue %s", ("messages", "queue")),
+    Entry("heartbeat_ended", "critical", "the heartbeat ended: ending this process"),
+    Entry("thread_died", "critical", "thread %s died or stands still: ending this process", ("thread",)),
+    Entry("stopped_late", "warning", "still at work %g s after the order to stop: what is held goes back", ("seconds",)),
+    Entry("left_to_others", "warning", "Redis is away: others will take over what this process held"),
+    Entry("no_goodbye", "warning", "could not say goodbye to Redis, others will take over: %s", ("error",)),
+    # Periodic jobs.
+    Entry("job_not_scheduled", "warning", "job %s is not scheduled this time: %s", ("job", "error")),
+    Entry("job_not_told", "warning", "could not tell of job %s: %s", ("job", "error")),
+    Entry(
+        "archive_failed",
+        "warning",
+        "%d contents could not be moved to the archive: evalstore archive status says why",
+        ("count",),
+    ),
+    Entry("sweep_postponed", "warning", "the sweep of the object store is left to another time: %s", ("error",)),
+    # Metrics and traces.
+    Entry("metrics_port_taken", "warning", "no metrics at %s:%d: %s", ("host", "port", "error")),
+    Entry("metrics_unshared", "warning", "metrics are of this process alone: %s", ("error",)),
+    Entry("no_metrics", "warning", "no metrics: %s", ("error",)),
+    Entry("not_shown", "warning", "what this process counts is not shown, nor that it lives: %s", ("error",)),
+    Entry(
+        "traces_unsupported",
+        "warning",
+        "no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf",
+    ),
+    Entry(
+        "traces_not_installed",
+        "warning",
+        "no traces: the environment asks for them, and evalstore[otel] is not installed: %s",
+        ("error",),
+    ),
+    # The HTTP service.
+    Entry(
+        "request",
+        "info",
+        "%s %s: %d, by key %s, request %s, %.0f ms",
+        ("method", "path", "status", "key_id", "request_id", "milliseconds"),
+    ),
+    Entry("answer_broken_off", "warning", "request %s: the answer broke off: %s: %s", ("request_id", "kind", "error")),
+    Entry("request_outage", "warning", "%s: %s", ("kind", "error")),
+    Entry("unexpected_error", "error", "unexpected error"),
+    Entry("records_without_objects", "warning", "records are shown without what is in the object store: %s", ("error",)),
+    Entry("record_without_content", "warning", "the record of %s is shown without some content: %s", ("eval_id", "error")),
+    Entry("cache_left_alone", "warning", "the cache is left alone for %g s: %s", ("seconds", "error")),
+    Entry("keys_file_unreadable", "warning", "the file of keys cannot be read, its keys stay as they were: %s", ("error",)),
+    Entry("keys_table_unreadable", "warning", "keys are as they were last known: %s", ("error",)),
+)
+
+BY_TEXT: Final = {entry.text: entry for entry in LOGS}

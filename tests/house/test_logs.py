@@ -1,0 +1,92 @@
+"""What is logged is on the list, and looks as its reader needs it."""
+
+import ast
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.logs import BY_TEXT, LOGS
+from models.settings import settings
+from tasks import logs
+
+ROOT = Path(__file__).parents[2]
+LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
+ROOMS = ("models", "storage", "worker", "api", "ops", "tasks")
+# Within a sender's program: its logging, and its words.
+SENDERS = {"tasks/spool.py"}
+
+
+def calls() -> Iterator[tuple[str, str, Any, int]]:
+    """Every call of a logger: where, its level, its text, and the number of values."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            name = str(path.relative_to(ROOT))
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or name in SENDERS:
+                    continue
+                owner = node.func.value
+                if isinstance(owner, ast.Name) and owner.id in {"log", "logger"} and node.func.attr in LEVELS:
+                    text = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+                    starred = any(isinstance(one, ast.Starred) for one in node.args)
+                    yield f"{name}:{node.lineno}", node.func.attr, text, -1 if starred else len(node.args) - 1
+
+
+def test_every_line_that_is_logged_is_on_the_list_and_none_is_there_for_nothing() -> None:
+    found = list(calls())
+    assert [where for where, _, text, _ in found if text not in BY_TEXT] == []
+    assert set(BY_TEXT) - {text for _, _, text, _ in found} == set()
+    wrong = [
+        where
+        for where, level, text, values in found
+        if BY_TEXT[text].level != level or (values >= 0 and values != len(BY_TEXT[text].fields))
+    ]
+    assert wrong == []
+
+
+def test_the_list_names_each_value_once() -> None:
+    assert len({entry.name for entry in LOGS}) == len(LOGS) == len(BY_TEXT)
+    for entry in LOGS:
+        assert len(re.findall(r"%(?:\.\d+)?[a-z]", entry.text.replace("%%", ""))) == len(entry.fields), entry.name
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    settings.cache_clear()
+    stream = io.StringIO()
+    logger, handler = logging.getLogger("evalstore.test"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    yield logger, stream
+    logger.removeHandler(handler)
+    settings.cache_clear()
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_line_is_json_for_machines_and_text_for_people(
+    log: tuple[logging.Logger, io.StringIO], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, stream = log
+    monkeypatch.setenv("EVALSTORE_LOG_FORMAT", form)
+    logger.handlers[0].setFormatter(logs.formatter())
+
+    entry = next(entry for entry in LOGS if entry.name == "dead_letter")
+    logger.warning(entry.text, "InvalidEvent", "e\x1b[31m\r\nfake", "id", "evaluation:queued")
+    logger.error("not on the list", exc_info=ValueError("no"))
+
+    shown = stream.getvalue()
+    assert "\x1b[31m" not in shown
+    if form == "text":
+        assert "dead letter: InvalidEvent, eval_id e\\x1b[31m\\r" in shown
+        assert "ValueError: no" in shown
+        return
+    first, second = map(json.loads, shown.splitlines())
+    assert (first["event"], first["level"], first["logger"]) == ("dead_letter", "warning", "evalstore.test")
+    assert (first["error_class"], first["event_id"], first["type"]) == ("InvalidEvent", "id", "evaluation:queued")
+    assert first["message"].startswith("dead letter: InvalidEvent, eval_id e\\x1b")
+    assert (second["event"], second["message"]) == ("library", "not on the list")
+    assert "ValueError: no" in second["exception"]
