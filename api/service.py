@@ -37,8 +37,9 @@ EXPORTS: Final = 3
 # A request waits so long for its turn, and a statement may take so long.
 TURN_S: Final = 10.0
 WORK_S: Final = 60.0
-# Bodies above this are held in memory only a few at a time; the others wait with what they have.
-LARGE_BODY_BYTES: Final = 1024 * 1024
+# Bodies above the first size are held in memory only a few at a time, above the second one at a time: until it is stored, the
+# content in it is there several times. The others wait with what they have.
+LARGE_BODY_BYTES, HUGE_BODY_BYTES: Final = 1024 * 1024, 16 * 1024 * 1024
 LARGE_BODIES: Final = 2
 # Uploads on their way to the object store at the same time: each holds some frames of 4 MiB. The others are not read meanwhile.
 UPLOADS: Final = 8
@@ -64,6 +65,7 @@ class Service:
         self._turns = asyncio.Semaphore(THREADS)
         self.busy = 0
         self._large_bodies = asyncio.Semaphore(LARGE_BODIES)
+        self._huge_bodies = asyncio.Semaphore(1)
         self._upload_threads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="evalstore-upload")
         self._upload_turns = asyncio.Semaphore(UPLOADS)
         self._watch = database.Watch()
@@ -191,15 +193,17 @@ class Service:
         """The request's body, in memory. Of large ones only so many are, for as long as this is not left."""
         async with contextlib.AsyncExitStack() as stack:
             pieces: list[bytes] = []
-            size, counted = 0, False
+            size, ahead = 0, [(LARGE_BODY_BYTES, self._large_bodies), (HUGE_BODY_BYTES, self._huge_bodies)]
             async for piece in request.stream():
                 pieces.append(piece)
                 size += len(piece)
-                if size > LARGE_BODY_BYTES and not counted:
-                    counted = True
+                while ahead and size > ahead[0][0]:
+                    _, turns = ahead.pop(0)
                     busy = "the service is busy with other large requests"
-                    await stack.enter_async_context(_turn(self._large_bodies, _LARGE_TURN_S, busy))
-            yield b"".join(pieces)
+                    await stack.enter_async_context(_turn(turns, _LARGE_TURN_S, busy))
+            body = b"".join(pieces)
+            pieces.clear()
+            yield body
 
     @asynccontextmanager
     async def upload(self) -> AsyncIterator[Callable[[Callable[[], T]], asyncio.Future[T]]]:

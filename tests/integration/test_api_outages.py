@@ -71,44 +71,61 @@ def test_while_redis_is_away_reads_and_writes_go_on(start_api: Callable[..., Any
     assert api.nobody.get("/health/ready").json() == {"status": "ready", "database": "ready", "redis": "cannot be reached"}
 
 
-def test_what_another_process_committed_is_what_is_read_next(start_api: Callable[..., Any], database_url: str) -> None:
-    """Readers of two services and of two caches, against writers that never speak to either."""
-    apis = [start_api(), start_api()]
+def test_what_was_committed_is_what_is_read_next_also_while_redis_dies_and_comes_back(
+    start_api: Callable[..., Any], database_url: str, valkey_server: Valkey
+) -> None:
+    """Readers of two services and of three caches; one writer speaks to a service, the other to the database alone."""
+    apis = [start_api(EVALSTORE_REDIS_URL=valkey_server.url()) for _ in range(2)]
     engine = database.engine(database_url)
     committed = {"a": 0, "b": 0}
     done = threading.Event()
     old: list[tuple[str, int, int]] = []
 
-    def write(eval_id: str) -> None:
+    def write_to_the_database() -> None:
         with engine.connect() as conn:
             for number in range(1, 121):
-                event = {"type": "evaluation:started", "eval_id": eval_id, "event_id": f"00000000-0000-4000-8000-{number:012}"}
+                event = {"type": "evaluation:started", "eval_id": "a", "event_id": f"00000000-0000-4000-8000-{number:012}"}
                 evaluations.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z"})])
-                committed[eval_id] = number
+                committed["a"] = number
+                if number in {40, 100}:
+                    valkey_server.kill()
+                elif number == 70:
+                    valkey_server.start()
 
-    def read(reader: int) -> int:
-        reads = 0
-        with httpx.Client(base_url=apis[reader % 2].url, headers={"X-API-Key": "read-key-0001"}) as client:
-            while not done.is_set():
-                for eval_id, at_least in list(committed.items()):
-                    answer = client.get(f"{E}/{eval_id}")
-                    version = answer.json()["version"] if answer.status_code == 200 else 0
-                    reads += 1
-                    if version < at_least:
-                        old.append((eval_id, version, at_least))
-        return reads
+    def write_to_a_service() -> None:
+        with httpx.Client(base_url=apis[0].url, headers={"X-API-Key": "both-key-0001"}, timeout=60) as client:
+            for number in range(1, 121):
+                answer = client.put(f"{E}/b", json={"status": "running", "metadata": {"number": number}})
+                assert answer.json()["version"] == number
+                committed["b"] = number
 
     with ThreadPoolExecutor(8) as pool:
-        readers = [pool.submit(read, number) for number in range(6)]
-        writers = [pool.submit(write, eval_id) for eval_id in committed]
-        for writer in writers:
-            writer.result()
-        done.set()
+        readers = [pool.submit(_read_until, done, apis[number % 2].url, committed, old) for number in range(6)]
+        try:
+            for writer in [pool.submit(write_to_the_database), pool.submit(write_to_a_service)]:
+                writer.result()
+        finally:
+            done.set()
         assert sum(reader.result() for reader in readers) > 100
     engine.dispose()
     assert old == []
     sources = "".join(api.nobody.get("/metrics").text for api in apis)
     assert all(f'source="{source}"' in sources for source in ("memory", "redis", "database"))
+    assert any("the cache is left alone" in api.log.read_text() for api in apis)
+
+
+def _read_until(done: threading.Event, url: str, committed: dict[str, int], old: list[tuple[str, int, int]]) -> int:
+    """Read; note down what is older than what was known to be committed before. Returns how many reads there were."""
+    reads = 0
+    with httpx.Client(base_url=url, headers={"X-API-Key": "read-key-0001"}, timeout=60) as client:
+        while not done.is_set():
+            for eval_id, at_least in list(committed.items()):
+                answer = client.get(f"{E}/{eval_id}")
+                version = answer.json()["version"] if answer.status_code == 200 else 0
+                reads += 1
+                if version < at_least:
+                    old.append((eval_id, version, at_least))
+    return reads
 
 
 class Reads(RuleBasedStateMachine):
