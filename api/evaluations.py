@@ -17,6 +17,7 @@ from api.rendering import json_response, rendered, url
 from api.service import Service, service_of
 from models.errors import EventIdReused, InvalidEvent
 from models.events import Event, identity
+from models.record import Fact
 from storage import conditional
 from storage.conditional import Given
 from storage.evaluations import Outcome, Stored
@@ -86,7 +87,7 @@ async def create(request: Request) -> Response:
         if wants_async(request.headers):
             return await accepted(service, await service.thread(read))
 
-        def work() -> tuple[Event, Outcome]:
+        def work() -> tuple[Event | Fact, Outcome]:
             given = read()
             return given.event, service.write(1, lambda conn, trace: conditional.create(conn, given, trace))
 
@@ -129,7 +130,7 @@ async def update(request: Request, eval_id: str) -> Response:
     return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
 
 
-def _check_references(service: Service, caller: Caller, event: Event) -> None:
+def _check_references(service: Service, caller: Caller, event: Event | Fact) -> None:
     if faults := uploads.faults(service, caller, [event])[0]:
         raise InvalidEvent(faults)
 
@@ -139,7 +140,7 @@ async def _attempt(service: Service, eval_id: str) -> int:
     return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
 
 
-async def _written(service: Service, caller: Caller, event: Event, outcome: Outcome, status: int) -> Response:
+async def _written(service: Service, caller: Caller, event: Event | Fact, outcome: Outcome, status: int) -> Response:
     service.metrics.events(outcome)
     if outcome == "reused":
         raise EventIdReused(event.eval_id, event.event_id)
@@ -194,6 +195,8 @@ def as_first_given(service: Service, given: Given) -> Event:
     What is stored at once finds that in the event log; what goes through the queue may not be there yet. Raises RedisOutage.
     """
     event = given.event
+    if isinstance(event, Fact):
+        raise TypeError("what goes through the queue is an event")
     if given.is_timed or event.occurred_at is None:
         return event
     occurred_at = service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)

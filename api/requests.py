@@ -11,6 +11,7 @@ from uuid_utils.compat import uuid7
 from models.errors import Fault, InvalidEvent
 from models.events import Event, check, decode, identity
 from models.record import canonical_json
+from models.wire import read_event
 from storage.conditional import Given
 
 MAX_LINES: Final = 10_000
@@ -115,15 +116,26 @@ def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
     return []
 
 
-def lines(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: int) -> list[Line]:
-    """The events of a batch, a JSON object a line, each checked by itself.
+def lines(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: int, *, facts: bool) -> list[Line]:
+    """The events of a batch, a JSON object a line, each checked by itself. With `facts` usual ones come as such, which takes a
+    tenth of the time.
 
     `eval_id`: the one of the path, which they may leave out. Raises InvalidEvent where there are too many or none.
     """
     found = [(number, text) for number, text in enumerate(body.split(b"\n"), 1) if text.strip()]
     if not 1 <= len(found) <= MAX_LINES:
         raise InvalidEvent([Fault("body", f"expected 1 to {MAX_LINES:,} events, a line each, not {len(found):,}")])
-    return [_line(number, text, eval_id, key, max_content_bytes) for number, text in found]
+    return [
+        (facts and _usual(number, text, eval_id, max_content_bytes)) or _line(number, text, eval_id, key, max_content_bytes)
+        for number, text in found
+    ]
+
+
+def _usual(number: int, text: bytes, eval_id: str | None, max_content_bytes: int) -> Line | None:
+    fact = read_event(text, max_content_bytes=max_content_bytes)
+    if fact is None or eval_id not in {None, fact.eval_id}:
+        return None
+    return Line(number, Given(fact, is_timed=True), fact.eval_id, fact.event_id)
 
 
 def _line(number: int, text: bytes, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:

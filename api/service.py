@@ -39,7 +39,8 @@ TURN_S: Final = 10.0
 WORK_S: Final = 60.0
 # Bodies above the first size are held in memory only a few at a time, above the second one at a time: until it is stored, the
 # content in it is there several times. The others wait with what they have.
-LARGE_BODY_BYTES, HUGE_BODY_BYTES: Final = 1024 * 1024, 16 * 1024 * 1024
+LARGE_BODY_BYTES: Final = 1024 * 1024
+HUGE_BODY_BYTES: Final = 16 * 1024 * 1024
 LARGE_BODIES: Final = 2
 # Uploads on their way to the object store at the same time: each holds some frames of 4 MiB. The others are not read meanwhile.
 UPLOADS: Final = 8

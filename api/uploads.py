@@ -20,6 +20,7 @@ from api.service import Service, service_of
 from models.content import Reference
 from models.errors import Fault, ObjectDamaged
 from models.events import CONTENT_FIELDS, Event
+from models.record import Fact
 from storage import grants, objects
 
 _Start = Callable[[Callable[[], Reference]], asyncio.Future[Reference]]
@@ -45,7 +46,7 @@ _DIGEST: Final = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
     openapi_extra={
         "parameters": [header("Content-Digest", "`sha-256=:BASE64:`; the upload is refused where it is another (RFC 9530).")],
         "requestBody": {
-            "required": True,
+            "required": False,  # no bytes are content too
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         },
     },
@@ -129,7 +130,7 @@ def _granted_for(service: Service) -> timedelta:
     return timedelta(days=service.settings.sweep_grace_days * _GRANTED_FOR)
 
 
-def faults(service: Service, caller: Caller, events: Sequence[Event | None]) -> list[tuple[Fault, ...]]:
+def faults(service: Service, caller: Caller, events: Sequence[Event | Fact | None]) -> list[tuple[Fault, ...]]:
     """Of each event, the references that the caller may not use. For a thread. Raises DatabaseOutage (retry)."""
     given = [_references(event) if event else {} for event in events]
     wanted = {reference for references in given for reference in references.values()}
@@ -142,9 +143,10 @@ def faults(service: Service, caller: Caller, events: Sequence[Event | None]) -> 
     ]
 
 
-def _references(event: Event) -> dict[str, Reference]:
-    names = [f"{kind}_ref" for kind in CONTENT_FIELDS[event.type]]
-    return {name: reference for name in names if (reference := getattr(event, name)) is not None}
+def _references(event: Event | Fact) -> dict[str, Reference]:
+    form = "{}" if isinstance(event, Fact) else "{}_ref"
+    given = {f"{kind}_ref": getattr(event, form.format(kind)) for kind in CONTENT_FIELDS[event.type]}
+    return {name: reference for name, reference in given.items() if isinstance(reference, Reference)}
 
 
 class _BrokenOff(Exception):

@@ -66,6 +66,9 @@ class _Cancelled(_Event, tag="evaluation:cancelled"):
     reason: _Text = None
 
 
+_Usual = _Queued | _Started | _Completed | _Failed | _TimedOut | _Cancelled
+
+
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
     """What our senders put there. What is said of a trace is for whoever follows it to check: the event is as good without."""
 
@@ -76,7 +79,7 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Message(msgspec.Struct):
     actor_name: Literal["store_evaluation"]
-    args: tuple[_Queued | _Started | _Completed | _Failed | _TimedOut | _Cancelled]
+    args: tuple[_Usual]
     queue_name: str
     message_id: str
     message_timestamp: int
@@ -86,6 +89,7 @@ class _Message(msgspec.Struct):
 
 _TYPES = {kind: str(kind.__struct_config__.tag) for kind in (_Queued, _Started, _Completed, _Failed, _TimedOut, _Cancelled)}
 _DECODER = msgspec.json.Decoder(_Message)
+_EVENT_DECODER: msgspec.json.Decoder[_Usual] = msgspec.json.Decoder(_Usual)
 
 
 def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | None = None) -> Fact | None:
@@ -97,7 +101,22 @@ def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | 
         message = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    event = message.args[0]
+    found = _fact(message.args[0], body, max_content_bytes)
+    if found is not None and carrier is not None and message.options.traceparent is not None:
+        carrier["traceparent"] = message.options.traceparent
+    return found
+
+
+def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
+    """The same of an event by itself, as HTTP clients send it: with its id and its time, and nothing that `check` refuses."""
+    try:
+        event = _EVENT_DECODER.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return _fact(event, body, max_content_bytes)
+
+
+def _fact(event: _Usual, body: bytes, max_content_bytes: int) -> Fact | None:
     # Content is at most as long as what it was escaped to; NUL is for content alone.
     if len(body) > max_content_bytes or b"\\u0000" in body:
         return None
@@ -118,8 +137,6 @@ def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | 
             error = None if event.error is None else event.error.encode()
             rest = (None, None, event.executor_id, event.container_id, None, event.exit_code, event.duration_ms)
             rest += (event.memory_bytes, None, None, output, error, None)
-    if carrier is not None and message.options.traceparent is not None:
-        carrier["traceparent"] = message.options.traceparent
     return Fact._make(head + rest)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from models.errors import EvalstoreError
 from models.events import Event
+from models.record import Fact
 from storage import database, evaluations
 from storage.evaluations import Outcome
 
@@ -21,7 +22,7 @@ from storage.evaluations import Outcome
 class Given(NamedTuple):
     """An event to store, and whether its sender said when it occurred. Where not, a repeat takes the time of the first."""
 
-    event: Event
+    event: Event | Fact
     is_timed: bool
 
 
@@ -59,8 +60,8 @@ def store(conn: Connection, given: Sequence[Given], traceparent: str | None = No
     return outcomes, stored
 
 
-def _at(event: Event, occurred_at: datetime | None) -> Event:
-    return event if occurred_at is None else event.model_copy(update={"occurred_at": occurred_at})
+def _at(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:
+    return event if occurred_at is None or isinstance(event, Fact) else event.model_copy(update={"occurred_at": occurred_at})
 
 
 _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"

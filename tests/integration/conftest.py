@@ -37,6 +37,7 @@ class Api:
             "EVALSTORE_READ_API_KEYS": f"{READ},{BOTH}",
             "EVALSTORE_WRITE_API_KEYS": f"{BOTH}, {WRITE}",
             "PYTHONPATH": str(ROOT),
+            "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),  # where what it counts is not added to that of others
             **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models.errors import InvalidEvent
-from models.events import decode, parse
+from models.events import check, decode, parse
 from models.record import Fact, fact
-from models.wire import read_fact
+from models.wire import read_event, read_fact
 
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
 REF = {"sha256": "0f" * 32, "size": 5, "encoding": "zstd"}
@@ -166,3 +166,8 @@ def test_it_gives_the_same_or_nothing(kind: str, changed: dict[str, Any], left_o
     if quick is not None:
         assert quick == thorough(body)
         assert repr(quick) == repr(thorough(body))
+
+    bare = json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    if (alone := read_event(bare, max_content_bytes=10**6)) is not None:
+        assert repr(alone) == repr(fact(check(decode(bare))))
+    assert changed or left_out or alone == quick is not None
