@@ -92,7 +92,7 @@ def of(error: Exception) -> Problem:
         case EventIdReused() | AlreadyQueued() | VersionChanged() | ObjectMissing() | ObjectDamaged():
             status, kind = _NAMED[type(error)]
             if status == 500:
-                log.error("%s: %s", type(error).__name__, error)
+                log.error("what is stored is not whole: %s: %s", type(error).__name__, error)
             return Problem(status, kind, str(error))
         case Outage():
             log.warning("%s: %s", type(error).__name__, error)

@@ -101,6 +101,7 @@ LOGS: Final = (
         ("method", "path", "status", "key_id", "request_id", "milliseconds"),
     ),
     Entry("answer_broken_off", "warning", "request %s: the answer broke off: %s: %s", ("request_id", "kind", "error")),
+    Entry("content_not_whole", "error", "what is stored is not whole: %s: %s", ("kind", "error")),
     Entry("request_outage", "warning", "%s: %s", ("kind", "error")),
     Entry("unexpected_error", "error", "unexpected error"),
     Entry("records_without_objects", "warning", "records are shown without what is in the object store: %s", ("error",)),
