@@ -112,19 +112,23 @@ class Consumer(DramatiqConsumer):
         places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
         places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes]
         number, process = self.broker.fetches[self.queue_name] + 1, self.broker.process
-        suspects, next_due_ms, *found = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
+        suspects, next_due_ms, ids = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
         self._suspects_wait = suspects > 0
         self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
-        return self._taken(number, found)
+        bodies: list[Any] = self.broker.client.hmget(keys.bodies, ids) if ids else []
+        if gone := [redis_id for redis_id, body in zip(ids, bodies, strict=True) if body is None]:
+            self.broker.run("settle", [self.unacked, keys.bodies, keys.deaths], *gone)
+        return self._taken(number, {one: body for one, body in zip(ids, bodies, strict=True) if body is not None})
 
     def _fetch_suspects(self) -> list[tuple[bytes, bytes]]:
         places = [self.keys.suspects, self.keys.bodies, self.unacked, self.keys.processes]
         number = self.broker.fetches[self.queue_name] + 1
-        return self._taken(number, self.broker.run("fetch_suspects", places, number, self.broker.process))
+        found = self.broker.run("fetch_suspects", places, number, self.broker.process)
+        return self._taken(number, dict(zip(found[::2], found[1::2], strict=True)))
 
-    def _taken(self, number: int, found: list[Any]) -> list[tuple[bytes, bytes]]:
+    def _taken(self, number: int, found: dict[Any, Any]) -> list[tuple[bytes, bytes]]:
         """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
-        bodies = {_as_bytes(found[i]): _as_bytes(found[i + 1]) for i in range(0, len(found), 2)}
+        bodies = {_as_bytes(redis_id): _as_bytes(body) for redis_id, body in found.items()}
         new = self.broker.hold.take(self.queue_name, bodies)
         self.broker.fetches[self.queue_name] = number
         return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]

@@ -1,4 +1,5 @@
--- Take messages from the head of a queue into a process's unacknowledged set, and return them.
+-- Take messages from the head of a queue into a process's unacknowledged set, and return their ids. The messages are asked for
+-- afterwards: through a script each would be copied twice more.
 --
 -- KEYS  1 queue     list  ids, the next to be fetched first         <namespace>:<queue>
 --       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
@@ -8,9 +9,9 @@
 --       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
 --       8 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
 -- ARGV  1 number of this fetch, 2 most messages, 3 most bytes, 4 process
--- Returns { suspects waiting, ms until the next delayed one is due or -1, id, message, id, message, ... }.
+-- Returns { suspects waiting, ms until the next delayed one is due or -1, { id, id, ... } }.
 --
--- A client that lost the answer asks again with the same number and is given the same messages. Every path begins with a write
+-- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids. Every path begins with a write
 -- that frees or moves, so that a full server can be drained.
 
 local first, most = tonumber(ARGV[1]) * 65536, tonumber(ARGV[2])
@@ -67,15 +68,5 @@ if #ids == 0 then
     end
 end
 
-for i = 1, #ids, 4000 do
-    local chunk = { unpack(ids, i, math.min(i + 3999, #ids)) }
-    for place, body in ipairs(redis.call("HMGET", KEYS[2], unpack(chunk))) do
-        if body then
-            answer[#answer + 1] = chunk[place]
-            answer[#answer + 1] = body
-        else
-            redis.call("ZREM", KEYS[3], chunk[place])
-        end
-    end
-end
+answer[3] = ids
 return answer
