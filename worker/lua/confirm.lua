@@ -20,15 +20,18 @@ local known_ms, known_sequence = tonumber(ARGV[1]), tonumber(ARGV[2])
 if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
+local id
 for i = 4, #ARGV, 2 do
     local kind = string.match(ARGV[i], '"type":"([^"]+)"')
-    local id
     if ARGV[i + 1] == "" then
-        id = redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i])
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i])
     else
-        id = redis.call("XADD", KEYS[1], "MINID", "~", ARGV[3], "*", "confirmation", ARGV[i], "traceparent", ARGV[i + 1])
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i], "traceparent", ARGV[i + 1])
     end
-    ms, sequence = parts(id)
     redis.call("PUBLISH", kind, ARGV[i])
+end
+if id then
+    ms, sequence = parts(id)
+    redis.call("XTRIM", KEYS[1], "MINID", "~", ARGV[3])  -- once: with each entry it is a quarter of the time
 end
 return { ms, sequence, 1 }
