@@ -4,6 +4,7 @@ Where a message is, is what Redis says: in the queue, in a process's unacknowled
 that dies leaves its set to the others; one that lives compares its set with what it holds, and gives back the difference.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,9 @@ class Broker(SendingBroker):
 
     def boot(self, worker: Worker) -> None:
         """Begin to live, under a new name."""
+        # A batch makes objects by the ten thousand, and no circles: to look for some after each 700 took a tenth of the time.
+        gc.freeze()
+        gc.set_threshold(100_000, 10, 10)
         self.process = process_name()
         self.hold.open()
         self._vitals = Vitals(self, worker)
