@@ -243,15 +243,15 @@ def _log(cursor: psycopg.Cursor[Any], facts: list[Fact]) -> None:
 
 def _without_large(one: Fact, contents: list[tuple[Any, ...]]) -> Fact:
     """`one` without content that is large or an object; rows for that are added to `contents`."""
-    large = {
-        kind: data
+    large = [
+        (kind, data)
         for kind, data in zip(_CONTENTS, _contents(one), strict=True)
         if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
-    }
+    ]
     if not large:
         return one
-    contents += [(*one[:2], kind, one.occurred_at, *_where(data)) for kind, data in large.items()]
-    nothing: dict[str, Any] = dict.fromkeys(large)
+    contents += [(*one[:2], kind, one.occurred_at, *_where(data)) for kind, data in large]
+    nothing: dict[str, Any] = dict.fromkeys(kind for kind, _ in large)
     return one._replace(**nothing)
 
 
@@ -283,13 +283,11 @@ def _digest(data: bytes | Reference | None) -> bytes | None:
 
 def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
     """How many of the `new` events end an attempt that another event ended before."""
-    ended = {one.attempt for one in before if one.type in ENDINGS}
-    conflicts = 0
-    for one in new:
-        if one.type in ENDINGS:
-            conflicts += one.attempt in ended
-            ended.add(one.attempt)
-    return conflicts
+    endings = [one.attempt for one in new if one.type in ENDINGS]
+    if not endings:
+        return 0
+    before_that = {one.attempt for one in before if one.type in ENDINGS}
+    return len(endings) - len(set(endings) - before_that)
 
 
 def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[dict[str, Any]]:
@@ -300,7 +298,7 @@ def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> li
             "eval_id": eval_id,
             "version": state.version,
             "status": state.status,
-            "event_ids": [str(facts[position].event_id) for position in written.new[eval_id]],
+            "event_ids": [facts[position].event_id for position in written.new[eval_id]],
             "recorded_at": recorded_at,
         }
         for eval_id, state in written.states.items()

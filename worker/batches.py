@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from dramatiq import Message
@@ -19,8 +19,7 @@ from models.events import decode
 REDRIVEN = b"dead-letter:"
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One message as it was fetched."""
 
     redis_id: bytes
