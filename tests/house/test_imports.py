@@ -6,15 +6,17 @@ import sys
 IMPORT = """
 import sys, time
 before = time.process_time()
-from tasks import store_evaluation, store_evaluations
+{}
 print(time.process_time() - before)
 print(*sys.modules)
 """
+OURS = "from tasks import store_evaluation, store_evaluations"
 
 
-def imported() -> tuple[float, set[str]]:
-    """How long importing `tasks` takes a clean interpreter, in seconds of its own, and the packages that are loaded then."""
-    done = subprocess.run([sys.executable, "-I", "-c", IMPORT], check=True, capture_output=True, text=True, cwd="/")
+def imported(what: str = OURS) -> tuple[float, set[str]]:
+    """How long importing that takes a clean interpreter, in seconds of its own, and the packages that are loaded then."""
+    command = [sys.executable, "-I", "-c", IMPORT.format(what)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
     seconds, modules = done.stdout.splitlines()
     return float(seconds), {name.partition(".")[0] for name in modules.split()}
 
@@ -45,4 +47,7 @@ def test_importing_tasks_takes_less_than_200_ms() -> None:
         taken.append(imported()[0])
         if taken[-1] < 0.2:
             return
-    raise AssertionError(f"the best of {len(taken)} took {min(taken) * 1000:.0f} ms")
+    # Or it is so slow that what any Dramatiq gateway imports takes most of that.
+    others = min(imported("import dramatiq, pydantic")[0] for _ in range(10))
+    assert others > 0.1, f"the best of {len(taken)} took {min(taken) * 1000:.0f} ms"
+    assert min(taken) < 2 * others
