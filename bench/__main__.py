@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,9 +18,10 @@ import redis
 from bench import measure, report
 from bench.collector import collecting
 from bench.place import ROOT, Place
+from bench.scraper import scraping
 from bench.sides import SIDES, Shape, Side
 
-MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory", "tracing")
+MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory", "tracing", "watching")
 
 
 class Sizes(NamedTuple):
@@ -148,6 +150,24 @@ class Run:
                     found[name].append(vars(done))
                     self.say(f"round {number + 1}, traces {name}: {_told(done)}")
         self.found["tracing"] = found
+
+    def watching(self) -> None:
+        """The storing rate with metrics, which somebody asks for each second, and logs; and without both."""
+        side, found = SIDES["evalstore"], dict[str, list[dict[str, Any]]](off=[], on=[])
+        bare = replace(
+            side, command=lambda shape: [*side.command(shape)[:2], "bench.sides.uncounted", *side.command(shape)[3:]]
+        )
+        with scraping() as environment:
+            for number in range(self.sizes.rounds):
+                for name in ("off", "on") if number % 2 else ("on", "off"):
+                    self.place.more = environment if name == "on" else {"EVALSTORE_METRICS_PORT": "0"}
+                    try:
+                        done = self._drained(side if name == "on" else bare, self.shapes[side.name], 300 + number)
+                    finally:
+                        self.place.more = {}
+                    found[name].append(vars(done))
+                    self.say(f"round {number + 1}, metrics and logs {name}: {_told(done)}")
+        self.found["watching"] = found
 
     def stored(self) -> None:
         side, found, before = SIDES["evalstore"], [], 0

@@ -159,6 +159,13 @@ def _more(found: dict[str, Any]) -> str:
         ]
         for name, each in found.get("tracing", {}).items()
     ]
+    rows += [
+        [
+            f"metrics and logs {name}; {_cpu_us(each):.1f} µs of processor time an event",
+            f"{statistics.median(one['events_per_s'] for one in each):,.0f}",
+        ]
+        for name, each in found.get("watching", {}).items()
+    ]
     return f"evalstore in other situations:\n\n{_markdown(['', 'events/s'], rows)}" if rows else ""
 
 

@@ -1,0 +1,21 @@
+"""evalstore without counting, liveness and log lines: what these cost is the difference. `dramatiq bench.sides.uncounted`."""
+
+import logging
+from typing import Any
+
+from tasks.ledger import Ledger
+from worker.metrics import Metrics
+
+
+def _nothing(*_given: Any, **_more: Any) -> None:
+    pass
+
+
+for _owner, _names in ((Ledger, ("add", "set", "observe", "due", "watch_thread")), (Metrics, ("stored", "buried", "lost"))):
+    for _name in _names:
+        setattr(_owner, _name, _nothing)
+logging.disable(logging.ERROR)
+
+from worker import tasks  # noqa: E402
+
+broker = tasks.broker
