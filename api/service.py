@@ -232,6 +232,8 @@ class Service:
             self._stamp_conn.close()
         self._engine.dispose()
         self.stores.close()
+        if "objects" in self.__dict__:  # was opened
+            self.objects.close()
         self.export_engine.dispose()
         self.redis.close()
 

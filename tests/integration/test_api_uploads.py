@@ -4,9 +4,11 @@ import base64
 import hashlib
 import json
 import os
+import random
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 
 from models.content import Reference
 from models.settings import Settings
-from storage import objects
+from storage import archive, database, objects
+from storage.archive import Archive
 
 E, C = "/storage/evaluations", "/storage/content"
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -175,6 +178,43 @@ def test_clients_that_go_away_while_they_upload_leave_nothing_behind(
     eventually(lambda: process.num_fds() <= files + 1, what="an end of the connections")
     assert process.num_threads() <= threads + 8  # of those that upload, which stay
     # Nor does what they had sent count as an error of the service.
+    assert "Traceback" not in api.log.read_text()
+
+
+def test_a_hundred_mib_are_read_in_any_range_before_and_after_they_were_archived(
+    start_api: Callable[..., Any], tmp_path: Path, folder: Path, database_url: str, eventually: Callable[..., None]
+) -> None:
+    given = {"EVALSTORE_OBJECT_STORE_URL": folder.as_uri(), "EVALSTORE_ARCHIVE_URL": (tmp_path / "archive").as_uri()}
+    api = start_api(**given)
+    data = b"".join(os.urandom(700_000) + b"a line of output\n" * 20_513 for _ in range(100))  # of which a part compresses
+    assert len(data) > 100 * MIB
+    data = data[: 100 * MIB]
+    reference = api.both.post(C, content=data).json()
+    ended = {"status": "completed", "exit_code": 0, "output_ref": reference}
+    assert api.both.put(f"{E}/e", json=ended).json()["output_size"] == len(data)
+    process = psutil.Process(api.pid)
+    picked = random.Random(1)  # noqa: S311 - the same at every run
+
+    def check_ranges() -> None:
+        spans = [(first, first + picked.randrange(3 * MIB)) for first in (picked.randrange(len(data)) for _ in range(8))]
+        for first, last in [(0, 0), (len(data) - 1, len(data)), (4 * MIB - 1, 4 * MIB), *spans]:
+            part = api.read.get(f"{E}/e/output", headers={"Range": f"bytes={first}-{last}"})
+            assert (part.status_code, part.content == data[first : last + 1]) == (206, True), (first, last)
+        assert api.read.get(f"{E}/e/output", headers={"Range": "bytes=-5"}).content == data[-5:]
+
+    check_ranges()
+    engine = database.engine(database_url)
+    with engine.connect() as conn:
+        assert archive.run_once(conn, Archive.of(Settings.from_environment(given)), datetime.now(UTC)).moved == 1
+    engine.dispose()
+    check_ranges()
+    files = process.num_fds()
+    for _ in range(20):  # clients that go away in mid-stream
+        with api.read.stream("GET", f"{E}/e/output") as answer:
+            next(answer.iter_raw())
+    eventually(lambda: process.num_fds() <= files + 1, what="an end of what they were reading")
+    assert process.num_threads() < 60  # and none that reads ahead for nobody
+    assert api.read.get(f"{E}/e/output").content == data
     assert "Traceback" not in api.log.read_text()
 
 
