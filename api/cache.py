@@ -32,6 +32,7 @@ class Rendered(NamedTuple):
 
     stamp: str
     body: bytes
+    lacks: bool = False  # some content that cannot be read for now: not to be kept
 
     @property
     def version(self) -> int:
@@ -135,7 +136,7 @@ class Records:
 
     def _loaded(self, eval_id: str, stamp: str, task: asyncio.Task[Rendered | None]) -> None:
         del self._loads[eval_id, stamp]
-        if not task.cancelled() and task.exception() is None and (record := task.result()) is not None:
+        if not task.cancelled() and task.exception() is None and (record := task.result()) is not None and not record.lacks:
             self._memory.put(eval_id, record)
 
     def _stamp(self, eval_id: str) -> asyncio.Future[str | None]:

@@ -117,8 +117,9 @@ class Service:
         if record is None:
             return None
         made = rendered(record)
-        if all(part.where is None for part in record.contents.values()):
-            shared.put(eval_id, made)
+        if any(part.where is not None for part in record.contents.values()):
+            return made._replace(lacks=True)
+        shared.put(eval_id, made)
         return made
 
     def load(self, eval_id: str) -> Shown | None:

@@ -196,7 +196,7 @@ def test_damage_in_the_database_is_told_too(engine: Engine, stores: Stores, data
 @pytest.mark.parametrize("given", ["file"], indirect=True)
 @pytest.mark.usefixtures("stored")
 def test_while_the_object_store_is_away_records_are_shown_without_what_is_there(
-    given: Json, tmp_path: Path, start_api: Callable[..., Any]
+    given: Json, tmp_path: Path, start_api: Callable[..., Any], eventually: Callable[..., None]
 ) -> None:
     (tmp_path / "objects").rename(tmp_path / "away")
     api = start_api(**given)
@@ -208,3 +208,5 @@ def test_while_the_object_store_is_away_records_are_shown_without_what_is_there(
     assert (said.returncode, json.loads(said.stdout)["error_size"]) == (0, len(SMALL))
     assert b"shown without" in said.stderr
     assert get(given, "objects", "--error").returncode == 7
+    (tmp_path / "away").rename(tmp_path / "objects")  # and no cache keeps what was shown without
+    eventually(lambda: api.read.get(f"{E}/objects").json()["error"] == SMALL.decode(), within_s=20)
