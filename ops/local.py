@@ -62,10 +62,14 @@ def _service(folder: Path) -> dict[str, str]:
     }
 
 
-def _metrics_ports() -> dict[str, str]:
-    """Where metrics are answered: at the usual ports, if they are free and nothing else was asked for."""
-    usual = {"EVALSTORE_METRICS_PORT": 9191, "EVALSTORE_SCHEDULER_METRICS_PORT": 9192}
-    return {name: os.environ.get(name) or str(free_port(port)) for name, port in usual.items()}
+def _metrics_ports(folder: Path) -> dict[str, str]:
+    """Where metrics are answered: at the usual ports, or those of before, if they are free and nothing else was asked for."""
+    kept = folder / "metrics"
+    ports = kept.read_text().split() if kept.exists() else ["9191", "9192"]
+    names = ("EVALSTORE_METRICS_PORT", "EVALSTORE_SCHEDULER_METRICS_PORT")
+    found = {name: os.environ.get(name) or str(free_port(int(port))) for name, port in zip(names, ports, strict=True)}
+    write_private(kept, " ".join(found.values()))
+    return found
 
 
 def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
@@ -151,7 +155,7 @@ class Local:
             "EVALSTORE_DATABASE_URL": self.postgres.url(),
             "EVALSTORE_REDIS_URL": self.valkey.url(),
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
-            **_metrics_ports(),
+            **_metrics_ports(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
         }
         self.objects.mkdir(mode=0o700, exist_ok=True)
