@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 from typing import Any, Final
@@ -55,14 +56,24 @@ class Scheduler:
     def tick(self) -> None:
         """periodiq's loop has come to a job that is due."""
         if self._ledger is None:
-            layout = Layout(counted_by("scheduler"), {})
-            self._ledger = Ledger(layout)
-            group = _join("scheduler", self._ledger)
-            self._ledger.watch_thread("schedule")
-            threading.Thread(target=self._beat, args=(self._ledger,), name="evalstore-beat", daemon=True).start()
-            if group and settings().scheduler_metrics_port:
-                exposition.start("scheduler", group, layout, settings().scheduler_metrics_port)
+            # The alarm that wakes periodiq must reach its own thread: another one that is given it wakes nobody, and one may be
+            # given it when the process goes on after it was stopped. Threads inherit what is blocked here.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                self._ledger = self._begin()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._ledger.due(_TICK_S)
+
+    def _begin(self) -> Ledger:
+        layout = Layout(counted_by("scheduler"), {})
+        ledger = Ledger(layout)
+        group = _join("scheduler", ledger)
+        ledger.watch_thread("schedule")
+        threading.Thread(target=self._beat, args=(ledger,), name="evalstore-beat", daemon=True).start()
+        if group and settings().scheduler_metrics_port:
+            exposition.start("scheduler", group, layout, settings().scheduler_metrics_port)
+        return ledger
 
     @staticmethod
     def _beat(ledger: Ledger) -> None:

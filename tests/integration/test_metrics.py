@@ -15,13 +15,21 @@ from uuid import UUID
 import pytest
 import redis
 
+from models.logs import LOGS
 from models.metrics import METRICS, TYPES
 from ops.servers import Postgres, Valkey
 from storage.migrations import upgrade
 from tests.integration.watched import SCHEDULER, STICKING, WORKER, Seen, Watched
+from tests.integration.watched import seen as read
 
 Start = Callable[..., Watched]
 Eventually = Callable[..., None]
+# As `uvicorn --workers 2` does, at the port that the test knows.
+TWO_SERVICES = """
+import os, uvicorn
+if __name__ == "__main__":
+    uvicorn.run("api.app:app", host="127.0.0.1", port=int(os.environ["EVALSTORE_API_PORT"]), workers=2)
+"""
 EVENTS = "evalstore_events_total"
 
 
@@ -91,7 +99,7 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     send(redis_url, *(queued(number) for number in range(200)))
     worker.until(lambda seen: seen(EVENTS, outcome="applied", type="evaluation:queued") == 200, **settled)
     send(redis_url, *(queued(number) for number in range(7)))  # once more
-    send(redis_url, queued(3, code="another"), *(queued(number, surprise=1, eval_id="") for number in range(36)))
+    send(redis_url, queued(3, code="another-code"), *(queued(number, surprise=1, eval_id="") for number in range(36)))
     send(redis_url, ended(1, 1, type="evaluation:completed", exit_code=0), ended(1, 2, type="evaluation:failed", error="no"))
 
     def is_counted(seen: Seen) -> bool:
@@ -144,8 +152,19 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     seen = worker.until(lambda seen: seen("evalstore_redriven_letters_total", outcome="died") == 39, **settled)
     assert seen("evalstore_redrives_running") == 0
     seen = worker.until(lambda seen: seen.total("evalstore_job_runs_total", outcome="ok") >= 3, **settled)
+    check_log(worker.log.read_text())
     assert time.time() - (seen("evalstore_job_last_success_timestamp_seconds", job="relay_confirmations") or 0) < 120
     assert 0 < (seen("evalstore_job_next_run_timestamp_seconds", job="relay_confirmations") or 0) - time.time() <= 60
+
+
+def check_log(log: str) -> None:
+    """JSON but for what Dramatiq's master says; dead letters are named, and nothing is told of what they hold."""
+    lines = [json.loads(line) for line in log.splitlines() if not line.startswith("[")]
+    told = [line for line in lines if line["event"] == "dead_letter"]
+    assert {"InvalidEvent", "EventIdReused"} <= {line["error_class"] for line in told}
+    assert {line["eval_id"] for line in told if line["error_class"] == "EventIdReused"} == {"e3"}
+    assert {line["event"] for line in lines} <= {entry.name for entry in LOGS} | {"library"}
+    assert "another-code" not in log
 
 
 def check_list(seen: Seen, sources: set[str]) -> None:
@@ -177,7 +196,7 @@ def test_a_server_that_is_stopped_or_frozen_shows_and_nothing_else_does(
             assert seen("evalstore_server_up", server=still) == 1
             assert seen.seconds < 5
             held = {"redis": "evalstore_consumers", "postgresql": "evalstore_confirmations_pending"}
-            assert seen.total(held[still]) == {"redis": 2, "postgresql": 0}[still]
+            assert seen.total(held[still]) == {"redis": 4, "postgresql": 0}[still]  # two processes, two queues
             assert held[name] not in seen.types
         assert evalstore("health", "--ready", **servers).returncode == 7
 
@@ -232,8 +251,11 @@ def test_what_is_stuck_shows_within_half_a_minute(
     eventually(
         lambda: evalstore("health", "--live", "--of", "scheduler", **runtime).returncode == 1, within_s=30, what="and its"
     )
+    scheduled = scheduler.log.read_text().count("Scheduling")
+    eventually(lambda: time.time() % 60 < 30, within_s=31, what="the time of a tick, which it sleeps through")
     for process in frozen:
         process.send_signal(SIGCONT)
+    eventually(lambda: scheduler.log.read_text().count("Scheduling") > scheduled, within_s=20, what="that tick, late")
     for one in (worker, scheduler):
         eventually(lambda one=one: one.health("live") == 200, within_s=20, what="that it goes on")
 
@@ -265,3 +287,29 @@ def test_a_taken_port_is_a_warning_and_storing_goes_on(
 def _is_stored(database_url: str) -> bool:
     found = evalstore("get", "e1", EVALSTORE_DATABASE_URL=database_url)
     return found.returncode == 0
+
+
+def test_the_services_processes_count_together(start_api: Callable[..., Any], eventually: Eventually) -> None:
+    api = start_api(command=("-c", TWO_SERVICES))
+    created = [api.both.post("/storage/evaluations", json={"eval_id": f"e{number}", "code": "c"}) for number in range(20)]
+    assert {answer.status_code for answer in created} == {201}
+    for status in ("completed", "failed"):
+        body = {"status": status, "exit_code": 0} if status == "completed" else {"status": status, "error": "no"}
+        assert api.both.put("/storage/evaluations/e1", json=body).status_code == 200
+    for _ in range(30):  # each over a connection of its own, which goes to either process
+        with api.client("both-key-0001") as client:
+            assert client.get("/storage/evaluations/e2").status_code == 200
+    assert api.nobody.get("/storage/evaluations/e2").status_code == 401
+
+    scraped = read(api.nobody.get("/metrics"))
+    check_list(scraped, {"api", "any"})
+    record, requests = "/storage/evaluations/{eval_id}", "evalstore_http_requests_total"
+    assert scraped(requests, method="POST", route="/storage/evaluations", status="201") == 20
+    assert scraped(requests, method="PUT", route=record, status="200") == 2
+    assert scraped(requests, method="GET", route=record, status="200") == 30
+    assert scraped(requests, method="GET", route=record, status="401") == 1
+    assert scraped("evalstore_http_request_duration_seconds_count", method="GET", route=record) == 31
+    assert scraped("evalstore_http_events_total", outcome="applied") == 22
+    assert scraped("evalstore_conflicting_results_total") == 1
+    assert scraped.total("evalstore_http_record_reads_total") >= 30
+    eventually(lambda: read(api.nobody.get("/metrics"))("evalstore_processes", role="api", state="live") == 2, what="both")
