@@ -34,18 +34,17 @@ def collecting() -> Iterator[dict[str, str]]:
             port = process.stdout.readline().strip() if process.stdout else ""
             yield {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
         finally:
-            process.send_signal(signal.SIGINT)
-            if not process.communicate()[0].strip("0\n"):
+            process.terminate()
+            if not process.communicate(timeout=20)[0].strip("0\n"):
                 raise RuntimeError("no traces were sent")
 
 
 def main() -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        print(server.server_port, flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print(_Handler.received)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print(_Handler.received)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    print(server.server_port, flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

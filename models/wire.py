@@ -92,18 +92,20 @@ _DECODER = msgspec.json.Decoder(_Message)
 _EVENT_DECODER: msgspec.json.Decoder[_Usual] = msgspec.json.Decoder(_Usual)
 
 
-def read_fact(body: bytes, *, max_content_bytes: int, carrier: dict[str, Any] | None = None) -> Fact | None:
+def read_fact(
+    body: bytes, *, max_content_bytes: int, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b""
+) -> Fact | None:
     """The event in a message of `store_evaluation`, if it is a usual one in all respects.
 
-    Into `carrier` goes what the message says of its trace, unchecked: its `traceparent`.
+    Into `traceparents`, if that is given, goes what the message says of its trace, unchecked, under its `redis_id`.
     """
     try:
         message = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     found = _fact(message.args[0], body, max_content_bytes)
-    if found is not None and carrier is not None and message.options.traceparent is not None:
-        carrier["traceparent"] = message.options.traceparent
+    if found is not None and traceparents is not None and message.options.traceparent is not None:
+        traceparents[redis_id] = message.options.traceparent
     return found
 
 

@@ -124,14 +124,11 @@ class Store:
         events: list[Pair] = []
         referring: list[Pair] = []
         most, started = settings().max_content_bytes, time.perf_counter()
-        carriers = tracing.carriers()
+        traces = tracing.traceparents()
         for delivery in deliveries:
-            carrier: dict[str, Any] | None = None
-            if carriers is not None:
-                carrier = carriers[delivery.redis_id] = {}
             try:
-                usual = read_fact(delivery.body, max_content_bytes=most, carrier=carrier)
-                event = usual or unusual_fact(delivery.body, carrier)
+                usual = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
+                event = usual or unusual_fact(delivery.body, traces, delivery.redis_id)
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
                 continue
@@ -270,11 +267,11 @@ def fact_of(body: bytes) -> Fact:
     return read_fact(body, max_content_bytes=settings().max_content_bytes) or unusual_fact(body)
 
 
-def unusual_fact(body: bytes, carrier: dict[str, Any] | None = None) -> Fact:
-    """The same, the thorough way: of whatever `read_fact` leaves alone. Into `carrier` goes what is said of the trace."""
+def unusual_fact(body: bytes, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b"") -> Fact:
+    """The same, the thorough way: of whatever `read_fact` leaves alone. What is said of the trace goes where it does there."""
     message = read(body)
-    if carrier is not None:
-        carrier.update(message.options)
+    if traceparents is not None:
+        traceparents[redis_id] = message.options.get("traceparent")
     if message.actor_name != ACTOR:
         raise ActorNotFound(message.actor_name)
     if len(message.args) != 1 or message.kwargs or not isinstance(message.args[0], dict):

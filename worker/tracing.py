@@ -50,10 +50,10 @@ def processing(batch: Batch) -> Iterator[None]:
         spans.end()
 
 
-def carriers() -> dict[bytes, dict[str, Any]] | None:
+def traceparents() -> dict[bytes, Any] | None:
     """Where to put what each message of the batch says of its trace."""
     spans = _batch.get()
-    return None if spans is None else spans.carriers
+    return None if spans is None else spans.traceparents
 
 
 def transaction(events: int) -> AbstractContextManager[None]:
@@ -65,7 +65,7 @@ def transaction(events: int) -> AbstractContextManager[None]:
 def trace_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[int], str | None] | None:
     """What `evaluations.store` asks for the trace that a confirmation goes on in."""
     spans = _batch.get()
-    return None if spans is None else lambda at: spans.traceparent(events[at][0].redis_id)
+    return None if spans is None else spans.trace_of(events)
 
 
 def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from worker.spans import context_of, traceparent_of
+from worker.spans import below, sender, senders
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00", f"00-{TRACE}-{SPAN}-ff", f"cc-{TRACE}-{SPAN}-01-what-follows"]
@@ -36,8 +36,8 @@ def by_opentelemetry(traceparent: str) -> tuple[bytes, bytes, bool] | None:
 
 
 def by_us(traceparent: Any) -> tuple[bytes, bytes, bool] | None:
-    context = context_of({"traceparent": traceparent})
-    return context and (context[0], context[2], context[3])
+    found = sender(traceparent)
+    return None if found is None else (found[1:17], found[17:25], bool(found[25] & 1))
 
 
 @pytest.mark.parametrize("traceparent", GOOD)
@@ -58,10 +58,18 @@ def test_it_is_never_believed_where_opentelemetry_does_not(traceparent: str) -> 
     assert by_us(traceparent) == by_opentelemetry(traceparent)
 
 
+def test_many_at_once_are_read_as_each_by_itself() -> None:
+    many = [f"00-{2**127 + number:032x}-{2**63 + number:016x}-01" for number in range(100)]
+    assert senders(many) == [sender(one) for one in many]
+    assert None not in senders(many)
+    for bad in BAD:
+        assert senders([*many, bad]) == [*map(sender, many), None]
+    assert senders([]) == []
+
+
 def test_a_trace_goes_on_below_our_span_or_as_it_came() -> None:
-    sampled: dict[str, Any] = {"traceparent": GOOD[0]}
-    context = context_of(sampled)
-    assert context
-    assert traceparent_of(sampled) == f"00-{TRACE}-{context[1].hex()}-01"
-    assert traceparent_of({"traceparent": GOOD[1]}) == GOOD[1]
-    assert traceparent_of({"traceparent": "nonsense"}) is None
+    sampled, unsampled = sender(GOOD[0]), sender(GOOD[1])
+    assert sampled
+    assert unsampled
+    assert below(sampled, b"\1" * 8) == f"00-{TRACE}-{'01' * 8}-01"
+    assert below(unsampled, b"\1" * 8) == GOOD[1]

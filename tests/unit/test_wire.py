@@ -92,13 +92,13 @@ def test_an_unusual_envelope_is_left_to_the_thorough_way(changed: dict[str, Any]
 
 @pytest.mark.parametrize("traceparent", [f"00-{'ab' * 16}-{'cd' * 8}-01", "nonsense", 5, ["x"], None], ids=str)
 def test_a_message_with_a_trace_is_read_quickly_whatever_is_wrong_with_the_trace(traceparent: object) -> None:
-    carrier: dict[str, Any] = {}
+    found: dict[bytes, Any] = {}
     options = {"redis_message_id": "r", "traceparent": traceparent, "tracestate": "a=b"}
 
-    quick = read_fact(message(usual("started"), options=options), max_content_bytes=10**6, carrier=carrier)
+    quick = read_fact(message(usual("started"), options=options), max_content_bytes=10**6, traceparents=found, redis_id=b"r")
 
     assert quick == thorough(message(usual("started")))
-    assert carrier == ({} if traceparent is None else {"traceparent": traceparent})
+    assert found == ({} if traceparent is None else {b"r": traceparent})
 
 
 def test_content_that_may_be_too_large_is_left_to_the_thorough_way() -> None:
