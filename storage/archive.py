@@ -6,9 +6,8 @@ run finds it and uses it, or the sweep takes it. The copy in a directory is left
 it there a moment ago, and its event may still be on the way.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
@@ -163,8 +162,7 @@ def run_once(
             for row in _rows(conn, query, values(archive, now)):
                 if not go_on():
                     return done
-                with claimed(conn, row) as is_ours:
-                    outcome = _try(conn, archive, row, now, watch) if is_ours else None
+                outcome = _try(conn, archive, row, now, watch)
                 if outcome is None:
                     continue
                 progress = True
@@ -185,44 +183,37 @@ def _rows(conn: Connection, query: str, given: dict[str, Any]) -> list[Row]:
         return [Row(*row) for row in cursor.execute(query.encode(), given)]
 
 
-_CLAIM: Final = "SELECT pg_try_advisory_lock(%s)"
-_UNCLAIM: Final = "SELECT pg_advisory_unlock(%s)"
+# Held for as long as its transaction: whoever dies lets go. For the time of an upload nothing is said to the server.
+_PATIENCE: Final = "SET LOCAL idle_in_transaction_session_timeout = '15min'"
+_CLAIM: Final = """
+SELECT store FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s AND sha256 = %s FOR NO KEY UPDATE SKIP LOCKED
+"""
 
 
-@contextmanager
-def claimed(conn: Connection, row: Row) -> Iterator[bool]:
-    """Whether this content is ours for now, and nobody else's. The lock goes with the connection, and holds no transaction."""
-    key = [int.from_bytes(hashlib.sha256(b"evalstore:archive:" + row.sha256).digest()[:8], signed=True)]
-    with database.errors(), conn.begin():
-        ((is_ours,),) = database.driver(conn).execute(_CLAIM, key).fetchall()
-    try:
-        yield is_ours
-    finally:
-        if is_ours:
-            with database.errors(), conn.begin():
-                database.driver(conn).execute(_UNCLAIM, key)
+def claim(cursor: psycopg.Cursor[Any], row: Row) -> bool:
+    """Lock a row that is to change its place, unless another does or has done that; until the end of the transaction."""
+    cursor.execute(_PATIENCE)
+    return cursor.execute(_CLAIM, [*row[:3], row.sha256]).fetchone() == (row.store,)
 
 
-_STILL: Final = "SELECT store FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s AND sha256 = %s"
 _POINT: Final = """
 UPDATE contents SET store = %s, encoding = %s, data = NULL, failures = 0, failure = NULL, retry_at = NULL
-WHERE eval_id = %s AND event_id = %s AND kind = %s AND sha256 = %s AND store IS NOT DISTINCT FROM %s
+WHERE eval_id = %s AND event_id = %s AND kind = %s
 """
 
 
 def _try(
     conn: Connection, archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
 ) -> Literal[True] | Exception | None:
-    """Move a row's content: True; or why it failed, which is noted; or None where another was faster."""
-    key = [*row[:3], row.sha256]
-    with database.errors(), conn.begin():
-        still = database.driver(conn).execute(_STILL, key).fetchone()
-    if still is None or still[0] != row.store:
-        return None
-    watch("claimed", row)
+    """Move a row's content: True; or why it failed, which is noted; or None where another has it or was faster."""
     try:
-        with database.errors():
-            reference = _upload(conn, archive, row, now, watch)
+        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+            if not claim(cursor, row):
+                return None
+            watch("claimed", row)
+            reference = _upload(cursor, archive, row, now, watch)
+            cursor.execute(_POINT, [archive.place, reference.encoding, *row[:3]])
+            watch("pointed", row)
     except (ObjectStoreOutage, ObjectDamaged, ObjectMissing, psycopg.Error) as error:
         _note_failure(conn, row, error, now)
         watch("failed", row)
@@ -232,19 +223,17 @@ def _try(
             with suppress(DatabaseOutage):
                 _note_failure(conn, row, error, now)
         raise
-    with database.errors(), conn.begin():
-        given = [archive.place, reference.encoding, *key, row.store]
-        is_pointed = database.driver(conn).execute(_POINT, given).rowcount == 1
-        watch("pointed", row)
     watch("moved", row)
-    return True if is_pointed else None
+    return True
 
 
-def _upload(conn: Connection, archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]) -> Reference:
+def _upload(
+    cursor: psycopg.Cursor[Any], archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
+) -> Reference:
     """Store a row's content in the archive, and read it back; what is there already and turns out damaged is replaced."""
     for replace_damaged in (False, True):
         content = (
-            _pieces(conn, row) if row.store is None or archive.source is None else objects.read(archive.source, row.reference)
+            _pieces(cursor, row) if row.store is None or archive.source is None else objects.read(archive.source, row.reference)
         )
         put = objects.put(
             archive.store,
@@ -265,19 +254,18 @@ def _upload(conn: Connection, archive: Archive, row: Row, now: datetime, watch: 
     raise AssertionError("the second attempt returns or raises")
 
 
-_PIECE: Final = """
-SELECT substring(data, %s, %s) FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s
-"""
+_PIECE: Final = "SELECT substring(data, %s, %s) FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s"
 
 
-def _pieces(conn: Connection, row: Row) -> Iterator[bytes]:
+def _pieces(cursor: psycopg.Cursor[Any], row: Row) -> Iterator[bytes]:
     """The content of a row in the database, in pieces of 4 MiB."""
     for start in range(0, row.size, FRAME_BYTES):
-        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            found = cursor.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
+        with cursor.connection.cursor(binary=True) as own:  # a cursor keeps its last result
+            found = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
         if found is None or found[0] is None:
-            raise ObjectMissing(f"{row.name} is not in the database any more")
+            raise ObjectDamaged(f"{row.name}: the database does not hold it")
         yield found[0]
+        del found
 
 
 _FAILED: Final = """

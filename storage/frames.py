@@ -29,8 +29,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# Level 1 where the last frame did not shrink: it tells that the next does not either in half the time.
-_LEVEL, _LEVEL_IN_VAIN = 3, 1
+# The other where the last frame did not shrink: it tells that the next does not either in half the time.
+_LEVEL, _LEVEL_IN_VAIN = 3, -5
 _WINDOW_LOG_MAX = 23  # no frame of ours needs more; what a frame may make the decoder allocate
 _READ_BYTES = 256 * 1024  # from a connection, whose client would hold more of it several times
 _KEY = re.compile(r"[0-9a-f]{64}(?:\.zst)?", re.ASCII)
@@ -83,6 +83,7 @@ class Encoder:
             lengths.append(len(stored))
             digests.append(hashlib.sha256(stored).digest())
             yield stored
+            del piece, stored  # before the next one comes in
         self.reference = known or Reference(whole.hexdigest(), size, "zstd" if size else "identity")
         if size:
             yield _pack(self.reference, lengths, digests)

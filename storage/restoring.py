@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from models.errors import ObjectDamaged
 from storage import database, objects
-from storage.archive import Row, claimed
+from storage.archive import Row, claim
 from storage.objects import Stores
 
 _CHOOSE: Final = """
@@ -45,7 +45,7 @@ def count(conn: Connection, eval_ids: list[str] | None) -> tuple[int, int]:
     return int(contents), int(size)
 
 
-_STAGE: Final = "CREATE TEMPORARY TABLE IF NOT EXISTS stage_restored (data bytea) ON COMMIT DELETE ROWS"
+_STAGE: Final = "CREATE TEMPORARY TABLE stage_restored (data bytea) ON COMMIT DROP"
 _COPY: Final = "COPY stage_restored FROM STDIN (FORMAT BINARY)"
 _POINT: Final = """
 UPDATE contents c SET data = s.data, store = NULL, encoding = NULL, failures = 0, failure = NULL, retry_at = %s
@@ -62,16 +62,15 @@ def restore(conn: Connection, stores: Stores, row: Row, until: datetime) -> bool
     """
     if row.store is None:
         return False
-    with claimed(conn, row) as is_ours:
-        if not is_ours:
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        if not claim(cursor, row):
             return False
         content = objects.read(stores[row.store], row.reference)
-        with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
-            cursor.execute(_STAGE)
-            with cursor.copy(_COPY) as copy:
-                for block in _binary(content, row.size):
-                    copy.write(block)
-            return cursor.execute(_POINT, [until, *row[:3], row.store, row.sha256]).rowcount == 1
+        cursor.execute(_STAGE)
+        with cursor.copy(_COPY) as copy:
+            for block in _binary(content, row.size):
+                copy.write(block)
+        return cursor.execute(_POINT, [until, *row[:3], row.store, row.sha256]).rowcount == 1
 
 
 def _binary(content: Iterator[bytes], size: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from models.content import Reference
 from models.errors import ObjectStoreOutage
 from models.events import parse
 from models.settings import Settings
-from storage import archive, database, evaluations, objects
+from storage import archive, contents, database, evaluations, objects
 from storage.archive import Archive, Row
 from storage.files import FileStore
+from storage.objects import Stores
 
 ROOT = Path(__file__).parents[2]
 THRESHOLD = 100_000
@@ -286,6 +288,52 @@ def test_several_at_once_share_the_work(engine: Engine, conn: Connection, at: Ar
         assert hashlib.sha256(archived(conn, at, eval_id)).digest() == hashlib.sha256(output).digest()
 
 
+def test_readers_see_the_right_bytes_while_two_archivers_work(
+    engine: Engine, conn: Connection, at: Archive, settings: Settings
+) -> None:
+    outputs = {f"e{number}": os.urandom(THRESHOLD + 1 + number) for number in range(150)}
+    for eval_id, output in outputs.items():
+        finish(conn, eval_id, output)
+    read = dict.fromkeys(outputs, 0)
+    wrong: list[str] = []
+    done = threading.Event()
+    stores = Stores(settings)
+
+    def read_on(seed: int) -> None:
+        names = sorted(outputs, key=lambda name: hashlib.sha256(f"{seed}{name}".encode()).digest())
+        while not done.is_set():
+            for eval_id in names:
+                with engine.connect() as own:
+                    found = contents.find(own, eval_id, "output")
+                assert found
+                if b"".join(contents.read(engine.connect, stores, found)) != outputs[eval_id]:
+                    wrong.append(eval_id)
+                read[eval_id] += 1
+
+    def work() -> None:
+        with engine.connect() as own:
+            while rows_left(own):
+                run(own, at)
+
+    with ThreadPoolExecutor(4) as pool:
+        reading = [pool.submit(read_on, seed) for seed in range(2)]
+        for archiving in [pool.submit(work) for _ in range(2)]:
+            archiving.result()
+        done.set()
+        for reader in reading:
+            reader.result()
+    assert wrong == []
+    assert sum(read.values()) > 0
+    assert all(archived(conn, at, eval_id) == output for eval_id, output in outputs.items())
+    stores.close()
+
+
+def rows_left(conn: Connection) -> bool:
+    """Whether anything is in the database still."""
+    with conn.begin():
+        return bool(database.driver(conn).execute("SELECT 1 FROM contents WHERE store IS NULL LIMIT 1").fetchall())
+
+
 FILL = """
 INSERT INTO evaluations (eval_id, status, attempt, version, metadata, finished_at, result_event_id)
 SELECT 'f' || n, 'completed', 1, 1, '{}', now(), md5(n::text)::uuid FROM generate_series(1, 20000) n;
@@ -348,5 +396,6 @@ def test_memory_does_not_grow_with_the_size_of_content(
     )
 
     moved, grown = map(int, done.stdout.split())
+    print(f"memory grew by {grown / 2**20:.1f} MiB")
     assert moved == 1
     assert grown < 32 * 2**20

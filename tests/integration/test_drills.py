@@ -219,3 +219,4 @@ def test_objects_come_back_from_a_copy_and_the_newest_from_whoever_sent_them(
     shutil.rmtree(objects)
     assert "15 missing.jsonl" in shell.type(next(steps))
     assert "5 missing.jsonl" in shell.type(next(steps))
+    assert "all are right" in shell.type(next(steps))
