@@ -155,7 +155,7 @@ class Store:
 
     def _store(self, batch: Batch, bad: dict[bytes, bytes], events: list[Pair]) -> None:
         """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
-        if self._locks.concern(events) and self._are_locked(events):
+        if (doubtful := self._locks.doubtful(events)) and self._are_locked(doubtful):
             events = self._locks.apart(events, batch)
         if not events:
             return

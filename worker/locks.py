@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,6 +15,7 @@ from worker.contents import Pair
 
 log = logging.getLogger("evalstore.worker")
 _AGAIN_S: Final = 5.0
+_REMEMBER_S: Final = 30.0
 
 
 class Locks:
@@ -22,14 +24,21 @@ class Locks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: set[str] = set()
+        self._found_at = 0.0
 
-    def concern(self, events: Sequence[Pair]) -> bool:
-        """Whether one of these belongs to an evaluation that was locked when it was last looked at."""
+    def doubtful(self, events: Sequence[Pair]) -> list[Pair]:
+        """Those that belong to an evaluation that was locked when it was last looked at."""
         known = self._known
-        return bool(known) and any(fact.eval_id in known for _, fact in events)
+        if not known:
+            return []
+        # Their events may have gone to other processes, and none come here any more.
+        if time.monotonic() - self._found_at > _REMEMBER_S:
+            with self._lock:
+                self._known = set()
+        return [pair for pair in events if pair[1].eval_id in known]
 
     def look(self, conn: Connection, events: Sequence[Pair]) -> bool:
-        """Look now; returns as `concern` does. Raises DatabaseOutage (retry)."""
+        """Look whether something of these is locked now. Raises DatabaseOutage (retry)."""
         wanted = {fact.eval_id for _, fact in events}
         locked = evaluations.locked(conn, sorted(wanted))
         with self._lock:
@@ -38,6 +47,7 @@ class Locks:
                     "%d evaluations are locked by somebody else; their events wait, others do not: %.200s", len(new), new
                 )
             self._known = (self._known - wanted) | locked
+            self._found_at = time.monotonic() if locked else self._found_at
         return bool(locked)
 
     def apart(self, events: Sequence[Pair], batch: Batch) -> list[Pair]:
