@@ -6,6 +6,7 @@ In them it is root, whoever runs it (user_namespaces(7)): it may mount a small d
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -33,15 +34,18 @@ def in_namespaces(test: Callable[_Given, None]) -> Callable[_Given, None]:
         if not _allowed():
             pytest.skip("the kernel gives this user no namespaces")
         node = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
-        done = subprocess.run(
-            [*_ENTER, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", node],
-            cwd=ROOT,
-            env={**os.environ, _INSIDE: "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            # A folder of its own: in pytest's usual one it would clear up after others that still run.
+            options = ["-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
+            done = subprocess.run(
+                [*_ENTER, sys.executable, "-m", "pytest", *options, node],
+                cwd=ROOT,
+                env={**os.environ, _INSIDE: "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
         assert done.returncode == 0, done.stdout
 
     return run

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -42,6 +43,8 @@ def test_a_full_disk_costs_nothing_but_time(what: str, worlds: Worlds, redis_url
     with world.sending():
         wait_until(lambda: world.applied() > 500, what="work has begun")
         with disk.full():
+            if what == "log":
+                use_up(server)
             wait_until(world.is_waiting, what="the outage is noticed")
             time.sleep(5)  # for it to fail again and again
         if not serves(server):
@@ -52,6 +55,13 @@ def test_a_full_disk_costs_nothing_but_time(what: str, worlds: Worlds, redis_url
     world.audit()
     assert workers.stop() < 6
     server.stop()
+
+
+def use_up(server: Postgres) -> None:
+    """What room is left in the log's files: it takes events long to fill them."""
+    with suppress(psycopg.Error), psycopg.connect(server.url(), autocommit=True) as conn:
+        while True:
+            conn.execute("SELECT pg_logical_emit_message(false, 'somebody else', repeat('x', 4000000))")
 
 
 def serves(server: Postgres) -> bool:
