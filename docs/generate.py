@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args, get_origin
 
 import typer
 from pydantic import SecretStr
@@ -53,13 +53,22 @@ def settings() -> str:
     rows = []
     for name, field in Settings.model_fields.items():
         what, _, readers = (field.description or "").partition("; read by ")
-        default, kind = field.default, getattr(field.annotation, "__name__", str(field.annotation))
+        default, kind = field.default, _kind(field.annotation)
         if isinstance(default, SecretStr):
             default, kind = default.get_secret_value(), "address"
-        kind = {"int": "integer", "str": "text", "float": "number"}.get(kind, kind)
         limits = ", ".join(_limit(limit) for limit in field.metadata)
         rows.append([f"`EVALSTORE_{name.upper()}`", ", ".join(filter(None, [kind, limits])), f"`{default}`", what, readers])
     return _table(["variable", "type", "default", "what", "read by"], rows)
+
+
+def _kind(annotation: Any) -> str:
+    """A type in words; that a setting may be unset shows in its default."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    kinds = [_kind(one) for one in get_args(annotation) if one is not type(None)]
+    names = {"int": "integer", "str": "text", "float": "number", "Path": "path", "SecretStr": "text"}
+    name = getattr(annotation, "__name__", str(annotation))
+    return " or ".join(kinds) if kinds else names.get(name, name)
 
 
 def _limit(limit: Any) -> str:

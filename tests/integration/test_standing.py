@@ -1,0 +1,139 @@
+"""What the servers hold is told as it is: content and the archive, spools, dead letters of many kinds; nobody waits for it."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from models.events import EvaluationCompleted
+from models.settings import Settings
+from storage import archive, database, dead_letters, evaluations
+from storage.archive import Archive
+from storage.dead_letters import Burial
+from tasks import exposition
+from tasks.ledger import Series
+from tasks.spool import Record, Spool
+from tasks.standing import Reading, Standing
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = database.engine(database_url)
+    yield made
+    made.dispose()
+
+
+def numbers(given: Settings) -> dict[Series, float]:
+    """As of now: whoever asks again may be told what was a moment ago."""
+    return Standing(given, patience_s=30).numbers()
+
+
+def ended(eval_id: str, size: int) -> EvaluationCompleted:
+    """With that much output."""
+    return EvaluationCompleted(
+        eval_id=eval_id, event_id=uuid4(), occurred_at=datetime.now(UTC), exit_code=0, output=eval_id[-1] * size
+    )
+
+
+def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url: str, redis_url: str, tmp_path: Path) -> None:
+    given = Settings(
+        database_url=SecretStr(database_url),
+        redis_url=SecretStr(redis_url),
+        archive_url=f"file://{tmp_path}/archive",
+        archive_threshold_bytes=10_000,
+    )
+    with engine.connect() as conn:
+        evaluations.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
+        before = numbers(given)
+        done = archive.run_once(conn, Archive.of(given), datetime.now(UTC))
+        after = numbers(given)
+        # A file where the archive's folder should be: it is away.
+        (tmp_path / "file").write_text("")
+        broken = given.model_copy(update={"archive_url": f"file://{tmp_path}/file/archive"})
+        evaluations.store(conn, [ended("f", 20_000)])
+        archive.run_once(conn, Archive.of(broken), datetime.now(UTC))
+        failing = numbers(given)
+
+    def of(found: dict[Series, float], name: str, *labels: str) -> float:
+        return found[f"evalstore_{name}", labels]
+
+    assert done.moved == 2
+    places = ("database", "objects", "archive")
+    assert [of(before, "content_bytes", place) for place in places] == [126_000, 0, 0]
+    assert [of(after, "content_bytes", place) for place in places] == [6_000, 0, 120_000]
+    assert [of(after, "contents", place) for place in places] == [1, 0, 2]
+    assert [of(one, "archive_due_contents") for one in (before, after, failing)] == [2, 0, 1]
+    assert [of(one, "archive_due_bytes") for one in (before, after, failing)] == [120_000, 0, 20_000]
+    assert [of(one, "archive_failing_contents") for one in (before, after, failing)] == [0, 0, 1]
+    assert of(before, "archive_oldest_due_age_seconds") > 0 == of(after, "archive_oldest_due_age_seconds")
+
+
+def test_of_many_kinds_of_dead_letters_the_rarest_are_counted_together(
+    engine: Engine, database_url: str, redis_url: str
+) -> None:
+    kinds = [f"Odd{number}" for number in range(40)] + ["InvalidEvent"] * 37
+    died_at = datetime.now(UTC) - timedelta(hours=1)
+    with engine.connect() as conn:
+        dead_letters.write(
+            conn,
+            [
+                Burial(uuid4(), "evaluations", None, None, None, b"{}", kind, "", "", kind, 1, died_at, None, None)
+                for kind in kinds
+            ],
+        )
+    found = numbers(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(redis_url)))
+    shown = {labels[0]: value for (name, labels), value in found.items() if name == "evalstore_dead_letters" and value}
+    assert shown["InvalidEvent"] == 37
+    assert sum(shown.values()) == 77
+    assert shown["other"] == 40 - 29
+    assert len(shown) <= 40
+    assert found["evalstore_dead_letters_oldest_age_seconds", ("InvalidEvent",)] == pytest.approx(3600, abs=60)
+    assert found["evalstore_queue_messages", ("evaluations", "dead")] == 77
+
+
+def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path / "spool", max_bytes=10**6)
+    spool.append(["id", b"{}"])
+    monkeypatch.setattr(exposition, "settings", lambda: Settings(spool_dir=spool.folder))
+    found = exposition._spool()
+    assert found["evalstore_spool_bytes", ()] == len(Record(int(time.time() * 1000), b"id", b"{}").line())
+    assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
+
+
+def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        standing = Standing(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
+        started = time.monotonic()
+        found = [standing.numbers() for _ in range(3)]
+        assert time.monotonic() - started < 10
+    assert [one["evalstore_server_up", ("redis",)] for one in found] == [False] * 3
+    assert found[-1]["evalstore_server_up", ("postgresql",)]
+    assert ("evalstore_consumers", ("evaluations",)) not in found[-1]
+    assert standing.ready() == {"redis": "cannot be reached"}
+
+
+def test_many_who_ask_are_told_by_one_reading() -> None:
+    reads, gate = [], threading.Event()
+
+    def read() -> int:
+        reads.append(1)
+        gate.wait(timeout=10)
+        return len(reads)
+
+    reading = Reading(read, 20.0)
+    told: list[int | None] = []
+    askers = [threading.Thread(target=lambda: told.append(reading.get())) for _ in range(8)]
+    for asker in askers:
+        asker.start()
+    gate.set()
+    for asker in askers:
+        asker.join()
+    assert (told, len(reads)) == ([1] * 8, 1)
