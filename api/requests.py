@@ -122,6 +122,8 @@ def lines(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: 
 
     `eval_id`: the one of the path, which they may leave out. Raises InvalidEvent where there are too many or none.
     """
+    if eval_id is not None and (faults := _path_faults({}, eval_id)):
+        raise InvalidEvent(faults)
     found = [(number, text) for number, text in enumerate(body.split(b"\n"), 1) if text.strip()]
     if not 1 <= len(found) <= MAX_LINES:
         raise InvalidEvent([Fault("body", f"expected 1 to {MAX_LINES:,} events, a line each, not {len(found):,}")])

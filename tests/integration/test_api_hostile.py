@@ -58,6 +58,10 @@ REFUSED = {
     "no number": (422, post(b'{"eval_id": "e", "code": "c", "metadata": {"a": NaN}}')),
     "nothing": (422, post(b"")),
     "null": (422, post(b"null")),
+    "lines for no evaluation": (
+        422,
+        head("POST", f"{E}/a%20b/events", b"Content-Type: application/x-ndjson", length=2) + b"{}",
+    ),
     "the parent": (404, head("GET", f"{E}/..")),
     "the parent's file": (404, head("GET", f"{E}/../../etc/passwd")),
     "an encoded slash": (404, head("GET", f"{E}/..%2f..%2fetc%2fpasswd/output")),
