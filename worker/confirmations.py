@@ -1,6 +1,5 @@
 """Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -29,8 +28,10 @@ def relay(conn: Connection, broker: Broker) -> int:
         oldest_ms = int((time.time() - KEEP_S) * 1000)
         try:
             for start in range(0, max(1, len(lines)), _CHUNK):
-                with tracing.publishing(STREAM, lines[start : start + _CHUNK]) as chunk:
-                    ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, *itertools.chain(*chunk))
+                bodies, traces = zip(*lines[start : start + _CHUNK], strict=True) if lines else ((), ())
+                with tracing.publishing(STREAM, traces) as traceparents:
+                    about = (*known, oldest_ms, len(bodies))
+                    ms, seq, done = broker.run("confirm", [STREAM], *about, *bodies, *traceparents)
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)

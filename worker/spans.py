@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -26,7 +27,6 @@ from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from models.record import Fact
-from storage.confirmations import Line
 from storage.evaluations import Outcome
 from tasks.evaluations import QUEUE
 from tasks.tracing import NAME, database, flush, messaging, release
@@ -39,6 +39,7 @@ _LINK: Final = b"\x6a\x21\x0a\x10%b\x12\x08%b\x35" + _FLAGS
 # https://www.w3.org/TR/trace-context/#traceparent-header; versions after the first may say more after the flags.
 _LATER: Final = re.compile(r"(?!ff|00)[0-9a-f]{2}(-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-.*)?", re.DOTALL)
 _NO_TRACE, _NO_SPAN = bytes(16), bytes(8)
+_NO_IDS: Final = _IDS % (_NO_TRACE, _NO_SPAN, _NO_SPAN)
 # Of what nobody takes, so much is kept for later: a few batches.
 _WAITING, _TOGETHER = 32, 4
 _MOST_TRIES, _MOST_FAILURES = 20, 2
@@ -134,33 +135,26 @@ class Traces:
         self._processor.on_end(cast("ReadableSpan", _Encoded(request)))
 
     @contextmanager
-    def publishing(self, stream: str, lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
-        """Each confirmation that is traced gets a span, in which it goes on."""
-        found_of = [line.traceparent and sender(line.traceparent) for line in lines]
-        if not any(found_of):
-            yield lines
-            return
-        began, ids = time.time_ns(), [_id(8) for _ in lines]
-        yield [
-            Line(line.body, below(found, span_id)) if found else line
-            for line, found, span_id in zip(lines, found_of, ids, strict=True)
-        ]
-        attributes = _attributes(messaging("redis", "send", stream))
-        common = Span(
+    def publishing(self, stream: str, traceparents: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Each confirmation that is traced gets a span, below which it goes on."""
+        found_of, began = senders(traceparents), time.time_ns()
+        ids = [*islice(_span_ids(), len(traceparents))]
+        yield [below(found, span_id) if found else "" for found, span_id in zip(found_of, ids, strict=True)]
+        common: bytes = Span(
             name=f"send {stream}",
             kind=Span.SPAN_KIND_PRODUCER,
             start_time_unix_nano=began,
             end_time_unix_nano=time.time_ns(),
-            attributes=attributes,
+            attributes=_attributes(messaging("redis", "send", stream)),
             flags=_SAMPLED | _REMOTE_PARENT,
         ).SerializeToString()
-        self.send(
-            [
-                _framed(_IDS % (found[1:17], span_id, found[17:25]) + common)
-                for found, span_id in zip(found_of, ids, strict=True)
-                if found and found[25] & _SAMPLED
-            ]
-        )
+        before = _before(b"\x12", len(_NO_IDS) + len(common)) + _IDS[:2]
+        spans: list[bytes] = []
+        for found, span_id in zip(found_of, ids, strict=True):
+            if found and found[25] & _SAMPLED:
+                spans += (before, found[1:17], b"\x12\x08", span_id, b"\x22\x08", found[17:25], common)
+        if spans:
+            self.send(spans)
 
     def flush(self) -> None:
         """Send all now."""
@@ -276,7 +270,7 @@ class BatchSpans:
     def _around(self, ended: int, type_: str, outcome: str, length: int, is_redriven: bool) -> tuple[bytes, bytes]:
         """What comes before the ids in a framed span, and what between them and an eval_id of that length, which ends it."""
         rest = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"") + _HEADS[length]
-        size = len(_IDS % (_NO_TRACE, _NO_SPAN, _NO_SPAN)) + len(rest) + length
+        size = len(_NO_IDS) + len(rest) + length
         return _before(b"\x12", size) + _IDS[:2], rest
 
     def _unsettled(self, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:

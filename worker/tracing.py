@@ -10,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from models.record import Fact
-from storage.confirmations import Line
 from storage.evaluations import Outcome
 from tasks.tracing import provider
 from worker.batches import Batch, Delivery
@@ -74,10 +73,12 @@ def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -
         spans.note(events, outcomes)
 
 
-def publishing(stream: str, lines: Sequence[Line]) -> AbstractContextManager[Sequence[Line]]:
-    """The spans of publishing confirmations, each of which goes on in its own."""
+def publishing(stream: str, traceparents: Sequence[str]) -> AbstractContextManager[Sequence[str]]:
+    """The spans of publishing confirmations; gives where each goes on, and nothing where none of them has a trace."""
+    if not any(traceparents):
+        return nullcontext(())
     found = traces()
-    return nullcontext(lines) if found is None else found.publishing(stream, lines)
+    return nullcontext(traceparents) if found is None else found.publishing(stream, traceparents)
 
 
 def flush() -> None:

@@ -1,8 +1,8 @@
 -- Append confirmations to the stream and publish each on the channel of its type.
 --
 -- KEYS  1 stream   evalstore:confirmations
--- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; then for each a line of JSON,
---       and its traceparent, which becomes a field of its own, or nothing
+-- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; 4 how many there are; then a line
+--       of JSON each; then, unless none has one, a traceparent each, empty or to become a field of its own
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
 
@@ -21,12 +21,14 @@ if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
 local id
-for i = 4, #ARGV, 2 do
+local count = tonumber(ARGV[4])
+for i = 5, 4 + count do
     local kind = string.match(ARGV[i], '"type":"([^"]+)"')
-    if ARGV[i + 1] == "" then
-        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i])
+    local traceparent = ARGV[i + count]
+    if traceparent and traceparent ~= "" then
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i], "traceparent", traceparent)
     else
-        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i], "traceparent", ARGV[i + 1])
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i])
     end
     redis.call("PUBLISH", kind, ARGV[i])
 end

@@ -8,3 +8,4 @@ down_revision = "0007"
 
 def upgrade() -> None:
     op.execute("ALTER TABLE confirmations ADD COLUMN traceparents text")
+    op.execute("ALTER TABLE confirmations ALTER COLUMN traceparents SET STORAGE EXTERNAL")  # random: compressing it is in vain
