@@ -84,7 +84,7 @@ def _run(engine: Engine, folder: Path, limit: int | None, patience_s: float) -> 
     if status != 0:
         notice(f"the platform ended with exit status {status}", "red")
     fates = Counter(fates_of(list(watch.sent)).values())
-    found = read_back(engine, watch.sent)
+    found = read_back(engine, Stores(settings()), watch.sent)
     _show(watch, fates, found)
     ended = sum(found.statuses[name] for name in _ENDED)
     sent, applied, missing, dead = len(watch.sent), fates["applied"], fates["missing"], fates["dead"]
@@ -211,13 +211,12 @@ class Found:
     last: datetime | None = None
 
 
-def read_back(engine: Engine, sent: dict[Key, dict[str, Any]]) -> Found:
+def read_back(engine: Engine, stores: Stores, sent: dict[Key, dict[str, Any]]) -> Found:
     """Read each evaluation, and compare its content with the sizes and SHA-256 that the ledger has of it."""
     produced: dict[str, dict[str, Any]] = {}
     for entry in sent.values():
         produced.setdefault(entry["eval_id"], {}).update(entry)
     found = Found()
-    stores = Stores(settings())
     with engine.connect() as conn:
         for eval_id, entry in produced.items():
             record = evaluations.get(conn, eval_id, stores)

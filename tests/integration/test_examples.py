@@ -20,11 +20,13 @@ import redis
 from examples.platform.gateway import as_content
 from examples.platform.problems import programs
 from models.record import Record
+from models.settings import Settings
 from ops import processes
 from ops.demo import read_back
 from ops.local import Local, commands
 from ops.servers import Valkey
 from storage import database, evaluations
+from storage.objects import Stores
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -302,6 +304,9 @@ def test_the_demo_brings_up_everything_stores_everything_and_takes_everything_do
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[-1] == "demo: 9 evaluations, 27 events sent, 27 applied, 0 missing, 0 dead"
     assert "27 of 27" in shown.stdout
+    in_store = re.search(r"bytes of content in the object store +([\d,]+)", shown.stdout)
+    assert in_store
+    assert int(in_store[1].replace(",", "")) > 500_000  # what the traced programs wrote
     assert processes.remains(folder) == []
 
 
@@ -317,10 +322,11 @@ def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -
         sent = {(entry["eval_id"], UUID(entry["event_id"])): entry for entry in entries(ledger)}
         ending = next(entry for entry in sent.values() if entry["type"] == "evaluation:completed")
         engine = database.engine(local.environment["EVALSTORE_DATABASE_URL"])
+        stores = Stores(Settings.from_environment(local.environment))
         try:
-            assert read_back(engine, sent).differing == []
+            assert read_back(engine, stores, sent).differing == []
             ending["error_sha256"] = hashlib.sha256(b"another").hexdigest()
-            assert read_back(engine, sent).differing == [f"error of {ending['eval_id']}"]
+            assert read_back(engine, stores, sent).differing == [f"error of {ending['eval_id']}"]
         finally:
             engine.dispose()
 
@@ -328,7 +334,7 @@ def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -
 def test_the_demo_fails_where_nothing_is_stored(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with Local(folder, {}):
-        shown = demo(folder, "--limit", "3", "--patience", "2")
+        shown = demo(folder, "--limit", "3", "--patience", "8")
     assert shown.returncode == 1
     assert shown.stdout.splitlines()[-1] == "demo: 0 evaluations, 9 events sent, 0 applied, 0 missing, 0 dead"
 

@@ -237,9 +237,11 @@ def test_the_environment_is_for_shells_and_for_its_owner_alone(start: Start) -> 
     up = start()
     path = up.folder / "environment"
     assert path.stat().st_mode & 0o777 == 0o600
-    script = f'. {shlex.quote(str(path))}; printf "%s %s" "$EVALSTORE_DATABASE_URL" "$EVALSTORE_REDIS_URL"'
+    expected = environment(up.folder)
+    script = f". {shlex.quote(str(path))}; printf '%s\\n' " + " ".join(f'"${name}"' for name in expected)
     sourced = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
-    assert sourced.split() == list(environment(up.folder).values())
+    assert sourced.splitlines() == list(expected.values())
+    assert expected["EVALSTORE_OBJECT_STORE_URL"] == f"file://{up.folder}/objects"
     assert not re.search(r":[0-9a-f]{48}@", up.text)  # no password is shown
 
 
