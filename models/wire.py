@@ -5,6 +5,8 @@ and `models.record.fact` give, at a fraction of the cost; for whatever else it g
 differ from them: tests/unit/test_wire.py compares the two.
 """
 
+import math
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -116,6 +118,41 @@ def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return _fact(event, body, max_content_bytes)
+
+
+def read_given(data: object, *, max_content_bytes: int) -> Fact | None:
+    """The same of an event as a sender gives it, a dictionary: what `check` and `models.record.fact` make of it."""
+    if type(data) is not dict or not _is_json(data.items()):
+        return None
+    try:
+        body = msgspec.json.encode(data)
+    except (UnicodeEncodeError, OverflowError):
+        return None
+    return read_event(body, max_content_bytes=max_content_bytes)
+
+
+def _is_json(members: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether JSON says the same as these; msgspec would write much else as something similar, and NaN as null."""
+    for key, value in members:
+        kind = type(value)
+        if type(key) is not str or not (
+            kind is str
+            or kind is int
+            or (kind is float and math.isfinite(value))
+            or (kind is dict and key == "metadata" and _is_flat_json(value))
+        ):
+            return False
+    return True
+
+
+def _is_flat_json(value: Any) -> bool:
+    return all(
+        type(key) is str and (type(item) in _WRITTEN_AS_THEY_ARE or (type(item) is float and math.isfinite(item)))
+        for key, item in value.items()
+    )
+
+
+_WRITTEN_AS_THEY_ARE = frozenset({str, int, bool, type(None)})
 
 
 def _fact(event: _Usual, body: bytes, max_content_bytes: int) -> Fact | None:

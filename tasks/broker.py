@@ -55,6 +55,7 @@ class Keys(NamedTuple):
     unacked_prefix: str
 
     @classmethod
+    @cache
     def of(cls, namespace: str, queue: str) -> "Keys":
         stock, ours = f"{namespace}:{queue}", f"evalstore:{namespace}:{queue}"
         return cls(

@@ -13,7 +13,9 @@ from uuid_utils import uuid7
 from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import CONTENT_FIELDS, Event, check
+from models.record import Fact
 from models.settings import settings
+from models.wire import read_given
 from tasks import contents
 
 QUEUE = "evaluations"
@@ -69,8 +71,15 @@ def _not_here(_event: object) -> NoReturn:
 
 def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
     """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON."""
-    event = check(data, max_content_bytes=settings().max_content_bytes)
-    given = data if isinstance(data, Mapping) else event.model_dump()
+    if type(data) is dict and not ("event_id" in data and "occurred_at" in data):
+        data = {"event_id": str(uuid7()), "occurred_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"), **data}
+    most = settings().max_content_bytes
+    event: Event | Fact
+    if isinstance(data, Mapping):
+        event, given = read_given(data, max_content_bytes=most) or check(data, max_content_bytes=most), data
+    else:
+        event = check(data, max_content_bytes=most)
+        given = event.model_dump()
     travelling = {name: value for name, value in given.items() if value is not None}
     travelling["event_id"] = str(event.event_id or uuid7())
     occurred_at = event.occurred_at or datetime.now(UTC)

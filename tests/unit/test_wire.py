@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from models.errors import InvalidEvent
 from models.events import check, decode, parse
 from models.record import Fact, fact
-from models.wire import read_event, read_fact
+from models.wire import read_event, read_fact, read_given
 
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
 REF = {"sha256": "0f" * 32, "size": 5, "encoding": "zstd"}
@@ -171,3 +172,33 @@ def test_it_gives_the_same_or_nothing(kind: str, changed: dict[str, Any], left_o
     if (alone := read_event(bare, max_content_bytes=10**6)) is not None:
         assert repr(alone) == repr(fact(check(decode(bare))))
     assert changed or left_out or alone == quick is not None
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.sampled_from(list(USUAL)), changes, st.sets(st.sampled_from(["event_id", "occurred_at", "code", "exit_code", "error"]))
+)
+@example("started", {"timeout_s": float("nan")}, set())
+@example("started", {"metadata": {"n": float("inf")}}, set())
+@example("started", {"metadata": {5: 1}}, set())
+@example("started", {"metadata": {"when": datetime(2026, 1, 31, tzinfo=UTC)}}, set())
+@example("started", {"metadata": {"nested": (1, 2)}}, set())
+@example("completed", {"output": b"bytes"}, set())
+@example("completed", {"memory_bytes": 2**70}, set())
+@example("queued", {"code": "\ud800"}, set())
+def test_an_event_that_a_sender_gives_is_checked_quickly_to_the_same_end(
+    kind: str, changed: dict[str, Any], left_out: set[str]
+) -> None:
+    event = {name: value for name, value in usual(kind, **changed).items() if name not in left_out}
+
+    quick = read_given(event, max_content_bytes=10**6)
+
+    if quick is not None:
+        assert quick == fact(check(event))
+        assert [type(value) for value in quick] == [type(value) for value in fact(check(event))]
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_the_usual_events_of_senders_are_checked_quickly(kind: str) -> None:
+    flat = usual(kind, metadata={"a": 1, "b": 2.5, "c": None, "d": "e"})
+    assert read_given(flat, max_content_bytes=10**6) == fact(check(flat))
