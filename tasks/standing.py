@@ -125,6 +125,14 @@ class Standing:
     def _all_contents(self, conn: Connection) -> stored.Numbers:
         return stored.contents(conn, self._archive)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._broker.client.close()
+        if "_engine" in self.__dict__:
+            self._engine.dispose()
+        if "_archive" in self.__dict__ and self._archive:
+            self._archive.close()
+
     def ready(self) -> dict[str, str]:
         """What keeps this from working, by server; nothing where all is well."""
         found = {}

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -32,7 +33,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 def numbers(given: Settings) -> dict[Series, float]:
     """As of now: whoever asks again may be told what was a moment ago."""
-    return Standing(given, patience_s=30).numbers()
+    with closing(Standing(given, patience_s=30)) as standing:
+        return standing.numbers()
 
 
 def ended(eval_id: str, size: int) -> EvaluationCompleted:
@@ -52,13 +54,15 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
     with engine.connect() as conn:
         evaluations.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
         before = numbers(given)
-        done = archive.run_once(conn, Archive.of(given), datetime.now(UTC))
+        with closing(Archive.of(given)) as working:
+            done = archive.run_once(conn, working, datetime.now(UTC))
         after = numbers(given)
         # A file where the archive's folder should be: it is away.
         (tmp_path / "file").write_text("")
         broken = given.model_copy(update={"archive_url": f"file://{tmp_path}/file/archive"})
         evaluations.store(conn, [ended("f", 20_000)])
-        archive.run_once(conn, Archive.of(broken), datetime.now(UTC))
+        with closing(Archive.of(broken)) as away:
+            archive.run_once(conn, away, datetime.now(UTC))
         failing = numbers(given)
 
     def of(found: dict[Series, float], name: str, *labels: str) -> float:
@@ -118,6 +122,7 @@ def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> No
     assert found[-1]["evalstore_server_up", ("postgresql",)]
     assert ("evalstore_consumers", ("evaluations",)) not in found[-1]
     assert standing.ready() == {"redis": "cannot be reached"}
+    standing.close()
 
 
 def test_many_who_ask_are_told_by_one_reading() -> None:
