@@ -152,7 +152,7 @@ class Run:
         self.found["tracing"] = found
 
     def watching(self) -> None:
-        """The storing rate with metrics, which somebody asks for each second, and logs; and without both."""
+        """The storing rate with metrics, which somebody asks for every few seconds, and logs; and without both."""
         side, found = SIDES["evalstore"], dict[str, list[dict[str, Any]]](off=[], on=[])
         bare = replace(
             side, command=lambda shape: [*side.command(shape)[:2], "bench.sides.uncounted", *side.command(shape)[3:]]

@@ -73,7 +73,7 @@ METRICS: Final = (
     Metric(
         "evalstore_event_latency_seconds",
         "histogram",
-        "Until an event was committed, since it occurred and since it was sent. Of a batch above 64 events, by a sample of 64.",
+        "Until an event was committed, since it occurred and since it was sent. Of a batch above 32 events, by a sample of 32.",
         "worker",
         {"since": ("occurred", "sent")},
         _LONG,

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -135,13 +136,18 @@ class Ledger:
         """What was counted or set."""
         return self._numbers[self.layout.places[name, labels]]
 
-    def observe(self, name: str, *labels: str, value: float, times: float = 1) -> None:
-        """Put a value into a histogram, as often as it was seen."""
+    def observe(self, name: str, *labels: str, value: float) -> None:
+        """Put a value into a histogram."""
+        self.observe_all(name, *labels, values=(value,))
+
+    def observe_all(self, name: str, *labels: str, values: Sequence[float], times: float = 1) -> None:
+        """Put values into a histogram, each as often as it was seen."""
         place, buckets = self.layout.places[name, labels], self.layout.metrics[name].buckets
-        bucket = next((number for number, most in enumerate(buckets) if value <= most), len(buckets))
         with self._lock:
-            self._numbers[place + bucket] += times
-            self._numbers[place + len(buckets) + 1] += value * times
+            numbers = self._numbers
+            for value in values:
+                numbers[place + bisect_left(buckets, value)] += times
+            numbers[place + len(buckets) + 1] += sum(values) * times
 
     def watch_thread(self, name: str) -> None:
         """The calling thread is a loop; see `due`. Where there are too many, it is not watched."""

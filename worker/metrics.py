@@ -20,7 +20,8 @@ LAYOUT: Final = Layout(counted_by("worker"), {"job": [job.name for job in JOBS]}
 # A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Ledger.due`.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0
-_SAMPLE: Final = 64
+_SAMPLE: Final = 32
+_LATENCY: Final = "evalstore_event_latency_seconds"
 _RATE_OVER_S: Final = 10.0
 _SENT: Final = re.compile(rb'"message_timestamp":\s*(\d{1,16})')
 
@@ -41,14 +42,15 @@ class Metrics:
         if conflicting_results:
             self.ledger.add("evalstore_conflicting_results_total", by=conflicting_results)
         applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
-        sample = min(len(applied), _SAMPLE)
-        observe, name = self.ledger.observe, "evalstore_event_latency_seconds"
-        for number in range(sample):
-            delivery, event = events[applied[number * len(applied) // sample]]
-            weight = len(applied) / sample
-            observe(name, "occurred", value=max(0.0, (now - event.occurred_at).total_seconds()), times=weight)
-            if sent := _SENT.search(delivery.body, max(0, len(delivery.body) - 200)):
-                observe(name, "sent", value=max(0.0, now.timestamp() - int(sent[1]) / 1000), times=weight)
+        if not applied:
+            return
+        size = min(len(applied), _SAMPLE)
+        sample = [events[applied[number * len(applied) // size]] for number in range(size)]
+        ages = [max(0.0, (now - event.occurred_at).total_seconds()) for _, event in sample]
+        ends = [_SENT.search(delivery.body, max(0, len(delivery.body) - 200)) for delivery, _ in sample]
+        sent = [max(0.0, now.timestamp() - int(end[1]) / 1000) for end in ends if end]
+        self.ledger.observe_all(_LATENCY, "occurred", values=ages, times=len(applied) / size)
+        self.ledger.observe_all(_LATENCY, "sent", values=sent, times=len(applied) / size)
 
     def retried(self, queue: str, count: int = 1) -> None:
         """Messages of a queue, or a batch, are tried once more."""

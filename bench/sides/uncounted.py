@@ -11,7 +11,10 @@ def _nothing(*_given: Any, **_more: Any) -> None:
     pass
 
 
-for _owner, _names in ((Ledger, ("add", "set", "observe", "due", "watch_thread")), (Metrics, ("stored", "buried", "lost"))):
+for _owner, _names in (
+    (Ledger, ("add", "set", "observe", "observe_all", "due", "watch_thread")),
+    (Metrics, ("stored", "buried", "lost")),
+):
     for _name in _names:
         setattr(_owner, _name, _nothing)
 logging.disable(logging.ERROR)
