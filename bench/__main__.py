@@ -234,6 +234,9 @@ def main() -> int:
         out.write_text(json.dumps(run.found, indent=2) + "\n", encoding="utf-8")
     table = report.table(run.found)
     print(table)
+    if failures := run.found.get("failures"):
+        print(f"not everything could be measured: {'; '.join(failures)}", file=sys.stderr)
+        return 1
     if is_kept:
         report.write(ROOT / "docs/performance.md", table)
     return 0
