@@ -75,7 +75,7 @@ class Archive(NamedTuple):
         if url is None:
             raise InvalidSettings("EVALSTORE_OBJECT_STORE_URL, EVALSTORE_ARCHIVE_URL: neither is set, so there is no archive")
         own = settings.object_store_url
-        is_apart = own is None or parse_store_url(url) != parse_store_url(own)
+        is_apart = own is None or not objects.is_same(url, own)
         leaves = is_apart and own is not None and parse_store_url(own)[0] == "file"
         return cls(
             store=objects.open_store(url, settings),

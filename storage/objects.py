@@ -37,6 +37,7 @@ __all__ = [
     "Store",
     "Stores",
     "head",
+    "is_same",
     "open_store",
     "put",
     "read",
@@ -68,6 +69,17 @@ def open_store(url: str, settings: Settings, *, threads: int = 8, in_a_hurry: bo
     if in_a_hurry:
         return S3Store(place, prefix, settings, threads=threads, attempts=2, connect_timeout_s=2, read_timeout_s=10)
     return S3Store(place, prefix, settings, threads=threads)
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two addresses are of one store. A directory may have several names."""
+    (scheme, place, prefix), (other_scheme, other_place, other_prefix) = parse_store_url(one), parse_store_url(other)
+    if scheme == other_scheme == "file":
+        folder, other_folder = Path(place), Path(other_place)
+        if folder.exists() and other_folder.exists():
+            return folder.samefile(other_folder)
+        return folder.resolve() == other_folder.resolve()
+    return (scheme, place, prefix) == (other_scheme, other_place, other_prefix)
 
 
 class Stores:

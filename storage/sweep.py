@@ -14,10 +14,10 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from models.settings import Settings, parse_store_url
+from models.settings import Settings
 from storage import database
 from storage.frames import Listed
-from storage.objects import Place, Store, open_store
+from storage.objects import Place, Store, is_same, open_store
 
 _BATCH: Final = 1000
 
@@ -43,7 +43,7 @@ class Target(NamedTuple):
 def targets(settings: Settings) -> list[Target]:
     """The stores that there are, each once."""
     own, archive = settings.object_store_url, settings.archive_url or settings.object_store_url
-    if own and archive and parse_store_url(own) == parse_store_url(archive):
+    if own and archive and is_same(own, archive):
         return [Target(open_store(own, settings), ("objects", "archive"))]
     found: list[tuple[str | None, Place]] = [(own, "objects"), (archive, "archive")]
     return [Target(open_store(url, settings), (place,)) for url, place in found if url]

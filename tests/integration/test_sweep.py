@@ -69,6 +69,19 @@ def spool(tmp_path: Path) -> Spool:
     return Spool(tmp_path / "spool", max_bytes=1_000_000)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_directory_with_two_names_is_one_store(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "objects").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "objects")
+    for other in ("objects/", "link"):
+        settings = Settings(object_store_url=f"file://{tmp_path}/objects", archive_url=f"file://{tmp_path}/{other}")
+        assert [target.places for target in sweep.targets(settings)] == [("objects", "archive")]
+        assert Archive.of(settings).place == "objects"
+    apart = Settings(object_store_url=f"file://{tmp_path}/objects", archive_url=f"file://{tmp_path}/elsewhere")
+    assert [target.places for target in sweep.targets(apart)] == [("objects",), ("archive",)]
+
+
 class Sweeper:
     """Sweeps as if after some time."""
 
