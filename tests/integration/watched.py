@@ -94,7 +94,7 @@ class Watched:
         return seen(answer) if answer else Seen({}, {}, 0)
 
     def until(
-        self, is_so: Callable[[Seen], object], *, eventually: Callable[..., None], what: str, within_s: float = 60
+        self, is_so: Callable[[Seen], object], *, eventually: Callable[..., None], what: str, within_s: float = 120
     ) -> Seen:
         last = Seen({}, {}, 0)
 
