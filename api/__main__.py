@@ -1,6 +1,6 @@
 """`python -m api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT.
 
-`uvicorn --http api.protocol:Protocol api.app:app` runs the same, with addresses and limits as uvicorn's own options say.
+`uvicorn api.app:app --http api.protocol:Protocol` runs the same, with addresses and limits as uvicorn's own options say.
 """
 
 import sys

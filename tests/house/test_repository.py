@@ -21,7 +21,7 @@ MAX_LINES = {"tests": 700, "": 450}
 COMMANDS = {
     "worker": "dramatiq worker.tasks",
     "scheduler": "periodiq worker.tasks",
-    "api": "uvicorn --http api.protocol:Protocol api.app:app --host 0.0.0.0 --port 8086",
+    "api": "uvicorn api.app:app --http api.protocol:Protocol --host 0.0.0.0 --port 8086",
 }
 
 # Written so that this file does not hold what it looks for.
