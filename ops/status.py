@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from models.errors import DatabaseOutage, Outage, RedisOutage
+from models.errors import DatabaseOutage, InvalidSettings, Outage, RedisOutage
 from models.settings import settings
 from ops.output import Format, OutputOption, escaped, write_json
 from storage import dead_letters, evaluations
@@ -75,6 +75,8 @@ class _Look:
     def told(self) -> Told:
         """As `-o json` prints it."""
         seen, answer = self._standing.redis.get(), self._standing.database.get()
+        if isinstance(error := self._standing.database.error, InvalidSettings):  # of an address that only libpq can judge
+            raise error
         now = datetime.now(UTC)
         told: Told = {"at": now, "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
         if seen is not None:
