@@ -61,6 +61,14 @@ def started(folder: Path, *command: str, **environment: str) -> Iterator[subproc
 
 
 @pytest.fixture
+def objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stores:
+    """A store of large content for all processes that are started after it."""
+    url = (tmp_path / "objects").as_uri()
+    monkeypatch.setenv("EVALSTORE_OBJECT_STORE_URL", url)
+    return Stores(Settings(object_store_url=url))
+
+
+@pytest.fixture
 def worker(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[None]:
     with work(tmp_path, database_url, redis_url):
         yield
@@ -75,11 +83,11 @@ def work(folder: Path, database_url: str, redis_url: str) -> Iterator[None]:
         yield
 
 
-def stored(database_url: str, eval_id: str) -> Record | None:
+def stored(database_url: str, eval_id: str, objects: Stores | None = None) -> Record | None:
     engine = database.engine(database_url)
     try:
         with engine.connect() as conn:
-            return evaluations.get(conn, eval_id)
+            return evaluations.get(conn, eval_id, objects)
     finally:
         engine.dispose()
 
@@ -219,7 +227,7 @@ def test_the_platform_reports_what_its_programs_did(
 
 
 def test_output_over_the_limit_is_reported_as_failed_up_to_the_limit(
-    worker: None, database_url: str, redis_url: str, tmp_path: Path, eventually: Eventually
+    objects: Stores, worker: None, database_url: str, redis_url: str, tmp_path: Path, eventually: Eventually
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
     flood = "import sys\nprint('e', file=sys.stderr, flush=True)\nwhile True: print('o' * 99)"
@@ -233,7 +241,7 @@ Platform(Path({str(ledger)!r}), "r", 1).run_all([flood])
 """
     assert python("-c", script, redis_url=redis_url).returncode == 0
     eventually(lambda: all_applied(database_url, entries(ledger)), within_s=20)
-    record = stored(database_url, "r:flood:x")
+    record = stored(database_url, "r:flood:x", objects)
     assert record is not None
     assert (record.status, record.exit_code) == ("failed", 137)
     assert record.error == "output limit of 12582912 bytes exceeded\n\ne\n"
