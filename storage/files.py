@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage
 from storage.frames import Encoder, Listed, Stream, is_key
+
+_ASIDE_DIGITS = 16  # what follows the name of an object that is put aside: unlike that of any other
 
 Look = Callable[[Reference], Literal["intact", "damaged", "missing"]]
 
@@ -30,9 +32,8 @@ class FileStore:
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
         """Bytes `start` to `stop` as stored, or for a negative start that many at the end, or all there are."""
-        path = self._path(key)
         with self._errors("read", key):
-            file = path.open("rb", buffering=0)
+            file = self._found(key)
             stat = os.fstat(file.fileno())
             begin = max(0, stat.st_size + start) if start < 0 else start
             file.seek(begin)
@@ -69,34 +70,52 @@ class FileStore:
             with self._errors("write to", name):
                 temporary.unlink(missing_ok=True)
 
+    def _found(self, key: str) -> BinaryIO:
+        """The file, also while a `delete` that will not be has put it aside."""
+        path = self._path(key)
+        with suppress(FileNotFoundError):
+            return path.open("rb", buffering=0)
+        for aside in self._temporary.glob(f"{key}.{'?' * _ASIDE_DIGITS}"):
+            with suppress(FileNotFoundError):
+                return aside.open("rb", buffering=0)
+        return path.open("rb", buffering=0)  # it was put back, or written anew, meanwhile
+
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
         """Delete it, unless it was modified since that time; whether it was deleted. Of two at once, one gets True.
 
-        It is first put aside and then looked at: a `touch` comes either before that, and is seen, or after, and finds nothing.
+        An old one is first put aside and then looked at again: a `touch` comes either before that, and is seen, or after, and
+        finds nothing.
         """
         path = self._path(key)
-        aside = self._temporary / f"{key}.{os.urandom(8).hex()}"
+        aside = self._temporary / f"{key}.{os.urandom(_ASIDE_DIGITS // 2).hex()}"
+
+        def is_young(stat: os.stat_result) -> bool:
+            return unmodified_since is not None and _time(stat) > unmodified_since
+
         try:
             with self._errors("delete", key):
-                path.stat()
+                if is_young(path.stat()):
+                    return False
                 self._make(self._temporary)
                 path.rename(aside)
-        except ObjectMissing:
+                if is_young(aside.stat()):
+                    self._put_back(aside)
+                    return False
+                aside.unlink()
+                return True
+        except ObjectMissing:  # or another has put it back
             return False
-        with self._errors("delete", str(aside)):
-            if unmodified_since is not None and _time(aside.stat()) > unmodified_since:
-                self._put_back(aside)
-                return False
-            aside.unlink(missing_ok=True)
-            return True
 
     def _put_back(self, aside: Path) -> None:
-        """Undo the first half of a `delete`; one written in its place meanwhile stays."""
+        """Undo the first half of a `delete`; one written in its place meanwhile stays. It has a name at every moment."""
         path = self._path(aside.stem)
-        if path.exists():
-            aside.unlink()
-        else:
+        try:
+            os.link(aside, path)  # unlike a rename, not in place of one that is younger
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
             aside.rename(path)
+        aside.unlink(missing_ok=True)
 
     def touch(self, key: str) -> None:
         """Make it as young as one just written."""
@@ -129,7 +148,8 @@ class FileStore:
         with self._errors("list", str(self._temporary)), suppress(FileNotFoundError):
             for path in sorted(self._temporary.iterdir()):
                 with suppress(FileNotFoundError):
-                    if _time(path.stat()) < before:
+                    # Since when it is there: what is put aside is as old as it was.
+                    if datetime.fromtimestamp(path.stat().st_ctime, UTC) < before:
                         found.append(path.name)
                         if remove and is_key(path.stem):
                             self._put_back(path)  # nobody knows any more whether it was to be deleted: the next sweep does

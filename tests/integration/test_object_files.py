@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -50,6 +52,56 @@ def test_an_object_whose_deletion_a_crash_cut_short_is_there_again_after_the_lef
     store._path(reference.key).rename(tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef")
     store.leftovers(datetime.now(UTC) + LATER, remove=True)
     assert b"".join(objects.read(store, reference)) == SMALL
+
+
+def test_one_that_is_too_young_to_be_deleted_is_not_even_moved(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, SMALL)
+    before = store._path(reference.key).stat().st_ctime_ns
+    assert not store.delete(reference.key, unmodified_since=datetime.now(UTC) - LATER)
+    assert store._path(reference.key).stat().st_ctime_ns == before
+
+
+def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, SMALL)
+    path = store._path(reference.key)
+    stop, was_read = threading.Event(), threading.Event()
+
+    def read_on() -> None:
+        while not stop.is_set():
+            objects.verify(store, reference)
+            was_read.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_on)
+        for _ in range(500):
+            aside = tmp_path / f"objects/tmp/{reference.key}.{os.urandom(8).hex()}"
+            path.rename(aside)  # as `delete` does with one that is touched at this moment
+            store._put_back(aside)
+            was_read.clear()
+            while not was_read.wait(0.1) and not reading.done():
+                pass
+            if reading.done():
+                break
+        stop.set()
+    assert reading.exception() is None
+    path.rename(aside)
+    assert b"".join(objects.read(store, reference)) == SMALL
+
+
+def test_of_an_object_put_back_and_one_stored_anew_meanwhile_the_newer_stays(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "objects")
+    reference, _ = objects.put(store, SMALL)
+    path, aside = store._path(reference.key), tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef"
+    os.utime(path, (0, 0))
+    path.rename(aside)
+    now = datetime.now(UTC)
+    assert store.leftovers(now - LATER, remove=True) == []  # a moment ago: whoever did that is at work
+    assert objects.put(store, SMALL, touch_before=now - LATER).new
+    store._put_back(aside)
+    assert objects.head(store, reference).modified_at >= now - LATER
+    assert store.leftovers(now + LATER) == []
 
 
 def test_files_and_folders_are_the_owner_s_alone(tmp_path: Path) -> None:
