@@ -175,6 +175,14 @@ METRICS: Final = (
     ),
     Metric("evalstore_spool_bytes", "gauge", "What the spool of this host holds, where one is set.", "any"),
     Metric("evalstore_spool_oldest_age_seconds", "gauge", "For how long the oldest event has been in the spool.", "any"),
+    Metric(
+        "evalstore_disk_free_bytes",
+        "gauge",
+        "Room on the disk that holds a folder of ours, as this host sees it. S3, and a folder that cannot be read, tells none.",
+        "any",
+        {"folder": ("objects", "archive", "spool")},
+    ),
+    Metric("evalstore_disk_bytes", "gauge", "How large that disk is.", "any", {"folder": ("objects", "archive", "spool")}),
     # What the servers hold. Workers and schedulers all tell the same of it: take the max, not the sum.
     Metric(
         "evalstore_server_up",

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from models.metrics import METRICS, Metric
 from models.settings import settings
+from tasks.disks import Disks
 from tasks.groups import Group
 from tasks.ledger import Layout, Series
 from tasks.spool import Spool
@@ -46,6 +47,7 @@ class Exposition(Collector):
     ) -> None:
         self._role, self._layout, self._totals, self._group = role, layout, totals, group
         self._standing, self._always = standing, always
+        self._disks = Disks(settings())
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -92,7 +94,7 @@ class Exposition(Collector):
         found["evalstore_processes", (self._role, "stuck")] = stuck
         pids = [process.pid for process in processes] or [os.getpid()]
         found["evalstore_process_resident_memory_bytes", ()] = sum(map(_resident_bytes, pids))
-        found |= _spool()
+        found |= _spool() | self._disks.numbers()
         by_name: dict[str, dict[tuple[str, ...], float]] = {}
         for (name, labels), value in found.items():
             by_name.setdefault(name, {})[labels] = float(value)

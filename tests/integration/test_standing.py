@@ -1,6 +1,7 @@
 """What the servers hold is told as it is: content and the archive, spools, dead letters of many kinds; nobody waits for it."""
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from storage import archive, database, dead_letters, evaluations
 from storage.archive import Archive
 from storage.dead_letters import Burial
 from tasks import exposition
+from tasks.disks import Disks
 from tasks.ledger import Series
 from tasks.spool import Record, Spool
 from tasks.standing import Reading, Standing
@@ -100,6 +102,19 @@ def test_of_many_kinds_of_dead_letters_the_rarest_are_counted_together(
     assert len(shown) <= 40
     assert found["evalstore_dead_letters_oldest_age_seconds", ("InvalidEvent",)] == pytest.approx(3600, abs=60)
     assert found["evalstore_queue_messages", ("evaluations", "dead")] == 77
+
+
+def test_disks_show_their_room_as_df_does_and_a_folder_that_is_not_there_shows_none(tmp_path: Path) -> None:
+    (tmp_path / "objects").mkdir()
+    given = Settings(
+        object_store_url=f"file://{tmp_path}/objects", archive_url="s3://bucket/archive", spool_dir=tmp_path / "spool"
+    )
+    found = Disks(given).numbers()
+    df = subprocess.run(["df", "-B1", "--output=avail,used", tmp_path], capture_output=True, text=True, check=True)
+    free, used = map(int, df.stdout.splitlines()[1].split())
+    assert {labels for _, labels in found} == {("objects",)}
+    assert found["evalstore_disk_free_bytes", ("objects",)] == pytest.approx(free, abs=2**30)
+    assert found["evalstore_disk_bytes", ("objects",)] == pytest.approx(free + used, abs=2**20)
 
 
 def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
