@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Only a crash of the machine may lose what was written; tests that kill the server hold with these too.
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
 EMPTY, MIGRATED = "template0", "evalstore_migrated"
+# Of the shared Valkey: those that tests take in turn, and the one of the service that tests share.
+DATABASES, OF_SERVICE = 64, 64
 
 _numbers = itertools.count(1)
 
@@ -48,7 +50,7 @@ def shared_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
 @pytest.fixture(scope="session")
 def shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """One for all tests: take `redis_url` instead, a database of the test's own in it."""
-    with Valkey(tmp_path_factory.mktemp("valkey"), settings={"databases": "64"}) as server:
+    with Valkey(tmp_path_factory.mktemp("valkey"), settings={"databases": str(DATABASES + 1)}) as server:
         yield server
 
 
@@ -65,19 +67,21 @@ def migrated(shared_postgres: Postgres) -> str:
 @pytest.fixture
 def database_url(shared_postgres: Postgres, migrated: str) -> Iterator[str]:
     """A fresh database with every migration applied."""
-    yield from _database(shared_postgres, migrated)
+    with new_database(shared_postgres, migrated) as url:
+        yield url
 
 
 @pytest.fixture
 def empty_database_url(shared_postgres: Postgres) -> Iterator[str]:
     """A fresh database with nothing in it."""
-    yield from _database(shared_postgres, EMPTY)
+    with new_database(shared_postgres, EMPTY) as url:
+        yield url
 
 
 @pytest.fixture
 def redis_url(shared_valkey: Valkey) -> Iterator[str]:
     """An empty database, other than the last test's: what a thread of that one still writes does not show here."""
-    url = shared_valkey.url(next(_numbers) % 64)
+    url = shared_valkey.url(next(_numbers) % DATABASES)
     with redis.Redis.from_url(url) as client:
         client.flushdb()
         yield url
@@ -117,7 +121,9 @@ def _administer(server: Postgres, statement: sql.Composed) -> None:
         conn.execute(statement)
 
 
-def _database(server: Postgres, template: str) -> Iterator[str]:
+@contextlib.contextmanager
+def new_database(server: Postgres, template: str) -> Iterator[str]:
+    """Its address; it goes at the end, whoever is connected."""
     name = f"test_{next(_numbers)}"
     create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
     _administer(server, create.format(sql.Identifier(name), sql.Identifier(template)))

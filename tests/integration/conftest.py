@@ -1,4 +1,4 @@
-"""The HTTP service as a process of its own, in front of real servers."""
+"""Connections to real servers, and the HTTP service as a process of its own in front of them."""
 
 import contextlib
 import json
@@ -14,10 +14,18 @@ from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
+import psycopg
 import pytest
+import redis
+from sqlalchemy import Connection, Engine
 
+from models.tables import metadata
 from ops import processes
-from ops.servers import free_port
+from ops.servers import Postgres, Valkey, free_port
+from storage import database
+from tasks.evaluations import QUEUE
+from tests.conftest import OF_SERVICE, new_database
+from worker.broker import Broker
 
 ROOT = Path(__file__).parents[2]
 READ, WRITE, BOTH = "read-key-0001", "write-key-0001", "both-key-0001"
@@ -40,9 +48,13 @@ class Api:
             "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),  # where what it counts is not added to that of others
             **environment,
         }
+        self.database_url = environment["EVALSTORE_DATABASE_URL"]
+        self.redis_url = environment["EVALSTORE_REDIS_URL"]
         self._process: subprocess.Popen[bytes] | None = None
-        self._clients: list[httpx.Client] = []
+        self._clients: dict[str | None, httpx.Client] = {}
+        self._others: list[httpx.Client] = []
         self.log = folder / "api.log"
+        self._logged_before = 0
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +86,7 @@ class Api:
     def client(self, key: str | None, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         made = httpx.Client(base_url=self.url, headers=headers, timeout=options.pop("timeout", 60), **options)
-        self._clients.append(made)
+        self._others.append(made)
         return made
 
     @property
@@ -94,11 +106,29 @@ class Api:
         return self._cached(None)
 
     def _cached(self, key: str | None) -> httpx.Client:
-        name = f"_client_{key}"
-        if not hasattr(self, name):
-            setattr(self, name, self.client(key))
-        found: httpx.Client = getattr(self, name)
-        return found
+        if key not in self._clients:
+            self._clients[key] = self.client(key)
+        return self._clients[key]
+
+    @property
+    def said(self) -> str:
+        """What it logged since it was last emptied."""
+        return self.log.read_bytes()[self._logged_before :].decode()
+
+    def empty(self) -> None:
+        """Nothing is stored, queued or cached any more, and nobody is connected."""
+        self._close_clients()
+        with psycopg.connect(self.database_url, autocommit=True) as conn:
+            conn.execute(f"TRUNCATE {', '.join(set(metadata.tables) - {'confirmation_position'})}")
+        with redis.Redis.from_url(self.redis_url) as client:
+            client.flushdb()
+        self._logged_before = self.log.stat().st_size
+
+    def _close_clients(self) -> None:
+        for client in self._others:
+            client.close()
+        self._others.clear()
+        self._clients.clear()
 
     def terminate(self) -> None:
         """Ask it to stop, and go on."""
@@ -106,8 +136,7 @@ class Api:
             self._process.send_signal(SIGTERM)
 
     def stop(self) -> None:
-        for client in self._clients:
-            client.close()
+        self._close_clients()
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
@@ -134,9 +163,49 @@ def start_api(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Cal
 
 
 @pytest.fixture
-def api(start_api: Callable[..., Api]) -> Api:
-    """A running service of the test's own."""
-    return start_api()
+def engine(database_url: str) -> Iterator[Engine]:
+    """For the test's own database."""
+    made = database.engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def conn(engine: Engine) -> Iterator[Connection]:
+    with engine.connect() as conn:
+        yield conn
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    """As a worker has it, without one."""
+    made = Broker(url=redis_url, middleware=[])
+    made.declare_queue(QUEUE)
+    yield made
+    made.client.close()
+
+
+@pytest.fixture(scope="session")
+def shared_api(
+    tmp_path_factory: pytest.TempPathFactory, shared_postgres: Postgres, migrated: str, shared_valkey: Valkey
+) -> Iterator[Api]:
+    """One for all tests: take `api` instead, in which nothing is stored."""
+    with new_database(shared_postgres, migrated) as database_url:
+        servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": shared_valkey.url(OF_SERVICE)}
+        made = Api(tmp_path_factory.mktemp("api"), servers)
+        made.start()
+        yield made
+        made.stop()
+
+
+@pytest.fixture
+def api(shared_api: Api) -> Api:
+    """A running service with nothing in it, and databases of its own: `api.database_url`, `api.redis_url`.
+
+    What changes how it runs, or reads what it counted since its start, takes `start_api`.
+    """
+    shared_api.empty()
+    return shared_api
 
 
 class _Peak:

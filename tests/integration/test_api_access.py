@@ -38,14 +38,15 @@ PUBLIC = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"]
 
 
 @pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
+def engine(api: Any) -> Iterator[Engine]:
+    made = database.engine(api.database_url)
     yield made
     made.dispose()
 
 
-def test_every_request_is_answered_as_its_key_allows(start_api: Callable[..., Any], engine: Engine, tmp_path: Path) -> None:
+def test_every_request_is_answered_as_its_key_allows(start_api: Callable[..., Any], database_url: str, tmp_path: Path) -> None:
     api = start_api(EVALSTORE_OBJECT_STORE_URL=(tmp_path / "objects").as_uri())
+    engine = database.engine(database_url)
     api.both.post(E, json={"eval_id": "e", "code": "c"})
     soon = datetime.now(UTC) + timedelta(hours=1)
     past = datetime.now(UTC) - timedelta(seconds=1)
@@ -86,6 +87,7 @@ def test_every_request_is_answered_as_its_key_allows(start_api: Callable[..., An
                         assert answer.status_code in {200, 201, 404, 409}, what
                     if answer.status_code in {401, 403}:
                         assert answer.headers["content-type"] == "application/problem+json", what
+    engine.dispose()
     assert [api.nobody.get(path).status_code for path in PUBLIC] == [200] * len(PUBLIC)
 
 
@@ -138,15 +140,16 @@ def test_a_key_works_soon_after_it_was_made_and_no_longer_once_it_is_revoked(
         assert keys.usable(conn) == []
 
 
-def test_the_log_says_who_did_what_and_no_key(api: Any, engine: Engine) -> None:
+def test_the_log_says_who_did_what_and_no_key(api: Any, engine: Engine, eventually: Callable[..., None]) -> None:
     with engine.connect() as conn:
         key, kept = keys.create(conn, "w", ["write"])
+    eventually(lambda: api.nobody.get(E, headers={"X-API-Key": key}).status_code == 403, what="the key is known")
     made = api.nobody.post(E, json={"eval_id": "e", "code": "c"}, headers={"X-API-Key": key, "X-Request-ID": "from-outside"})
     api.both.put(f"{E}/e", json={"status": "running"})
     refused = api.nobody.get(f"{E}/e", headers={"X-API-Key": "guessed-secret"})
     assert made.headers["x-request-id"] == "from-outside"
     assert refused.json()["request_id"] == refused.headers["x-request-id"]
-    log = api.log.read_text()
+    log = api.said
     assert re.search(rf"POST {E}: 201, by key {kept.key_id}, request from-outside", log)
     assert re.search(rf"PUT {E}/e: 200, by key settings-[0-9a-f]{{8}}, request [0-9a-f]{{32}}", log)
     assert re.search(rf"GET {E}/e: 401, by key nobody, request {refused.json()['request_id']}", log)

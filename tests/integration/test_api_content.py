@@ -23,9 +23,9 @@ SIZE = 24 * 1024 * 1024
 
 
 @pytest.fixture
-def stored(database_url: str) -> Iterator[Callable[..., None]]:
+def stored(api: Any) -> Iterator[Callable[..., None]]:
     """`stored("e", output=bytes)`: an evaluation that ended with that."""
-    engine = database.engine(database_url)
+    engine = database.engine(api.database_url)
 
     def store(eval_id: str, **contents: bytes) -> None:
         fields = {f"{kind}_b64": base64.b64encode(data).decode() for kind, data in contents.items()}
@@ -77,7 +77,7 @@ def test_content_of_an_event_that_no_longer_counts_can_be_read(api: Any) -> None
 
 
 def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
-    api: Any, stored: Callable[..., None], database_url: str, eventually: Callable[..., None]
+    api: Any, stored: Callable[..., None], eventually: Callable[..., None]
 ) -> None:
     stored("e", output=os.urandom(SIZE))
     for _ in range(20):
@@ -85,7 +85,7 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
             next(answer.iter_raw())
 
     def in_transaction() -> int:
-        with psycopg.connect(database_url, autocommit=True) as conn:
+        with psycopg.connect(api.database_url, autocommit=True) as conn:
             query = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%%' AND datname = current_database()"
             return int(conn.execute(query.replace("%%", "%")).fetchall()[0][0])
 

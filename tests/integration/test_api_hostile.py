@@ -4,11 +4,13 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.integration.conftest import Api
 
 E = "/storage/evaluations"
 KEY = b"X-API-Key: both-key-0001\r\n"
@@ -86,7 +88,7 @@ def test_whatever_is_sent_is_answered_with_a_problem_and_no_error_is_logged(api:
         problem = json.loads(body)
         assert problem["status"] == status, name
         assert f"x-request-id: {problem['request_id']}".encode() in lines, name
-    log = api.log.read_text()
+    log = api.said
     assert "Traceback" not in log
     assert "ERROR" not in log
 
@@ -114,14 +116,18 @@ def test_head_is_answered_as_get_is_without_its_body(api: Any) -> None:
     assert api.nobody.head(f"{E}/e").status_code == 401
     counted = api.nobody.get("/metrics").text
     assert 'method="HEAD"' not in counted
-    log = api.log.read_text()
+    log = api.said
     assert "Traceback" not in log
     assert "ERROR" not in log
 
 
-@pytest.fixture
-def impatient(start_api: Callable[..., Any]) -> Any:
-    return start_api(command=("-c", IMPATIENT))
+@pytest.fixture(scope="module")
+def impatient(shared_api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    servers = {"EVALSTORE_DATABASE_URL": shared_api.database_url, "EVALSTORE_REDIS_URL": shared_api.redis_url}
+    service = Api(tmp_path_factory.mktemp("impatient"), servers, ("-c", IMPATIENT))
+    service.start()
+    yield service
+    service.stop()
 
 
 def test_who_never_ends_the_head_of_a_request_is_cut_off(impatient: Any, eventually: Callable[..., None]) -> None:
@@ -166,11 +172,11 @@ def test_a_body_that_trickles_is_given_up(impatient: Any) -> None:
 
 def test_a_stream_may_take_longer_than_any_of_its_steps(impatient: Any) -> None:
     data = "0123456789" * 1_000_000
-    assert impatient.both.post(E, json={"eval_id": "e", "code": data}).status_code == 201
+    assert impatient.both.post(E, json={"eval_id": "slowly-read", "code": data}).status_code == 201
     received = b""
     # The kernels between hold little, so that the service feels how slowly this reads.
     line = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)])
-    with impatient.client("read-key-0001", transport=line).stream("GET", f"{E}/e/code") as answer:
+    with impatient.client("read-key-0001", transport=line).stream("GET", f"{E}/slowly-read/code") as answer:
         for piece in answer.iter_raw(200_000):
             received += piece
             time.sleep(0.08)

@@ -17,8 +17,8 @@ COUNT = 60
 
 
 @pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
+def engine(api: Any) -> Iterator[Engine]:
+    made = database.engine(api.database_url)
     yield made
     made.dispose()
 

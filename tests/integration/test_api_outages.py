@@ -187,7 +187,10 @@ def test_in_any_order_of_writes_and_reads_a_read_is_never_old(
     Reads.engine.dispose()
 
 
-def test_what_is_being_answered_is_finished_before_the_service_stops(api: Any, eventually: Callable[..., None]) -> None:
+def test_what_is_being_answered_is_finished_before_the_service_stops(
+    start_api: Callable[..., Any], eventually: Callable[..., None]
+) -> None:
+    api = start_api()
     lines = [json.dumps({"type": "evaluation:started", "eval_id": f"e{number}"}) for number in range(3000)]
 
     def slowly() -> Any:

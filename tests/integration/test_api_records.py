@@ -61,7 +61,8 @@ def test_creating_what_another_event_created_is_a_conflict(api: Any) -> None:
 
 
 def test_of_many_who_create_the_same_at_once_one_does(api: Any, start_api: Callable[..., Any]) -> None:
-    apis = [api, start_api()]
+    servers = {"EVALSTORE_DATABASE_URL": api.database_url, "EVALSTORE_REDIS_URL": api.redis_url}
+    apis = [api, start_api(**servers)]
     together = threading.Barrier(6)
 
     def attempt(number: int) -> list[int]:
@@ -164,13 +165,13 @@ def test_bad_fields_are_all_named_and_change_nothing(api: Any) -> None:
     assert api.both.get(E).json()["evaluations"] == []
 
 
-def test_what_is_sent_to_be_stored_later_is_in_the_queue(api: Any, redis_url: str) -> None:
+def test_what_is_sent_to_be_stored_later_is_in_the_queue(api: Any) -> None:
     headers = {"Prefer": "respond-async, wait=5", "Idempotency-Key": "k"}
     answers = [api.both.post(E, json={"eval_id": "e", "code": "c"}, headers=headers) for _ in range(2)]
     assert [(one.status_code, one.headers["preference-applied"]) for one in answers] == [(202, "respond-async")] * 2
     later = api.both.put(f"{E}/e", json={"status": "completed", "exit_code": 0}, headers={"Prefer": "respond-async"})
     assert later.status_code == 202
-    with redis.Redis.from_url(redis_url) as client:
+    with redis.Redis.from_url(api.redis_url) as client:
         sent = [json.loads(body)["args"][0] for body in client.hvals("dramatiq:evaluations.msgs")]
     queued = [event for event in sent if event["type"] == "evaluation:queued"]
     assert len(sent) == 3
@@ -184,7 +185,8 @@ def test_who_may_not_read_is_told_no_more_than_the_version(api: Any) -> None:
     assert api.write.put(f"{E}/e", json={"status": "running"}).json() == {"eval_id": "e", "version": 2, "status": "running"}
 
 
-def test_a_record_is_read_whatever_form_its_address_has_and_counted_by_its_route(api: Any) -> None:
+def test_a_record_is_read_whatever_form_its_address_has_and_counted_by_its_route(start_api: Callable[..., Any]) -> None:
+    api = start_api()
     api.both.post(E, json={"eval_id": "a@b", "code": "c"})
     plain, encoded = api.read.get(f"{E}/a@b"), api.read.get(f"{E}/%61%40b?unknown=1")
     assert plain.status_code == encoded.status_code == 200

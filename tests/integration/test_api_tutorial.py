@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```\n", re.DOTALL)
 
 
-def test_the_tutorial_does_what_it_says(api: Any, database_url: str, redis_url: str, tmp_path: Path) -> None:
+def test_the_tutorial_does_what_it_says(api: Any, tmp_path: Path) -> None:
     blocks = _BLOCK.findall((ROOT / "docs/tutorial-http.md").read_text())
     # What the first two steps do.
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")},
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
-        "EVALSTORE_DATABASE_URL": database_url,
-        "EVALSTORE_REDIS_URL": redis_url,
+        "EVALSTORE_DATABASE_URL": api.database_url,
+        "EVALSTORE_REDIS_URL": api.redis_url,
         "EVALSTORE_API_URL": api.url,
         "EVALSTORE_READ_API_KEYS": "read-key-0001",
         "EVALSTORE_WRITE_API_KEYS": "write-key-0001",

@@ -31,19 +31,6 @@ ROOT = Path(__file__).parents[2]
 THRESHOLD = 100_000
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
-def conn(engine: Engine) -> Iterator[Connection]:
-    with engine.connect() as conn:
-        yield conn
-
-
 @pytest.fixture(params=["directory", "bucket"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     """An archive in a directory, and one in S3."""

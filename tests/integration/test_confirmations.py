@@ -1,6 +1,5 @@
 """Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
 
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -12,25 +11,10 @@ from models.errors import RedisOutage
 from models.events import parse
 from ops.servers import Valkey
 from storage import confirmations as outbox
-from storage import database, evaluations
+from storage import evaluations
 from tasks.confirmations import STREAM, Confirmations
 from worker import confirmations
 from worker.broker import Broker
-
-
-@pytest.fixture
-def conn(database_url: str) -> Iterator[Connection]:
-    engine = database.engine(database_url)
-    with engine.connect() as conn:
-        yield conn
-    engine.dispose()
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(url=redis_url, middleware=[])
-    yield made
-    made.client.close()
 
 
 def store(conn: Connection, eval_id: str, *numbers: int) -> None:

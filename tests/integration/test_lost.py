@@ -1,7 +1,6 @@
 """Evaluations whose result is overdue are given up, and only those; a result that still comes counts all the same."""
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,27 +11,12 @@ from uuid_utils.compat import uuid4
 
 from models.events import parse
 from models.settings import Settings
-from storage import database, evaluations
+from storage import evaluations
 from tasks.evaluations import QUEUE
 from worker import lost
 from worker.broker import Broker
 
 LIMITS = Settings(lost_grace_s=60, running_limit_s=3600, queued_limit_s=7200)
-
-
-@pytest.fixture
-def conn(database_url: str) -> Iterator[Connection]:
-    engine = database.engine(database_url)
-    with engine.connect() as conn:
-        yield conn
-    engine.dispose()
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(url=redis_url, middleware=[])
-    yield made
-    made.client.close()
 
 
 def event(kind: str, **fields: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing
 from models.events import parse
 from models.settings import Settings
-from storage import contents, database, evaluations, objects
+from storage import contents, evaluations, objects
 from storage.objects import Stores
 
 ROOT = Path(__file__).parents[2]
@@ -43,13 +43,6 @@ def given(request: Any, tmp_path: Path, database_url: str) -> Json:
 @pytest.fixture
 def stores(given: Json) -> Stores:
     return Stores(Settings.from_environment(given))
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
 
 
 def store(engine: Engine, eval_id: str, **fields: Any) -> None:

@@ -25,7 +25,7 @@ from models.events import parse
 from models.settings import settings
 from ops import processes
 from ops.servers import Valkey
-from storage import database, evaluations
+from storage import evaluations
 from tasks import store_evaluation, store_evaluations
 from tasks.broker import broker
 
@@ -69,13 +69,6 @@ def worker(client: redis.Redis, tmp_path: Path) -> Iterator[Path]:
     guard.terminate()
     guard.wait()
     print(log.read_text(errors="replace")[-6000:])
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
 
 
 def get(engine: Engine, eval_id: str) -> Record | None:

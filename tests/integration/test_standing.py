@@ -4,7 +4,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ from sqlalchemy import Engine
 
 from models.events import EvaluationCompleted
 from models.settings import Settings
-from storage import archive, database, dead_letters, evaluations
+from storage import archive, dead_letters, evaluations
 from storage.archive import Archive
 from storage.dead_letters import Burial
 from tasks import exposition
@@ -24,13 +23,6 @@ from tasks.disks import Disks
 from tasks.ledger import Series
 from tasks.spool import Record, Spool
 from tasks.standing import Reading, Standing
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
 
 
 def numbers(given: Settings) -> dict[Series, float]:

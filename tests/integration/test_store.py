@@ -36,13 +36,6 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
 def plain(database_url: str) -> Iterator[psycopg.Connection[Json]]:
     """A connection that looks at the tables, and has no part in what is tested."""
     with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as conn:

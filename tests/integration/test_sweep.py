@@ -33,22 +33,6 @@ GRACE = timedelta(days=7)
 MONTH = timedelta(days=30)
 
 
-@pytest.fixture
-def conn(database_url: str) -> Iterator[Connection]:
-    engine = database.engine(database_url)
-    with engine.connect() as conn:
-        yield conn
-    engine.dispose()
-
-
-@pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(url=redis_url, middleware=[])
-    made.declare_queue(QUEUE)
-    yield made
-    made.client.close()
-
-
 @pytest.fixture(params=["directory", "bucket"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     if request.param == "directory":
