@@ -5,7 +5,6 @@ import os
 import pty
 import select
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from storage.dead_letters import Burial
 from tasks.broker import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
+from tests.integration.commands import evalstore_command
 from worker.broker import Broker
 
 Json = dict[str, Any]
@@ -80,7 +80,7 @@ class Operator:
         }
 
     def start(self, *words: object, **given: Any) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "ops.cli", "dlq", *map(str, words)]
+        command = [*evalstore_command(), "dlq", *map(str, words)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | given
         return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **streams)
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from sqlalchemy import Engine
 
 from storage import database, keys
+from tests.integration.commands import evalstore_command
 
 E = "/storage/evaluations"
 READS = [
@@ -176,7 +176,7 @@ def run_evalstore(database_url: str, tmp_path: Path) -> Callable[..., Any]:
     env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url}
 
     def run(*arguments: str, status: int = 0) -> Any:
-        command = [sys.executable, "-m", "ops.cli", *arguments]
+        command = [*evalstore_command(), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         assert done.returncode == status, done.stderr
         return done

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from psycopg.rows import dict_row
 from models.events import parse
 from storage import database, evaluations
 from tests.chaos.world import World, wait_until
+from tests.integration.commands import evalstore_command
 from tests.integration.shell import Done, a_world
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ class Shell:
         return self.evalstore("archive", *words, **env)
 
     def evalstore(self, *words: object, **env: str) -> Done:
-        command = [sys.executable, "-m", "ops.cli", *map(str, words)]
+        command = [*evalstore_command(), *map(str, words)]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         done = subprocess.run(command, cwd=ROOT, env=self.env | env, timeout=120, check=False, **streams)
         return Done(done.returncode, done.stdout, done.stderr)

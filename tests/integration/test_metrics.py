@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from models.logs import LOGS
 from models.metrics import METRICS, TYPES
 from ops.servers import Postgres, Valkey
 from storage.migrations import upgrade
+from tests.integration.commands import evalstore_command
 from tests.integration.watched import SCHEDULER, STICKING, WORKER, Seen, Watched
 from tests.integration.watched import seen as read
 
@@ -81,7 +81,7 @@ def ended(number: int, event: int, **fields: Any) -> dict[str, Any]:
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ops.cli", *words]
+    command = [*evalstore_command(), *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from models.events import parse
 from models.settings import Settings
 from storage import contents, evaluations, objects
 from storage.objects import Stores
+from tests.integration.commands import evalstore_command
 
 ROOT = Path(__file__).parents[2]
 E = "/storage/evaluations"
@@ -60,7 +60,7 @@ def stored(engine: Engine, stores: Stores) -> None:
 
 
 def get(given: Json, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "ops.cli", "get", *arguments]
+    command = [*evalstore_command(), "get", *arguments]
     return subprocess.run(command, check=False, capture_output=True, cwd=ROOT, timeout=120, env={**os.environ, **given})
 
 

@@ -16,6 +16,7 @@ from periodiq import Scheduler, cron
 
 from ops.servers import Valkey
 from tasks.jobs import JOBS, QUEUE, last_runs_key
+from tests.integration.commands import evalstore_command
 from worker import schedule
 from worker.broker import Broker
 
@@ -111,7 +112,7 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ops.cli", *words]
+    command = [*evalstore_command(), *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 
