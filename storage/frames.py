@@ -2,8 +2,8 @@
 
 `<sha256>` holds content as it is: under 4 MiB, and compression does not help. Its name is its checksum.
 
-`<sha256>.zst` holds everything else: each 4 MiB of content as a zstd frame of its own (which zstd fills with raw blocks where
-they do not compress), then the index in two skippable frames (RFC 8878, 3.1.2): ours, with the content's SHA-256 and size
+`<sha256>.zst` holds everything else: each 4 MiB of content as a zstd frame of its own (of raw blocks where they do not
+compress), then the index in two skippable frames (RFC 8878, 3.1.2): ours, with the content's SHA-256 and size
 and the SHA-256 of every frame as stored, and the seek table of the zstd seekable format
 (https://github.com/facebook/zstd/blob/dev/contrib/seekable_format/zstd_seekable_compression_format.md). So `zstd -d` reads
 the whole, and whatever knows that format reads a part.
@@ -16,10 +16,11 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import accumulate, pairwise
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, Self
 
 from models.content import FRAME_BYTES, Reference
 from models.errors import ObjectDamaged, ObjectStoreOutage
@@ -29,11 +30,15 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# The other where the last frame did not shrink: it tells that the next does not either in half the time.
-_LEVEL, _LEVEL_IN_VAIN = 3, -5
+_LEVEL = 3
+# Where the last frame did not shrink, a part of the next tells whether it will: trying costs as much as hashing it. A stretch
+# of a 64th of it that compresses well is met by enough of them.
+_SAMPLES, _SAMPLE_BYTES = 64, 1024
+_RAW_BLOCK_BYTES = 128 * 1024
 _WINDOW_LOG_MAX = 23  # no frame of ours needs more; what a frame may make the decoder allocate
 _READ_BYTES = 256 * 1024  # from a connection, whose client would hold more of it several times
 _KEY = re.compile(r"[0-9a-f]{64}(?:\.zst)?", re.ASCII)
+_ZSTD = 0xFD2FB528
 _OURS, _SEEK_TABLE, _SEEKABLE = 0x184D2A50, 0x184D2A5E, 0x8F92EAB1
 _VERSION = b"EVS1"
 _DIGEST_BYTES = 32
@@ -66,19 +71,23 @@ class Encoder:
             self.reference = Reference(hashlib.sha256(content).hexdigest(), len(content), "zstd")
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
-        known, whole, size = self.reference, hashlib.sha256(), 0
+        with Hasher() as whole:
+            yield from self._blocks(whole)
+
+    def _blocks(self, whole: "Hasher") -> Iterator[bytes | memoryview]:
+        known, size = self.reference, 0
         lengths: list[int] = []
         digests: list[bytes] = []
-        level = _LEVEL
+        shrinks = True
         for piece in _pieces(self._content):
             if known is None:
                 whole.update(piece)
-            stored = _compress(piece, level)
+            stored = _compress(piece) if shrinks or _is_worth_trying(piece) else _raw(piece)
             if not size and len(piece) < FRAME_BYTES and len(stored) + index_bytes(len(piece)) > len(piece) * 15 // 16:
                 yield piece
                 self.reference = Reference(whole.hexdigest(), len(piece), "identity")
                 return
-            level = _LEVEL if len(stored) < len(piece) * 15 // 16 else _LEVEL_IN_VAIN
+            shrinks = len(stored) < len(piece) * 15 // 16
             size += len(piece)
             lengths.append(len(stored))
             digests.append(hashlib.sha256(stored).digest())
@@ -110,9 +119,63 @@ def _pieces(content: Content) -> Iterator[bytes | memoryview]:
         yield bytes(held)
 
 
-def _compress(piece: bytes | memoryview, level: int) -> bytes:
-    options: dict[int, int] = {zstd.CompressionParameter.compression_level: level, zstd.CompressionParameter.checksum_flag: 1}
+class Hasher:
+    """SHA-256 of pieces in order, in a thread of its own beside what else is done with them. Of small ones here and now.
+
+    One piece at a time is held.
+    """
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._pool: ThreadPoolExecutor | None = None
+        self._begun: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """The next piece, which stays as it is."""
+        self._wait()
+        if len(piece) < FRAME_BYTES:
+            self._sha256.update(piece)
+            return
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="evalstore-hash")
+        self._begun = self._pool.submit(self._sha256.update, piece)
+
+    def hexdigest(self) -> str:
+        """Of all pieces so far."""
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
+        if self._begun is not None:
+            self._begun.result()
+            self._begun = None
+
+
+def _compress(piece: bytes | memoryview) -> bytes:
+    options: dict[int, int] = {zstd.CompressionParameter.compression_level: _LEVEL, zstd.CompressionParameter.checksum_flag: 1}
     return zstd.compress(piece, options=options)
+
+
+def _is_worth_trying(piece: bytes | memoryview) -> bool:
+    step = max(_SAMPLE_BYTES, len(piece) // _SAMPLES)
+    sample = b"".join(piece[start : start + _SAMPLE_BYTES] for start in range(0, len(piece), step))
+    return len(_compress(sample)) < len(sample) * 15 // 16
+
+
+def _raw(piece: bytes | memoryview) -> bytes:
+    """A zstd frame that holds it as it is (RFC 8878, 3.1.1): a single segment of raw blocks, its size before them."""
+    parts: list[bytes | memoryview] = [struct.pack("<IBI", _ZSTD, 0b1010_0000, len(piece))]
+    for start in range(0, len(piece), _RAW_BLOCK_BYTES):
+        block = piece[start : start + _RAW_BLOCK_BYTES]
+        is_last = start + _RAW_BLOCK_BYTES >= len(piece)
+        parts += [(len(block) << 3 | is_last).to_bytes(3, "little"), block]
+    return b"".join(parts)
 
 
 def _frame_count(size: int) -> int:

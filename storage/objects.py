@@ -4,7 +4,6 @@ The same functions for a directory and for S3. All raise ObjectStoreOutage where
 is not set up: wait and repeat the step. Every step may be repeated, and done by several at once.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from models.content import FRAME_BYTES, Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.settings import Settings, parse_store_url
 from storage.files import FileStore
-from storage.frames import Content, Encoder, Index, Listed, index_bytes, read_index
+from storage.frames import Content, Encoder, Hasher, Index, Listed, index_bytes, read_index
 
 if TYPE_CHECKING:
     from storage.s3 import S3Store
@@ -217,14 +216,15 @@ def _open(store: Store, reference: Reference, *, with_body: bool = False) -> tup
 
 
 def _whole(store: Store, index: Index, begun: _Begun) -> Iterator[bytes]:
-    digest, count = hashlib.sha256(), len(index.digests)
-    for number, chunk in enumerate(_frames(store, index, begun, 0, count), 1):
-        digest.update(chunk)
-        if number == count:
+    count = len(index.digests)
+    with Hasher() as digest:
+        for number, chunk in enumerate(_frames(store, index, begun, 0, count), 1):
+            digest.update(chunk)
+            if number == count:
+                _check(index, digest.hexdigest())
+            yield chunk
+        if not count:
             _check(index, digest.hexdigest())
-        yield chunk
-    if not count:
-        _check(index, digest.hexdigest())
 
 
 def _check(index: Index, sha256: str) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -148,7 +149,7 @@ class S3Store:
             lambda: self._s3.create_multipart_upload(
                 **self._at(key),
                 **self._as(key),
-                **({"ChecksumAlgorithm": "SHA256"} if self._knows_checksums else {}),
+                **({"ChecksumAlgorithm": "CRC32"} if self._knows_checksums else {}),
             )
         )
         upload = {**self._at(key), "UploadId": created["UploadId"]}
@@ -158,7 +159,7 @@ class S3Store:
             answer = self._adapting(
                 lambda: self._s3.upload_part(**upload, **self._checksum(part), PartNumber=number, Body=part)
             )
-            checksum = {"ChecksumSHA256": answer["ChecksumSHA256"]} if "ChecksumSHA256" in answer else {}
+            checksum = {"ChecksumCRC32": answer["ChecksumCRC32"]} if "ChecksumCRC32" in answer else {}
             return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
 
         pool = ThreadPoolExecutor(PARTS_AT_ONCE)
@@ -281,20 +282,23 @@ class S3Store:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def _checksum(self, body: BinaryIO) -> dict[str, str]:
-        """What the server compares with what arrives: SHA-256, or the MD5 that every server knows."""
-        digest = hashlib.sha256() if self._knows_checksums else hashlib.md5(usedforsecurity=False)
+        """What the server compares with what arrives: CRC-32, or the MD5 that every server knows."""
+        crc32, md5 = 0, hashlib.md5(usedforsecurity=False)
         body.seek(0)
         while piece := body.read(_READ_BYTES):
-            digest.update(piece)
+            if self._knows_checksums:
+                crc32 = zlib.crc32(piece, crc32)
+            else:
+                md5.update(piece)
         body.seek(0)
-        name = "ChecksumSHA256" if digest.name == "sha256" else "ContentMD5"
-        return {name: base64.b64encode(digest.digest()).decode()}
+        name, value = ("ChecksumCRC32", crc32.to_bytes(4)) if self._knows_checksums else ("ContentMD5", md5.digest())
+        return {name: base64.b64encode(value).decode()}
 
     def _condition(self, replace: bool) -> dict[str, str]:
         return {"IfNoneMatch": "*"} if self._knows_conditions and not replace else {}
 
     def _adapting(self, call: Callable[[], _T]) -> _T:
-        """Do without conditions, then without SHA-256, where the server answers that it has no such thing.
+        """Do without conditions, then without CRC-32, where the server answers that it has no such thing.
 
         S3's own word for it is 501; others answer InvalidArgument: "Unsupported header ...".
         """

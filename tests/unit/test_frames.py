@@ -1,5 +1,6 @@
 """Any content comes back from its frames, in whatever way it was given, and no damage passes for content."""
 
+import base64
 import hashlib
 import io
 import os
@@ -126,6 +127,19 @@ def test_what_does_not_compress_is_kept_as_it_is_or_in_frames_hardly_larger() ->
 def test_what_compresses_after_what_does_not_is_compressed() -> None:
     _, blob = encode(os.urandom(FRAME_BYTES) + b"lines of text\n" * FRAME_BYTES)
     assert len(blob) < FRAME_BYTES * 1.1
+
+
+def test_stretches_that_compress_are_compressed_though_the_frame_before_did_not() -> None:
+    """Zeros in the middle of what does not, and base64, which has no repetition but fewer different bytes."""
+    random_bytes = os.urandom(FRAME_BYTES)
+    mixed = random_bytes[: 2 * MIB] + bytes(MIB) + random_bytes[3 * MIB :]
+    assert len(encode(random_bytes + mixed)[1]) < FRAME_BYTES + 3.1 * MIB
+    assert len(encode(random_bytes + base64.b64encode(random_bytes)[:FRAME_BYTES])[1]) < FRAME_BYTES * 1.8
+
+
+def test_any_zstd_tool_reads_an_object_of_bytes_that_do_not_compress() -> None:
+    for content in (os.urandom(2 * FRAME_BYTES), os.urandom(2 * FRAME_BYTES + 128 * 1024 + 1), os.urandom(FRAME_BYTES + 1)):
+        assert zstd.decompress(encode(content)[1]) == content
 
 
 def test_any_zstd_tool_reads_an_object() -> None:
