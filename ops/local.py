@@ -132,7 +132,7 @@ class Local:
         self.environment: dict[str, str] = {}
         self.postgres = Postgres(self.folder / "postgres")
         self.valkey = Valkey(self.folder / "valkey")
-        self.objects = self.folder / "objects"
+        self.objects, self.archive = self.folder / "objects", self.folder / "archive"
         self.processes = [Process(name, command, self.folder, show) for name, command in commands.items()]
         self._show = show or (lambda _name, _line: None)
         self._lock: int | None = None
@@ -157,8 +157,10 @@ class Local:
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
             **_metrics_ports(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
+            "EVALSTORE_ARCHIVE_URL": f"file://{quote(str(self.archive))}",
         }
-        self.objects.mkdir(mode=0o700, exist_ok=True)
+        for store in (self.objects, self.archive):
+            store.mkdir(mode=0o700, exist_ok=True)
         upgrade(self.postgres.url())
         if any(process.name == "api" for process in self.processes):
             self.environment |= _service(self.folder)

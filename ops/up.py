@@ -97,6 +97,7 @@ def _summary(local: Local) -> list[str]:
         ("Valkey", f"127.0.0.1:{local.valkey.port}, log {local.valkey.log}"),
         ("metrics", f"http://127.0.0.1:{local.environment['EVALSTORE_METRICS_PORT']}/metrics"),
         ("objects", str(local.objects)),
+        ("archive", str(local.archive)),
         ("processes", ", ".join(process.name for process in local.processes)),
         *(
             [

@@ -242,6 +242,7 @@ def test_the_environment_is_for_shells_and_for_its_owner_alone(start: Start) -> 
     sourced = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert sourced.splitlines() == list(expected.values())
     assert expected["EVALSTORE_OBJECT_STORE_URL"] == f"file://{up.folder}/objects"
+    assert expected["EVALSTORE_ARCHIVE_URL"] == f"file://{up.folder}/archive"
     assert not re.search(r":[0-9a-f]{48}@", up.text)  # no password is shown
 
 
