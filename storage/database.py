@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import psycopg
 from psycopg import errors as pg
@@ -25,7 +25,10 @@ from models.record import jsonb
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
 # Of these, what the work itself may have brought about.
-_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.CrashShutdown)
+_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory)
+# How a server says that it ends a connection: on request, or because another's process crashed. It arrives as a notice where
+# nothing was asked just then, https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
+_ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
@@ -34,6 +37,7 @@ _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 class _ThisThread(threading.local):
     was_refused = False
+    was_told = False  # why a connection ended
 
 
 _this_thread = _ThisThread()
@@ -84,6 +88,7 @@ def engine(
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
         set_json_dumps(jsonb, conn)
+        conn.add_notice_handler(_note_end)
         return conn
 
     made = create_engine(
@@ -96,6 +101,10 @@ def engine(
     )
     event.listen(made, "checkin", _leave_refused)
     return made
+
+
+def _note_end(notice: psycopg.errors.Diagnostic) -> None:
+    _this_thread.was_told |= notice.sqlstate in _ENDED
 
 
 def _leave_refused(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
@@ -117,6 +126,7 @@ def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn the driver's errors that pass by themselves into DatabaseOutage; others go through as they are."""
+    _this_thread.was_told = False
     try:
         yield
     except PoolTimeout as error:
@@ -132,7 +142,8 @@ def errors() -> Iterator[None]:
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             raise DatabaseOutage(
                 str(cause).strip() or type(cause).__name__,
-                may_be_the_work=cause.sqlstate is None or isinstance(cause, _OVERTAXED),
+                may_be_the_work=isinstance(cause, _OVERTAXED),
+                is_lost=cause.sqlstate is None and not _this_thread.was_told,
                 is_lock=isinstance(cause, pg.LockNotAvailable),
             ) from error
         raise
@@ -151,6 +162,31 @@ def probe(conn: Connection) -> None:
     """Commit a small write. Raises DatabaseOutage where not even that goes through."""
     with errors(), conn.begin():
         driver(conn).execute(_PROBE)
+
+
+class Witness:
+    """A connection that does nothing. Where another ended without a word, it tells what happened to both."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises DatabaseOutage."""
+        self._conn = engine.connect()
+        self._told: list[str | None] = []
+        driver(self._conn).autocommit = True
+        driver(self._conn).add_notice_handler(lambda notice: self._told.append(notice.sqlstate))
+
+    def fate(self, watch: "Watch", seconds: float) -> Literal["alive", "crash", "ended"]:
+        """Whether it is still there, or ended because a server process crashed, or because something ended it."""
+        try:
+            with errors(), watch.bounded(self._conn, seconds):
+                driver(self._conn).execute("SELECT")
+        except DatabaseOutage:
+            return "crash" if _CRASHED in self._told else "ended"
+        return "alive"
+
+    def close(self) -> None:
+        """It is not used again."""
+        self._conn.invalidate()
+        self._conn.close()
 
 
 class Watch:

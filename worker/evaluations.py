@@ -26,12 +26,12 @@ from worker.contents import Contents, Pair
 from worker.hold import Hold
 from worker.locks import Locks
 from worker.metrics import WORK_S, Metrics
+from worker.suspicion import Suspicion
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
 _CONNECT_S = 12.0
 _STOP_GRACE_S = 2.0
-_SUSPICIONS = 5
 
 
 @cache
@@ -189,18 +189,19 @@ class Store:
         Raises DatabaseOutage when it fails in a way that these events may cause, and goes on to while small writes go through;
         _Locked when somebody else keeps some of their evaluations locked.
         """
-        failures = suspicions = 0
+        failures = 0
         bound_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
+        suspicion = Suspicion(engine, self._watch)
         try:
             while True:
                 try:
-                    return self._attempt(events, bound_s * 2**suspicions)
+                    suspicion.begin()
+                    return self._attempt(events, bound_s * 2**suspicion.times)
                 except (Outage, SchemaMismatch) as error:
                     if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
                         raise _Locked from error
                     failures += 1
-                    suspicions = suspicions + 1 if self._is_the_work(error) else 0
-                    if suspicions >= _SUSPICIONS:
+                    if not self._hold.stopping and suspicion.note(error):
                         raise
                     self._metrics.retried(QUEUE)
                     if failures == 1:
@@ -212,6 +213,7 @@ class Store:
                     if not self._hold.wait_out(longest_s * random.uniform(0.5, 1)):  # noqa: S311
                         raise _Stopped(f"told to stop while waiting: {error}") from error
         finally:
+            suspicion.close()
             if failures:
                 self._hold.outages -= 1
                 self._metrics.outages.back("postgresql", threading.current_thread().name)
@@ -240,18 +242,6 @@ class Store:
                 return self._locks.look(conn, events)
         except Outage:
             return False
-
-    def _is_the_work(self, error: Outage | SchemaMismatch) -> bool:
-        """Whether a small write goes through, right after one failed in a way that what it wrote may cause."""
-        if not isinstance(error, DatabaseOutage) or not error.may_be_the_work or self._hold.stopping:
-            return False
-        try:
-            engine().dispose()  # what is left in the pool may have broken with it
-            with database.errors(), engine().connect() as conn, self._watch.bounded(conn, 5):
-                database.probe(conn)
-        except Outage:
-            return False
-        return True
 
 
 class _Locked(Outage):

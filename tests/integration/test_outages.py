@@ -226,6 +226,25 @@ def test_one_message_that_fails_each_time_dies_alone(
     )
 
 
+# The server process ends as if the kernel had run out of memory over it, and PostgreSQL starts all of them anew.
+CRASHES = "COPY (SELECT 1) TO PROGRAM 'kill -KILL $PPID'"
+
+
+def test_one_message_over_which_postgresql_crashes_dies_alone(
+    database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
+) -> None:
+    with psycopg.connect(database.url(), autocommit=True) as conn:
+        conn.execute(SINKS.format(what=CRASHES).encode())
+    send(broker, *(event(f"e{n}") for n in range(8)), event("culprit"), *(event(f"f{n}") for n in range(8)))
+
+    start()
+    start()
+
+    eventually(lambda: not any(broker.counts(QUEUE).values()), within_s=180)
+    assert stored(database) == 16
+    assert rows(database, "SELECT eval_id FROM dead_letters") == [("culprit",)]
+
+
 def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
     database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
 ) -> None:
