@@ -83,9 +83,9 @@ def test_what_kills_its_worker_is_found_out_and_nobody_else_dies_with_it(world: 
     poison = [evaluation("kill-1")[0], evaluation("segfault-1")[0]]
     good = evaluations(200)
     world.send(good[:250] + poison[:1] + good[250:400] + poison[1:] + good[400:])
-    workers = world.workers(module="tests.chaos.crashing", EVALSTORE_MAX_DEATHS="3", EVALSTORE_BATCH_EVENTS="40")
+    workers = world.workers(module="tests.chaos.crashing", EVALSTORE_MAX_DEATHS="2", EVALSTORE_BATCH_EVENTS="40")
     with workers.supervised():
-        world.wait_settled(within_s=120, tend=workers)
+        world.wait_settled(within_s=180, tend=workers)
         world.audit(dead={event["event_id"]: "WorkerDied" for event in poison})
 
 
