@@ -1,5 +1,6 @@
 """What clients ask to be written, as events: checked whole, with every id and time they left out."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from uuid_utils.compat import uuid7
 
+from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import Event, check, decode, identity
 from models.record import canonical_json
@@ -15,6 +17,7 @@ from models.wire import read_event
 from storage.conditional import Given
 
 MAX_LINES: Final = 10_000
+_BRIEF_CHARACTERS: Final = 65_536
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _TYPES: Final = {
     "queued": "evaluation:queued",
@@ -44,14 +47,16 @@ def idempotency_key(headers: Mapping[str, str]) -> str | None:
     return key
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes | bytearray) -> dict[str, Any]:
     data = decode(body)
+    if isinstance(body, bytearray):
+        body.clear()  # large content in it is in memory often enough
     if not isinstance(data, dict):
         raise InvalidEvent([Fault("body", f"expected a JSON object, not {type(data).__name__}")])
     return {name: value for name, value in data.items() if value is not None}
 
 
-def created(body: bytes, key: str | None, max_content_bytes: int) -> Given:
+def created(body: bytearray, key: str | None, max_content_bytes: int) -> Given:
     """The queued event that a POST asks for. Raises InvalidEvent."""
     data = _object(body)
     if data.setdefault("type", "evaluation:queued") != "evaluation:queued":
@@ -77,7 +82,7 @@ class Change(NamedTuple):
     attempt: int | None
 
 
-def changed(body: bytes, eval_id: str, key: str | None, max_content_bytes: int) -> Change:
+def changed(body: bytearray, eval_id: str, key: str | None, max_content_bytes: int) -> Change:
     """The event that a PUT asks for. Raises InvalidEvent.
 
     Without an event_id of its own it takes one that follows from what it says, so that saying it again changes nothing.
@@ -95,7 +100,8 @@ def changed(body: bytes, eval_id: str, key: str | None, max_content_bytes: int) 
     if faults:
         raise InvalidEvent(faults)
     event = check(data, max_content_bytes=max_content_bytes)
-    said = {name: value for name, value in data.items() if name not in {"eval_id", "event_id", "attempt", "type"}}
+    unsaid = {"eval_id", "event_id", "attempt", "type"}
+    said = {name: _in_brief(value) for name, value in data.items() if name not in unsaid}
 
     def make(attempt: int) -> Given:
         attempt = attempt if "attempt" not in data else event.attempt or 1
@@ -108,6 +114,13 @@ def changed(body: bytes, eval_id: str, key: str | None, max_content_bytes: int) 
     return Change(event, make, event.attempt if "attempt" in data else None)
 
 
+def _in_brief(value: Any) -> Any:
+    """Large text by its hash: written as JSON once more it would be in memory some more times."""
+    if isinstance(value, str) and len(value) > _BRIEF_CHARACTERS:
+        return {"sha256": hashlib.sha256(content.to_bytes(value)).hexdigest()}
+    return value
+
+
 def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
     if identity({"eval_id": eval_id})[0] is None:
         return [Fault("eval_id", "expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -, and not '.' or '..', in the path")]
@@ -116,7 +129,7 @@ def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
     return []
 
 
-def lines(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: int, *, facts: bool) -> list[Line]:
+def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int, *, facts: bool) -> list[Line]:
     """The events of a batch, a JSON object a line, each checked by itself. With `facts` usual ones come as such, which takes a
     tenth of the time.
 
@@ -124,7 +137,8 @@ def lines(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: 
     """
     if eval_id is not None and (faults := _path_faults({}, eval_id)):
         raise InvalidEvent(faults)
-    found = [(number, text) for number, text in enumerate(body.split(b"\n"), 1) if text.strip()]
+    found = [(number, text) for number, text in enumerate(bytes(body).split(b"\n"), 1) if text.strip()]
+    body.clear()
     if not 1 <= len(found) <= MAX_LINES:
         raise InvalidEvent([Fault("body", f"expected 1 to {MAX_LINES:,} events, a line each, not {len(found):,}")])
     return [
@@ -140,7 +154,7 @@ def _usual(number: int, text: bytes, eval_id: str | None, max_content_bytes: int
     return Line(number, Given(fact, is_timed=True), fact.eval_id, fact.event_id)
 
 
-def _line(number: int, text: bytes, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
+def _line(number: int, text: bytes | bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
     data: dict[str, Any] = {}
     try:
         data = _object(text)
@@ -152,6 +166,6 @@ def _line(number: int, text: bytes, eval_id: str | None, key: str | None, max_co
     return Line(number, given, given.event.eval_id, given.event.event_id)
 
 
-def single(body: bytes, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
+def single(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
     """The one event of a JSON body."""
     return _line(1, body, eval_id, key, max_content_bytes)

@@ -191,20 +191,16 @@ class Service:
             ledger.due(None)
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The request's body, in memory. Of large ones only so many are, for as long as this is not left."""
+    async def body(self, request: Request) -> AsyncIterator[bytearray]:
+        """The request's body, in memory; who has read it clears it. Of large ones only so many are, until this is left."""
         async with contextlib.AsyncExitStack() as stack:
-            pieces: list[bytes] = []
-            size, ahead = 0, [(LARGE_BODY_BYTES, self._large_bodies), (HUGE_BODY_BYTES, self._huge_bodies)]
+            body, ahead = bytearray(), [(LARGE_BODY_BYTES, self._large_bodies), (HUGE_BODY_BYTES, self._huge_bodies)]
             async for piece in request.stream():
-                pieces.append(piece)
-                size += len(piece)
-                while ahead and size > ahead[0][0]:
+                body += piece
+                while ahead and len(body) > ahead[0][0]:
                     _, turns = ahead.pop(0)
                     busy = "the service is busy with other large requests"
                     await stack.enter_async_context(_turn(turns, _LARGE_TURN_S, busy))
-            body = b"".join(pieces)
-            pieces.clear()
             yield body
 
     @asynccontextmanager

@@ -273,7 +273,7 @@ def _adapter() -> TypeAdapter[Event]:
     return TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
-def decode(text: bytes) -> Any:
+def decode(text: bytes | bytearray) -> Any:
     """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent."""
     try:
         return msgspec.json.decode(text)
