@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
+from models.faults import in_words
 from storage.conditional import AlreadyQueued, VersionChanged
 
 log = logging.getLogger("evalstore.api")
@@ -114,7 +115,7 @@ def _faults(error: RequestValidationError) -> list[Fault]:
     for fault in error.errors():
         where, *path = fault["loc"]
         name = ".".join(str(part) for part in path) or str(where)
-        faults.append(Fault(name, fault["msg"].removeprefix("Value error, ")))
+        faults.append(Fault(name, in_words(fault)))
     return faults
 
 

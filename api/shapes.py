@@ -232,9 +232,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
                 "type": "urn:evalstore:problem:invalid",
                 "title": "Unprocessable Entity",
                 "status": 422,
-                "detail": "exit_code: Input should be a valid integer",
+                "detail": "exit_code: expected an integer, not str",
                 "request_id": "5f0c7a53d2a84d7e8f2b6f0f7a3f8a11",
-                "faults": [{"field": "exit_code", "problem": "Input should be a valid integer"}],
+                "faults": [{"field": "exit_code", "problem": "expected an integer, not str"}],
             }
         ],
     },

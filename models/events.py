@@ -32,6 +32,7 @@ from pydantic import (
 
 from models import content
 from models.errors import Fault, InvalidEvent, printable
+from models.faults import in_words
 
 MAX_METADATA_BYTES = 64 * 1024
 MAX_METADATA_DEPTH = 100
@@ -395,6 +396,9 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
 
 def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
+    having = [other for other, model in _MODELS.items() if name in _FIELDS[model] and other != "evaluation:running"]
+    if having:
+        return Fault(name, f"not a field of {type_}, but of {', '.join(having)}")
     close = difflib.get_close_matches(name, known, n=1)
     return Fault(name, f"not a field of {type_}" + (f"; did you mean {close[0]}?" if close else ""))
 
@@ -432,7 +436,10 @@ def _faults(data: object, error: ValidationError, max_content_bytes: int) -> lis
     faults = []
     type_ = data.get("type")
     if not isinstance(type_, str) or type_ not in _MODELS:
-        faults.append(Fault("type", f"expected one of {', '.join(name for name in _MODELS if 'lost' not in name)}"))
+        names = [name for name in _MODELS if name != "evaluation:lost"]
+        close = difflib.get_close_matches(type_, names, n=1) if isinstance(type_, str) else []
+        hint = f"; did you mean {close[0]}?" if close else ""
+        faults.append(Fault("type", f"expected one of {', '.join(names)}{hint}"))
         try:
             _Event.model_validate(data)
         except ValidationError as common:
@@ -441,7 +448,7 @@ def _faults(data: object, error: ValidationError, max_content_bytes: int) -> lis
             return faults
     else:
         faults += _content_faults(type_, data, max_content_bytes)
-    for fault in error.errors(include_url=False, include_input=False):
-        path = [str(part) for part in fault["loc"] if part not in _MODELS]
-        faults.append(Fault(".".join(path) or "event", fault["msg"].removeprefix("Value error, ")))
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"] if part not in _MODELS) or "event"
+        faults.append(Fault(path, in_words(fault)))
     return faults

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
+from models.faults import in_words
 
 _PREFIX = "EVALSTORE_"
 _BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
@@ -246,10 +247,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            faults = [
-                f"{_PREFIX}{str(fault['loc'][0]).upper()}: {fault['msg'].removeprefix('Value error, ')}"
-                for fault in error.errors(include_input=False)
-            ]
+            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {in_words(fault)}" for fault in error.errors()]
             raise InvalidSettings("; ".join(faults)) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dramatiq import Actor, Broker, Message
 from dramatiq.logging import get_logger
+from pydantic import BaseModel
 from uuid_utils import uuid7
 
 from models import content
@@ -123,6 +124,8 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event]) -> list[Messa
     stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if
     it has no room.
     """
+    if isinstance(events, str | Mapping | BaseModel):
+        raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
     travelling, faults = [], []
     for position, event in enumerate(events):
         try:

@@ -1,8 +1,11 @@
 """Start-up of a worker: `dramatiq worker.tasks` and `periodiq worker.tasks` import this."""
 
+import sys
+
 import dramatiq
 from dramatiq.middleware import Retries
 
+from models.errors import InvalidSettings
 from models.settings import settings
 from tasks import logs
 from tasks.evaluations import store_evaluation
@@ -12,6 +15,11 @@ from worker.breaker import BreakerLimits
 from worker.broker import Broker
 from worker.evaluations import Store
 
+try:
+    settings()
+except InvalidSettings as error:  # where a traceback would bury what is to be mended
+    print(error, file=sys.stderr)
+    sys.exit(2)
 logs.take_over()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),

@@ -178,6 +178,12 @@ def test_of_a_bulk_with_bad_events_none_is_sent_and_each_is_named_by_its_positio
     assert everything_in(client) == before == {}
 
 
+def test_one_event_where_a_bulk_is_expected_is_told_so(client: redis.Redis) -> None:
+    with pytest.raises(InvalidEvent, match="expected a list of events, not dict"):
+        store_evaluations(QUEUED)  # type: ignore[arg-type]
+    assert client.keys() == []
+
+
 def test_a_bulk_is_sent_in_its_order_and_each_event_has_an_id_of_its_own(client: redis.Redis) -> None:
     messages = store_evaluations({**QUEUED, "eval_id": f"e{number}"} for number in range(1500))
     bodies = sent(client)

@@ -176,6 +176,30 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     assert {fault.field for fault in refused.value.faults} == set(wrong) - {"type", "exitcode"}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"exit_code": "0"}, "exit_code: expected an integer, not str"),
+        ({"exit_code": 1.5}, "exit_code: expected an integer, not float"),
+        ({"exit_code": None}, "exit_code: required"),
+        ({"attempt": 0}, "attempt: expected at least 1"),
+        ({"attempt": 1_000_001}, "attempt: expected at most 1,000,000"),
+        ({"duration_ms": "1"}, "duration_ms: expected a number, not str"),
+        ({"duration_ms": math.inf}, "duration_ms: expected a finite number"),
+        ({"executor_id": "a\0"}, "executor_id: NUL is not allowed"),
+        ({"executor_id": "\ud800"}, "executor_id: lone surrogates are not allowed"),
+        ({"executor_id": "x" * 1001}, "executor_id: expected at most 1,000 characters"),
+        ({"output": b"x"}, "output: expected text, not bytes; as base64 they may be output_b64"),
+        ({"submitter": "anna"}, "submitter: not a field of evaluation:completed, but of evaluation:queued"),
+        ({"type": "evaluation:complete"}, "did you mean evaluation:completed?"),
+    ],
+)
+def test_what_is_wrong_is_told_in_plain_words(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidEvent) as refused:
+        check({"type": "evaluation:completed", "eval_id": "e", "exit_code": 0} | wrong)
+    assert told in str(refused.value)
+
+
 @pytest.mark.parametrize("field", ["event_id", "occurred_at", "attempt", "metadata", *FIELDS])
 def test_null_means_absent_even_where_the_field_has_no_place(field: str) -> None:
     for event in SENT:

@@ -1,5 +1,10 @@
 """Settings are read once, typed, and all that is wrong with them is told together."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
 from models import InvalidSettings
@@ -71,6 +76,15 @@ def test_all_faults_are_reported_together() -> None:
     for name in ("EVALSTORE_DATABASE_URL", "EVALSTORE_REDIS_URL", "EVALSTORE_MAX_CONTENT_BYTES"):
         assert f"{name}: " in message
     assert "hunter2" not in message
+
+
+def test_a_worker_or_scheduler_whose_settings_are_wrong_says_which_and_nothing_else() -> None:
+    wrong = {"EVALSTORE_REDIS_URL": "foo", "EVALSTORE_BATCH_EVENTS": "many"}
+    for program in ([sys.executable, "-c", "import worker.tasks"], [sys.executable, "-m", "api"]):
+        done = subprocess.run(program, env=os.environ | wrong, capture_output=True, text=True, check=False)
+        (line,) = done.stderr.splitlines()
+        assert re.fullmatch("EVALSTORE_REDIS_URL: .*; EVALSTORE_BATCH_EVENTS: expected an integer", line)
+        assert done.returncode == 2
 
 
 def test_secrets_never_print() -> None:
