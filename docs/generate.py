@@ -77,12 +77,15 @@ def _limit(limit: Any) -> str:
 
 
 def command_line() -> str:
-    """What `--help` prints, of the program and of each of its commands."""
+    """What `--help` prints, of the program, of each of its commands and of each of their verbs."""
     group: Any = typer.main.get_command(app)
     top = typer.Context(group, info_name="evalstore", terminal_width=_WIDTH, **group.context_settings)
     parts = [_help("evalstore", group, top)]
     for name, command in sorted(group.commands.items()):
-        parts.append(_help(f"evalstore {name}", command, typer.Context(command, top, name, terminal_width=_WIDTH)))
+        context = typer.Context(command, top, name, terminal_width=_WIDTH)
+        parts.append(_help(f"evalstore {name}", command, context))
+        for verb, inner in getattr(command, "commands", {}).items():
+            parts.append(_help(f"evalstore {name} {verb}", inner, typer.Context(inner, context, verb, terminal_width=_WIDTH)))
     return "\n".join(parts)
 
 

@@ -65,7 +65,7 @@ def run(
     actor: ActorOption = "",
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Move all that is due to the archive now, as workers do every few minutes. It may run beside them.
+    """Move all that is due to the archive now, as workers do every minute. It may run beside them.
 
     Exit status 4 if some could not be moved, 1 if none could.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from models.errors import EvalstoreError, InvalidSettings, Outage
+from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
 from models.settings import settings
 from ops import archive, audit, cron, demo, dlq, evaluations, health, keys, spool, status, up
 from ops.output import notice
@@ -62,6 +62,17 @@ def _find_local_servers() -> None:
                 os.environ.setdefault(name, shlex.split(value)[0])
 
 
+def _in_a_sentence(error: Outage) -> str:
+    """What is away, what it says, and where to look."""
+    known = {DatabaseOutage: ("PostgreSQL", "EVALSTORE_DATABASE_URL"), RedisOutage: ("Redis", "EVALSTORE_REDIS_URL")}
+    store = ("the object store", "EVALSTORE_OBJECT_STORE_URL or EVALSTORE_ARCHIVE_URL")
+    name, variable = next((told for kind, told in known.items() if isinstance(error, kind)), store)
+    where = f"the address is that of {variable}"
+    if name != store[0] and variable not in os.environ:
+        where = f"{variable} is not set, and `evalstore up` does not run in this folder"
+    return f"{name} cannot be used: {' '.join(str(error).split()).rstrip('.')}; {where}"
+
+
 def main() -> None:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):
@@ -73,7 +84,7 @@ def main() -> None:
         notice(str(error), "red")
         sys.exit(2)
     except Outage as error:
-        notice(f"{type(error).__name__}: {' '.join(str(error).split())}", "red")
+        notice(_in_a_sentence(error), "red")
         sys.exit(7)
     except EvalstoreError as error:
         notice(f"{type(error).__name__}: {error}", "red")

@@ -1,7 +1,7 @@
 """`evalstore cron`: the periodic jobs, when they ran and when they will, and running one now."""
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -12,7 +12,7 @@ from dramatiq import Message
 from periodiq import cron as cron_line
 
 from models.errors import RedisOutage
-from ops.output import Format, OutputOption, failed, notice, show
+from ops.output import Format, OutputOption, age, ago, failed, notice, show
 from tasks.broker import broker
 from tasks.jobs import JOBS, QUEUE, last_runs_key
 
@@ -42,8 +42,8 @@ def ls(output_format: OutputOption = Format.table) -> None:
     if output_format is Format.table:
         now = datetime.now(UTC)
         for row in rows:
-            row["last_run"] = f"{_ago(row['last_run'], now)} ago" if row["last_run"] else None
-            row["next_run"] = f"in {_ago(now.isoformat(), datetime.fromisoformat(row['next_run']))}"
+            row["last_run"] = ago(row["last_run"], now)
+            row["next_run"] = f"in {age((datetime.fromisoformat(row['next_run']) - now).total_seconds())}"
     show(rows, ["job", "schedule", "last_run", "outcome", "next_run", "result"], output_format)
 
 
@@ -77,8 +77,3 @@ def _last_runs() -> dict[str, dict[str, Any]]:
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
     return {name.decode(): msgspec.json.decode(told) for name, told in dict(found).items()}
-
-
-def _ago(then: str, now: datetime) -> str:
-    seconds = int((now - datetime.fromisoformat(then)).total_seconds())
-    return str(timedelta(seconds=seconds)) if seconds >= 60 else f"{seconds} s"

@@ -54,9 +54,13 @@ def ls(conn: Connection, chosen: Chosen, *, output_format: OutputOption = Format
     if not rows:
         raise nothing(chosen)
     more = not selection.limit and len(rows) > _TABLE_ROWS
-    widths = {"id": 9, "died": 16, "state": 9, "times": 5, "evaluation": max(12, (width() - 50) // 3)}
+    shown = [_row(row) for row in (rows[:_TABLE_ROWS] if more else rows)]
+    widths = {"id": 9, "died": 12, "state": 9, "times": 5, "evaluation": max(12, (width() - 50) // 3)}
+    for name, usual in (("state", "dead"), ("times", 1)):  # which nobody needs to be told of each
+        if all(row[name] == usual for row in shown):
+            del widths[name]
     widths["error"] = width() - sum(widths.values()) - 2 * len(widths)
-    show([cells(_row(row), widths) for row in (rows[:_TABLE_ROWS] if more else rows)], list(widths), output_format)
+    show([cells(row, widths) for row in shown], list(widths), output_format)
     if more:
         total = dead_letters.count_of(conn, selection)
         notice(f"{_TABLE_ROWS} of {total:,}: see more with --limit, or all with -o jsonl; `evalstore dlq groups` sums them up")
@@ -166,7 +170,7 @@ def actions(
     if output_format is not Format.table:
         show(rows, [], output_format)
         return
-    widths = {"at": 16, "actor": 12, "verb": 8, "count": 7, "redrive": 9}
+    widths = {"at": 12, "actor": 12, "verb": 8, "count": 7, "redrive": 9}
     widths["reason"] = width() - sum(widths.values()) - 2 * len(widths)
     short = [row | {"redrive": str(row["redrive"])[:8] + "…" if row["redrive"] else None} for row in rows]
     show([cells(row, widths) for row in short], list(widths), output_format)

@@ -269,7 +269,7 @@ def cells(row: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
     for name, width in widths.items():
         value = row[name]
         if isinstance(value, datetime):
-            value = f"{value:%Y-%m-%d %H:%M}"
+            value = f"{value:%m-%d %H:%MZ}" if value.year == datetime.now(UTC).year else f"{value:%Y-%m-%d}"
         if isinstance(value, str):
             text = Text(escaped(value))
             text.truncate(max(4, width), overflow="ellipsis")

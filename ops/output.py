@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -40,8 +41,11 @@ def notice(message: str, style: str = "") -> None:
     notices.print(Text(_CONTROLS.sub(lambda match: match[0] if match[0] == "\n" else escaped(match[0]), message), style=style))
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: Format) -> None:
-    """Print `rows`: as a table of `columns`, as one JSON array, or as a JSON object a line."""
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: Format, wrapped: str | None = None) -> None:
+    """Print `rows`: as a table of `columns`, as one JSON array, or as a JSON object a line.
+
+    `wrapped`: the one column that takes more lines where the terminal is narrow; by default all may.
+    """
     if form is Format.json:
         write_json(list(rows))
     elif form is Format.jsonl:
@@ -51,7 +55,12 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: Format
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:
             numeric = bool(rows) and all(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            table.add_column(
+                column.replace("_", " "),
+                justify="right" if numeric else "left",
+                overflow="fold",
+                no_wrap=wrapped not in (None, column),
+            )
         for row in rows:
             table.add_row(*(_cell(row.get(column)) for column in columns))
         Console(highlight=False).print(table)
@@ -77,6 +86,22 @@ def to_json(value: object) -> str:
     except UnicodeEncodeError:
         return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def age(seconds: float) -> str:
+    """Roughly, for people."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def ago(then: str | datetime | None, now: datetime) -> str | None:
+    """How long before `now` that was, for people; None where it never was."""
+    if then is None:
+        return None
+    at = datetime.fromisoformat(then) if isinstance(then, str) else then
+    return f"{age((now - at).total_seconds())} ago"
 
 
 def failed(message: str, status: int) -> typer.Exit:

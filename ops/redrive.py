@@ -41,6 +41,7 @@ from tasks.redrives import ask
 _LOOK_S: Final = 0.2
 _HINT_AFTER_S: Final = 10.0
 _TABLE_ROWS: Final = 100
+_EXAMPLE_LINES: Final = 4
 
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not wait for what comes of it.")]
 
@@ -111,8 +112,8 @@ def show_groups(found: list[dict[str, Any]], output_format: Format) -> None:
     if output_format is not Format.table:
         show(found, [], output_format)
         return
-    widths = {"signature": 16, "count": 7, "first": 16, "last": 16}
-    widths["example"] = width() - sum(widths.values()) - 2 * len(widths)
+    widths = {"signature": 16, "count": 7, "first": 12, "last": 12}
+    widths["example"] = (width() - sum(widths.values()) - 2 * len(widths)) * _EXAMPLE_LINES
     rows = [
         {
             "signature": group["signature"],
@@ -123,7 +124,7 @@ def show_groups(found: list[dict[str, Any]], output_format: Format) -> None:
         }
         for group in found
     ]
-    show([cells(row, widths) for row in rows], list(widths), output_format)
+    show([cells(row, widths) for row in rows], list(widths), output_format, wrapped="example")
 
 
 def refuse_without_redis() -> None:
@@ -230,7 +231,7 @@ def redrives(
             return
         rows = stored.latest(conn, _TABLE_ROWS if output_format is Format.table else None)
     if output_format is Format.table:
-        widths = {"id": 9, "asked_at": 16, "actor": 12, "state": 9, "total": 7, "stored": 7, "died": 6}
+        widths = {"id": 9, "asked_at": 12, "actor": 12, "state": 9, "total": 7, "stored": 7, "died": 6}
         rows = [cells(row | {"id": str(row["id"])[:8] + "…"}, widths) for row in rows]
         show(rows, list(widths), output_format)
     else:

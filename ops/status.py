@@ -16,7 +16,7 @@ from rich.text import Text
 
 from models.errors import DatabaseOutage, InvalidSettings, Outage, RedisOutage
 from models.settings import settings
-from ops.output import Format, OutputOption, escaped, write_json
+from ops.output import Format, OutputOption, age, ago, escaped, write_json
 from storage import dead_letters, evaluations
 from storage.dead_letters import Selection
 from storage.standing import Numbers
@@ -167,7 +167,7 @@ def _of_redis(seen: Any, now: datetime) -> Told:
 def _screen(told: Told) -> RenderableType:
     parts: list[RenderableType] = [_head(told)]
     if "queues" in told:
-        rows = [row | {"oldest": _age(row["oldest_age_s"])} for row in told["queues"]]
+        rows = [row | {"oldest": age(row["oldest_age_s"])} for row in told["queues"]]
         parts += ["", _table(rows, ["queue", "ready", "inflight", "delayed", "dead", "oldest", "consumers"])]
         workers = [
             one
@@ -187,8 +187,8 @@ def _screen(told: Told) -> RenderableType:
         now = told["at"]
         rows = [
             job
-            | {"last_run": _ago(job["last_run"], now), "last_success": _ago(job["last_success"], now)}
-            | {"next_run": f"in {_age((job['next_run'] - now).total_seconds())}"}
+            | {"last_run": ago(job["last_run"], now), "last_success": ago(job["last_success"], now)}
+            | {"next_run": f"in {age((job['next_run'] - now).total_seconds())}"}
             for job in told["jobs"]
         ]
         parts += ["", _table(rows, ["job", "outcome", "last_run", "last_success", "next_run"])]
@@ -225,7 +225,7 @@ def _lines(told: Told) -> list[tuple[str, str]]:
         found.append(("outage", f"workers wait for {', '.join(told['outages'])}"))
     if "confirmations" in told:
         waiting = told["confirmations"]
-        found.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {_age(waiting['oldest_age_s'])}"))
+        found.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {age(waiting['oldest_age_s'])}"))
     if told.get("redrives_running"):
         found.append(("redrives", f"{told['redrives_running']:,} running"))
     if told.get("evaluations") is not None:
@@ -236,7 +236,7 @@ def _lines(told: Told) -> list[tuple[str, str]]:
         places = told["contents"].items()
         found.append(("contents", ", ".join(f"{one['count']:,} in {name} ({_size(one['bytes'])})" for name, one in places)))
         due = told["archive"]
-        what = f"{due['due']:,.0f} due ({_size(due['due_bytes'])}), the oldest for {_age(due['oldest_due_age_s'])}"
+        what = f"{due['due']:,.0f} due ({_size(due['due_bytes'])}), the oldest for {age(due['oldest_due_age_s'])}"
         found.append(("archive", f"{what}, {due['failing']:,.0f} failing"))
     return found
 
@@ -262,20 +262,6 @@ def _cell(value: object) -> Text:
     if isinstance(value, int | float):
         return Text(f"{value:,}")
     return Text("-" if value is None else escaped(value), style="red" if value in {"failed", "breaker open"} else "")
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
-
-
-def _ago(then: str | datetime | None, now: datetime) -> str | None:
-    if then is None:
-        return None
-    at = datetime.fromisoformat(then) if isinstance(then, str) else then
-    return f"{_age((now - at).total_seconds())} ago"
 
 
 def _size(size: float) -> str:

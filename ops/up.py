@@ -25,7 +25,8 @@ def up(
     processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each worker process.")] = 8,
 ) -> None:
-    """Run everything on this machine: PostgreSQL, a Redis-compatible server, worker and scheduler, until Ctrl-C.
+    """Run everything on this machine: PostgreSQL, a Redis-compatible server, worker, scheduler and
+    HTTP service, until Ctrl-C.
 
     The servers come with the package and listen on 127.0.0.1 only. Data stay in the folder, and so do ports and
     passwords: PATH/environment holds them for other shells.

@@ -151,7 +151,7 @@ def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, t
         assert time.monotonic() - began < 20
         assert (done.returncode, bool(done.stdout)) == (7, arguments == ["status"]), arguments
         last = done.stderr.decode().splitlines()[-1]
-        assert last.startswith(("DatabaseOutage: ", "RedisOutage: "))
+        assert re.match("(PostgreSQL|Redis) cannot be used: .*; the address is that of EVALSTORE_(DATABASE|REDIS)_URL$", last)
         assert len(done.stderr.splitlines()) == (2 if arguments[0] == "send" else 1)
 
 

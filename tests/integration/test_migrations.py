@@ -141,7 +141,7 @@ def test_without_a_server_migrating_and_checking_is_an_outage() -> None:
         migrations.upgrade("postgresql://127.0.0.1:1/x")
     done = evalstore("migrate", url="postgresql://127.0.0.1:1/x")
     assert done.returncode == 7
-    assert done.stderr.startswith("DatabaseOutage: ")
+    assert done.stderr.startswith("PostgreSQL cannot be used: ")
     assert done.stderr.count("\n") == 1
 
 
