@@ -17,8 +17,10 @@ $(SETUP): requirements.lock requirements-demo.lock pyproject.toml
 demo: setup
 	$(BIN)/evalstore demo
 
+# Two at a time: tests wait for servers and processes more than they compute. JOBS=0 runs them one by one.
+JOBS ?= 2
 test: setup check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
 # What pre-commit runs too: style, types, and which room may import which.
 check: setup

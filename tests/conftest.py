@@ -21,6 +21,7 @@ from psycopg import sql
 from ops.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
+    from tests.chaos.world import World
     from tests.seaweedfs import SeaweedFS
 
 # Only a crash of the machine may lose what was written; tests that kill the server hold with these too.
@@ -88,9 +89,20 @@ def redis_url(shared_valkey: Valkey) -> Iterator[str]:
         client.flushdb()
 
 
+@pytest.fixture(scope="session")
+def initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a PostgreSQL that was started once, for copying: what initdb does takes longer than the rest of a start."""
+    folder = tmp_path_factory.mktemp("initialised")
+    with Postgres(folder, settings=FAST):
+        pass
+    (folder / "port").unlink()
+    return folder
+
+
 @pytest.fixture
-def postgres_server(tmp_path: Path) -> Iterator[Postgres]:
+def postgres_server(tmp_path: Path, initialised: Path) -> Iterator[Postgres]:
     """A PostgreSQL of the test's own, to kill, freeze, stop and start; its database `evalstore` is empty."""
+    subprocess.run(["cp", "-a", initialised, tmp_path / "postgres"], check=True)
     with Postgres(tmp_path / "postgres", settings=FAST) as server:
         yield server
 
@@ -102,6 +114,31 @@ def valkey_server(tmp_path: Path) -> Iterator[Valkey]:
         yield server
 
 
+@pytest.fixture
+def worlds(tmp_path: Path) -> Iterator[Callable[..., "World"]]:
+    """`worlds(database_url, redis_url)` makes one; its workers end with the test, and their logs show if it failed."""
+    from tests.chaos.world import World  # noqa: PLC0415  most runs need no worker
+
+    made: list[World] = []
+
+    def make(database_url: str, redis_url: str) -> World:
+        made.append(World(database_url, redis_url, tmp_path))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()
+        for workers in world.fleet:
+            if workers.log.exists():
+                print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}")
+
+
+@pytest.fixture
+def world(worlds: Callable[..., "World"], database_url: str, redis_url: str) -> "World":
+    """Workers of the test's own, on the servers that all tests share."""
+    return worlds(database_url, redis_url)
+
+
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., None]:
     """`eventually(lambda: ..., within_s=10)`: wait until that is true, or fail with what was waited for."""
@@ -109,11 +146,12 @@ def eventually() -> Callable[..., None]:
 
 
 def _eventually(is_so: Callable[[], object], *, within_s: float = 10.0, what: str = "what was waited for") -> None:
-    give_up = time.monotonic() + within_s
+    give_up, pause_s = time.monotonic() + within_s, 0.01
     while not is_so():
         if time.monotonic() > give_up:
             pytest.fail(f"{what} did not come about within {within_s:g} s")
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.3, 0.25)  # who looks all the time takes that from those it waits for
 
 
 def _administer(server: Postgres, statement: sql.Composed) -> None:

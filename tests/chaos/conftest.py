@@ -1,7 +1,6 @@
 """A world for each test: workers of its own, its own database and its own Redis database or server."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import redis
@@ -11,29 +10,6 @@ from tests.chaos.relay import DISPATCH, ROOT, Relay
 from tests.chaos.world import World, port_of
 
 Worlds = Callable[..., World]
-
-
-@pytest.fixture
-def worlds(tmp_path: Path) -> Iterator[Worlds]:
-    """`worlds(database_url, redis_url)` makes one; its workers end with the test, and their logs show if it failed."""
-    made: list[World] = []
-
-    def make(database_url: str, redis_url: str) -> World:
-        made.append(World(database_url, redis_url, tmp_path))
-        return made[-1]
-
-    yield make
-    for world in made:
-        world.close()
-        for workers in world.fleet:
-            if workers.log.exists():
-                print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}")
-
-
-@pytest.fixture
-def world(worlds: Worlds, database_url: str, redis_url: str) -> World:
-    """On the servers that all tests share."""
-    return worlds(database_url, redis_url)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""The command `evalstore`, as `python -m ops.cli` runs it, without the second or two in which that only imports libraries.
+"""Python that has our libraries already: `[*python(), "-m", "ops.cli", "get", …]` does without the second or two of importing.
 
-`[*evalstore_command(), "get", …]` starts a small process that has the command forked off one which has them already, with its
-own arguments, environment, folder and streams; it passes signals on, and ends as the command does. When it is killed, so is
-that. What an interpreter reads when it starts (PYTHONIOENCODING, LC_ALL) has no effect.
+That starts a small process which has the program, given by `-m` or `-c`, forked off one that has imported the libraries, with
+its own arguments, environment, folder and streams; it passes signals on, and ends as the program does. When it is killed, so
+is that. What an interpreter reads when it starts (PYTHONPATH, PYTHONIOENCODING, LC_ALL) has no effect.
 """
 
 import gc
@@ -24,8 +24,8 @@ TOLD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @cache
-def evalstore_command() -> tuple[str, ...]:
-    """How the command begins. What it is forked off ends with this process."""
+def python() -> tuple[str, ...]:
+    """How a command begins. What it is forked off ends with this process."""
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "socket")
     pipe = subprocess.PIPE
@@ -107,7 +107,7 @@ def _run_watched(conn: socket.socket) -> None:
     pid = os.fork()
     if pid == 0:
         conn.close()
-        _become_evalstore(words, environment, folder, fds)
+        _become(words, environment, folder, fds)
     for fd in fds:
         os.close(fd)
     conn.sendall(pid.to_bytes(4, "big"))
@@ -119,7 +119,7 @@ def _run_watched(conn: socket.socket) -> None:
     os._exit(0)
 
 
-def _become_evalstore(words: list[str], environment: dict[str, str], folder: str, fds: list[int]) -> None:
+def _become(words: list[str], environment: dict[str, str], folder: str, fds: list[int]) -> None:
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
         os.close(fd)
@@ -131,8 +131,13 @@ def _become_evalstore(words: list[str], environment: dict[str, str], folder: str
         io.TextIOWrapper(io.BufferedWriter(io.FileIO(fd, "w", closefd=False)), line_buffering=fd == 2 or os.isatty(fd))
         for fd in (1, 2)
     )
-    sys.argv = ["ops.cli", *words]
-    runpy.run_module("ops.cli", run_name="__main__", alter_sys=True)
+    kind, program, *arguments = words
+    sys.argv = [program if kind == "-m" else kind, *arguments]
+    sys.path.insert(0, "")
+    if kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
     sys.exit()
 
 
@@ -142,6 +147,7 @@ if __name__ == "__main__":
     else:
         status = ask(sys.argv[1], sys.argv[2:])
         if status < 0:
-            signal.signal(-status, signal.SIG_DFL)
+            if -status in TOLD:
+                signal.signal(-status, signal.SIG_DFL)
             os.kill(os.getpid(), -status)
         os._exit(status)

@@ -22,7 +22,7 @@ from storage.dead_letters import Burial
 from tasks.broker import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 from worker.broker import Broker
 
 Json = dict[str, Any]
@@ -80,7 +80,7 @@ class Operator:
         }
 
     def start(self, *words: object, **given: Any) -> "subprocess.Popen[str]":
-        command = [*evalstore_command(), "dlq", *map(str, words)]
+        command = [*python(), "-m", "ops.cli", "dlq", *map(str, words)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | given
         return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **streams)
 
@@ -123,15 +123,6 @@ def _read(terminal: int, *, until: str | None, ended: Callable[[], bool] = lambd
         elif ended():
             return shown
     raise AssertionError(f"nothing came of it; shown so far: {shown}")
-
-
-def a_world(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[World]:
-    made = World(database_url, redis_url, tmp_path)
-    yield made
-    made.close()
-    for workers in made.fleet:
-        if workers.log.exists():
-            print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}")
 
 
 def an_operator(database_url: str, redis_url: str, tmp_path: Path) -> Operator:

@@ -113,13 +113,9 @@ def program() -> Path:
 
 
 @pytest.fixture
-def world(postgres_server: Postgres, valkey_server: Valkey, tmp_path: Path) -> Iterator[World]:
+def world(worlds: Callable[..., World], postgres_server: Postgres, valkey_server: Valkey) -> World:
     migrations.upgrade(postgres_server.url())
-    made = World(postgres_server.url(), valkey_server.url(), tmp_path)
-    yield made
-    made.close()
-    for workers in made.fleet:
-        print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}")
+    return worlds(postgres_server.url(), valkey_server.url())
 
 
 @pytest.fixture

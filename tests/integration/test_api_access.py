@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine
 
 from storage import database, keys
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 E = "/storage/evaluations"
 READS = [
@@ -176,7 +176,7 @@ def run_evalstore(database_url: str, tmp_path: Path) -> Callable[..., Any]:
     env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url}
 
     def run(*arguments: str, status: int = 0) -> Any:
-        command = [*evalstore_command(), *arguments]
+        command = [*python(), "-m", "ops.cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         assert done.returncode == status, done.stderr
         return done

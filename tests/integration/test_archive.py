@@ -26,6 +26,7 @@ from storage import archive, contents, database, evaluations, objects
 from storage.archive import Archive, Row
 from storage.files import FileStore
 from storage.objects import Stores
+from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
 THRESHOLD = 100_000
@@ -237,7 +238,7 @@ def test_killed_at_any_step_nothing_is_lost_and_nothing_is_there_twice(
     objects.put(at.store, b"there is a store")
 
     died = subprocess.run(
-        [sys.executable, "-c", DIES, step], env=environment(settings, database_url), cwd=ROOT, check=False, timeout=60
+        [*python(), "-c", DIES, step], env=environment(settings, database_url), cwd=ROOT, check=False, timeout=60
     )
 
     assert died.returncode == -signal.SIGKILL

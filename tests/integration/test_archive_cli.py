@@ -16,11 +16,10 @@ from psycopg.rows import dict_row
 from models.events import parse
 from storage import database, evaluations
 from tests.chaos.world import World, wait_until
-from tests.integration.commands import evalstore_command
-from tests.integration.shell import Done, a_world
+from tests.integration.commands import python
+from tests.integration.shell import Done
 
 ROOT = Path(__file__).parents[2]
-world = pytest.fixture(a_world)
 
 
 class Shell:
@@ -41,7 +40,7 @@ class Shell:
         return self.evalstore("archive", *words, **env)
 
     def evalstore(self, *words: object, **env: str) -> Done:
-        command = [*evalstore_command(), *map(str, words)]
+        command = [*python(), "-m", "ops.cli", *map(str, words)]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         done = subprocess.run(command, cwd=ROOT, env=self.env | env, timeout=120, check=False, **streams)
         return Done(done.returncode, done.stdout, done.stderr)

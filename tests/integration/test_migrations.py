@@ -20,7 +20,7 @@ from models.errors import DatabaseOutage, SchemaMismatch
 from models.tables import metadata
 from ops import processes
 from storage import database, migrations
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
 Eventually = Callable[..., None]
@@ -48,7 +48,7 @@ def revisions() -> list[str]:
 
 
 def evalstore(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
-    command = [*evalstore_command(), *arguments]
+    command = [*python(), "-m", "ops.cli", *arguments]
     environment = {**os.environ, "EVALSTORE_DATABASE_URL": url, "EVALSTORE_REDIS_URL": "redis://127.0.0.1:1"}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 

@@ -21,7 +21,7 @@ from models.events import parse
 from models.settings import Settings
 from storage import contents, evaluations, objects
 from storage.objects import Stores
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
 E = "/storage/evaluations"
@@ -60,7 +60,7 @@ def stored(engine: Engine, stores: Stores) -> None:
 
 
 def get(given: Json, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [*evalstore_command(), "get", *arguments]
+    command = [*python(), "-m", "ops.cli", "get", *arguments]
     return subprocess.run(command, check=False, capture_output=True, cwd=ROOT, timeout=120, env={**os.environ, **given})
 
 

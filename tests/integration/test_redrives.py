@@ -25,7 +25,6 @@ from tests.integration.shell import (
     SMALL,
     Operator,
     a_broker,
-    a_world,
     an_engine,
     an_operator,
     body,
@@ -40,7 +39,6 @@ from worker import redrives as work
 from worker.broker import Broker
 from worker.dead_letters import move
 
-world = pytest.fixture(a_world)
 operator = pytest.fixture(an_operator)
 engine = pytest.fixture(an_engine)
 broker = pytest.fixture(a_broker)

@@ -16,7 +16,7 @@ from periodiq import Scheduler, cron
 
 from ops.servers import Valkey
 from tasks.jobs import JOBS, QUEUE, last_runs_key
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 from worker import schedule
 from worker.broker import Broker
 
@@ -112,7 +112,7 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*evalstore_command(), *words]
+    command = [*python(), "-m", "ops.cli", *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 

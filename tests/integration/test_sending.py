@@ -28,7 +28,7 @@ from ops.servers import Valkey
 from storage import evaluations
 from tasks import store_evaluation, store_evaluations
 from tasks.broker import broker
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 Json = dict[str, Any]
 Eventually = Callable[..., None]
@@ -288,7 +288,7 @@ def as_bytes(value: str | bytes) -> bytes:
 
 
 def evalstore_get(eval_id: str, option: str) -> bytes:
-    command = [*evalstore_command(), "get", eval_id, option]
+    command = [*python(), "-m", "ops.cli", "get", eval_id, option]
     return subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=120).stdout
 
 

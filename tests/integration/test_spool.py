@@ -23,7 +23,7 @@ from ops.servers import Valkey
 from tasks import store_evaluation, store_evaluations
 from tasks.broker import Broker, broker
 from tasks.spool import Spool
-from tests.integration.commands import evalstore_command
+from tests.integration.commands import python
 
 Eventually = Callable[..., None]
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def spool(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def evalstore(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*evalstore_command(), "spool", *words]
+    command = [*python(), "-m", "ops.cli", "spool", *words]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
 
@@ -340,7 +340,7 @@ class Sender:
     """A process that sends; `sent` is what it knows to be sent."""
 
     def __init__(self, environment: dict[str, str], name: str, count: int) -> None:
-        command = [sys.executable, "-c", SENDER, name, str(count)]
+        command = [*python(), "-c", SENDER, name, str(count)]
         env = os.environ | environment
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -417,7 +417,7 @@ def test_two_forwarders_at_once_send_everything_once_in_order(
     valkey_server: Valkey, spool: Spool, environment: dict[str, str]
 ) -> None:
     expected = fill(spool, 3000)
-    command = [*evalstore_command(), "spool", "forward"]
+    command = [*python(), "-m", "ops.cli", "spool", "forward"]
     env = os.environ | environment
     both = [
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -456,7 +456,8 @@ def test_a_forwarder_that_is_killed_again_and_again_loses_nothing_and_sends_noth
     expected = fill(spool, 10_000)
     counts = []
     for number in range(100):
-        command = [sys.executable, "-c", FORWARDER, str(0.005 * (number % 10))]
+        lives_s = 0.004 * number  # longer each time: on any machine it gets somewhere, and in the end through
+        command = [*python(), "-c", FORWARDER, str(lives_s)]
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False)
         counts.append(spool.status().messages)
         if not counts[-1]:
@@ -555,7 +556,7 @@ def test_forward_watch_goes_on_through_outages_until_it_is_told_to_stop(
 ) -> None:
     valkey_server.stop()
     fill(spool, 200)
-    command = [*evalstore_command(), "spool", "forward", "--watch"]
+    command = [*python(), "-m", "ops.cli", "spool", "forward", "--watch"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stderr
         assert watch.stderr.readline().startswith("waiting: ")
