@@ -1,0 +1,60 @@
+"""A program that is forked off one with its libraries behaves as one that was started."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import python
+
+SHOWS = """
+import json, os, sys
+told = [sys.argv, dict(os.environ), os.getcwd(), sys.stdin.read(), "storage.archive" in sys.modules]
+print(json.dumps(told), flush=True)
+print("a notice", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+WAITS = """
+import os, pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+while True:
+    signal.pause()
+"""
+
+
+def shown(begin: Sequence[str], folder: Path) -> tuple[int, str, list[object]]:
+    environment = {"A": "b", "PATH": os.environ["PATH"], "LC_CTYPE": "C.UTF-8"}
+    command = [*begin, "-c", SHOWS, "7", "é \udcff"]
+    done = subprocess.run(command, env=environment, cwd=folder, input="given", capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr, json.loads(done.stdout)
+
+
+def test_it_has_its_own_arguments_environment_folder_and_streams(tmp_path: Path) -> None:
+    status, notice, told = shown(python(), tmp_path)
+    assert told.pop() is True
+    plain_status, plain_notice, plain_told = shown([sys.executable], tmp_path)
+    assert plain_told.pop() is False
+    assert (status, notice, told) == (plain_status, plain_notice, plain_told)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 5), (signal.SIGKILL, -9)])
+def test_a_signal_reaches_it_and_it_never_outlives_who_asked(
+    tmp_path: Path, number: signal.Signals, status: int, eventually: Callable[..., None]
+) -> None:
+    at = tmp_path / "pid"
+    with subprocess.Popen([*python(), "-c", WAITS, str(at)]) as asking:
+        eventually(lambda: at.exists() and at.read_text(), what="its start")
+        asking.send_signal(number)
+        assert asking.wait(timeout=20) == status
+    eventually(lambda: not Path("/proc", at.read_text()).exists(), what="its end")
+
+
+def test_how_it_was_killed_is_told() -> None:
+    done = subprocess.run([*python(), "-c", "import os; os.kill(os.getpid(), 9)"], check=False)
+    assert done.returncode == -signal.SIGKILL
