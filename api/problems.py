@@ -83,6 +83,12 @@ def response(problem: Problem, request_id: str) -> Response:
     return Response(text, problem.status, headers={"Cache-Control": "no-store", **problem.headers}, media_type=MEDIA_TYPE)
 
 
+_ROUTING: Final = {
+    404: ("no-such-path", "there is nothing at this path; /docs shows what there is"),
+    405: ("method-not-allowed", "not with this method; the header Allow names those that are"),
+}
+
+
 def of(error: Exception) -> Problem:
     """`error` in HTTP's words. What it is not known to be is an error of ours: it is logged, and not told."""
     match error:
@@ -103,8 +109,8 @@ def of(error: Exception) -> Problem:
         case RequestValidationError():
             return invalid(_faults(error))
         case HTTPException():
-            kinds = {404: "no-such-path", 405: "method-not-allowed"}
-            return Problem(error.status_code, kinds.get(error.status_code, "refused"), str(error.detail), headers=error.headers)
+            kind, detail = _ROUTING.get(error.status_code, ("refused", str(error.detail)))
+            return Problem(error.status_code, kind, detail, headers=error.headers)
         case _:
             log.error("unexpected error", exc_info=error)
             return Problem(500, "internal", "an error of the service; its log tells more")

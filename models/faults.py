@@ -20,6 +20,7 @@ _WORDS: Final = {
     "greater_than_equal": "expected at least {ge:,}",
     "less_than_equal": "expected at most {le:,}",
     "literal_error": "expected {expected}",
+    "enum": "expected {expected}",
 }
 # Where the value is of another type, it helps to be told of which.
 _TYPES: Final = {"int_type", "float_type", "string_type", "is_instance_of"}

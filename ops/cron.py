@@ -42,9 +42,11 @@ def ls(output_format: OutputOption = Format.table) -> None:
     if output_format is Format.table:
         now = datetime.now(UTC)
         for row in rows:
+            if isinstance(row["result"], dict):
+                row["result"] = ", ".join(f"{count} {what}" for what, count in row["result"].items())
             row["last_run"] = ago(row["last_run"], now)
             row["next_run"] = f"in {age((datetime.fromisoformat(row['next_run']) - now).total_seconds())}"
-    show(rows, ["job", "schedule", "last_run", "outcome", "next_run", "result"], output_format)
+    show(rows, ["job", "last_run", "outcome", "next_run", "result"], output_format, wrapped="result")
 
 
 @app.command()

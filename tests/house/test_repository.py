@@ -207,6 +207,7 @@ def test_containers_keep_their_data(compose: dict[str, Any]) -> None:
     command = " ".join(compose["services"]["valkey"]["command"])
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
+    assert "--maxmemory ${VALKEY_MAXMEMORY" in command  # without one no alert tells that it fills up
     mounted = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
     files = {source for source in mounted if source.startswith("./")}
     assert mounted - files == set(compose["volumes"])
