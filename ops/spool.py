@@ -22,7 +22,8 @@ def status(output_format: OutputOption = Format.table) -> None:
     """Show what waits to be sent on. Needs no server."""
     held = _spool().status()
     columns = ["messages", "bytes", "oldest_age_s", "damaged"]
-    show([held._asdict()], columns, output_format)
+    rounded = None if held.oldest_age_s is None else round(held.oldest_age_s, 1)
+    show([held._asdict() | {"oldest_age_s": rounded}], columns, output_format)
 
 
 @app.command()

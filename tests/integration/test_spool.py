@@ -460,11 +460,9 @@ def test_a_forwarder_that_is_killed_again_and_again_loses_nothing_and_sends_noth
         command = [*python(), "-c", FORWARDER, str(lives_s)]
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False)
         counts.append(spool.status().messages)
-        if not counts[-1] or len(set(counts)) > 6:
+        if not counts[-1]:
             break
     assert len(set(counts)) > 2, "it was never killed in the middle"
-    # However little a busy machine lets each of them do, the last one is left to end.
-    subprocess.run([*evalstore_command(), "spool", "forward"], cwd=ROOT, env=os.environ | environment, check=True)
     assert arrived(valkey_server.url()) == expected
 
 
