@@ -139,6 +139,26 @@ def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) 
     assert b"EVALSTORE_DATABASE_URL" in done.stderr
 
 
+INTERRUPTED_WHILE_IT_LOADS = """
+import sys
+from ops import entry
+
+class Interrupt:
+    def find_spec(self, name, *given):
+        if name == "sqlalchemy":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+entry.main()
+"""
+
+
+def test_ctrl_c_while_the_command_loads_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-c", INTERRUPTED_WHILE_IT_LOADS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("away", AWAY, ids=str)
 def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
     file = lines(tmp_path / "events.jsonl", event("started"))
