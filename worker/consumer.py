@@ -112,10 +112,10 @@ class Consumer(DramatiqConsumer):
         places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
         places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes]
         number, process = self.broker.fetches[self.queue_name] + 1, self.broker.process
-        suspects, next_due_ms, ids = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
+        suspects, next_due_ms, ids, *along = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
         self._suspects_wait = suspects > 0
         self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
-        bodies: list[Any] = self.broker.client.hmget(keys.bodies, ids) if ids else []
+        bodies: list[Any] = along[0] if along else self.broker.client.hmget(keys.bodies, ids) if ids else []
         if gone := [redis_id for redis_id, body in zip(ids, bodies, strict=True) if body is None]:
             self.broker.run("settle", [self.unacked, keys.bodies, keys.deaths], *gone)
         return self._taken(number, {one: body for one, body in zip(ids, bodies, strict=True) if body is not None})

@@ -25,7 +25,7 @@ from models.content import Reference
 from models.errors import DatabaseOutage, InvalidSettings
 from models.events import parse
 from models.record import Fact, canonical_json, fact
-from storage import confirmations, database, evaluations
+from storage import confirmations, database, evaluations, rows
 from storage.confirmations import Line, Relayed, StreamId
 from storage.evaluations import ROW_LIMIT_BYTES, Stored
 
@@ -33,6 +33,12 @@ Json = dict[str, Any]
 MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
 ENDINGS = ("evaluation:completed", "evaluation:failed", "evaluation:timed_out", "evaluation:cancelled")
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(params=["few", "many"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few events are written in another way than many are."""
+    monkeypatch.setattr(rows, "_FEW", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture
@@ -140,7 +146,10 @@ def work_for_two(draw: st.DrawFn) -> list[list[list[Event]]]:
     return [batches[0::2], batches[1::2]]
 
 
-def test_two_connections_at_once_store_what_merge_gives(engine: Engine, plain: psycopg.Connection[Json]) -> None:
+def test_two_connections_at_once_store_what_merge_gives(
+    engine: Engine, plain: psycopg.Connection[Json], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_FEW", 4)  # so that some are written in one way, some in the other
     both_begin = threading.Barrier(2)
 
     def work(conn: Connection, batches: list[list[Event]]) -> list[Stored]:
@@ -259,6 +268,7 @@ def conflicts_among(events: Any) -> int:
 # ---- identity
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_an_event_is_stored_once_and_its_repetition_changes_nothing(engine: Engine, plain: psycopg.Connection[Json]) -> None:
     events = [event("queued", 1), event("completed", 2, output=LARGE)]
     assert store(engine, events).outcomes == ["applied", "applied"]
@@ -298,6 +308,7 @@ SAME_BODIES = [
 ]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("together", [True, False])
 def test_the_same_event_id_with_another_body_is_told_and_changes_nothing(engine: Engine, together: bool) -> None:
     for number, pair in enumerate(OTHER_BODIES):
@@ -310,6 +321,7 @@ def test_the_same_event_id_with_another_body_is_told_and_changes_nothing(engine:
         assert stored.model_copy(update={"created_at": None, "updated_at": None}) == merge([first])
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_same_body_said_in_other_words_is_a_duplicate(engine: Engine) -> None:
     for number, pair in enumerate(SAME_BODIES):
         first, same = (one.model_copy(update={"eval_id": f"e{number}"}) for one in pair)
@@ -317,6 +329,7 @@ def test_the_same_body_said_in_other_words_is_a_duplicate(engine: Engine) -> Non
         assert store(engine, [same]).outcomes == ["duplicate"], pair
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("inline_first", [True, False])
 @pytest.mark.parametrize("text", ["x", LARGE])
 def test_content_and_a_reference_to_the_same_bytes_are_the_same_body(
@@ -335,6 +348,7 @@ def test_content_and_a_reference_to_the_same_bytes_are_the_same_body(
         assert row == {"size": len(text), "sha256": digest, "data": None, "store": "objects", "encoding": "zstd"}
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_an_event_id_is_unique_within_its_evaluation_alone(engine: Engine) -> None:
     assert store(engine, [event("started"), event("started", eval_id="f")]).outcomes == ["applied", "applied"]
 
@@ -347,6 +361,7 @@ def test_storing_nothing_does_nothing(engine: Engine, plain: psycopg.Connection[
 # ---- exactness
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_numbers_come_out_of_the_database_as_they_went_in(engine: Engine) -> None:
     floats = [1e16, 1e300, 5e-324, 1.7976931348623157e308, 2.0**53, 1e22, 123456789012345680.0, 0.1, 1e15, -1e16, 0.0]
     exact: Json = {"floats": floats, "ints": [2**53 + 1, 2**63 - 1, -(2**63), 0], "nested": {"1e16": [{"a": 1e16}]}}
@@ -377,6 +392,7 @@ def test_any_metadata_comes_out_of_the_database_as_it_went_in(engine: Engine, va
     assert canonical_json(got.metadata) == canonical_json(value)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     "data",
     [
@@ -419,6 +435,7 @@ HOLD = {
 }
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("moment", HOLD)
 def test_a_transaction_that_dies_leaves_nothing_and_storing_again_stores_all(
     engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None], moment: str
@@ -441,6 +458,7 @@ def test_a_transaction_that_dies_leaves_nothing_and_storing_again_stores_all(
         assert evaluations.store(conn, events).outcomes == ["duplicate"] * 4
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_record_is_never_updated_before_it_was_created(
     engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None]
 ) -> None:
@@ -459,6 +477,7 @@ def test_a_record_is_never_updated_before_it_was_created(
     assert row["age"].total_seconds() > 0
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_an_evaluation_deleted_while_its_lock_is_awaited_is_stored_anew_and_not_half(
     engine: Engine, database_url: str, plain: psycopg.Connection[Json], eventually: Callable[..., None]
 ) -> None:
@@ -478,6 +497,7 @@ def test_an_evaluation_deleted_while_its_lock_is_awaited_is_stored_anew_and_not_
     assert [record and record.version for record in records] == [2, 1]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine, plain: psycopg.Connection[Json]) -> None:
     sets = [[event("running", number, eval_id=f"e{e}", metadata={"n": number}) for number in range(10)] for e in range(40)]
     everything = [one for events in sets for one in events] * 2
@@ -592,7 +612,26 @@ def test_what_passes_by_itself_is_an_outage_and_what_a_message_is_to_blame_for_i
         assert isinstance(raised.value, DatabaseOutage) == (sqlstate in PASSING), sqlstate
 
 
-def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_for_long(engine: Engine) -> None:
+@pytest.mark.parametrize("table", ["evaluations", "evaluation_events", "confirmations"])
+@pytest.mark.parametrize("number", [1, 3, 60])
+def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
+    engine: Engine, plain: psycopg.Connection[Json], table: str, number: int
+) -> None:
+    plain.execute("CREATE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$")
+    plain.execute(f"CREATE TRIGGER refuses BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION refuses()".encode())
+    events = [event("started", each, eval_id=f"e{each}") for each in range(number)]
+    for _ in range(10):  # answers come by chance together or one by one
+        with pytest.raises(psycopg.errors.RaiseException, match="no"):
+            store(engine, events)
+
+    plain.execute(f"DROP TRIGGER refuses ON {table}".encode())
+    assert store(engine, events).outcomes == ["applied"] * number
+
+
+def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_for_long(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_FEW", 0)
     with engine.connect() as conn:
         evaluations.store(conn, [event("queued", 1)])
         database.driver(conn).execute("DISCARD TEMP")
@@ -601,6 +640,19 @@ def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_f
         with pytest.raises(DatabaseOutage):
             evaluations.store(conn, [event("started", 2)])
         assert evaluations.store(conn, [event("started", 2)]).outcomes == ["applied"]
+
+
+def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engine) -> None:
+    with engine.connect() as conn:
+        for number in range(10):
+            assert evaluations.store(conn, [event("started", number)]).outcomes == ["applied"]
+            database.driver(conn).execute("DISCARD TEMP")
+            conn.rollback()
+
+
+def test_content_of_any_size_in_few_events_is_written_in_the_way_of_many() -> None:
+    small, large = fact(event("queued", code="x" * 1000)), fact(event("queued", code="x" * 1_000_000))
+    assert [rows.are_few([small] * 64), rows.are_few([small] * 65), rows.are_few([small, large])] == [True, False, False]
 
 
 def test_behind_a_pooler_that_changes_sessions_nothing_is_prepared_any_more(

@@ -1,5 +1,5 @@
--- Take messages from the head of a queue into a process's unacknowledged set, and return their ids. The messages are asked for
--- afterwards: through a script each would be copied twice more.
+-- Take messages from the head of a queue into a process's unacknowledged set, and return their ids. A few come with their
+-- messages, as another round trip takes longer; many are asked for afterwards: through a script each is copied twice more.
 --
 -- KEYS  1 queue     list  ids, the next to be fetched first         <namespace>:<queue>
 --       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
@@ -9,7 +9,7 @@
 --       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
 --       8 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
 -- ARGV  1 number of this fetch, 2 most messages, 3 most bytes, 4 process
--- Returns { suspects waiting, ms until the next delayed one is due or -1, { id, id, ... } }.
+-- Returns { suspects waiting, ms until the next delayed one is due or -1, { id, id, ... } [, { message or nil, ... }] }.
 --
 -- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids. Every path begins with a write
 -- that frees or moves, so that a full server can be drained.
@@ -42,8 +42,11 @@ local next_due = redis.call("ZRANGE", KEYS[4], 0, 0, "WITHSCORES")[2]
 local answer = { redis.call("LLEN", KEYS[5]), next_due and math.max(0, math.ceil(next_due - now)) or -1 }
 
 local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, "(" .. string.format("%.0f", first + 65536))
-if #ids == 0 then
-    local waiting, bytes, taken = redis.call("LRANGE", KEYS[1], 0, most - 1), 0, 0
+local bytes = 0
+if #ids > 0 then
+    bytes = math.huge  -- asked again: who knows
+else
+    local waiting, taken = redis.call("LRANGE", KEYS[1], 0, most - 1), 0
     local places = {}
     for place, id in ipairs(waiting) do
         local size = redis.call("HSTRLEN", KEYS[2], id)
@@ -69,4 +72,7 @@ if #ids == 0 then
 end
 
 answer[3] = ids
+if #ids > 0 and #ids <= 1000 and bytes <= 65536 then
+    answer[4] = redis.call("HMGET", KEYS[2], unpack(ids))
+end
 return answer
