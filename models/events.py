@@ -6,7 +6,6 @@ older worker; `check`, the sender's way, refuses them, so that a typo shows at o
 
 import base64
 import binascii
-import difflib
 import json
 import math
 import re
@@ -32,7 +31,7 @@ from pydantic import (
 
 from models import content
 from models.errors import Fault, InvalidEvent, printable
-from models.faults import in_words
+from models.faults import did_you_mean, in_words
 
 MAX_METADATA_BYTES = 64 * 1024
 MAX_METADATA_DEPTH = 100
@@ -399,8 +398,7 @@ def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
     having = [other for other, model in _MODELS.items() if name in _FIELDS[model] and other != "evaluation:running"]
     if having:
         return Fault(name, f"not a field of {type_}, but of {', '.join(having)}")
-    close = difflib.get_close_matches(name, known, n=1)
-    return Fault(name, f"not a field of {type_}" + (f"; did you mean {close[0]}?" if close else ""))
+    return Fault(name, f"not a field of {type_}{did_you_mean(name, known)}")
 
 
 def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: int) -> list[Fault]:
@@ -437,9 +435,7 @@ def _faults(data: object, error: ValidationError, max_content_bytes: int) -> lis
     type_ = data.get("type")
     if not isinstance(type_, str) or type_ not in _MODELS:
         names = [name for name in _MODELS if name != "evaluation:lost"]
-        close = difflib.get_close_matches(type_, names, n=1) if isinstance(type_, str) else []
-        hint = f"; did you mean {close[0]}?" if close else ""
-        faults.append(Fault("type", f"expected one of {', '.join(names)}{hint}"))
+        faults.append(Fault("type", f"expected one of {', '.join(names)}{did_you_mean(type_, names)}"))
         try:
             _Event.model_validate(data)
         except ValidationError as common:

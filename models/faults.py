@@ -1,5 +1,7 @@
 """What pydantic found wrong, in the words that the rest of evalstore has for it."""
 
+import difflib
+from collections.abc import Collection
 from typing import Final
 
 from pydantic_core import ErrorDetails
@@ -43,3 +45,9 @@ def in_words(error: ErrorDetails) -> str:
         if isinstance(value, bytes | bytearray) and kind == "is_instance_of":
             words += f"; as base64 they may be {error['loc'][-1]}_b64"
     return words
+
+
+def did_you_mean(given: object, known: Collection[str]) -> str:
+    """The end of a sentence that names what is spelt alike, or nothing."""
+    close = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    return f"; did you mean {close[0]}?" if close else ""
