@@ -217,8 +217,7 @@ class Broker(RedisBroker):
         kept before; SpoolFull if not.
         """
         durable = bool(message.options.pop("durable", False))
-        options = message.options | {"redis_message_id": str(uuid4())}
-        sent: Message[Any] = Message(**_fields(message) | {"options": options})
+        sent: Message[Any] = Message(**_fields(message) | {"options": message.options | {"redis_message_id": str(uuid4())}})
         self.emit_before("enqueue", sent, delay)
         with tracing.sending(sent.queue_name, [sent]):
             keys = self.keys(sent.queue_name)

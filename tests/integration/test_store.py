@@ -650,11 +650,6 @@ def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engin
             conn.rollback()
 
 
-def test_content_of_any_size_in_few_events_is_written_in_the_way_of_many() -> None:
-    small, large = fact(event("queued", code="x" * 1000)), fact(event("queued", code="x" * 1_000_000))
-    assert [rows.are_few([small] * 64), rows.are_few([small] * 65), rows.are_few([small, large])] == [True, False, False]
-
-
 def test_behind_a_pooler_that_changes_sessions_nothing_is_prepared_any_more(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

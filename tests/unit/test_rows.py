@@ -1,0 +1,18 @@
+"""Which events are few: those are written in another way than many are."""
+
+from uuid import UUID
+
+from models.events import parse
+from models.record import Fact, fact
+from storage.rows import are_few
+
+
+def queued(size: int) -> Fact:
+    named = {"type": "evaluation:queued", "eval_id": "e", "event_id": UUID(int=1), "occurred_at": "2026-01-01T00:00:00Z"}
+    return fact(parse(named | {"code": "x" * size}))
+
+
+def test_few_events_are_few_and_small() -> None:
+    assert are_few([queued(1000)] * 64)
+    assert not are_few([queued(1000)] * 65)
+    assert not are_few([queued(1000), queued(1_000_000)])
