@@ -2,7 +2,7 @@
 
 `Many` costs least for each row: COPY, and a temporary table that the statements join. That is a dozen round trips, and emptying
 the table at the commit takes some ms wherever shortening a file does. `Few` sends statements one by one without waiting
-for their answers: two round trips, whose rows cost several times as much. docs/decisions/0021-few-events-in-two-round-trips.md
+for their answers: two round trips, whose rows cost several times as much. docs/decisions/0022-few-events-in-two-round-trips.md
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
