@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +32,13 @@ EMPTY, MIGRATED = "template0", "evalstore_migrated"
 DATABASES, OF_SERVICE = 64, 64
 
 _numbers = itertools.count(1)
+
+
+def pytest_configure() -> None:
+    """Whoever runs the tests in the background may have them ignore signals, which programs inherit."""
+    for ignored in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(ignored) is signal.SIG_IGN:
+            signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
