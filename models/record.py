@@ -283,6 +283,11 @@ def _written_out(value: Any) -> Any:
             return value
 
 
+def rfc3339(at: datetime) -> str:
+    """A time in UTC as RFC 3339 has it."""
+    return at.isoformat().replace("+00:00", "Z")
+
+
 def canonical_json(value: dict[str, Any]) -> str:
     """The same text for the same object, in ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -12,6 +12,7 @@ from dramatiq import Message
 from periodiq import cron as cron_line
 
 from models.errors import RedisOutage
+from models.record import rfc3339
 from ops.output import Format, OutputOption, age, ago, failed, notice, show
 from tasks.broker import broker
 from tasks.jobs import JOBS, QUEUE, last_runs_key
@@ -35,7 +36,7 @@ def ls(output_format: OutputOption = Format.table) -> None:
                 "outcome": last.get("outcome"),
                 "seconds": last.get("seconds"),
                 "result": last.get("result") or last.get("error"),
-                "next_run": upcoming.isoformat().replace("+00:00", "Z"),
+                "next_run": rfc3339(upcoming),
                 "does": job.does,
             }
         )

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import psycopg
 
 from models.errors import DatabaseOutage
-from models.record import Fact, State, jsonb
+from models.record import Fact, State, jsonb, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
@@ -103,19 +103,32 @@ def are_few(facts: Sequence[Fact]) -> bool:
     return len(facts) <= _FEW and sum(map(len, contents)) <= _SMALL_BYTES
 
 
-class Many:
-    """The stages live as long as the connection, and are empty between transactions. Records are 0 as the events of a call
-    alone make them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call."""
+class _Way:
+    """What both have in common. `info` goes with the connection."""
 
     def __init__(self, conn: psycopg.Connection[Any], info: dict[str, Any]) -> None:
-        self._cursor, self._info = conn.cursor(binary=True), info
+        self._conn, self._cursor, self._info = conn, conn.cursor(binary=True), info
         # Said anew by each commit: after a failure they are made sure of. A pooler may have gone on with another session.
         self._staged: set[str] = info.pop("evalstore_staged", set())
         self._begun = conn.cursor(binary=True).execute(_BEGIN)
 
     def recorded_at(self) -> str:
         """The time of the transaction, RFC 3339."""
-        return _time(self._begun)
+        ((*_, now),) = self._begun.fetchall()
+        return rfc3339(now)
+
+    def confirm(self, row: list[Any]) -> None:
+        """Write to the outbox."""
+        self._cursor.execute(_CONFIRM, row)
+
+    def committed(self) -> None:
+        """Note what the next call need not do again."""
+        self._info["evalstore_staged"] = self._staged
+
+
+class Many(_Way):
+    """The stages live as long as the connection, and are empty between transactions. Records are 0 as the events of a call
+    alone make them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call."""
 
     def create(self, states: dict[str, State]) -> tuple[set[str], Log]:
         """Make the records that there are not yet, and lock the others; returns the ids of those made, and the log of the
@@ -145,14 +158,6 @@ class Many:
         self._stage("stage_events", _FACT_TYPES)
         _copy(self._cursor, "stage_events", {"number": "int4"} | _FACT_TYPES, ((number, *one) for number, one in facts.items()))
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
-
-    def confirm(self, row: list[Any]) -> None:
-        """Write to the outbox."""
-        self._cursor.execute(_CONFIRM, row)
-
-    def committed(self) -> None:
-        """Note what the next call need not do again."""
-        self._info["evalstore_staged"] = self._staged
 
     def _stage_records(self, number: int, states: Iterable[State]) -> None:
         self._stage("stage_records", _STATE_TYPES)
@@ -190,19 +195,11 @@ def _copy(cursor: psycopg.Cursor[Any], table: str, types: dict[str, str], rows: 
             copy.write_row(row)
 
 
-class Few:
+class Few(_Way):
     """Statements are the same for every call, and PostgreSQL plans them once: all values go as text, NULL or not."""
 
-    def __init__(self, conn: psycopg.Connection[Any], info: dict[str, Any]) -> None:
-        self._conn, self._info = conn, info
-        self._staged: set[str] = info.pop("evalstore_staged", set())
-        self._begun = conn.cursor(binary=True).execute(_BEGIN)
-
-    def recorded_at(self) -> str:
-        """As of Many; so are the others."""
-        return _time(self._begun)
-
     def create(self, states: dict[str, State]) -> tuple[set[str], Log]:
+        """As of Many; so are the others."""
         # Also locks and reads what it made: to wait and see which these are would take longer.
         eval_ids = list(states)
         made = [self._conn.execute(_CREATE_ONE, _texts(state)) for state in states.values()]
@@ -232,12 +229,6 @@ class Few:
         }
         return {number: list(found.fetchall()[0]) for number, found in asked.items()}
 
-    def confirm(self, row: list[Any]) -> None:
-        self._conn.execute(_CONFIRM, row)
-
-    def committed(self) -> None:
-        self._info["evalstore_staged"] = self._staged
-
 
 def _values(types: dict[str, str]) -> str:
     return ", ".join(f"%s::{type_}" for type_ in types.values())
@@ -265,11 +256,6 @@ _TEXT_OF: Final[dict[type, Any]] = {
     dict: lambda value: jsonb(value).decode(),
     bytes: lambda value: "\\x" + value.hex(),
 }
-
-
-def _time(begun: psycopg.Cursor[Any]) -> str:
-    ((*_, now),) = begun.fetchall()
-    return str(now.isoformat()).replace("+00:00", "Z")
 
 
 def _all_locked(locked: psycopg.Cursor[Any], eval_ids: list[str]) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import reduce
 from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3  # type: ignore[import-untyped]
@@ -283,15 +284,16 @@ class S3Store:
 
     def _checksum(self, body: BinaryIO) -> dict[str, str]:
         """What the server compares with what arrives: CRC-32, or the MD5 that every server knows."""
-        crc32, md5 = 0, hashlib.md5(usedforsecurity=False)
         body.seek(0)
-        while piece := body.read(_READ_BYTES):
-            if self._knows_checksums:
-                crc32 = zlib.crc32(piece, crc32)
-            else:
+        pieces = iter(lambda: body.read(_READ_BYTES), b"")
+        if self._knows_checksums:
+            name, value = "ChecksumCRC32", reduce(lambda so_far, piece: zlib.crc32(piece, so_far), pieces, 0).to_bytes(4)
+        else:
+            md5 = hashlib.md5(usedforsecurity=False)
+            for piece in pieces:
                 md5.update(piece)
+            name, value = "ContentMD5", md5.digest()
         body.seek(0)
-        name, value = ("ChecksumCRC32", crc32.to_bytes(4)) if self._knows_checksums else ("ContentMD5", md5.digest())
         return {name: base64.b64encode(value).decode()}
 
     def _condition(self, replace: bool) -> dict[str, str]:

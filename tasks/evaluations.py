@@ -14,6 +14,7 @@ from uuid_utils import uuid7
 from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import CONTENT_FIELDS, Event, check
+from models.record import rfc3339
 from models.settings import settings
 from models.wire import look_at
 from tasks import contents
@@ -76,11 +77,11 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
         if "event_id" in data and "occurred_at" in data:
             travelling = data.copy()
         else:
-            travelling = {"event_id": str(uuid7()), "occurred_at": _written(datetime.now(UTC)), **data}
+            travelling = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC)), **data}
         # Nearly all that is sent: tests/unit/test_wire.py compares it with what follows.
         if (found := look_at(travelling, max_content_bytes=most)) is not None:
             occurred_at, size = found
-            travelling["occurred_at"] = _written(occurred_at)
+            travelling["occurred_at"] = rfc3339(occurred_at)
             if size > _SMALL:
                 contents.check_sizes(travelling)
             return travelling
@@ -89,16 +90,12 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
     given = data if isinstance(data, Mapping) else event.model_dump()
     travelling = {name: value for name, value in given.items() if value is not None}
     travelling["event_id"] = str(event.event_id or uuid7())
-    travelling["occurred_at"] = _written(event.occurred_at or datetime.now(UTC))
+    travelling["occurred_at"] = rfc3339(event.occurred_at or datetime.now(UTC))
     for name in CONTENT_FIELDS[event.type]:
         if (reference := travelling.get(f"{name}_ref")) is not None:
             travelling[f"{name}_ref"] = content.reference(reference)._asdict()
     contents.check_sizes(travelling)
     return travelling
-
-
-def _written(at: datetime) -> str:
-    return at.isoformat().replace("+00:00", "Z")
 
 
 def _escape_less(travelling: dict[str, Any]) -> None:
