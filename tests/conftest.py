@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ import redis
 from psycopg import sql
 
 from ops.servers import Postgres, Valkey
+from tests.polling import looks
 
 if TYPE_CHECKING:
     from tests.chaos.world import World
@@ -154,12 +154,8 @@ def eventually() -> Callable[..., None]:
 
 
 def _eventually(is_so: Callable[[], object], *, within_s: float = 10.0, what: str = "what was waited for") -> None:
-    give_up, pause_s = time.monotonic() + within_s, 0.01
-    while not is_so():
-        if time.monotonic() > give_up:
-            pytest.fail(f"{what} did not come about within {within_s:g} s")
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.3, 0.25)  # who looks all the time takes that from those it waits for
+    if not any(is_so() for _ in looks(within_s)):
+        pytest.fail(f"{what} did not come about within {within_s:g} s")
 
 
 def _administer(server: Postgres, statement: sql.Composed) -> None:

@@ -25,6 +25,7 @@ from ops import guard, processes
 from tasks.broker import Broker, Keys
 from tasks.evaluations import QUEUE, store_evaluation
 from tests.chaos.relay import ROOT, STOCK
+from tests.polling import looks
 
 KEYS = Keys.of("dramatiq", QUEUE)
 _STOCK_MAY_REST_S = 12.0  # it is much slower, but slow is not stuck
@@ -33,17 +34,11 @@ _READY = b"Worker process is ready for action"
 
 def wait_until(is_so: Callable[[], object], *, within_s: float = 20.0, what: str) -> None:
     """Poll until that is true; a server that is away meanwhile is no answer."""
-    give_up, pause_s = time.monotonic() + within_s, 0.05
-    while True:
-        try:
+    for _ in looks(within_s):
+        with suppress(redis.RedisError, psycopg.OperationalError):
             if is_so():
                 return
-        except (redis.RedisError, psycopg.OperationalError):
-            pass
-        if time.monotonic() > give_up:
-            raise AssertionError(f"within {within_s:g} s: {what}")
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.2, 0.25)  # who looks all the time takes that from those it waits for
+    raise AssertionError(f"within {within_s:g} s: {what}")
 
 
 def evaluation(eval_id: str, **fields: Any) -> list[dict[str, Any]]:
