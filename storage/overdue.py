@@ -10,11 +10,12 @@ from models.events import EvaluationLost
 from storage import database
 
 # Lateness is judged by when this database recorded the last sign of life. The event says when that was too long ago, so that
-# whoever judges the same makes the same event.
+# whoever judges the same makes the same event. Time limits are what senders say, in any number: one that no interval holds would
+# end the whole query, and with it the giving up of all others. So would a time after the last that there is.
 _OVERDUE: Final = """
 SELECT e.eval_id, e.attempt, sign.event_id, greatest(
     CASE WHEN sign.event_id IS NULL THEN e.updated_at + make_interval(secs => %(queued_limit_s)s)
-        ELSE sign.recorded_at + make_interval(secs => least(coalesce(e.timeout_s, %(running_limit_s)s), 3e9)) END
+        ELSE sign.recorded_at + make_interval(secs => greatest(least(coalesce(e.timeout_s, %(running_limit_s)s), 3e9), 0)) END
         + make_interval(secs => %(grace_s)s),
     sign.occurred_at + interval '1 microsecond') AS overdue_at
 FROM evaluations e
@@ -25,8 +26,9 @@ LEFT JOIN LATERAL (
 ) sign ON true
 WHERE e.status IN ('queued', 'running') AND e.updated_at < now() - make_interval(secs => %(grace_s)s)
     AND CASE WHEN sign.event_id IS NULL THEN e.updated_at + make_interval(secs => %(queued_limit_s)s)
-        ELSE sign.recorded_at + make_interval(secs => least(coalesce(e.timeout_s, %(running_limit_s)s), 3e9)) END
+        ELSE sign.recorded_at + make_interval(secs => greatest(least(coalesce(e.timeout_s, %(running_limit_s)s), 3e9), 0)) END
         + make_interval(secs => %(grace_s)s) < now()
+    AND coalesce(sign.occurred_at < '9999-12-31T23:59:59.999999Z', true)
 ORDER BY e.updated_at LIMIT %(limit)s
 """
 

@@ -85,6 +85,24 @@ def test_one_whose_start_lies_in_the_future_is_given_up_too(conn: Connection, br
     assert status(conn) == "lost"
 
 
+@pytest.mark.parametrize("timeout_s", [0, -1, -1e12, -1e300])
+def test_a_time_limit_below_zero_is_one_of_zero(conn: Connection, broker: Broker, timeout_s: float) -> None:
+    stored(conn, event("started", timeout_s=timeout_s), recorded_s_ago=59)
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+    stored(conn, recorded_s_ago=61)
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+
+
+@pytest.mark.parametrize(
+    "odd", [{"timeout_s": 1e300}, {"timeout_s": 1, "occurred_at": "9999-12-31T23:59:59.999999Z"}], ids=["no end", "no later"]
+)
+def test_one_that_can_never_be_given_up_keeps_no_other_from_it(conn: Connection, broker: Broker, odd: dict[str, Any]) -> None:
+    stored(conn, event("started", eval_id="odd", **odd), event("started", timeout_s=1), recorded_s_ago=1000)
+
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert status(conn) == "lost"
+
+
 @pytest.mark.parametrize("kind", ["completed", "started"])
 def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str) -> None:
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
