@@ -112,14 +112,15 @@ def _escape_less(travelling: dict[str, Any]) -> None:
 store_evaluation = EventActor(ACTOR, QUEUE)
 
 
-def store_evaluations(events: Iterable[Mapping[str, Any] | Event]) -> list[Message[None]]:
+def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: bool = False) -> list[Message[None]]:
     """Send all of `events` in one round trip, or none. All are checked before anything is put into the object store, and that
-    holds their large content before any is sent.
+    holds their large content before any is sent. With `durable` this returns only when the append-only file is on disk or a
+    replica has it.
 
     Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`), ObjectStoreOutage (none was sent), or
     RedisOutage: then none was sent, or, where only the answer was lost, all were; the same events may be sent again, as each is
     stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if
-    it has no room.
+    it has no room. What is `durable` is never kept there; NotDurable where Redis alone has it.
     """
     if isinstance(events, str | Mapping | BaseModel):
         raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
@@ -135,5 +136,5 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event]) -> list[Messa
     messages = [store_evaluation.message_of(event) for event in travelling]
     from tasks.broker import broker
 
-    broker().enqueue_many(messages)
+    broker().enqueue_many(messages, durable=durable)
     return messages

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sqlalchemy import Engine
 
 from models import EvaluationStarted, InvalidEvent, Record, RedisOutage, merge
 from models.content import MAX_CONTENT_BYTES, to_bytes
+from models.errors import NotDurable
 from models.events import parse
 from models.settings import settings
 from ops import processes
@@ -228,6 +230,17 @@ def test_sending_to_a_full_redis_is_an_outage_and_leaves_nothing_half_done(
         assert sent(client) == []
         store_evaluation.send(QUEUED)
         assert len(sent(client)) == 1
+
+
+@pytest.mark.parametrize("fsync", ["everysec", "no"])
+def test_a_bulk_is_durable_where_that_is_asked_for_and_otherwise_an_error(
+    valkey_server: Valkey, monkeypatch: pytest.MonkeyPatch, fsync: str
+) -> None:
+    for client in sending_to(valkey_server.url(), "postgresql://unused", monkeypatch):
+        client.config_set("appendfsync", fsync)
+        with pytest.raises(NotDurable) if fsync == "no" else nullcontext():
+            store_evaluations([QUEUED, QUEUED], durable=True)
+        assert [message["options"].keys() for message in sent(client)] == [{"redis_message_id"}] * 2
 
 
 # ---- what is in PostgreSQL

@@ -253,7 +253,7 @@ def test_a_message_that_promises_more_than_a_spool_can_is_not_kept_there(valkey_
     with pytest.raises(RedisOutage):
         store_evaluation.send_with_options(args=(event(),), durable=True)
     with pytest.raises(RedisOutage):
-        broker().enqueue_many([store_evaluation.message(event())], durable=True)
+        store_evaluations([event()], durable=True)
     with pytest.raises(RedisOutage):
         store_evaluation.send_with_options(args=(event(),), delay=1000)
     with pytest.raises(RedisOutage):  # what an operator asks for now is not done some day
