@@ -65,7 +65,7 @@ def demo(
             environment = running(folder)
             if environment is None:
                 notice(f"starting PostgreSQL, Valkey, worker and scheduler in {folder}")
-                environment = stack.enter_context(Local(folder, commands(2, 8))).environment
+                environment = stack.enter_context(Local(folder, commands(2, 8), workers=2)).environment
             os.environ.update(environment)
             engine = database.engine(settings().database_url.get_secret_value())
             stack.callback(engine.dispose)

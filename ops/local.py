@@ -21,13 +21,14 @@ from typing import IO, Self
 from urllib.parse import quote
 
 from models.errors import EvalstoreError
-from ops import processes
+from ops import processes, readiness
 from ops.servers import Postgres, Server, ServerError, Valkey, free_port, write_private
 
 Show = Callable[[str, str], None]  # the name of a process, and a line of its
 
 LIVED_S = 60.0  # what ran this long and then died starts at the shortest wait again
 LONGEST_WAIT_S = 30.0
+READY_WITHIN_S = 30.0  # after that it is said what is still starting, and not waited for
 
 
 class AlreadyRunning(EvalstoreError):
@@ -125,10 +126,15 @@ class Process:
 
 
 class Local:
-    """`start`, use `environment`, `stop`; or `with`. What dies in between is started again, soon or less soon."""
+    """`start`, use `environment`, `stop`; or `with`. What dies in between is started again, soon or less soon.
 
-    def __init__(self, folder: Path, commands: Mapping[str, Sequence[str]], *, show: Show | None = None) -> None:
-        self.folder = folder.resolve()
+    `workers`: how many processes the worker is to have, so that they can be waited for.
+    """
+
+    def __init__(
+        self, folder: Path, commands: Mapping[str, Sequence[str]], *, workers: int = 0, show: Show | None = None
+    ) -> None:
+        self.folder, self.workers = folder.resolve(), workers
         self.environment: dict[str, str] = {}
         self.postgres = Postgres(self.folder / "postgres")
         self.valkey = Valkey(self.folder / "valkey")
@@ -140,7 +146,8 @@ class Local:
         self._mender = threading.Thread(target=self._mend, name="mender", daemon=True)
 
     def start(self) -> None:
-        """Return when all of it runs. Raises AlreadyRunning, ServerError, or what a migration raises; `stop` then."""
+        """Return when all of it works, so that what is sent is stored. Raises AlreadyRunning, ServerError, or what a migration
+        raises; `stop` then."""
         from storage.migrations import upgrade  # noqa: PLC0415  slow to import, and most commands never come here
 
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -164,12 +171,30 @@ class Local:
         upgrade(self.postgres.url())
         if any(process.name == "api" for process in self.processes):
             self.environment |= _service(self.folder)
+        began = time.time()
         for process in self.processes:
             process.environment = self.environment
             process.start()
+        self._mender.start()
+        self._await_work(began)
         lines = [f"{name}={shlex.quote(value)}\n" for name, value in self.environment.items()]
         write_private(self.folder / "environment", "".join(lines))
-        self._mender.start()
+
+    def _await_work(self, began: float) -> None:
+        give_up = time.monotonic() + READY_WITHIN_S
+        while starting := self._starting(began):
+            if time.monotonic() > give_up:
+                self._show("up", f"still starting: {', '.join(starting)}; what is sent waits until then")
+                return
+            time.sleep(0.05)
+
+    def _starting(self, began: float) -> list[str]:
+        """What does not do its work yet."""
+        ready = readiness.workers(self.environment, began) if self.workers else 0
+        found = [] if ready >= self.workers else [f"worker ({ready} of {self.workers} processes work)"]
+        if "EVALSTORE_API_URL" in self.environment and not readiness.answers(self.environment):
+            found.append("HTTP service")
+        return found
 
     def stop(self) -> None:
         """In order: what uses the servers, Valkey, PostgreSQL. Bounded: each has its grace and is killed after it."""

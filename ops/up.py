@@ -31,13 +31,13 @@ def up(
     The servers come with the package and listen on 127.0.0.1 only. Data stay in the folder, and so do ports and
     passwords: PATH/environment holds them for other shells.
     """
-    raise typer.Exit(serve(folder, commands(processes, threads)))
+    raise typer.Exit(serve(folder, commands(processes, threads), workers=processes))
 
 
-def serve(folder: Path, to_run: Mapping[str, Sequence[str]]) -> int:
+def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0) -> int:
     """Run until SIGINT, SIGTERM or SIGHUP, and return the exit status. A further signal kills what is waited for."""
     show = prefixed(["up", *to_run])
-    local = Local(folder, to_run, show=show)
+    local = Local(folder, to_run, workers=workers, show=show)
     stopping = False
 
     def interrupted(_signum: int, _frame: FrameType | None) -> None:

@@ -41,6 +41,22 @@ from ops.up import serve
 worker = [sys.executable, "-c", sys.argv[2], *sys.argv[3:]]
 sys.exit(serve(Path(sys.argv[1]), {"worker": worker}))
 """
+# Says that it works, as worker/vitals.py does, once it is let.
+LATE = """
+import json, os, pathlib, redis, time
+print("imports", flush=True)
+while not pathlib.Path("../may-work").exists():
+    time.sleep(0.01)
+client = redis.Redis.from_url(os.environ["EVALSTORE_REDIS_URL"])
+client.hset("evalstore:dramatiq:evaluations:workers", "late", f"0 {json.dumps({'since': time.time()})}")
+time.sleep(600)
+"""
+SERVE_LATE = """
+import sys
+from pathlib import Path
+from ops.up import serve
+sys.exit(serve(Path(sys.argv[1]), {"worker": [sys.executable, "-c", sys.argv[2]]}, workers=1))
+"""
 
 
 class Up:
@@ -250,6 +266,22 @@ def test_the_schema_is_there_when_it_is_ready(start: Start) -> None:
     up = start()
     with psycopg.connect(environment(up.folder)["EVALSTORE_DATABASE_URL"]) as conn:
         assert conn.execute("SELECT count(*) FROM evaluations").fetchone() == (0,)
+
+
+def test_it_is_ready_when_its_workers_are(tmp_path: Path, eventually: Eventually) -> None:
+    said, folder = tmp_path / "said", tmp_path / "data"
+    with said.open("wb") as out:
+        up = subprocess.Popen([sys.executable, "-c", SERVE_LATE, str(folder), LATE], cwd=tmp_path, stdout=out, stderr=out)
+    try:
+        eventually(lambda: "worker | imports" in said.read_text(), within_s=30, what="the start of the worker")
+        assert "Ctrl-C stops" not in said.read_text()
+        assert not (folder / "environment").exists()
+        (tmp_path / "may-work").touch()
+        eventually(lambda: "Ctrl-C stops" in said.read_text(), what="that it says so")
+        assert (folder / "environment").exists()
+    finally:
+        up.terminate()
+        assert up.wait(timeout=20) == 0
 
 
 def test_log_lines_show_whose_they_are_and_hold_no_terminal_codes(start: Start) -> None:
