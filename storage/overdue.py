@@ -10,7 +10,7 @@ from models.events import EvaluationLost
 from storage import database
 
 # Lateness is judged by when this database recorded the last sign of life. The event says when that was too long ago, so that
-# whoever judges the same makes the same event. Time limits are what senders say, in any number: one that no interval holds would
+# whoever judges the same makes the same event. Time limits are what senders say, in any number: what no interval holds would
 # end the whole query, and with it the giving up of all others. So would a time after the last that there is.
 _OVERDUE: Final = """
 SELECT e.eval_id, e.attempt, sign.event_id, greatest(
