@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,10 @@ def build() -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logs.set_up("uvicorn", "uvicorn.access")
+        if "api.protocol" not in sys.modules:
+            log.warning(
+                "any client may take as long as it likes for the head of a request: start with --http api.protocol:Protocol"
+            )
         traces = tracing.start(SERVICE)
         metrics.share()
         service = app.state.service = Service(settings(), metrics)

@@ -95,6 +95,11 @@ LOGS: Final = (
     ),
     # The HTTP service.
     Entry(
+        "heads_unbounded",
+        "warning",
+        "any client may take as long as it likes for the head of a request: start with --http api.protocol:Protocol",
+    ),
+    Entry(
         "request",
         "info",
         "%s %s: %d, by key %s, request %s, %.0f ms",

@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -155,6 +156,15 @@ def test_who_never_ends_the_head_of_a_request_is_cut_off(impatient: Any, eventua
     assert open_ones == []
     for conn in conns:
         conn.close()
+
+
+def test_a_service_whose_clients_may_hold_it_up_says_so(shared_api: Api, impatient: Api, tmp_path: Path) -> None:
+    plainly = "import os, uvicorn; uvicorn.run('api.app:app', port=int(os.environ['EVALSTORE_API_PORT']))"
+    servers = {"EVALSTORE_DATABASE_URL": shared_api.database_url, "EVALSTORE_REDIS_URL": shared_api.redis_url}
+    plain = Api(tmp_path, servers, ("-c", plainly))
+    plain.start()
+    plain.stop()
+    assert [one.said.count("--http api.protocol:Protocol") for one in (plain, impatient)] == [1, 0]
 
 
 def test_a_body_that_trickles_is_given_up(impatient: Any) -> None:

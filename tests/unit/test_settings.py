@@ -78,10 +78,10 @@ def test_all_faults_are_reported_together() -> None:
     assert "hunter2" not in message
 
 
-def test_a_worker_or_scheduler_whose_settings_are_wrong_says_which_and_nothing_else() -> None:
+def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> None:
     wrong = {"EVALSTORE_REDIS_URL": "foo", "EVALSTORE_BATCH_EVENTS": "many"}
-    for program in ([sys.executable, "-c", "import worker.tasks"], [sys.executable, "-m", "api"]):
-        done = subprocess.run(program, env=os.environ | wrong, capture_output=True, text=True, check=False)
+    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "api.app:app"]):
+        done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
         (line,) = done.stderr.splitlines()
         assert re.fullmatch("EVALSTORE_REDIS_URL: .*; EVALSTORE_BATCH_EVENTS: expected an integer", line)
         assert done.returncode == 2
