@@ -1,6 +1,6 @@
 """The HTTP service: `uvicorn api.app:app --http api.protocol:Protocol`, or `python -m api`.
 
-Without `--http` uvicorn waits without end for the head of a request, and an application has no say in that: see api/protocol.py.
+Without `--http` uvicorn waits without end for the head of a request, and no application has a say in that: api/protocol.py.
 """
 
 import sys

@@ -45,7 +45,8 @@ def status(output_format: OutputOption = Format.table) -> None:
     if output_format is not Format.table:
         write_json({"archive": names["archive"], **found})
         return
-    show(found["places"], ["place", "contents", "bytes", "address"], output_format)
+    columns = ["place", "contents", "bytes", "address"]
+    show(found["places"], columns, output_format, nothing="there is no content above 4 KiB")
     if at is None:
         notice("there is no archive: neither EVALSTORE_OBJECT_STORE_URL nor EVALSTORE_ARCHIVE_URL is set", "yellow")
     due = found["due"]
@@ -198,8 +199,9 @@ def sweep_objects(
         total = sum(one["size"] for one in found)
         what = f"{len(found):,} objects, {total:,} bytes,"
         if dry_run or not found:
-            show(found, ["key", "size", "modified_at"], output_format)
-            notice(f"{what} would be removed" if found else "there is nothing to remove")
+            show(found, ["key", "size", "modified_at"], output_format, nothing="there is nothing to remove")
+            if found:
+                notice(f"{what} would be removed")
             return
         confirm(f"Remove {what} to which nothing refers", len(found), yes=yes)
         operator_actions.note(conn, Intent("archive sweep", operator(actor), reason, {}), len(found), details={"bytes": total})

@@ -173,7 +173,8 @@ def actions(
     widths = {"at": 12, "actor": 12, "verb": 8, "count": 7, "redrive": 9}
     widths["reason"] = width() - sum(widths.values()) - 2 * len(widths)
     short = [row | {"redrive": str(row["redrive"])[:8] + "…" if row["redrive"] else None} for row in rows]
-    show([cells(row, widths) for row in short], list(widths), output_format)
+    nothing = "there are no changes by operators"
+    show([cells(row, widths) for row in short], list(widths), output_format, nothing=nothing)
 
 
 app.command("redrive")(redrive.redrive)

@@ -41,16 +41,26 @@ def notice(message: str, style: str = "") -> None:
     notices.print(Text(_CONTROLS.sub(lambda match: match[0] if match[0] == "\n" else escaped(match[0]), message), style=style))
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: Format, wrapped: str | None = None) -> None:
+def show(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    form: Format,
+    *,
+    wrapped: str | None = None,
+    nothing: str = "there is nothing",
+) -> None:
     """Print `rows`: as a table of `columns`, as one JSON array, or as a JSON object a line.
 
-    `wrapped`: the one column that takes more lines where the terminal is narrow; by default all may.
+    `wrapped`: the one column that takes more lines where the terminal is narrow; by default all may. `nothing`: what is
+    said instead of a table that has no rows.
     """
     if form is Format.json:
         write_json(list(rows))
     elif form is Format.jsonl:
         for row in rows:
             write_json(row)
+    elif not rows:
+        notice(nothing)
     else:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:

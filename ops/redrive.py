@@ -233,7 +233,7 @@ def redrives(
     if output_format is Format.table:
         widths = {"id": 9, "asked_at": 12, "actor": 12, "state": 9, "total": 7, "stored": 7, "died": 6}
         rows = [cells(row | {"id": str(row["id"])[:8] + "…"}, widths) for row in rows]
-        show(rows, list(widths), output_format)
+        show(rows, list(widths), output_format, nothing="there are no redrives")
     else:
         show(rows, [], output_format)
 

@@ -182,6 +182,20 @@ def test_a_database_without_tables_is_told_what_to_run(evalstore: Evalstore, emp
     assert evalstore("get", "e", EVALSTORE_DATABASE_URL=empty_database_url).returncode == 3
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["archive status", "archive sweep", "archive sweep --dry-run", "keys list", "dlq actions", "dlq redrives", "dlq ls"],
+)
+def test_where_there_is_nothing_a_sentence_says_so_instead_of_a_head_without_a_table(
+    evalstore: Evalstore, tmp_path: Path, command: str
+) -> None:
+    store = {"EVALSTORE_OBJECT_STORE_URL": f"file://{tmp_path}"}
+    done = evalstore(*command.split(), **store)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert re.match(rb"(there (is|are) no|no )", done.stderr)
+    assert json.loads(evalstore(*command.split(), "-o", "json", **store).stdout or b"[]") == [] or command == "archive status"
+
+
 # ---- send
 
 
