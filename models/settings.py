@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from models.addresses import check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.faults import in_words
@@ -190,17 +191,7 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
-        address = value.get_secret_value()
-        if not address.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("expected an address that begins with redis://, rediss:// or unix://")
-        try:
-            parts = urlsplit(address)
-            _ = parts.port
-        except ValueError:
-            raise ValueError("expected a host, and a port from 0 to 65535") from None
-        # redis-py would take database 0 for any path that is no number.
-        if parts.scheme != "unix" and not re.fullmatch(r"/?|/\d{1,5}", parts.path, re.ASCII):
-            raise ValueError("expected a database number after the host, like redis://host:6379/0")
+        check_redis_url(value.get_secret_value())
         return value
 
     @field_validator("object_store_url", "archive_url")

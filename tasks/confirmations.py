@@ -54,7 +54,7 @@ class Confirmations:
         while True:
             block_ms = int(self._block_s * 1000)
             found = self._client.xreadgroup(self.group, "evalstore", {STREAM: position}, count=100, block=block_ms)
-            entries = found[0][1] if found else []
+            entries = _entries(found)
             if not entries:
                 waited_s += self._block_s
                 if position == "0" or (self.idle_s is not None and waited_s >= self.idle_s):
@@ -79,3 +79,20 @@ class Confirmations:
 
     def _key(self, confirmation: dict[str, Any]) -> str:
         return f"{STREAM}:{self.group}:{confirmation['eval_id']}"
+
+
+def _entries(found: Any) -> list[tuple[Any, dict[bytes, bytes]]]:
+    """Those of the one stream that was read, in the shape of RESP2, whatever a client's protocol and whether it decodes."""
+    if not found:
+        return []
+    ((_, entries),) = found.items() if isinstance(found, dict) else found
+    if isinstance(found, dict):  # RESP3 has a list of what one XREADGROUP found in a stream
+        (entries,) = entries
+    return [
+        (entry_id, {_as_bytes(name): _as_bytes(value) for name, value in (fields or {}).items()})
+        for entry_id, fields in entries
+    ]
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text.encode(errors="surrogateescape") if isinstance(text, str) else text

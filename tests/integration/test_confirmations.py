@@ -159,3 +159,16 @@ def test_old_entries_leave_the_stream(conn: Connection, broker: Broker) -> None:
     confirmations.relay(conn, broker)
 
     assert broker.client.xlen(STREAM) < 200
+
+
+@pytest.mark.parametrize("options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True}], ids=str)
+def test_they_are_read_with_whatever_client_a_service_has(
+    conn: Connection, broker: Broker, redis_url: str, options: dict[str, Any]
+) -> None:
+    store(conn, "a", 1)
+    confirmations.relay(conn, broker)
+    with redis.Redis.from_url(redis_url, **options) as client:
+        reading = iter(Confirmations("service", client=client, idle_s=1))
+        assert next(reading)["version"] == 1
+        del reading
+        assert versions(read(client, "service")) == [("a", 1)]

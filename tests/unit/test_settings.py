@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import redis
 
 from models import InvalidSettings
 from models.settings import Settings
@@ -40,19 +41,38 @@ def test_settings_come_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["redis://h", "redis://:p@h:1/15", "rediss://h:6380", "unix:///run/redis.sock", "redis://[::1]:7/0"]
+    "address",
+    [
+        *("redis://h", "redis://:p@h:1/15", "rediss://h:6380", "unix:///run/redis.sock", "redis://[::1]:7/0"),
+        *("redis://h/?db=3", "redis://u:p%40ss%2Fw%3A%25%23@h:1/0?protocol=3&client_name=x", "unix://:p@/run/redis.sock?db=3"),
+        *("rediss://h?ssl_ca_certs=/etc/ca%20x.pem&ssl_cert_reqs=none", "rediss://h?ssl_check_hostname=false"),
+    ],
 )
 def test_a_good_redis_address(address: str) -> None:
     assert Settings.from_environment({"EVALSTORE_REDIS_URL": address}).redis_url.get_secret_value() == address
+    pool = redis.ConnectionPool.from_url(address)
+    assert isinstance(pool.make_connection(), redis.connection.AbstractConnection)
 
 
 @pytest.mark.parametrize(
-    "address", ["h:6379", "http://h", "redis://h:port", "redis://h:99999", "redis://h/queue", "redis://h/0/1", "redis://[::1/0"]
+    "address",
+    [
+        *("h:6379", "http://h", "redis://h:port", "redis://h:99999", "redis://h/queue", "redis://h/0/1", "redis://[::1/0"),
+        *("redis://h:0", "unix://?db=1", "redis://:pa#ss@h:1/0", "redis://:pa/ss@h:1/0", "redis://:pa?ss@h:1/0"),
+        *("redis://h?timeout=5", "redis://h?decode_responses=true", "redis://h?socket_timeout=0.1", "redis://h?ssl=true"),
+        *("redis://h?protocol=4", "redis://h?db=x", "redis://h?db=", "redis://h?ssl_ca_certs=/x", "rediss://h?ssl_cert_reqs=x"),
+    ],
 )
 def test_a_bad_redis_address_is_named_and_not_repeated(address: str) -> None:
     message = refused(EVALSTORE_REDIS_URL=address)
     assert message.startswith("EVALSTORE_REDIS_URL: ")
     assert address not in message
+
+
+def test_a_redis_option_that_is_spelt_wrong_or_not_for_this_scheme_is_told_so() -> None:
+    assert "did you mean ssl_ca_certs?" in refused(EVALSTORE_REDIS_URL="rediss://h?ssl_ca_cert=/x")
+    assert "ssl_ca_certs is an option of rediss://" in refused(EVALSTORE_REDIS_URL="redis://h?ssl_ca_certs=/x")
+    assert "a password / is written %2F" in refused(EVALSTORE_REDIS_URL="redis://:pa#ss@h:1/0")
 
 
 @pytest.mark.parametrize("address", ["db/evalstore", "mysql://db", "host=db", "postgresql:/db"])
