@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from models.addresses import check_redis_url
+from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.faults import in_words
@@ -184,8 +184,7 @@ class Settings(BaseModel):
     @field_validator("database_url")
     @classmethod
     def _is_postgresql(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("expected an address that begins with postgresql://")
+        check_database_url(value.get_secret_value())
         return value
 
     @field_validator("redis_url")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import redis
+from psycopg.conninfo import conninfo_to_dict
 
 from models import InvalidSettings
 from models.settings import Settings
@@ -75,7 +76,31 @@ def test_a_redis_option_that_is_spelt_wrong_or_not_for_this_scheme_is_told_so() 
     assert "a password / is written %2F" in refused(EVALSTORE_REDIS_URL="redis://:pa#ss@h:1/0")
 
 
-@pytest.mark.parametrize("address", ["db/evalstore", "mysql://db", "host=db", "postgresql:/db"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("postgres://db", "postgresql://u:p%40%2F@db:1/x?sslmode=verify-full", "postgresql:///x?host=/run/postgresql"),
+        *(
+            "postgresql://",
+            "postgresql://%2Frun%2Fpostgresql/x",
+            "postgresql://a:1,b,[::1]:3/x?target_session_attrs=read-write",
+        ),
+        *("postgresql://u@/x", "postgresql://u:p@db/x?options=-c%20search_path%3Da@b&application_name=x"),
+    ],
+)
+def test_a_good_database_address(address: str) -> None:
+    assert Settings.from_environment({"EVALSTORE_DATABASE_URL": address}).database_url.get_secret_value() == address
+    assert conninfo_to_dict(address) or address == "postgresql://"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("db/evalstore", "mysql://db", "host=db", "postgresql:/db", "postgresql+psycopg://db/x"),
+        *("postgresql://u:p@ss@db/x", "postgresql://u:p/ss@db/x", "postgresql://db:99999/x", "postgresql://u:p?ss@db/x"),
+        *("postgresql://db:0/x", "postgresql://a:1,b:c/x", "postgresql://db/x?sslmode=requird"),
+    ],
+)
 def test_a_bad_database_address_is_named_and_not_repeated(address: str) -> None:
     message = refused(EVALSTORE_DATABASE_URL=address)
     assert message.startswith("EVALSTORE_DATABASE_URL: ")
