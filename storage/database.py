@@ -84,6 +84,7 @@ def engine(
                 keepalives_interval=1,
                 keepalives_count=3,
                 application_name="evalstore",
+                client_encoding="utf8",  # or else the environment's, or that of the database
                 options=options,
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )

@@ -31,10 +31,14 @@ def upgrade(url: str) -> tuple[str | None, str]:
     """Bring the database at `url` to this release's schema; returns the revisions before and after.
 
     One transaction: it is applied whole or not at all. Safe to call from several processes at once; the later ones
-    wait and find nothing to do. Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here.
+    wait and find nothing to do. Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or
+    where the database cannot hold all text.
     """
     with _alone(url) as conn, database.errors(), conn.begin():
         conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
+            how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
+            raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
         before = MigrationContext.configure(conn).get_current_revision()
         _refuse_newer(before)
         config = _config()

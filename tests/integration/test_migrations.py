@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from models.errors import DatabaseOutage, SchemaMismatch
 from models.tables import metadata
 from ops import processes
+from ops.servers import Postgres
 from storage import database, migrations
 from tests.integration.commands import python
 
@@ -168,3 +170,26 @@ def test_a_worker_on_another_schema_refuses_and_says_what_to_run(
         guard.terminate()
         guard.wait()
     assert run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url) == before
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_cannot_hold_all_text_is_refused_with_how_to_make_one(shared_postgres: Postgres, encoding: str) -> None:
+    url = shared_postgres.url(name := f"in_{encoding.lower()}")
+    how = f"TEMPLATE template0 ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C'"
+    with psycopg.connect(shared_postgres.url("postgres"), autocommit=True) as conn:
+        conn.execute(f"CREATE DATABASE {name} {how}")
+        try:
+            migrated = evalstore("migrate", url=url)
+        finally:
+            conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    assert (migrated.returncode, migrated.stdout) == (1, "")
+    assert "encoding" in migrated.stderr
+    assert "ENCODING 'UTF8'" in migrated.stderr
+    assert "Traceback" not in migrated.stderr
+
+
+def test_what_a_client_says_of_its_encoding_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "SQL_ASCII")
+    for url in (database_url, f"{database_url}?client_encoding=latin1"):
+        with closing(database.engine(url).connect()) as conn:
+            assert conn.execute(text("SELECT :text"), {"text": "\N{SNOWMAN}"}).scalar_one() == "\N{SNOWMAN}"
