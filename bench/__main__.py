@@ -179,10 +179,9 @@ class Run:
                 measure.store_old(self.place, before + 1, old)
                 before = old
             for ordered in (False, True):
-                done = [
-                    self._drained(side, self.shapes[side.name], 100 + seed + 10 * ordered, ordered=ordered, keep_rows=old > 0)
-                    for seed in range(self.sizes.rounds)
-                ]
+                # What was stored before stays: other seeds each time, or all of it would come again.
+                seeds = range(100 + len(found) * 10, 100 + len(found) * 10 + self.sizes.rounds)
+                done = [self._drained(side, self.shapes[side.name], seed, ordered=ordered, keep_rows=old > 0) for seed in seeds]
                 per_s = statistics.median(one.events_per_s for one in done)
                 found.append({"before": old, "ordered": ordered, "events_per_s": per_s, "complaint": done[0].complaint})
                 self.say(f"{old:,} evaluations stored, {'ascending' if ordered else 'random'} ids: {per_s:,.0f} events/s")

@@ -48,6 +48,8 @@ def rate(  # noqa: PLR0913  each says something of its own
     count -= count % PER_EVALUATION
     eval_ids = sorted({event["eval_id"] for event in events(count, seed=seed, ordered=ordered)})
     place.reset(keep_rows=keep_rows)
+    if keep_rows and place.stored(eval_ids).events:
+        raise RuntimeError("these events are stored already: another seed")
     place.fill(side, count, seed=seed, ordered=ordered)
     side.hold(place.redis)
     place.settle()

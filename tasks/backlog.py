@@ -40,7 +40,7 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
     try:
         if broker.client.llen(keys.suspects):
             return float("inf")
-        heads: list[Any] = list(broker.client.lrange(keys.queue, 0, 0))
+        heads: list[Any] = [*broker.client.lrange(keys.woken, 0, -1), *broker.client.lrange(keys.queue, 0, 0)]
         for process in broker.client.hkeys(keys.processes):
             name = process.decode() if isinstance(process, bytes) else str(process)
             heads += broker.client.zrange(keys.unacked_prefix + name, 0, 0)

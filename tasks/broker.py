@@ -44,6 +44,7 @@ class Keys(NamedTuple):
     """Where the messages of a queue are."""
 
     queue: str
+    woken: str
     bodies: str
     stock_delayed: str
     stock_delayed_bodies: str
@@ -63,6 +64,7 @@ class Keys(NamedTuple):
         stock, ours = f"{namespace}:{queue}", f"evalstore:{namespace}:{queue}"
         return cls(
             queue=stock,
+            woken=f"{ours}:woken",
             bodies=f"{stock}.msgs",
             stock_delayed=f"{stock}.DQ",
             stock_delayed_bodies=f"{stock}.DQ.msgs",
@@ -364,14 +366,16 @@ class Broker(RedisBroker):
         keys = self.keys(queue)
         pipeline = self.client.pipeline(transaction=True)
         pipeline.llen(keys.queue)
+        pipeline.llen(keys.woken)
         pipeline.hlen(keys.bodies)
         pipeline.zcard(keys.delayed)
         pipeline.hlen(keys.stock_delayed_bodies)
         pipeline.zcard(keys.dead)
         try:
-            ready, held, delayed, stock_delayed, dead = pipeline.execute()
+            in_queue, woken, held, delayed, stock_delayed, dead = pipeline.execute()
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
+        ready = in_queue + woken
         inflight = max(0, held - ready - delayed)
         return {"ready": ready, "inflight": inflight, "delayed": delayed + stock_delayed, "dead": dead}
 
@@ -383,9 +387,8 @@ class Broker(RedisBroker):
     def flush(self, queue_name: str) -> None:
         """Drop the messages of a queue. Dead letters stay."""
         keys = self.keys(queue_name)
-        self.client.delete(
-            keys.queue, keys.bodies, keys.delayed, keys.suspects, keys.deaths, keys.stock_delayed, keys.stock_delayed_bodies
-        )
+        places = [keys.queue, keys.woken, keys.bodies, keys.delayed, keys.suspects, keys.deaths]
+        self.client.delete(*places, keys.stock_delayed, keys.stock_delayed_bodies)
 
 
 @cache

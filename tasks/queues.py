@@ -78,7 +78,7 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
     ago, and has not waited for long. Raises what redis raises."""
     keys, client = broker.keys(queue), broker.client
     processes: list[Any] = list(client.hkeys(keys.processes))
-    heads: list[Any] = list(client.lrange(keys.queue, 0, 99))
+    heads: list[Any] = [*client.lrange(keys.woken, 0, -1), *client.lrange(keys.queue, 0, 99)]
     heads = [one for one in heads if not one.startswith(_REDRIVEN)][:1]
     for process in processes:
         held: list[Any] = list(client.zrange(keys.unacked_prefix + process.decode(errors="surrogateescape"), 0, 0))

@@ -60,7 +60,7 @@ class Consumer(DramatiqConsumer):
         self.turns = 0
         self._counting = threading.Lock()
         self._ready: deque[Held] = deque()
-        self._suspects_wait = self._suspects_asked = False
+        self._suspects_wait = self._suspects_asked = self._is_empty = False
         self._next_due_s = self.timeout_s
         self._failures = 0
 
@@ -92,28 +92,38 @@ class Consumer(DramatiqConsumer):
             self._hand_out(suspects)
             return
         room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
+        if room > 0 and self._is_empty and not self._suspects_wait and hold.may_fetch():
+            self._wait_for_one()
         with hold.fetching() as may_fetch:
             found = self._fetch(self.broker.batch_events if is_batched else room) if may_fetch and room > 0 else None
         if found is None:
             hold.wait_for_change(min(self.timeout_s, 0.1))
             return
         self._hand_out(found)
-        if not found and not self._suspects_wait:
-            # Blocks until the list has an element and leaves it where it is: woken at once, by any sender, and nothing is lost
-            # with whoever waits. Refused when Redis is full, as it might have allocated; then we look again a little later.
-            try:
-                wait_s = max(0.001, min(self._next_due_s, self.timeout_s))
-                self.broker.client.blmove(self.keys.queue, self.keys.queue, wait_s, "LEFT", "LEFT")  # type: ignore[arg-type]
-            except redis.OutOfMemoryError:
-                hold.wait_out(0.05)
+
+    def _wait_for_one(self) -> None:
+        """Block until the queue has an element: woken at once, by any sender.
+
+        The element is put aside where the next fetch, whosever it is, takes it from: so it wakes one of those who wait and not
+        all of them, and nothing is lost with whoever is woken. Refused when Redis is full, as it might allocate; then the fetch
+        comes a little later.
+        """
+        wait_s: Any = max(0.001, min(self._next_due_s, self.timeout_s))
+        self._is_empty = False  # the next fetch will tell, also where the answer to this is lost
+        try:
+            self.broker.client.blmove(self.keys.queue, self.keys.woken, wait_s, "LEFT", "RIGHT")
+        except redis.OutOfMemoryError:
+            self.broker.hold.wait_out(0.05)
 
     def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:
         keys = self.keys
         places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
-        places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes]
+        places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes, keys.woken]
         number, process = self.broker.fetches[self.queue_name] + 1, self.broker.process
-        suspects, next_due_ms, ids, *along = self.broker.run("fetch", places, number, most, self.broker.batch_bytes, process)
-        self._suspects_wait = suspects > 0
+        suspects, next_due_ms, left, ids, *along = self.broker.run(
+            "fetch", places, number, most, self.broker.batch_bytes, process
+        )
+        self._suspects_wait, self._is_empty = suspects > 0, left == 0
         self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
         bodies: list[Any] = along[0] if along else self.broker.client.hmget(keys.bodies, ids) if ids else []
         if gone := [redis_id for redis_id, body in zip(ids, bodies, strict=True) if body is None]:

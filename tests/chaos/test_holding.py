@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
@@ -301,3 +302,44 @@ def test_long_jobs_leave_a_thread_to_the_events(redis_url: str) -> None:
     assert broker.consume("jobs", prefetch=2).prefetch == 1
     assert broker.consume(QUEUE, prefetch=prefetch).prefetch == prefetch
     broker.close()
+
+
+def test_a_message_wakes_one_of_those_who_wait(broker: Broker, redis_url: str) -> None:
+    waiting, number = 3, 20
+    found: list[Held] = []
+    others = [make(redis_url) for _ in range(waiting)]
+    consumers = [other.consume(QUEUE) for other in others]
+
+    def consume(consumer: Consumer) -> None:
+        consumer.timeout_s = 2.0
+        while len(found) < number:
+            if held := next(consumer):
+                consumer.ack(held)
+                found.append(held)
+
+    def fetches() -> int:
+        return int(broker.client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))  # type: ignore[union-attr]
+
+    threads = [threading.Thread(target=consume, args=[consumer]) for consumer in consumers]
+    for thread in threads:
+        thread.start()
+    begun, before = time.monotonic(), 0
+    for position in range(number):
+        wait_until(lambda: broker.client.info("clients")["blocked_clients"] == waiting, what="all wait")  # type: ignore[index]
+        before = before or fetches()
+        put(broker, 1)
+        wait_until(lambda at=position: len(found) > at, what="it was handed out")
+    for thread in threads:
+        thread.join()
+    turns = waiting * ((time.monotonic() - begun) / 2.0 + 2)  # of those who waited in vain for so long
+    assert fetches() - before <= 2 * number + turns  # each is fetched and settled
+    for other in others:
+        other.close()
+
+
+def test_a_message_whose_process_died_when_it_was_woken_comes_first(broker: Broker) -> None:
+    [woke, behind] = put(broker, 2)
+    broker.client.lmove(KEYS.queue, KEYS.woken, "LEFT", "RIGHT")
+    assert broker.counts(QUEUE)["ready"] == 2
+    assert take(broker.consume(QUEUE, timeout=200)).redis_ids == [woke, behind]
+    assert not broker.client.exists(KEYS.woken)

@@ -8,8 +8,10 @@
 --       5 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
 --       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
 --       8 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
+--       9 woken     list  ids, of which each woke one who waited    evalstore:<namespace>:<queue>:woken
 -- ARGV  1 number of this fetch, 2 most messages, 3 most bytes, 4 process
--- Returns { suspects waiting, ms until the next delayed one is due or -1, { id, id, ... } [, { message or nil, ... }] }.
+-- Returns { suspects waiting, ms until the next delayed one is due or -1, how many stay in the queue, { id, id, ... }
+-- [, { message or nil, ... }] }.
 --
 -- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids. Every path begins with a write
 -- that frees or moves, so that a full server can be drained.
@@ -17,6 +19,12 @@
 local first, most = tonumber(ARGV[1]) * 65536, tonumber(ARGV[2])
 local time = redis.call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local woke = redis.call("RPOP", KEYS[9])
+while woke do
+    redis.call("LPUSH", KEYS[1], woke)
+    woke = redis.call("RPOP", KEYS[9])
+end
 
 -- What stock clients put aside: kept by its eta, and undecodable messages go on to where they are found out.
 for _ = 1, math.min(redis.call("LLEN", KEYS[6]), 100) do
@@ -71,8 +79,8 @@ else
     end
 end
 
-answer[3] = ids
+answer[3], answer[4] = redis.call("LLEN", KEYS[1]), ids
 if #ids > 0 and #ids <= 1000 and bytes <= 65536 then
-    answer[4] = redis.call("HMGET", KEYS[2], unpack(ids))
+    answer[5] = redis.call("HMGET", KEYS[2], unpack(ids))
 end
 return answer
