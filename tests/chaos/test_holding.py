@@ -317,18 +317,22 @@ def test_a_message_wakes_one_of_those_who_wait(broker: Broker, redis_url: str) -
                 consumer.ack(held)
                 found.append(held)
 
+    def info(section: str, name: str) -> Any:
+        told: Any = broker.client.info(section)
+        return told.get(name)
+
     def fetches() -> int:
-        return int(broker.client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))  # type: ignore[union-attr]
+        return int((info("commandstats", "cmdstat_evalsha") or {"calls": 0})["calls"])
 
     threads = [threading.Thread(target=consume, args=[consumer]) for consumer in consumers]
     for thread in threads:
         thread.start()
     begun, before = time.monotonic(), 0
-    for position in range(number):
-        wait_until(lambda: broker.client.info("clients")["blocked_clients"] == waiting, what="all wait")  # type: ignore[index]
-        before = before or fetches()
+    while len(found) < number:
+        wait_until(lambda: info("clients", "blocked_clients") == waiting, what="all wait")
+        before, had = before or fetches(), len(found)
         put(broker, 1)
-        wait_until(lambda at=position: len(found) > at, what="it was handed out")
+        wait_until(lambda had=had: len(found) > had, what="it was handed out")  # type: ignore[misc]
     for thread in threads:
         thread.join()
     turns = waiting * ((time.monotonic() - begun) / 2.0 + 2)  # of those who waited in vain for so long
