@@ -3,7 +3,8 @@
 One index serves every list, that of `created_at`; what one commit made is sorted by `eval_id` when it is read. Another index
 would make each event dearer to store, and listing is rare beside storing. So a page read by cursor looks at no more than SCAN
 evaluations: it may hold fewer than were asked for, even none, while its cursor leads on. It takes the same time whatever the
-filter and however many evaluations there are.
+filter and however many evaluations there are. A page by number looks at as many as it takes, but for no longer than PATIENCE_S,
+so that nobody keeps the database busy with a filter that nothing matches.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -11,12 +12,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection
 
+from models.errors import DatabaseOutage
 from models.record import State
 from storage import database
 
 SCAN: Final = 5_000
+LOOKED: Final = 200_000
+PATIENCE_S: Final = 5.0
 COUNTED: Final = 1_000_000
 _CHUNK: Final = 1_000
 
@@ -95,8 +100,9 @@ _BEGIN: Final = (
 )
 
 
-def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None) -> Page:
-    """The evaluations that come `after` a position, or first, among the next SCAN. Raises DatabaseOutage (retry)."""
+def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None, scan: int | None = None) -> Page:
+    """The evaluations that come `after` a position, or first, among the next `scan`, which are SCAN. Raises DatabaseOutage
+    (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_BEGIN, binary=False)
         scanned: Position | None = None
@@ -104,7 +110,7 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
             span = Filter(since=chosen.since, until=chosen.until, oldest_first=chosen.oldest_first)
             where, values = _where(span, after)
             query = f"SELECT created_at, eval_id FROM evaluations{where}{_order(chosen)} OFFSET %s LIMIT 1"
-            cursor.execute(query.encode(), [*values, SCAN - 1])
+            cursor.execute(query.encode(), [*values, (scan or SCAN) - 1])
             found = cursor.fetchone()
             scanned = Position(*found) if found else None
         where, values = _where(chosen, after, scanned)
@@ -116,25 +122,35 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
     return Page(rows, scanned)
 
 
-def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page:
-    """The evaluations from the `offset`th on, however many have to be looked at for them. Raises DatabaseOutage (retry)."""
-    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        where, values = _where(chosen)
-        cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s".encode(), [*values, limit + 1, offset])
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
-    if len(rows) > limit:
-        rows = rows[:limit]
-        return Page(rows, Position(rows[-1]["created_at"], rows[-1]["eval_id"]))
-    return Page(rows, None)
+def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page | None:
+    """The evaluations from the `offset`th on. Where it takes too long to find them: those among the first LOOKED, or None if
+    some were to be left out. Raises DatabaseOutage (retry)."""
+    where, values = _where(chosen)
+    rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
+    if rows is None:
+        return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
+    found = [dict(zip(COLUMNS, row, strict=True)) for row in rows[:limit]]
+    return Page(found, Position(found[-1]["created_at"], found[-1]["eval_id"]) if len(rows) > limit else None)
 
 
-def count(conn: Connection, chosen: Filter) -> int:
-    """How many there are, counted up to COUNTED. Raises DatabaseOutage (retry)."""
+def count(conn: Connection, chosen: Filter) -> int | None:
+    """How many there are, counted up to COUNTED; None where that takes too long. Raises DatabaseOutage (retry)."""
     where, values = _where(chosen)
     query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
-    with database.errors(), conn.begin():
-        ((found,),) = database.driver(conn).execute(query.encode(), [*values, COUNTED]).fetchall()
-    return int(found)
+    found = _in_time(conn, query, [*values, COUNTED])
+    return None if found is None else int(found[0][0])
+
+
+def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:
+    """The rows, or None where they take longer than PATIENCE_S."""
+    try:
+        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+            cursor.execute(f"SET LOCAL statement_timeout = {int(PATIENCE_S * 1000)}".encode(), binary=False)
+            return cursor.execute(query.encode(), values).fetchall()
+    except DatabaseOutage as error:
+        if not isinstance(error.__cause__, QueryCanceled):
+            raise
+        return None
 
 
 def export(conn: Connection, chosen: Filter) -> Generator[list[dict[str, Any]]]:

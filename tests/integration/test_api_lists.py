@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from models.events import parse
 from storage import database, evaluations, listing
@@ -104,6 +104,32 @@ def test_a_page_read_by_cursor_looks_at_a_bounded_number(
     expected = [one for number, one in enumerate(stored) if number % 4 == 3 and number % 3 == 0 and number % 10 == 0]
     assert len(pages) == COUNT // 10 + 1
     assert list(chain(*pages)) == expected
+
+
+def test_a_list_that_takes_too_long_gives_what_it_found_and_where_to_go_on(
+    engine: Engine, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By number a page is full, as long as that does not keep the database busy for longer than it is worth."""
+    rare = listing.Filter(metadata={"shard": "3"}, submitter="team-0", language="rust", oldest_first=True)
+    expected = [one for number, one in enumerate(stored) if number % 4 == 3 and number % 3 == 0 and number % 10 == 0]
+    many = """INSERT INTO evaluations (eval_id, status, attempt, version, metadata, created_at)
+        SELECT 'many-' || g, 'queued', 1, 1, '{"a": {"b": ["c"]}}', now() FROM generate_series(1, 100000) g"""
+    with engine.connect() as conn:
+        with conn.begin():
+            conn.execute(text(many))
+        assert (whole := listing.numbered_page(conn, rare, limit=10, offset=0))
+        assert whole.following is None
+        assert [row["eval_id"] for row in whole.rows] == expected
+        assert listing.count(conn, rare) == len(expected)
+        monkeypatch.setattr(listing, "PATIENCE_S", 0.005)
+        monkeypatch.setattr(listing, "LOOKED", COUNT + 5000)
+        page = listing.numbered_page(conn, rare, limit=10, offset=0)
+        assert page is not None
+        assert [row["eval_id"] for row in page.rows] == expected
+        assert page.following is not None
+        assert page.following.eval_id.startswith("many-")
+        assert listing.numbered_page(conn, rare, limit=10, offset=1) is None
+        assert listing.count(conn, rare) is None
 
 
 def test_since_and_until_are_about_when_an_evaluation_was_created(api: Any, stored: list[str]) -> None:
