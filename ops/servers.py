@@ -173,6 +173,16 @@ class Server(ABC):
         return "\n".join([f"{self.name} {what}; the end of {self.log}:", *lines[-15:]])
 
 
+def _shared_buffers() -> str:
+    """A quarter of the machine's memory (https://www.postgresql.org/docs/18/runtime-config-resource.html), within limits.
+
+    New ids of evaluations fall anywhere in the indexes. What of these is not in memory costs a read, and the write of another
+    page that makes room. It is taken only as it is used.
+    """
+    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return f"{max(128, min(2048, quarter // 2**20))}MB"
+
+
 class Postgres(Server):
     """PostgreSQL, as whoever it accepts (ops/identity.py); its database `evalstore` is created at the first start."""
 
@@ -184,7 +194,7 @@ class Postgres(Server):
         "timezone": "UTC",
         "log_timezone": "UTC",
         "max_connections": "200",
-        "shared_buffers": "256MB",
+        "shared_buffers": _shared_buffers(),
         "max_wal_size": "4GB",
     }
 

@@ -181,7 +181,7 @@ def test_an_initdb_that_was_interrupted_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "data.new").mkdir()
     (tmp_path / "data.new" / "PG_VERSION").write_text("18")
     with Postgres(tmp_path) as server, psycopg.connect(server.url()) as conn:
-        assert conn.execute("SHOW shared_buffers").fetchone() == ("256MB",)
+        assert conn.execute("SHOW max_wal_size").fetchone() == ("4GB",)
 
 
 def test_it_is_durable_unless_told_otherwise(tmp_path: Path, valkey_server: Valkey) -> None:
