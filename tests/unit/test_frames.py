@@ -53,7 +53,7 @@ def index_of(reference: Reference, blob: bytes) -> Index:
 
 
 def stored_frames(index: Index, blob: bytes) -> list[bytes]:
-    return [blob[index.offsets[n] : index.offsets[n + 1]] for n in range(len(index.digests))]
+    return [blob[index.offsets[n] : index.offsets[n + 1]] for n in range(index.frame_count)]
 
 
 def decode(reference: Reference, blob: bytes) -> bytes:
@@ -116,6 +116,27 @@ def test_the_object_of_other_content_is_noticed_though_it_is_whole(size: int) ->
         index_of(reference, other)
 
 
+@pytest.mark.parametrize("unit", [b"line %d of it\n", None], ids=["text", "random"])
+def test_frames_that_changed_places_or_are_of_other_content_are_noticed(unit: bytes | None) -> None:
+    """Each is a whole frame with right checksums of its own, in the place of another of the same length or not."""
+
+    def make(seed: int) -> bytes:
+        lines = b"" if unit is None else b"".join(unit % (n * seed) for n in range(900_000))
+        return lines[: 3 * FRAME_BYTES] if unit else random.Random(seed).randbytes(3 * FRAME_BYTES)  # noqa: S311
+
+    (reference, blob), (other, other_blob) = encode(make(7)), encode(make(8))
+    index, other_index = index_of(reference, blob), index_of(other, other_blob)
+    first, second, third = stored_frames(index, blob)
+    for number, stored in ((0, second), (1, first), (2, stored_frames(other_index, other_blob)[2])):
+        with pytest.raises(ObjectDamaged, match=f"frame {number}"):
+            index.decode(number, stored)
+    for bad in (second + first + third, first + third + second, first + first + third):
+        with pytest.raises(ObjectDamaged):
+            decode(reference, bad + blob[index.offsets[-1] :])
+    with pytest.raises(ObjectDamaged):
+        index_of(reference, blob[: index.offsets[-1]] + other_blob[other_index.offsets[-1] :])
+
+
 def test_what_does_not_compress_is_kept_as_it_is_or_in_frames_hardly_larger() -> None:
     small, large = os.urandom(FRAME_BYTES - 1), os.urandom(3 * FRAME_BYTES)
     assert encode(small) == (Reference(hashlib.sha256(small).hexdigest(), len(small), "identity"), small)
@@ -167,7 +188,7 @@ def test_decompression_stops_at_the_stated_size(claimed: int) -> None:
     """An object that someone else made, each checksum of it right, whose one frame holds half a gigabyte."""
     bomb = zstd.compress(bytes(512 * MIB), options={zstd.CompressionParameter.window_log: 20})
     reference = Reference("0" * 64, claimed, "zstd")
-    blob = bomb + frames._pack(reference, [len(bomb)], [hashlib.sha256(bomb).digest()])
+    blob = bomb + frames._pack(reference, [len(bomb)], [frames._digest(bomb)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ObjectDamaged, match="does not hold"):
         decode(reference, blob)
@@ -179,7 +200,18 @@ def test_a_frame_that_needs_a_large_window_is_refused() -> None:
     stored = compressor.compress(os.urandom(MIB)) + compressor.flush()
     reference = Reference("0" * 64, MIB, "zstd")
     with pytest.raises(ObjectDamaged, match="frame 0"):
-        decode(reference, stored + frames._pack(reference, [len(stored)], [hashlib.sha256(stored).digest()]))
+        decode(reference, stored + frames._pack(reference, [len(stored)], [frames._digest(stored)]))
+
+
+def test_a_frame_that_only_looks_like_one_of_raw_blocks_is_refused() -> None:
+    content = os.urandom(FRAME_BYTES)
+    reference, blob = encode(content)
+    (stored,) = stored_frames(index_of(reference, blob), blob)
+    for at in (6, 9, 12 + 128 * 1024, len(stored) - 128 * 1024 - 3):  # the size, and heads of the first, second and last block
+        forged = bytearray(stored)
+        forged[at] ^= 1
+        with pytest.raises(ObjectDamaged, match="frame 0"):
+            decode(reference, bytes(forged) + frames._pack(reference, [len(forged)], [frames._digest(bytes(forged))]))
 
 
 def test_references_that_no_object_fits_are_told_from_one_that_fits() -> None:
