@@ -126,7 +126,7 @@ async def update(request: Request, eval_id: str) -> Response:
 
         given, outcome, stored = await service.thread(work)
         service.metrics.conflicts(stored.conflicting_results)
-        is_new = any(one["type"] == "storage:evaluation:created" for one in stored.confirmations)
+        is_new = any(one.type == "storage:evaluation:created" for one in stored.confirmations)
     return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
 
 

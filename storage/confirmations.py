@@ -1,6 +1,6 @@
 """The outbox: confirmations of what was committed, until they are relayed, and for a while after."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
@@ -25,18 +25,24 @@ class Relayed(NamedTuple):
     done: bool
 
 
-class Line(NamedTuple):
-    """A confirmation as JSON, and the trace it goes on in as a `traceparent`, empty where there is none."""
+class Commit(NamedTuple):
+    """The confirmations of a commit: how many, a line of JSON each, and a `traceparent` each, empty where one has no trace.
 
+    Without `traceparents` none has.
+    """
+
+    number: int
     body: str
-    traceparent: str = ""
+    traceparents: str | None = None
 
 
-Publish = Callable[[StreamId, Sequence[Line]], Relayed]
+Publish = Callable[[StreamId, Sequence[Commit]], Relayed]
 
 # Losing this transaction only makes confirmations be relayed twice, so nobody waits for the disk.
-_POSITION: Final = "SELECT stream_ms, stream_seq FROM confirmation_position FOR UPDATE"
-_PENDING: Final = "SELECT id, body, traceparents FROM confirmations WHERE relayed_at IS NULL ORDER BY id LIMIT %s"
+_POSITION: Final = """
+SELECT stream_ms, stream_seq, set_config('synchronous_commit', 'off', true) FROM confirmation_position FOR UPDATE
+"""
+_PENDING: Final = "SELECT id, count, body, traceparents FROM confirmations WHERE relayed_at IS NULL ORDER BY id LIMIT %s"
 _RELAYED: Final = "UPDATE confirmations SET relayed_at = now(), stream_ms = %s, stream_seq = %s WHERE id = ANY(%s)"
 _LOST: Final = """
 UPDATE confirmations SET relayed_at = NULL, stream_ms = NULL, stream_seq = NULL WHERE (stream_ms, stream_seq) > (%s, %s)
@@ -58,26 +64,22 @@ def relay(conn: Connection, publish: Publish) -> int:
     """
     handed = 0
     while True:
-        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            cursor.execute("SET LOCAL synchronous_commit = off")
-            ((ms, seq),) = cursor.execute(_POSITION).fetchall()
-            rows = cursor.execute(_PENDING, [_COMMITS]).fetchall()
-            lines = [line for _, body, traces in rows for line in _lines(body, traces)]
-            last, done = publish(StreamId(ms, seq), lines)
+        with database.errors(), conn.begin(), database.pipelined(database.driver(conn)):
+            position, pending, after = (database.driver(conn).cursor(binary=True) for _ in range(3))
+            # What is pending is read once the position is locked, though it is asked for before that is known.
+            position.execute(_POSITION)
+            pending.execute(_PENDING, [_COMMITS])
+            ((ms, seq, _),), rows = position.fetchall(), pending.fetchall()
+            last, done = publish(StreamId(ms, seq), [Commit(*row) for _, *row in rows])
             if not done:
-                cursor.execute(_LOST, [*last])
+                after.execute(_LOST, [*last])
             elif rows:
-                cursor.execute(_RELAYED, [*last, [row_id for row_id, *_ in rows]])
-                handed += len(lines)
+                after.execute(_RELAYED, [*last, [row_id for row_id, *_ in rows]])
+                handed += sum(number for _, number, *_ in rows)
             if (ms, seq) != last:
-                cursor.execute(_ADVANCE, [*last])
+                after.execute(_ADVANCE, [*last])
         if done and len(rows) < _COMMITS:
             return handed
-
-
-def _lines(body: str, traces: str | None) -> Iterator[Line]:
-    bodies = body.split("\n")
-    return map(Line, bodies) if traces is None else map(Line, bodies, traces.split("\n"))
 
 
 def forget(conn: Connection, *, older_than_s: float = 600) -> int:

@@ -32,6 +32,7 @@ _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
+_MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
@@ -122,6 +123,29 @@ def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
     if not isinstance(raw, psycopg.Connection):
         raise TypeError(f"expected a connection of psycopg, not {type(raw).__name__}")
     return raw
+
+
+@contextmanager
+def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
+    """Statements of the block do not wait for the answers of those before; what they did is committed at its end.
+
+    Where one fails, so do the others, and what is raised is the reason.
+    """
+    with conn.pipeline() as pipeline:
+        try:
+            yield
+            conn.commit()
+        except BaseException:
+            # What came after a statement that failed was not run and says so, each by itself: whoever rolls back would be told
+            # that instead of the reason.
+            for _ in range(_MOST_ANSWERS):
+                try:
+                    pipeline.sync()
+                except psycopg.Error:
+                    if not conn.closed:
+                        continue
+                break
+            raise
 
 
 @contextmanager

@@ -24,6 +24,20 @@ ROW_LIMIT_BYTES: Final = 4096
 Outcome = Literal["applied", "duplicate", "reused"]
 
 
+class Confirmation(msgspec.Struct, gc=False):
+    """What other services are told of an evaluation that a commit changed, in the order in which it is written."""
+
+    type: Literal["storage:evaluation:created", "storage:evaluation:updated"]
+    eval_id: str
+    version: int
+    status: str
+    event_ids: list[UUID]
+    recorded_at: str
+
+
+_ENCODER: Final = msgspec.json.Encoder()
+
+
 @dataclass(frozen=True)
 class Stored:
     """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox.
@@ -32,7 +46,7 @@ class Stored:
     """
 
     outcomes: list[Outcome]
-    confirmations: list[dict[str, Any]] = field(default_factory=list)
+    confirmations: list[Confirmation] = field(default_factory=list)
     conflicting_results: int = 0
     written_at: float = field(default=0.0, compare=False)
 
@@ -55,8 +69,8 @@ def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[
         written = _write(way, facts)
         confirmations = _confirmations(facts, written, way.recorded_at())
         if confirmations:
-            body = b"\n".join(map(msgspec.json.encode, confirmations))
-            way.confirm([len(confirmations), body.decode(), trace_of and _traces(written, trace_of)])
+            body = _ENCODER.encode_lines(confirmations)[:-1].decode()
+            way.confirm([len(confirmations), body, trace_of and _traces(written, trace_of)])
         written_at = time.perf_counter()
     way.committed()
     for positions in written.new.values():
@@ -158,17 +172,17 @@ def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
     return len(endings) - len(set(endings) - before_that)
 
 
-def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[dict[str, Any]]:
+def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[Confirmation]:
     """One for each evaluation that changed."""
     return [
-        {
-            "type": "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
-            "eval_id": eval_id,
-            "version": state.version,
-            "status": state.status,
-            "event_ids": [facts[position].event_id for position in written.new[eval_id]],
-            "recorded_at": recorded_at,
-        }
+        Confirmation(
+            "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
+            eval_id,
+            state.version,
+            state.status,
+            [facts[position].event_id for position in written.new[eval_id]],
+            recorded_at,
+        )
         for eval_id, state in written.states.items()
     ]
 

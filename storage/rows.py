@@ -13,11 +13,11 @@ import psycopg
 
 from models.errors import DatabaseOutage
 from models.record import Fact, State, jsonb, rfc3339
+from storage import database
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
 _SMALL_BYTES: Final = 256 * 1024
-_MOST_ANSWERS: Final = 1000  # more than a call of few has statements
 
 _PG_TYPES: Final[dict[str, list[str]]] = {
     "text": ["eval_id", "type", "status", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
@@ -80,21 +80,8 @@ def writing(conn: psycopg.Connection[Any], info: dict[str, Any], facts: Sequence
     if not are_few(facts):
         yield Many(conn, info)
         return
-    with conn.pipeline() as pipeline:
-        try:
-            yield Few(conn, info)
-            conn.commit()
-        except BaseException:
-            # What came after a statement that failed was not run and says so, each by itself: whoever rolls back would be told
-            # that instead of the reason.
-            for _ in range(_MOST_ANSWERS):
-                try:
-                    pipeline.sync()
-                except psycopg.Error:
-                    if not conn.closed:
-                        continue
-                break
-            raise
+    with database.pipelined(conn):
+        yield Few(conn, info)
 
 
 def are_few(facts: Sequence[Fact]) -> bool:

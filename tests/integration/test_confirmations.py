@@ -1,10 +1,11 @@
 """Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
 
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import redis
+from redis.client import PubSub
 from sqlalchemy import Connection, text
 
 from models.errors import RedisOutage
@@ -13,8 +14,11 @@ from ops.servers import Valkey
 from storage import confirmations as outbox
 from storage import evaluations
 from tasks.confirmations import STREAM, Confirmations
+from tests.chaos.world import wait_until
 from worker import confirmations
 from worker.broker import Broker
+
+AT = "2026-01-01T00:00:00Z"
 
 
 def store(conn: Connection, eval_id: str, *numbers: int) -> None:
@@ -26,7 +30,7 @@ def store(conn: Connection, eval_id: str, *numbers: int) -> None:
                     "type": "evaluation:started",
                     "eval_id": eval_id,
                     "event_id": UUID(int=number),
-                    "occurred_at": "2026-01-01T00:00:00Z",
+                    "occurred_at": AT,
                 }
             )
             for number in numbers
@@ -84,6 +88,64 @@ def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broke
         b"storage:evaluation:created",
         b"storage:evaluation:updated",
     ]
+
+
+def store_many(conn: Connection) -> None:
+    """So many at once that it is worth asking who listens."""
+    evaluations.store(
+        conn,
+        [
+            parse({"type": "evaluation:started", "eval_id": f"many-{number}", "event_id": uuid4(), "occurred_at": AT})
+            for number in range(100)
+        ],
+    )
+
+
+def heard(listening: PubSub) -> list[bytes]:
+    """What is published, until nothing more comes."""
+    return [message["data"] for message in iter(lambda: listening.get_message(timeout=2), None)]
+
+
+def subscribed(listening: PubSub, channel: str) -> None:
+    subscribe = listening.psubscribe if "*" in channel else listening.subscribe
+    subscribe(channel)
+    assert listening.get_message(timeout=5)
+
+
+@pytest.mark.parametrize("channel", ["storage:evaluation:created", "storage:*"])
+def test_however_many_there_are_each_is_published_to_whoever_listens(conn: Connection, broker: Broker, channel: str) -> None:
+    store_many(conn)
+    with broker.client.pubsub() as listening:
+        subscribed(listening, channel)
+        confirmations.relay(conn, broker)
+
+        assert heard(listening) == [fields[b"confirmation"] for _, fields in entries(broker)]
+
+
+def test_whoever_listens_to_a_replica_hears_them_too(
+    conn: Connection, valkey_server: Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    broker = Broker(url=valkey_server.url(), middleware=[])
+    broker.client.config_set("repl-diskless-sync-delay", 0)
+    with Valkey(tmp_path_factory.mktemp("replica")) as second, redis.Redis.from_url(second.url()) as replica:
+        replica.config_set("masterauth", valkey_server.password)
+        replica.replicaof("127.0.0.1", str(valkey_server.port))
+        wait_until(lambda: replica.info("replication").get("master_link_status") == "up", what="the replica follows")
+        with replica.pubsub() as listening:
+            subscribed(listening, "storage:evaluation:created")
+            store_many(conn)
+            confirmations.relay(conn, broker)
+            assert len(heard(listening)) == 100
+
+
+def test_what_nobody_can_hear_is_not_published(conn: Connection, valkey_server: Valkey) -> None:
+    broker = Broker(url=valkey_server.url(), middleware=[])
+    store_many(conn)
+
+    assert confirmations.relay(conn, broker) == 100
+
+    assert "cmdstat_publish" not in broker.client.info("commandstats")
+    assert len(entries(broker)) == 100
 
 
 def test_what_redis_refuses_stays_in_the_outbox(conn: Connection, valkey_server: Valkey) -> None:

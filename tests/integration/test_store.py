@@ -26,7 +26,7 @@ from models.errors import DatabaseOutage, InvalidSettings
 from models.events import parse
 from models.record import Fact, canonical_json, fact
 from storage import confirmations, database, evaluations, rows
-from storage.confirmations import Line, Relayed, StreamId
+from storage.confirmations import Commit, Relayed, StreamId
 from storage.evaluations import ROW_LIMIT_BYTES, Stored
 
 Json = dict[str, Any]
@@ -468,7 +468,7 @@ def test_a_record_is_never_updated_before_it_was_created(
         eventually(lambda: waiting(plain), what="the first transaction held up")
         store(engine, [event("started", 2, eval_id="c")])
         holder.rollback()
-        assert [one["type"] for one in first.result(10).confirmations] == [
+        assert [one.type for one in first.result(10).confirmations] == [
             "storage:evaluation:created",
             "storage:evaluation:updated",
         ]
@@ -546,11 +546,11 @@ class Stream:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def publish(self, known: StreamId, lines: Sequence[Line]) -> Relayed:
+    def publish(self, known: StreamId, commits: Sequence[Commit]) -> Relayed:
         last = StreamId(0, len(self.lines))
         if last < known:
             return Relayed(last, done=False)
-        self.lines += [line.body for line in lines]
+        self.lines += [line for commit in commits for line in commit.body.split("\n")]
         return Relayed(StreamId(0, len(self.lines)), done=True)
 
     @property
@@ -575,7 +575,7 @@ def test_confirmations_are_relayed_in_order_once_and_then_forgotten(engine: Engi
 
 
 def test_confirmations_that_could_not_be_published_stay(engine: Engine) -> None:
-    def fail(_known: StreamId, _lines: Sequence[Line]) -> Relayed:
+    def fail(_known: StreamId, _commits: Sequence[Commit]) -> Relayed:
         raise Outage("not now")
 
     stream = Stream()

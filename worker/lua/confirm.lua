@@ -1,14 +1,35 @@
--- Append confirmations to the stream and publish each on the channel of its type.
+-- Append confirmations to the stream, and publish each on the channel of its type where anybody may be listening.
 --
 -- KEYS  1 stream   evalstore:confirmations
--- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; 4 how many there are; then a line
---       of JSON each; then, unless none has one, a traceparent each, empty or to become a field of its own
+-- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; 4 a line of JSON each;
+--       5 empty, or a line each: a traceparent to become a field of its own, or nothing
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
 
 local function parts(id)
     local ms, sequence = string.match(id, "^(%d+)-(%d+)$")
     return tonumber(ms), tonumber(sequence)
+end
+
+-- The line of `text` that begins at `first`, and where the next one does. Cut here, a line costs half of one that is an argument.
+local function line_at(text, first)
+    local stop = string.find(text, "\n", first, true) or #text + 1
+    return string.sub(text, first, stop - 1), stop + 1
+end
+
+-- Whether anybody may be listening: here, or to a replica or another node of a cluster, which does not show here. Answers that
+-- this server does not give say yes, and so does what is small: to ask takes longer than to publish it.
+local function may_be_heard()
+    if #ARGV[4] < 4096 then
+        return true
+    end
+    local function says(section, line)
+        local info = redis.pcall("INFO", section)
+        return type(info) == "string" and string.find(info, line .. "\r\n", 1, true)
+    end
+    local channels = redis.pcall("PUBSUB", "NUMSUB", "storage:evaluation:created", "storage:evaluation:updated")
+    local nobody = channels[2] == 0 and channels[4] == 0 and redis.pcall("PUBSUB", "NUMPAT") == 0
+    return not (nobody and says("replication", "connected_slaves:0") and says("cluster", "cluster_enabled:0"))
 end
 
 local ms, sequence = 0, 0
@@ -20,17 +41,20 @@ local known_ms, known_sequence = tonumber(ARGV[1]), tonumber(ARGV[2])
 if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
-local id
-local count = tonumber(ARGV[4])
-for i = 5, 4 + count do
-    local kind = string.match(ARGV[i], '"type":"([^"]+)"')
-    local traceparent = ARGV[i + count]
-    if traceparent and traceparent ~= "" then
-        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i], "traceparent", traceparent)
+local id, line, traceparent
+local at, trace_at = 1, 1
+local is_heard = may_be_heard()
+while at <= #ARGV[4] do
+    line, at = line_at(ARGV[4], at)
+    traceparent, trace_at = line_at(ARGV[5], trace_at)
+    if traceparent ~= "" then
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", line, "traceparent", traceparent)
     else
-        id = redis.call("XADD", KEYS[1], "*", "confirmation", ARGV[i])
+        id = redis.call("XADD", KEYS[1], "*", "confirmation", line)
     end
-    redis.call("PUBLISH", kind, ARGV[i])
+    if is_heard then
+        redis.call("PUBLISH", string.match(line, '"type":"([^"]+)"'), line)
+    end
 end
 if id then
     ms, sequence = parts(id)
