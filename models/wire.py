@@ -106,8 +106,8 @@ def read_fact(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     found = _fact(message.args[0], body, max_content_bytes)
-    if found is not None and traceparents is not None and message.options.traceparent is not None:
-        traceparents[redis_id] = message.options.traceparent
+    if traceparents is not None and found is not None and (traceparent := message.options.traceparent) is not None:
+        traceparents[redis_id] = traceparent
     return found
 
 

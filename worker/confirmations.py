@@ -30,7 +30,7 @@ def relay(conn: Connection, broker: Broker) -> int:
         try:
             for lines, traces in _parts(commits):
                 with tracing.publishing(STREAM, traces) as traceparents:
-                    ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, lines, "\n".join(traceparents))
+                    ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, lines, traceparents)
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)

@@ -124,7 +124,7 @@ class Store:
         events: list[Pair] = []
         referring: list[Pair] = []
         most, started = settings().max_content_bytes, time.perf_counter()
-        traces = tracing.traceparents()
+        traces = tracing.said()
         for delivery in deliveries:
             try:
                 usual = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)

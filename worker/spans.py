@@ -9,12 +9,11 @@ sender's span, and a span for each of its transactions.
 """
 
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
-from typing import Any, Final, NamedTuple, cast
+from contextlib import contextmanager
+from itertools import chain, repeat
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -31,83 +30,67 @@ from storage.evaluations import Outcome
 from tasks.evaluations import QUEUE
 from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import REDRIVEN, Batch, Delivery
+from worker.traceparents import LENGTH, Column, below, binary, is_sampled, sampled, senders, weave
 
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
-_FLAGS: Final = (_SAMPLED | _REMOTE_PARENT).to_bytes(4, "little")
-_IDS: Final = b"\x0a\x10%b\x12\x08%b\x22\x08%b"  # the first fields of a span: trace, itself, parent
-_LINK: Final = b"\x6a\x21\x0a\x10%b\x12\x08%b\x35" + _FLAGS
-# https://www.w3.org/TR/trace-context/#traceparent-header; versions after the first may say more after the flags.
-_LATER: Final = re.compile(r"(?!ff|00)[0-9a-f]{2}(-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-.*)?", re.DOTALL)
-_NO_TRACE, _NO_SPAN = bytes(16), bytes(8)
-_NO_IDS: Final = _IDS % (_NO_TRACE, _NO_SPAN, _NO_SPAN)
+# The first fields of a span, up to their last byte: its trace, its parent, and itself.
+_IDS: Final = b"\x0a\x10%b\x22\x08%b\x12\x08%b" % (bytes(16), bytes(8), bytes(8))
+_TRACE_AT, _PARENT_AT, _ITSELF_AT = 2, 20, 30
+_LINK: Final = b"\x6a\x21\x0a\x10%b\x12\x08%b\x35" % (bytes(16), bytes(8)) + (_SAMPLED | _REMOTE_PARENT).to_bytes(4, "little")
+_LINK_TRACE_AT, _LINK_SPAN_AT = 4, 22
 # Of what nobody takes, so much is kept for later: a few batches.
-_WAITING, _TOGETHER = 32, 4
+_WAITING, _TOGETHER = 32, 12
+_MOST_BYTES: Final = 8 * 1024 * 1024
 _MOST_TRIES, _MOST_FAILURES = 20, 2
 
+T = TypeVar("T")
 _Pair = tuple[Delivery, Fact]
 
 
-def sender(given: Any) -> bytes | None:
-    """What a `traceparent` says, as the 26 bytes it writes in hexadecimal: version, trace, span and flags of the sender.
-
-    None where that is nothing one can go by.
-    """
-    if not isinstance(given, str):
-        return None
-    if given[:2] != "00" and (later := _LATER.fullmatch(given)):
-        given = "00" + later[1]
-    if len(given) != 55 or given[2] != "-" or given[35] != "-" or given[52] != "-" or given != given.lower():
-        return None
-    try:
-        found = bytes.fromhex(given.replace("-", ""))
-    except ValueError:
-        return None
-    if len(found) != 26 or found[0] or found.startswith(_NO_TRACE, 1) or found.startswith(_NO_SPAN, 17):  # it skips spaces
-        return None
-    return found
-
-
-def senders(given: Sequence[Any]) -> list[bytes | None]:
-    """The same of many. Where all are as they should be, which is the rule, that is found out about all of them at once."""
-    number = len(given)
-    if set(map(type, given)) == {str} and set(map(len, given)) == {55}:
-        text, hyphens = "".join(given), "-" * number
-        if text[2::55] == text[35::55] == text[52::55] == hyphens and text == text.lower():
-            with suppress(ValueError):
-                found = bytes.fromhex(text.replace("-", ""))
-                if len(found) == 26 * number and not any(found[::26]) and _NO_SPAN not in found:
-                    return [found[start : start + 26] for start in range(0, len(found), 26)]
-    return [sender(one) for one in given]
-
-
-def below(found: bytes, span_id: bytes) -> str:
-    """How a trace goes on below a span of ours, as a `traceparent`; as it came where it is not sampled, and no span is made."""
-    is_sampled = found[25] & _SAMPLED
-    return f"00-{found[1:17].hex()}-{(span_id if is_sampled else found[17:25]).hex()}-0{is_sampled}"
-
-
 def _id(size: int) -> bytes:
-    return random.getrandbits(8 * size).to_bytes(size)  # no secret
+    return random.randbytes(size)  # noqa: S311 - no secret
 
 
-def _span_ids() -> Iterator[bytes]:
-    while True:
-        many = _id(8 * 256)
-        yield from [many[start : start + 8] for start in range(0, len(many), 8)]
+def _ids(traceparents: Sequence[str], span_ids: bytes) -> list[bytes]:
+    """The first fields of spans below these, which have those ids."""
+    senders, size = binary(traceparents), len(_IDS)
+    many = bytearray(_IDS * len(traceparents))
+    weave(many, size, Column(_TRACE_AT, 16, senders, 1, 26), Column(_PARENT_AT, 8, senders, 17, 26))
+    weave(many, size, Column(_ITSELF_AT, 8, span_ids, 0, 8))
+    together = bytes(many)
+    return [together[start : start + size] for start in range(0, len(together), size)]
+
+
+def _links(traceparents: Sequence[str]) -> bytes:
+    """To each of these."""
+    senders = binary(traceparents)
+    many = bytearray(_LINK * len(traceparents))
+    weave(many, len(_LINK), Column(_LINK_TRACE_AT, 16, senders, 1, 26), Column(_LINK_SPAN_AT, 8, senders, 17, 26))
+    return bytes(many)
 
 
 class _Encoded(NamedTuple):
     """Spans, as the request that sends them; for a processor of the SDK, which looks whether they are sampled."""
 
-    request: bytes
+    parts: Sequence[bytes]
+    size: int
     context: SpanContext = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
 
 
 class _Exporter(OTLPSpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        # There is no public way to send what is encoded already. Requests one after the other are one request.
-        done = self._client.export(b"".join(one.request for one in cast("Sequence[_Encoded]", spans)))
-        return SpanExportResult.SUCCESS if done.success else SpanExportResult.FAILURE
+        # There is no public way to send what is encoded already. Requests one after the other are one request. To send one
+        # takes a millisecond, so there are few; but receivers refuse what is very large.
+        left, succeeded = [*cast("Sequence[_Encoded]", spans)], True
+        while left and succeeded:
+            parts: list[bytes] = []
+            size = 0
+            while left and (not parts or size + left[0].size <= _MOST_BYTES):
+                one = left.pop(0)
+                parts += one.parts
+                size += one.size
+            succeeded = self._client.export(b"".join(parts)).success
+        return SpanExportResult.SUCCESS if succeeded else SpanExportResult.FAILURE
 
 
 class Traces:
@@ -129,17 +112,21 @@ class Traces:
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Have them sent soon, each as `_framed` gives it, or its parts. Where nobody takes them, old ones are dropped."""
-        scope_spans = b"".join([self._scope, *spans])
-        request = _field(b"\x0a", self._resource + _field(b"\x12", scope_spans))
-        self._processor.on_end(cast("ReadableSpan", _Encoded(request)))
+        """Have them sent soon, each as `_framed` gives it, or many. Where nobody takes them, old ones are dropped."""
+        size = sum(map(len, spans))
+        self._processor.on_end(cast("ReadableSpan", _Encoded([self._scope_before(size), *spans], size)))
+
+    def _scope_before(self, size: int) -> bytes:
+        """What comes before so many bytes of spans in a request. They are large, and not copied to put it there."""
+        scope = _before(b"\x12", len(self._scope) + size) + self._scope
+        made: bytes = _before(b"\x0a", len(self._resource) + len(scope) + size) + self._resource + scope
+        return made
 
     @contextmanager
-    def publishing(self, stream: str, traceparents: Sequence[str]) -> Iterator[Sequence[str]]:
+    def publishing(self, stream: str, traceparents: Sequence[str]) -> Iterator[str]:
         """Each confirmation that is traced gets a span, below which it goes on."""
-        found_of, began = senders(traceparents), time.time_ns()
-        ids = [*islice(_span_ids(), len(traceparents))]
-        yield [below(found, span_id) if found else "" for found, span_id in zip(found_of, ids, strict=True)]
+        found, began, ids = senders(traceparents), time.time_ns(), _id(8 * len(traceparents))
+        yield below(found, ids)
         common: bytes = Span(
             name=f"send {stream}",
             kind=Span.SPAN_KIND_PRODUCER,
@@ -148,17 +135,44 @@ class Traces:
             attributes=_attributes(messaging("redis", "send", stream)),
             flags=_SAMPLED | _REMOTE_PARENT,
         ).SerializeToString()
-        before = _before(b"\x12", len(_NO_IDS) + len(common)) + _IDS[:2]
-        spans: list[bytes] = []
-        for found, span_id in zip(found_of, ids, strict=True):
-            if found and found[25] & _SAMPLED:
-                spans += (before, found[1:17], b"\x12\x08", span_id, b"\x22\x08", found[17:25], common)
-        if spans:
-            self.send(spans)
+        before = _before(b"\x12", len(_IDS) + len(common))
+        if len(kept := sampled(found)) < len(found):
+            found, ids = _at(kept, found), _ids_at(kept, ids)
+        if found:
+            self.send([before, (common + before).join(_ids(found, ids)), common])
 
     def flush(self) -> None:
         """Send all now."""
         flush(self._processor)
+
+
+class _Stored(NamedTuple):
+    """Events that are stored together: what became of each, what it says of its trace; and the ids of their spans."""
+
+    events: Sequence[_Pair]
+    outcomes: Sequence[Outcome]
+    found: Sequence[str]
+    ids: bytes
+
+    def sampled(self) -> "_Stored":
+        """Those that get a span now: a reused one is a dead letter, and gets it as such."""
+        kept = sampled(self.found)
+        if "reused" in self.outcomes:
+            kept = [at for at in kept if self.outcomes[at] != "reused"]
+        if len(kept) == len(self.found):
+            return self
+        return _Stored(_at(kept, self.events), _at(kept, self.outcomes), _at(kept, self.found), _ids_at(kept, self.ids))
+
+
+class _Around(dict[tuple[Any, ...], tuple[bytes, bytes]]):
+    """`BatchSpans._around`, of a kind of events when it is first asked for."""
+
+    def __init__(self, make: Callable[..., tuple[bytes, bytes]]) -> None:
+        self._make = make
+
+    def __missing__(self, key: tuple[Any, ...]) -> tuple[bytes, bytes]:
+        made = self[key] = self._make(*key)
+        return made
 
 
 class BatchSpans:
@@ -169,14 +183,13 @@ class BatchSpans:
         self._trace_id, self._span_id = _id(16), _id(8)
         self._began = time.time_ns()
         self.traceparents: dict[bytes, Any] = {}
-        self._senders: dict[bytes, bytes | None] = {}
-        self._new_ids = _span_ids()
-        self._ids: dict[bytes, bytes] = {}  # of spans that a confirmation names
-        self._stored: list[tuple[Sequence[_Pair], Sequence[Outcome]]] = []
+        self._senders: dict[bytes, str] = {}
+        self._tried: _Stored | None = None
+        self._stored: list[_Stored] = []
         self._transactions: list[Span] = []
         self._failures: list[Span.Event] = []
 
-    def _read(self) -> dict[bytes, bytes | None]:
+    def _read(self) -> dict[bytes, str]:
         """The senders of the messages that were read so far, by their ids."""
         self._senders.update(zip(self.traceparents, senders([*self.traceparents.values()]), strict=True))
         self.traceparents.clear()
@@ -184,21 +197,20 @@ class BatchSpans:
 
     def trace_of(self, events: Sequence[_Pair]) -> Callable[[int], str | None]:
         """What gives, for an event by its position, where its trace goes on."""
-        sender_of = self._read().get
-
-        def trace_of(position: int) -> str | None:
-            redis_id = events[position][0].redis_id
-            found = sender_of(redis_id)
-            if found is None:
-                return None
-            span_id = self._ids[redis_id] = next(self._new_ids)
-            return below(found, span_id)
-
-        return trace_of
+        if len(self.traceparents) == len(events) == len(self._batch):
+            found = senders([*self.traceparents.values()])  # all of the batch, in its order
+        else:
+            sender_of = self._read()
+            found = [sender_of.get(delivery.redis_id, "") for delivery, _ in events]
+        ids = _id(8 * len(events))
+        self._tried = _Stored(events, [], found, ids)
+        goes_on = below(found, ids)
+        return lambda position: goes_on[LENGTH * position : LENGTH * position + LENGTH].strip() or None
 
     def note(self, events: Sequence[_Pair], outcomes: Sequence[Outcome]) -> None:
-        """What became of events that are committed."""
-        self._stored.append((events, outcomes))
+        """What became of events that are committed. Asked for before that was where their traces go on."""
+        if self._tried is not None and self._tried.events is events:
+            self._stored.append(self._tried._replace(outcomes=outcomes))
 
     @contextmanager
     def transaction(self, events: int) -> Iterator[None]:
@@ -234,64 +246,53 @@ class BatchSpans:
     def end(self) -> None:
         """Send the batch's span, and that of each event whose trace is sampled."""
         ended = time.time_ns()
-        self._read()
-        links: dict[bytes, None] = {}
+        links: dict[str, None] = {}
         spans: list[bytes] = []
-        for events, outcomes in self._stored:
-            self._settled(events, outcomes, ended, links, spans)
+        for stored in self._stored:
+            self._settled(stored, ended, links, spans)
         if self._batch.buried or self._batch.later or self._batch.returned:
             self._unsettled(ended, links, spans)
         if spans or self._traces.samples(self._trace_id, f"process {QUEUE}"):
-            batch = self._of_batch(ended) + b"".join([_LINK % (found[1:17], found[17:25]) for found in links])
             transactions = [_framed(span.SerializeToString()) for span in self._transactions]
-            self._traces.send([_framed(batch), *transactions, *spans])
+            self._traces.send([_framed(self._of_batch(ended) + _links([*links])), *transactions, *spans])
 
-    def _settled(
-        self, events: Sequence[_Pair], outcomes: Sequence[Outcome], ended: int, links: dict[bytes, None], spans: list[bytes]
-    ) -> None:
-        """The spans of events that went through the store. This is done for each event, so all of it is in this one loop."""
-        common: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
-        sender_of, id_of, new_ids = self._senders.get, self._ids.get, self._new_ids
-        for (delivery, fact), outcome in zip(events, outcomes, strict=True):
-            redis_id = delivery.redis_id
-            found = sender_of(redis_id)
-            if found is None or not found[25] & _SAMPLED or outcome == "reused":
-                continue
-            links[found] = None
-            eval_id = fact.eval_id.encode()
-            kind = fact.type, outcome, len(eval_id), redis_id.startswith(REDRIVEN)
-            if kind not in common:
-                common[kind] = self._around(ended, *kind)
-            before, rest = common[kind]
-            span_id = id_of(redis_id) or next(new_ids)
-            # As _IDS has it, but joined only when all of it is.
-            spans += (before, found[1:17], b"\x12\x08", span_id, b"\x22\x08", found[17:25], rest, eval_id)
+    def _settled(self, stored: "_Stored", ended: int, links: dict[str, None], spans: list[bytes]) -> None:
+        """The spans of events that went through the store: most of all there are, so each step is for all of them at once."""
+        events, outcomes, found, ids = stored.sampled()
+        if not events:
+            return
+        links |= dict.fromkeys(found)
+        redis_ids = [delivery.redis_id for delivery, _ in events]
+        redriven = [one.startswith(REDRIVEN) for one in redis_ids] if REDRIVEN in b" ".join(redis_ids) else repeat(False)
+        eval_ids = "\n".join([fact.eval_id for _, fact in events]).encode().split(b"\n")
+        kinds = zip([fact.type for _, fact in events], outcomes, map(len, eval_ids), redriven, strict=False)
+        around = _Around(lambda *kind: self._around(ended, *kind))
+        before, rest = zip(*map(around.__getitem__, kinds), strict=True)
+        spans.append(b"".join(chain.from_iterable(zip(before, _ids(found, ids), rest, eval_ids, strict=True))))
 
     def _around(self, ended: int, type_: str, outcome: str, length: int, is_redriven: bool) -> tuple[bytes, bytes]:
         """What comes before the ids in a framed span, and what between them and an eval_id of that length, which ends it."""
         rest = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"") + _HEADS[length]
-        size = len(_NO_IDS) + len(rest) + length
-        return _before(b"\x12", size) + _IDS[:2], rest
+        return _before(b"\x12", len(_IDS) + len(rest) + length), rest
 
-    def _unsettled(self, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:
+    def _unsettled(self, ended: int, links: dict[str, None], spans: list[bytes]) -> None:
         """The spans of those that died, or come again."""
-        batch = self._batch
+        batch, sender_of = self._batch, self._read()
         facts = {
             delivery.redis_id: (fact, outcome)
-            for events, outcomes in self._stored
-            for (delivery, fact), outcome in zip(events, outcomes, strict=True)
+            for stored in self._stored
+            for (delivery, fact), outcome in zip(stored.events, stored.outcomes, strict=True)
         }
         for delivery in batch:
             redis_id = delivery.redis_id
             fact, outcome = facts.get(redis_id, (None, None))
-            found = self._senders.get(redis_id)
-            if found is None or not found[25] & _SAMPLED or outcome in {"applied", "duplicate"}:
+            found = sender_of.get(redis_id, "")
+            if not is_sampled(found) or outcome in {"applied", "duplicate"}:
                 continue
             links[found] = None
             became = "dead" if redis_id in batch.buried else "later" if redis_id in batch.later else "returned"
-            span = _IDS % (found[1:17], _id(8), found[17:25]) + self._of_event(
-                ended, fact.type if fact else "", became, batch.buried.get(redis_id)
-            )
+            span = _ids([found], _id(8))[0]
+            span += self._of_event(ended, fact.type if fact else "", became, batch.buried.get(redis_id))
             span += _REDRIVEN if delivery.is_redriven else b""
             spans.append(_framed(span + (_HEADS[len(fact.eval_id)] + fact.eval_id.encode() if fact else b"")))
 
@@ -328,6 +329,14 @@ class BatchSpans:
             span.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=told["error_message"][:1000]))
         encoded: bytes = span.SerializeToString()
         return encoded
+
+
+def _at(positions: Sequence[int], many: Sequence[T]) -> list[T]:
+    return [many[position] for position in positions]
+
+
+def _ids_at(positions: Sequence[int], ids: bytes) -> bytes:
+    return b"".join([ids[8 * position : 8 * position + 8] for position in positions])
 
 
 def _failure(class_: str, message: str, traceback: str = "") -> Span.Event:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from models.record import Fact
 from storage.evaluations import Outcome
 from tasks.tracing import provider
+from worker import traceparents
 from worker.batches import Batch, Delivery
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def processing(batch: Batch) -> Iterator[None]:
         spans.end()
 
 
-def traceparents() -> dict[bytes, Any] | None:
+def said() -> dict[bytes, Any] | None:
     """Where to put what each message of the batch says of its trace."""
     spans = _batch.get()
     return None if spans is None else spans.traceparents
@@ -73,12 +74,15 @@ def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -
         spans.note(events, outcomes)
 
 
-def publishing(stream: str, traceparents: Sequence[str]) -> AbstractContextManager[Sequence[str]]:
-    """The spans of publishing confirmations; gives where each goes on, and nothing where none of them has a trace."""
-    if not any(traceparents):
-        return nullcontext(())
+def publishing(stream: str, given: Sequence[str]) -> AbstractContextManager[str]:
+    """The spans of publishing confirmations; gives where each goes on, one behind the other. `given`: their `traceparent`s.
+
+    Each is of 55 characters, which are spaces where there is none. Nothing where none of them has a trace.
+    """
+    if not any(given):
+        return nullcontext("")
     found = traces()
-    return nullcontext(traceparents) if found is None else found.publishing(stream, traceparents)
+    return nullcontext(traceparents.joined(traceparents.senders(given))) if found is None else found.publishing(stream, given)
 
 
 def flush() -> None:

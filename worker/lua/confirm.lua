@@ -2,7 +2,7 @@
 --
 -- KEYS  1 stream   evalstore:confirmations
 -- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; 4 a line of JSON each;
---       5 empty, or a line each: a traceparent to become a field of its own, or nothing
+--       5 empty, or 55 characters each: a traceparent to become a field of its own, or spaces
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
 
@@ -41,13 +41,13 @@ local known_ms, known_sequence = tonumber(ARGV[1]), tonumber(ARGV[2])
 if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
-local id, line, traceparent
+local id, line
 local at, trace_at = 1, 1
 local is_heard = may_be_heard()
 while at <= #ARGV[4] do
     line, at = line_at(ARGV[4], at)
-    traceparent, trace_at = line_at(ARGV[5], trace_at)
-    if traceparent ~= "" then
+    if (string.byte(ARGV[5], trace_at) or 32) ~= 32 then
+        local traceparent = string.sub(ARGV[5], trace_at, trace_at + 54)
         id = redis.call("XADD", KEYS[1], "*", "confirmation", line, "traceparent", traceparent)
     else
         id = redis.call("XADD", KEYS[1], "*", "confirmation", line)
@@ -55,6 +55,7 @@ while at <= #ARGV[4] do
     if is_heard then
         redis.call("PUBLISH", string.match(line, '"type":"([^"]+)"'), line)
     end
+    trace_at = trace_at + 55
 end
 if id then
     ms, sequence = parts(id)
