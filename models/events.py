@@ -134,7 +134,8 @@ def _metadata(value: Any) -> dict[str, Any] | None:
 def metadata_fault(value: dict[str, Any]) -> str | None:
     """What is wrong with an event's metadata, or None."""
     if fault := _json_fault(value, "metadata", 0):
-        return fault
+        where, _, what = fault.rpartition(": ")
+        return f"{where if len(where) <= 200 else f'{where[:100]}…{where[-100:]}'}: {what}"
     try:
         size = len(msgspec.json.encode(value))
     except TypeError as error:  # of a subclass of a JSON type, like numpy's float64

@@ -26,6 +26,8 @@ log = logging.getLogger("evalstore.worker")
 
 # Two: while one batch waits for PostgreSQL, the next is fetched and read.
 BATCHES: Final = 2
+# While few messages come, those that come during a batch go together in the next, and wait for it no longer than this.
+TOGETHER_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
 _MOST_TOLD: Final = 20
@@ -93,6 +95,8 @@ class Consumer(DramatiqConsumer):
             return
         room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
         if room > 0 and self._is_empty and not self._suspects_wait and hold.may_fetch():
+            if is_batched:
+                hold.wait_for(lambda: not self.outstanding_message_count, TOGETHER_S)
             self._wait_for_one()
         with hold.fetching() as may_fetch:
             found = self._fetch(self.broker.batch_events if is_batched else room) if may_fetch and room > 0 else None

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -97,6 +97,11 @@ class Hold:
         with self._changed:
             self._alone = False
             self._changed.notify_all()
+
+    def wait_for(self, is_so: Callable[[], bool], seconds: float) -> None:
+        """Wait until that is so because something was settled."""
+        with self._changed:
+            self._changed.wait_for(is_so, timeout=seconds)
 
     def wait_for_change(self, seconds: float) -> None:
         """Wait until something was settled."""

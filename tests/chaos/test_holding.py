@@ -347,3 +347,20 @@ def test_a_message_whose_process_died_when_it_was_woken_comes_first(broker: Brok
     assert broker.counts(QUEUE)["ready"] == 2
     assert take(broker.consume(QUEUE, timeout=200)).redis_ids == [woke, behind]
     assert not broker.client.exists(KEYS.woken)
+
+
+def test_while_a_batch_is_stored_the_few_that_come_gather_for_the_next(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.consumer.TOGETHER_S", 10.0)
+    put(broker, 1)
+    consumer = broker.consume(QUEUE, timeout=200)
+    first = take(consumer)
+    ids = put(broker, 1)
+
+    def go_on() -> None:
+        ids.extend(put(broker, 1))
+        consumer.ack(first)
+
+    later = threading.Timer(0.1, go_on)
+    later.start()
+    assert take(consumer, tries=1).redis_ids == ids
+    later.join()

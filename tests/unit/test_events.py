@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import math
+import re
 import string
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
@@ -682,3 +683,15 @@ def test_a_message_timestamp_that_is_no_time_is_named(timestamp: Any) -> None:
 def test_a_message_from_before_1970_is_refused() -> None:
     with pytest.raises(InvalidEvent, match=r"^occurred_at: "):
         parse(identified(STARTED, ID, -1))
+
+
+def test_what_is_wrong_with_metadata_is_told_in_a_line_however_deep_it_is_or_long_its_keys() -> None:
+    deep: Any = 1
+    for _ in range(200):
+        deep = {"a": deep}
+    for metadata in (deep, {"k" * 60_000: {"k" * 100: "\0"}}, {"\ud800" * 10_000: 1}):
+        with pytest.raises(InvalidEvent) as raised:
+            check({"type": "evaluation:started", "eval_id": "e", "metadata": metadata})
+        assert re.match(
+            r"metadata: metadata.{0,120}…?.{0,120}: (nested deeper than 100 levels|NUL|lone surr)", str(raised.value)
+        )
