@@ -1,16 +1,18 @@
 """A run of the archive with many evaluations stored beside what is due: `python -m bench.archive [--rows N] [--due 1000]`.
 
 First with nothing but what is due, then with as many evaluations more, each with content in the database that is not due.
-Prints the seconds of a run, of one that finds nothing to do, and how many pages the search for what is due reads.
+Prints for each the seconds of a run, its processor time, how many pages PostgreSQL looked at for it, the milliseconds of a
+run that finds nothing to do, and how many pages the search for what is due reads; then the ratios, which are to be near 1.
 """
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 from sqlalchemy import Engine
@@ -50,25 +52,56 @@ def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
     conn.commit()
 
 
-def timed(act: Callable[[], archive.Moved]) -> tuple[float, int]:
-    begun = time.perf_counter()
-    moved = act().moved
-    return time.perf_counter() - begun, moved
+class Cost(NamedTuple):
+    """Of moving what is due; of a run that finds nothing; of the search alone. Processor time is this process's."""
+
+    seconds: float
+    processor_s: float
+    pages: int
+    idle_ms: float
+    idle_pages: int
 
 
-def measure(engine: Engine, at: Archive, what: str) -> None:
+def pages_so_far(engine: Engine) -> int:
+    """Pages that PostgreSQL looked at in this database, wherever it found them."""
+    with engine.connect() as conn, conn.begin():
+        raw = database.driver(conn)
+        raw.execute("SELECT pg_stat_force_next_flush()")
+    with engine.connect() as conn, conn.begin():
+        query = "SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()"
+        ((pages,),) = database.driver(conn).execute(query).fetchall()
+    return int(pages)
+
+
+def measure(engine: Engine, at: Archive, what: str, due: int) -> Cost:
+    before = pages_so_far(engine)
+    begun = time.perf_counter(), time.process_time()
     with engine.connect() as conn:
-        taken, moved = timed(lambda: archive.run_once(conn, at, datetime.now(UTC)))
-        again, _ = timed(lambda: archive.run_once(conn, at, datetime.now(UTC)))
-        pages = 0
+        moved = archive.run_once(conn, at, datetime.now(UTC)).moved
+    taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    pages = pages_so_far(engine) - before
+    if moved != due:
+        raise SystemExit(f"{moved:,} moved instead of {due:,}")
+    idle: list[float] = []
+    with engine.connect() as conn:
+        for _ in range(9):
+            start = time.perf_counter()
+            archive.run_once(conn, at, datetime.now(UTC))
+            idle.append((time.perf_counter() - start) * 1000)
+        searched = 0
         for query in archive.due(at):
             with conn.begin():
                 raw = database.driver(conn)
                 raw.execute(archive.PLAN)
                 explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode()
                 ((((found,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
-                pages += found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
-    print(f"{what}: {moved:,} moved in {taken:.2f} s; a run that finds nothing: {again * 1000:.0f} ms, {pages:,} pages read")
+                searched += found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+    cost = Cost(*taken, pages, statistics.median(idle), searched)
+    print(
+        f"{what}: {moved:,} moved in {cost.seconds:.2f} s, {cost.processor_s:.2f} s of the processor, {cost.pages:,} pages; "
+        f"a run that finds nothing: {cost.idle_ms:.1f} ms, {cost.idle_pages:,} pages"
+    )
+    return cost
 
 
 def main() -> None:
@@ -84,9 +117,14 @@ def main() -> None:
         migrations.upgrade(server.url("evalstore"))
         engine = database.engine(server.url("evalstore"), statement_timeout_s=0)
         at = Archive.of(Settings(object_store_url=f"file://{name}/objects", archive_after_days=7))
-        with psycopg.connect(server.url("evalstore")) as conn:
-            make_due(conn, given.due, given.bytes)
-        measure(engine, at, "nothing else stored")
+
+        def measure_due(what: str) -> Cost:
+            with psycopg.connect(server.url("evalstore")) as conn:
+                make_due(conn, given.due, given.bytes)
+            return measure(engine, at, what, given.due)
+
+        measure_due("to be warm")
+        alone = measure_due("nothing else stored")
         begun = time.perf_counter()
         with psycopg.connect(server.url("evalstore"), autocommit=True) as conn:
             for first in range(1, given.rows + 1, 500_000):
@@ -95,10 +133,11 @@ def main() -> None:
                 conn.execute(_FILL_CONTENTS, values)
             conn.execute("VACUUM ANALYZE")
         print(f"{given.rows:,} evaluations made in {time.perf_counter() - begun:.0f} s")
-        with psycopg.connect(server.url("evalstore")) as conn:
-            make_due(conn, given.due, given.bytes)
-        measure(engine, at, f"beside {given.rows:,} evaluations")
+        beside = measure_due(f"beside {given.rows:,} evaluations")
         engine.dispose()
+        print(f"{given.due:,} due beside {given.rows:,} others cost, divided by what they cost alone:")
+        for figure, ours, theirs in zip(Cost._fields, beside, alone, strict=True):
+            print(f"  {figure:<12} {ours / theirs:.2f}" if theirs else f"  {figure:<12} {ours:,} and {theirs:,}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 processor time of this process, which other work on the machine hardly changes. Who begins changes from round to round.
 
 `put` compresses, hashes and looks whether the object is there; `read` decompresses and checks every frame. upload_file
-and download_file, with boto3's defaults, do none of that; so they are also shown with the time added that SHA-256 of a file takes.
+and download_file, with boto3's defaults, do none of that; so they are also shown with the time added that the SHA-256 of
+a file takes.
 """
 
 import argparse
