@@ -281,7 +281,7 @@ def test_readers_see_the_right_bytes_while_two_archivers_work(
     engine: Engine, conn: Connection, at: Archive, settings: Settings
 ) -> None:
     at = at._replace(threshold_bytes=8000)
-    count = 1000 if isinstance(at.store, FileStore) else 150
+    count = 1000
     outputs = {f"e{number}": os.urandom(8001 + number) for number in range(count)}
     for eval_id, output in outputs.items():
         finish(conn, eval_id, output)
