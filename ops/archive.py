@@ -131,7 +131,7 @@ def verify(
 
 @app.command()
 def restore(
-    eval_ids: Annotated[list[str] | None, typer.Argument(metavar="[EVAL_ID]...", help="Evaluations.")] = None,
+    eval_ids: Annotated[list[str] | None, typer.Argument(metavar="EVAL_ID", help="Evaluations.")] = None,
     *,
     all_: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
     days: Annotated[float, typer.Option(min=0, max=36_500, help="For how long the archive leaves it there.")] = 30,

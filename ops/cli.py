@@ -1,5 +1,6 @@
 """The command `evalstore`."""
 
+import errno
 import io
 import os
 import shlex
@@ -14,6 +15,7 @@ from ops import archive, audit, cron, demo, dlq, evaluations, health, keys, spoo
 from ops.output import notice
 from storage import migrations
 
+_OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 app = typer.Typer(
     help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
     "`evalstore up` runs, its servers are found by themselves.\n\n"
@@ -79,7 +81,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except InvalidSettings as error:
         notice(str(error), "red")
         sys.exit(2)
@@ -89,6 +94,18 @@ def main() -> None:
     except EvalstoreError as error:
         notice(f"{type(error).__name__}: {error}", "red")
         sys.exit(1)
+    except OSError as error:
+        _tell_unwritten(error)
+        sys.exit(1)
+
+
+def _tell_unwritten(error: OSError) -> None:
+    """Of a file or of standard output, which is then given up: what is left in it would fail once more at the end."""
+    if error.filename is None and error.errno not in _OF_WRITING:
+        raise error
+    if error.errno != errno.EPIPE:
+        notice(f"{error.filename or 'standard output'}: {error.strerror}", "red")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

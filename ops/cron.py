@@ -53,7 +53,7 @@ def ls(output_format: OutputOption = Format.table) -> None:
 @app.command()
 def run(
     name: Annotated[str, typer.Argument(help="The job.")],
-    wait_s: Annotated[float, typer.Option("--wait", help="Seconds to wait for it to end; 0 does not wait.")] = 60,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it to end; 0 does not wait.")] = 60,
 ) -> None:
     """Run a job now, in a worker, and wait for it."""
     if name not in {job.name for job in JOBS}:

@@ -70,7 +70,7 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
 
 
 @app.command()
-def revoke(key_ids: Annotated[list[str], typer.Argument(metavar="KEY_ID...", help="As `list` shows them.")]) -> None:
+def revoke(key_ids: Annotated[list[str], typer.Argument(metavar="KEY_ID", help="As `list` shows them.")]) -> None:
     """Make keys worthless, for good. A running service knows within 2 seconds."""
     with _engine().connect() as conn:
         found = keys.revoke(conn, key_ids)

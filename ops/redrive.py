@@ -215,7 +215,7 @@ def _print(row: dict[str, Any], output_format: Format) -> None:
 
 
 def redrives(
-    redrive_id: Annotated[str, typer.Argument(metavar="[ID]", help="One, by its id or the first 4 or more characters.")] = "",
+    redrive_id: Annotated[str, typer.Argument(metavar="ID", help="One, by its id or the first 4 or more characters.")] = "",
     output_format: OutputOption = Format.table,
 ) -> None:
     """List redrives, the newest first, or show one: who asked, why, and what came of it."""

@@ -62,7 +62,8 @@ def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0
         show("up", "stopping; once more to kill what is waited for")
         return 0
     except (EvalstoreError, OSError) as error:
-        print(f"evalstore up: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None and f"{error.filename}: {error.strerror}"
+        print(f"evalstore up: {named or error}", file=sys.stderr)
         return 1
     finally:
         stopping = True

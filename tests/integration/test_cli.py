@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -117,6 +118,7 @@ def test_help_is_there_for_every_command(evalstore: Evalstore) -> None:
         ["send", "/nowhere/at-all"],
         ["send", "/"],
         ["audit", "/nowhere/at-all"],
+        ["cron", "run", "sweep_objects", "--wait", "-1"],
         ["audit", "/"],
     ],
     ids=" ".join,
@@ -125,6 +127,13 @@ def test_wrong_usage_is_2(evalstore: Evalstore, arguments: Sequence[str]) -> Non
     done = evalstore(*arguments)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_a_folder_that_cannot_be_used_is_named_in_a_line(evalstore: Evalstore, command: str) -> None:
+    done = evalstore(command, "--dir", "/dev/null/data")
+    assert done.returncode == 1
+    assert re.search(rb"/dev/null/data\S*: Not a directory\n\Z", done.stderr)
 
 
 def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) -> None:
@@ -422,6 +431,25 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(
         assert b"Traceback" not in done.stderr
         assert b"BrokenPipe" not in done.stderr
         assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(("stdout", "says"), [(">/dev/full", "No space left on device"), (">&-", "")], ids=["full", "closed"])
+def test_output_that_cannot_be_written_is_told_in_a_line(
+    database_url: str, redis_url: str, tmp_path: Path, stdout: str, says: str
+) -> None:
+    store(database_url, event("queued", code="x" * 60_000))
+    file = lines(tmp_path / "events.jsonl", event("started"))
+    environment = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
+    for command in ("get e", "get e -o json", "get e --code", "status", f"audit {file} -o jsonl", "keys list", "--help"):
+        program = f"{shlex.join(python())} -m ops.cli"
+        if says == "":
+            program = f"{shlex.quote(sys.executable)} -c 'from ops.entry import main; main()'"
+        shell = f"{program} {command} {stdout}"
+        done = subprocess.run(["sh", "-c", shell], env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)
+        told = done.stderr.decode().splitlines()
+        assert "Traceback" not in done.stderr.decode(), command
+        if says and command != "keys list":  # of which there is nothing to print
+            assert (done.returncode, told[-1]) == (1, f"standard output: {says}"), command
 
 
 @pytest.mark.parametrize("value", [NASTY, "\0\ud800\x1b", ["\x9b"], {"\u202e": "\x1b"}, "é😀"], ids=ascii)
