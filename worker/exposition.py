@@ -1,7 +1,10 @@
 """The one endpoint of a worker and all its processes, and of a scheduler: metrics, and health."""
 
+import gc
 import logging
+import multiprocessing
 import os
+import select
 import signal
 import threading
 import time
@@ -10,7 +13,7 @@ from typing import Any, Final
 import dramatiq
 
 from models.settings import settings
-from tasks import exposition, groups, logs
+from tasks import groups
 from tasks.ledger import Layout, Ledger, counted_by
 from worker import metrics
 
@@ -21,30 +24,52 @@ _BEAT_S: Final = 5.0
 _TICK_S: Final = 60.0 + 25.0
 
 
-def serve() -> int:
-    """What Dramatiq's master runs in a process of its own, so that workers are not kept waiting by whoever asks."""
-    logs.take_over()
-    master = os.getppid()
-    try:
-        group = groups.own("worker")
-    except groups.Unshared as error:
-        log.warning("no metrics: %s", error)
-        return 0
-    exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)
-    while os.getppid() == master:  # else it was killed, and the next one wants the port
-        time.sleep(0.5)
-    return 0
-
-
 class Shared(dramatiq.Middleware):
     """Keeps what a worker's processes count where the endpoint finds it. Of processes of Dramatiq's command line alone."""
 
-    @property
-    def forks(self) -> list[Any]:
-        return [serve] if settings().metrics_port else []
-
     def after_process_boot(self, broker: Any) -> None:
-        _join("worker", broker.metrics.ledger)
+        group = _join("worker", broker.metrics.ledger)
+        if group and settings().metrics_port:
+            _serve_beside(group)
+
+
+def _serve_beside(group: groups.Group) -> None:
+    """Answer from a process of its own, so that workers are not kept waiting by whoever asks. A group's first process forks it.
+
+    That is done before there are threads and connections. All it needs is loaded by then, which would take it most of a second.
+    """
+    try:
+        os.close(os.open(group.folder / "endpoint", os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return
+    until, here = os.pipe()  # it ends with this process, which never closes `here`
+    gc.freeze()
+    if os.fork():
+        os.close(until)
+        return
+    status = 1
+    try:
+        os.close(here)
+        _serve(group, until)
+        status = 0
+    except Exception:
+        log.exception("unexpected error")
+    finally:
+        os._exit(status)
+
+
+def _serve(group: groups.Group, until: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # what Dramatiq does then is for a worker
+    from tasks import exposition  # noqa: PLC0415 - workers themselves do without
+
+    exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)
+    parent = multiprocessing.parent_process()
+    master = parent.pid if parent and parent.pid else os.getppid()
+    began = groups.started(master)
+    while groups.started(master) == began:  # else it was killed, and the next one wants the port
+        if select.select([until], [], [], 0.5)[0]:
+            return
 
 
 class Scheduler:
@@ -72,6 +97,8 @@ class Scheduler:
         ledger.watch_thread("schedule")
         threading.Thread(target=self._beat, args=(ledger,), name="evalstore-beat", daemon=True).start()
         if group and settings().scheduler_metrics_port:
+            from tasks import exposition  # noqa: PLC0415 - workers do without
+
             exposition.start("scheduler", group, layout, settings().scheduler_metrics_port)
         return ledger
 

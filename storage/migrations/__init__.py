@@ -5,26 +5,29 @@ A migration must leave the database usable by workers of the release before it: 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from models.errors import SchemaMismatch
 from storage import database
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 # Any constant will do, as long as every evalstore that ever migrates this database uses the same.
 _ADVISORY_LOCK = 0x65766173
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent))
-    config.set_main_option("path_separator", "os")
-    return config
+@cache
+def revisions() -> tuple[str, ...]:
+    """This release's, the first to the last, as the names of their files say. Alembic, which reads them, takes its time."""
+    found = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
+    if not found:
+        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
+    return tuple(found)
 
 
 def upgrade(url: str) -> tuple[str | None, str]:
@@ -34,17 +37,28 @@ def upgrade(url: str) -> tuple[str | None, str]:
     wait and find nothing to do. Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or
     where the database cannot hold all text.
     """
+    from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
+
     with _alone(url) as conn, database.errors(), conn.begin():
         conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
             how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
             raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
-        before = MigrationContext.configure(conn).get_current_revision()
+        before = _current(conn)
         _refuse_newer(before)
-        config = _config()
-        config.attributes["connection"] = conn
-        command.upgrade(config, "head")
-        return before, _head()
+        command.upgrade(config(conn), "head")
+        return before, revisions()[-1]
+
+
+def config(conn: Connection) -> "Config":
+    """Alembic's, for a connection."""
+    from alembic.config import Config  # noqa: PLC0415 - as above
+
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent))
+    made.set_main_option("path_separator", "os")
+    made.attributes["connection"] = conn
+    return made
 
 
 @contextmanager
@@ -60,23 +74,27 @@ def _alone(url: str) -> Iterator[Connection]:
 
 def check(conn: Connection) -> None:
     """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing."""
-    with database.errors():
-        current = MigrationContext.configure(conn).get_current_revision()
-        conn.rollback()
+    with database.errors(), conn.begin():
+        current = _current(conn)
     _refuse_newer(current)
-    if current != _head():
+    if current != (head := revisions()[-1]):
         found = f"is at revision {current}" if current else "has no evalstore tables yet"
-        raise SchemaMismatch(f"the database {found}, this release needs {_head()}: run `evalstore migrate`")
+        raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
 
 
-def _head() -> str:
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    if head is None:
-        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
-    return head
+_THERE: Final = "SELECT to_regclass('alembic_version') IS NOT NULL"
+_CURRENT: Final = "SELECT max(version_num) FROM alembic_version"
+
+
+def _current(conn: Connection) -> str | None:
+    with database.driver(conn).cursor() as cursor:
+        ((is_there,),) = cursor.execute(_THERE).fetchall()
+        if not is_there:
+            return None
+        ((found,),) = cursor.execute(_CURRENT).fetchall()
+        return None if found is None else str(found)
 
 
 def _refuse_newer(revision: str | None) -> None:
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if revision is not None and revision not in known:
+    if revision is not None and revision not in revisions():
         raise SchemaMismatch(f"the database is at revision {revision}, which this release does not know: deploy a newer one")

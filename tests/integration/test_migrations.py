@@ -128,12 +128,11 @@ def test_the_check_says_what_to_do_and_changes_nothing(engine: Engine, empty_dat
 def test_the_revisions_can_be_applied_one_after_another(empty_database_url: str) -> None:
     from alembic import command  # noqa: PLC0415 - only here
 
-    config = migrations._config()
+    assert [*migrations.revisions()] == revisions()  # as their files are called
     for revision in revisions():
         made = database.engine(empty_database_url)
         with made.begin() as conn:
-            config.attributes["connection"] = conn
-            command.upgrade(config, revision)
+            command.upgrade(migrations.config(conn), revision)
         made.dispose()
     assert migrations.upgrade(empty_database_url) == (revisions()[-1], revisions()[-1])
 
@@ -191,5 +190,7 @@ def test_a_database_that_cannot_hold_all_text_is_refused_with_how_to_make_one(sh
 def test_what_a_client_says_of_its_encoding_changes_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCLIENTENCODING", "SQL_ASCII")
     for url in (database_url, f"{database_url}?client_encoding=latin1"):
-        with closing(database.engine(url).connect()) as conn:
+        made = database.engine(url)
+        with closing(made.connect()) as conn:
             assert conn.execute(text("SELECT :text"), {"text": "\N{SNOWMAN}"}).scalar_one() == "\N{SNOWMAN}"
+        made.dispose()
