@@ -120,8 +120,8 @@ def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
     return _fact(event, body, max_content_bytes)
 
 
-def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, int] | None:
-    """The time of an event that a sender gives, and its size as JSON in bytes, if it is a usual one that `check` takes.
+def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, bytes] | None:
+    """The time of an event that a sender gives, and the event as JSON, if it is a usual one that `check` takes.
 
     It has an id in the usual form and no nulls: it travels as it is, but for the form of its time. None leaves it to `check`.
     """
@@ -135,23 +135,29 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
         return None
     if len(body) > max_content_bytes or b"\\u0000" in body or not _USUAL_ID.fullmatch(event.event_id):
         return None
-    if (metadata := event.metadata) and not (_is_plain(metadata, _PLAIN_METADATA) and _is_sound(metadata, len(body))):
+    # msgspec would write NaN as null.
+    if not math.isfinite(getattr(event, _NUMBERS[kind], None) or 0):
+        return None
+    if (metadata := event.metadata) and not (
+        _is_plain(metadata, _PLAIN_METADATA) and _is_finite(metadata) and _is_sound(metadata, len(body))
+    ):
         return None
     occurred_at = _time(event.occurred_at)
-    return None if occurred_at is None else (occurred_at, len(body))
+    return None if occurred_at is None else (occurred_at, body)
 
 
 def _is_plain(members: dict[Any, Any], plain: frozenset[type]) -> bool:
-    """Whether JSON says the same as these; msgspec would write much else as something similar, and NaN as null."""
-    kinds = {*map(type, members.values())}
-    return (
-        plain.issuperset(kinds)
-        and _TEXT.issuperset(map(type, members))
-        and (float not in kinds or all(math.isfinite(value) for value in members.values() if type(value) is float))
-    )
+    """Whether JSON says the same as these, NaN aside; msgspec would write much else as something similar."""
+    return plain.issuperset(map(type, members.values())) and _TEXT.issuperset(map(type, members))
+
+
+def _is_finite(members: dict[str, Any]) -> bool:
+    return all(math.isfinite(value) for value in members.values() if type(value) is float)
 
 
 _KINDS: Final[dict[Any, type[_Usual]]] = {tag: kind for kind, tag in _TYPES.items()}
+# The field of each that takes any number; the others take integers alone, or none.
+_NUMBERS: Final[dict[Any, str]] = dict.fromkeys(_KINDS.values(), "duration_ms") | {_Started: "timeout_s"}
 _TEXT: Final[frozenset[type]] = frozenset({str})
 _PLAIN: Final[frozenset[type]] = frozenset({str, int, float, dict})
 _PLAIN_METADATA: Final[frozenset[type]] = frozenset({str, int, float, bool, type(None)})

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -55,24 +56,32 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
         given = [*args, *(kwargs or {}).values()]
         if len(given) != 1 or set(kwargs or {}) - {"event"}:
             raise InvalidEvent([Fault("event", f"{self.actor_name} takes one event, as its one positional argument")])
-        event = _completed(given[0])
+        event, _ = _completed(given[0])
         contents.offload([event])
         return self.message_of(event, options)
 
-    def message_of(self, event: dict[str, Any], options: dict[str, Any] | None = None) -> Message[None]:
-        """The message for an event as it travels."""
-        _escape_less(event)
+    def message_of(
+        self, event: dict[str, Any], options: dict[str, Any] | None = None, *, at_ms: int | None = None, is_small: bool = False
+    ) -> Message[None]:
+        """The message for an event as it travels. `is_small`: it is known to have nothing that travels better as base64."""
+        if not is_small:
+            _escape_less(event)
+        at_ms = int(time.time() * 1000) if at_ms is None else at_ms
         # The message goes by the event's id, as an event without one goes by its message's.
-        return Message(self.queue_name, self.actor_name, (event,), {}, options or {}, event["event_id"])
+        return Message(self.queue_name, self.actor_name, (event,), {}, options or {}, event["event_id"], at_ms)
 
 
 def _not_here(_event: object) -> NoReturn:
     raise RuntimeError("this process is no worker: send the event with store_evaluation.send(event)")
 
 
-def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
-    """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON."""
-    most = settings().max_content_bytes
+def _completed(data: Mapping[str, Any] | Event) -> tuple[dict[str, Any], bytes | None]:
+    """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON has it.
+
+    Also written as JSON, where that was done already and nothing of it is so large that it will travel in another form.
+    """
+    read = settings()
+    most = read.max_content_bytes
     if type(data) is dict:
         if "event_id" in data and "occurred_at" in data:
             travelling = data.copy()
@@ -80,11 +89,14 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
             travelling = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC)), **data}
         # Nearly all that is sent: tests/unit/test_wire.py compares it with what follows.
         if (found := look_at(travelling, max_content_bytes=most)) is not None:
-            occurred_at, size = found
-            travelling["occurred_at"] = rfc3339(occurred_at)
-            if size > _SMALL:
+            at, written = found
+            if len(written) > _SMALL:
                 contents.check_sizes(travelling)
-            return travelling
+            if not _is_ours(travelling["occurred_at"]):
+                travelling["occurred_at"] = rfc3339(at)
+            elif len(written) <= min(_SMALL, read.inline_limit_bytes):
+                return travelling, written
+            return travelling, None
         data = travelling
     event = check(data, max_content_bytes=most)
     given = data if isinstance(data, Mapping) else event.model_dump()
@@ -95,7 +107,12 @@ def _completed(data: Mapping[str, Any] | Event) -> dict[str, Any]:
         if (reference := travelling.get(f"{name}_ref")) is not None:
             travelling[f"{name}_ref"] = content.reference(reference)._asdict()
     contents.check_sizes(travelling)
-    return travelling
+    return travelling, None
+
+
+def _is_ours(at: str) -> bool:
+    """Whether a time, in its usual form, is as `rfc3339` writes it; to write it takes longer."""
+    return at[-1] == "Z" and (len(at) == 20 or (len(at) == 27 and not at.endswith(".000000Z")))
 
 
 def _escape_less(travelling: dict[str, Any]) -> None:
@@ -124,17 +141,24 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: b
     """
     if isinstance(events, str | Mapping | BaseModel):
         raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
-    travelling, faults = [], []
+    travelling, written, faults = [], [], []
     for position, event in enumerate(events):
         try:
-            travelling.append(_completed(event))
+            one, text = _completed(event)
         except InvalidEvent as error:
             faults += [Fault(f"[{position}].{fault.field}", fault.problem) for fault in error.faults]
+        else:
+            travelling.append(one)
+            written.append(text)
     if faults:
         raise InvalidEvent(faults)
     contents.offload(travelling)
-    messages = [store_evaluation.message_of(event) for event in travelling]
+    now_ms = int(time.time() * 1000)
+    messages = [
+        store_evaluation.message_of(one, at_ms=now_ms, is_small=text is not None)
+        for one, text in zip(travelling, written, strict=True)
+    ]
     from tasks.broker import broker
 
-    broker().enqueue_many(messages, durable=durable)
+    broker().enqueue_many(messages, events=written, durable=durable)
     return messages

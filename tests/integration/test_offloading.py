@@ -31,6 +31,7 @@ BODIES = "dramatiq:evaluations.msgs"
 LIMIT = 64 * 1024
 MIB = 1024 * 1024
 FAILED: Json = {"type": "evaluation:failed", "eval_id": "e"}
+STAMP = {"event_id": "0190a2f5-7a4c-7000-8000-000000000001", "occurred_at": "2026-01-31T09:30:00Z"}
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_content_over_the_inline_limit_goes_to_the_object_store(
     assert not above.keys() & {"error", "error_b64"}
     assert read(store, above["error_ref"]) == whole
     assert len(list(store.objects())) == 1
+
+
+def test_the_inline_limit_is_the_same_for_many_together_however_low_it_is(
+    sends_with: Callable[..., None], client: redis.Redis, tmp_path: Path
+) -> None:
+    sends_with(object_store_url=f"file://{tmp_path}/objects", inline_limit_bytes="1000")
+    store_evaluations([FAILED | {"error": "x" * 1000}, FAILED | {"error": "x" * 1001, **STAMP}])
+    at_limit, above = sorted(sent(client), key=lambda event: "error_ref" in event)
+    assert (len(at_limit["error"]), above["error_ref"]["size"]) == (1000, 1001)
 
 
 def test_identical_content_is_uploaded_once_and_made_young_again(

@@ -196,6 +196,38 @@ def test_a_bulk_is_sent_in_its_order_and_each_event_has_an_id_of_its_own(client:
     assert len(sent(client)) == 1500
 
 
+def test_what_a_bulk_sends_is_what_its_messages_say(client: redis.Redis) -> None:
+    stamped = {**QUEUED, "event_id": ID, "occurred_at": AT}
+    unusual: list[Json] = [
+        {"occurred_at": "2026-01-31T09:30:00.25Z"},
+        {"occurred_at": "2026-01-31T09:30:00+00:00"},
+        {"occurred_at": "2026-01-31T09:30:00.000000Z"},
+        {"event_id": ID.upper()},
+        {"metadata": {"a": [1e16, None]}},
+        {"code": "\0\ud800"},
+        {"code": "\n" * 70_000},
+        {"code": "é" * 70_000},
+    ]
+    messages = store_evaluations([QUEUED, stamped, *(stamped | changed for changed in unusual)])
+    bodies = sent(client)
+    assert bodies == [json.loads(message.encode()) for message in messages]
+    assert bodies[1]["args"] == [stamped]
+    assert {body["args"][0]["occurred_at"] for body in bodies[2:5]} == {AT, "2026-01-31T09:30:00Z"}
+
+
+def test_of_what_is_sent_on_each_message_is_queued_once_wherever_it_stands(client: redis.Redis) -> None:
+    def pairs(*numbers: int) -> list[str | bytes]:
+        return [part for number in numbers for part in (f"id-{number}", b"%d" % number * (2_000_000 if number == 5 else 1))]
+
+    broker().send_on(pairs(3))
+    broker().send_on(pairs(1, 2, 3, 2, 4, 5, 6, 5, *range(7, 9000), 1))
+    broker().send_on(pairs(*range(9000, 0, -1)))
+    assert client.lrange(QUEUE, 0, -1) == [b"id-%d" % number for number in (3, 1, 2, *range(4, 9001))]
+    assert client.hlen(BODIES) == 9000
+    assert body_of(client, "id-5") == b"5" * 2_000_000
+    assert body_of(client, "id-6") == b"6"
+
+
 def test_content_of_control_characters_travels_in_less_than_twice_its_size(client: redis.Redis) -> None:
     for text in ("\0" * 200_000, "\ud800" * 100_000, '"\\' * 200_000, "é" * 200_000):
         store_evaluation.send({**QUEUED, "code": text})

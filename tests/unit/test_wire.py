@@ -230,11 +230,11 @@ def test_an_event_that_a_sender_gives_is_checked_quickly_to_the_same_end(
     event = {name: value for name, value in (usual(kind, **changed) | oddly).items() if name not in left_out}
 
     if (found := look_at(event, max_content_bytes=10**6)) is not None:
-        occurred_at, size = found
+        occurred_at, body = found
         checked = check(event)
         assert checked.occurred_at == occurred_at
         assert event["event_id"] == str(checked.event_id)
-        assert size == len(msgspec.json.encode(event))
+        assert body == msgspec.json.encode(event)
         assert read_fact(message(event), max_content_bytes=10**6) == fact(checked) == thorough(message(event))
 
 
