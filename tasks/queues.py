@@ -27,7 +27,7 @@ class Queue(NamedTuple):
 
 class Standing(NamedTuple):
     """What Redis knew at one moment. `workers`: what each tells of itself, by its name. `jobs`: the last run of each, and when
-    one ended well."""
+    one ended well. The memory is 0 where nobody may ask for it."""
 
     queues: list[Queue]
     workers: dict[str, dict[str, Any]]
@@ -48,7 +48,7 @@ def look(broker: Broker) -> Standing:
             living = _living(client.hgetall(broker.keys(name).workers), seconds + micros / 1e6)
             workers |= living
             queues.append(Queue(name, broker.counts(name), oldest_age_s(broker, name), len(living)))
-        memory = client.info("memory")
+        memory = _memory(client)
         told = client.hgetall(last_runs_key(broker.namespace))
         successes = client.hgetall(last_successes_key(broker.namespace))
     except redis.RedisError as error:
@@ -58,9 +58,16 @@ def look(broker: Broker) -> Standing:
         workers,
         {name.decode(): msgspec.json.decode(one) for name, one in told.items()},
         {name.decode(): float(at) for name, at in successes.items()},
-        int(memory["used_memory"]),
+        int(memory.get("used_memory", 0)),
         int(memory.get("maxmemory", 0)),
     )
+
+
+def _memory(client: Any) -> dict[str, Any]:
+    try:
+        return dict(client.info("memory"))
+    except redis.ResponseError:  # INFO is one of the commands that count as dangerous
+        return {}
 
 
 def _living(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:

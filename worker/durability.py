@@ -11,9 +11,13 @@ _OLDEST: Final = (6, 2)
 def doubts(client: redis.Redis) -> list[str]:
     """Why this server could lose events that it confirmed, or cannot be worked with: a sentence each.
 
-    Reads INFO, and CONFIG where that is allowed; managed servers often forbid it. Raises what redis raises.
+    Reads INFO and CONFIG where that is allowed: managed servers often forbid CONFIG, careful ones both, as dangerous.
+    Raises what redis raises.
     """
-    info: dict[str, Any] = client.info()
+    try:
+        info: dict[str, Any] = client.info()
+    except redis.ResponseError as error:
+        return [f"INFO is forbidden, so that it cannot be told what it keeps ({error})"]
     found = []
     version = str(info.get("redis_version", ""))
     if version and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:

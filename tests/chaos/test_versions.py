@@ -18,6 +18,7 @@ from ops.servers import Server, Valkey
 from tasks import store_evaluation
 from tasks.broker import Broker
 from tasks.confirmations import Confirmations
+from tasks.queues import look
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
 from worker.durability import doubts
@@ -123,6 +124,17 @@ def test_a_server_is_reached_by_a_unix_socket_a_password_and_a_database_number(
         works(worlds(database_url, f"unix://:{server.password}@{tmp_path}/socket?db=3"))
         with redis.Redis.from_url(server.url(3)) as client:
             assert client.exists("evalstore:confirmations")
+
+
+def test_a_user_who_may_do_nothing_dangerous_misses_nothing(worlds: Worlds, database_url: str, valkey_server: Valkey) -> None:
+    """INFO is such a command. Who took that for an outage would never take back what dead processes held."""
+    with redis.Redis.from_url(valkey_server.url()) as client:
+        client.execute_command("ACL", "SETUSER", "modest", "on", ">pw", "~*", "&*", "+@all", "-@dangerous")
+    world = worlds(database_url, f"redis://modest:pw@127.0.0.1:{valkey_server.port}/0")
+    log = works(world)
+    assert "INFO is forbidden" in log
+    assert "Redis is away" not in log
+    assert look(world.broker).memory_bytes == 0
 
 
 class TlsFront:
