@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class StorageClient:
     """A connection pool to one service. Safe to share among threads.
 
     Every call raises ServiceError for what the service refuses, and ServiceOutage when it still cannot be reached after
-    `retry_s` seconds. `timeout_s` bounds each step of one attempt.
+    `retry_s` seconds. `timeout_s` bounds each step of one attempt. Raises ValueError for an address or a key that can be none.
     """
 
     def __init__(
@@ -51,6 +52,10 @@ class StorageClient:
         retry_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError("expected an address like http://host:8086")
+        if not re.fullmatch(r"[!-~]+", key, re.ASCII):
+            raise ValueError("expected a key of printable ASCII without spaces")
         self._retry_s = retry_s
         headers = {"Authorization": f"Bearer {key}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport)

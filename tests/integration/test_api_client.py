@@ -153,3 +153,18 @@ def test_the_client_needs_nothing_of_the_service() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"fastapi", "starlette", "uvicorn", "sqlalchemy", "psycopg", "redis", "dramatiq", "storage", "tasks"}
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "what"),
+    [
+        ("storage:8086", "k", "http://"),
+        ("", "k", "http://"),
+        ("ftp://x", "k", "http://"),
+        ("http://x", "\xe9", "key"),
+        ("http://x", "", "key"),
+    ],
+)
+def test_an_address_or_a_key_that_can_never_work_is_refused_at_once(url: str, key: str, what: str) -> None:
+    with pytest.raises(ValueError, match=f"expected .*{what}"):
+        StorageClient(url, key)
