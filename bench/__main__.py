@@ -137,37 +137,36 @@ class Run:
         self.found["processes"] = found
 
     def tracing(self) -> None:
-        """The storing rate with every event traced, and without."""
-        side, found = SIDES["evalstore"], dict[str, list[dict[str, Any]]](off=[], on=[])
+        """The storing rate with every event traced, with one in ten, and without."""
         with collecting() as environment:
-            for number in range(self.sizes.rounds):
-                for name in ("off", "on") if number % 2 else ("on", "off"):
-                    self.place.more = environment if name == "on" else {}
-                    try:
-                        done = self._drained(side, self.shapes[side.name], 200 + number)
-                    finally:
-                        self.place.more = {}
-                    found[name].append(vars(done))
-                    self.say(f"round {number + 1}, traces {name}: {_told(done)}")
-        self.found["tracing"] = found
+            tenth = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.1"}
+            cases = {"off": {}, "of one event in ten": environment | tenth, "on": environment}
+            side = SIDES["evalstore"]
+            self.found["tracing"] = self._turns("traces", 200, {name: (side, more) for name, more in cases.items()})
 
     def watching(self) -> None:
         """The storing rate with metrics, which somebody asks for every few seconds, and logs; and without both."""
-        side, found = SIDES["evalstore"], dict[str, list[dict[str, Any]]](off=[], on=[])
+        side = SIDES["evalstore"]
         bare = replace(
             side, command=lambda shape: [*side.command(shape)[:2], "bench.sides.uncounted", *side.command(shape)[3:]]
         )
         with scraping() as environment:
-            for number in range(self.sizes.rounds):
-                for name in ("off", "on") if number % 2 else ("on", "off"):
-                    self.place.more = environment if name == "on" else {"EVALSTORE_METRICS_PORT": "0"}
-                    try:
-                        done = self._drained(side if name == "on" else bare, self.shapes[side.name], 300 + number)
-                    finally:
-                        self.place.more = {}
-                    found[name].append(vars(done))
-                    self.say(f"round {number + 1}, metrics and logs {name}: {_told(done)}")
-        self.found["watching"] = found
+            cases = {"off": (bare, {"EVALSTORE_METRICS_PORT": "0"}), "on": (side, environment)}
+            self.found["watching"] = self._turns("metrics and logs", 300, cases)
+
+    def _turns(self, what: str, seed: int, cases: dict[str, tuple[Side, dict[str, str]]]) -> dict[str, list[dict[str, Any]]]:
+        """Rounds of each case in turns, forwards and backwards, and so many that a difference of a few per cent shows."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+        for number in range(2 * self.sizes.rounds):
+            for name in list(cases) if number % 2 else reversed(cases):
+                side, self.place.more = cases[name]
+                try:
+                    done = self._drained(side, self.shapes["evalstore"], seed + number)
+                finally:
+                    self.place.more = {}
+                found[name].append(vars(done))
+                self.say(f"round {number + 1}, {what} {name}: {_told(done)}")
+        return found
 
     def stored(self) -> None:
         side, found, before = SIDES["evalstore"], [], 0

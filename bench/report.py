@@ -152,21 +152,20 @@ def _more(found: dict[str, Any]) -> str:
     ]
     if memory := found.get("memory"):
         rows.append([f"one queue of {memory['events']:,} events {memory['complaint']}", f"{memory['events_per_s']:,.0f}"])
-    rows += [
-        [
-            f"traces {name}; {_cpu_us(each):.1f} µs of processor time an event",
-            f"{statistics.median(one['events_per_s'] for one in each):,.0f}",
-        ]
-        for name, each in found.get("tracing", {}).items()
-    ]
-    rows += [
-        [
-            f"metrics and logs {name}; {_cpu_us(each):.1f} µs of processor time an event",
-            f"{statistics.median(one['events_per_s'] for one in each):,.0f}",
-        ]
-        for name, each in found.get("watching", {}).items()
-    ]
+    rows += [*_turns("traces", found.get("tracing", {})), *_turns("metrics and logs", found.get("watching", {}))]
     return f"evalstore in other situations:\n\n{_markdown(['', 'events/s'], rows)}" if rows else ""
+
+
+def _turns(what: str, cases: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
+    """With what each costs beside the case `off`: the median over rounds, of which each had all cases one after the other."""
+    for name, each in cases.items():
+        told = f"{what} {name}; {_cpu_us(each):.1f} µs of processor time an event"
+        if name != "off":
+            pairs = list(zip(cases["off"], each, strict=True))
+            rate = statistics.median(1 - one["events_per_s"] / off["events_per_s"] for off, one in pairs)
+            cpu = statistics.median(_cpu_us([one]) / _cpu_us([off]) - 1 for off, one in pairs)
+            told += f"; by rounds {rate:.1%} fewer events/s, {cpu:.1%} more processor time"
+        yield [told, f"{statistics.median(one['events_per_s'] for one in each):,.0f}"]
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

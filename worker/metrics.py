@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -37,11 +37,16 @@ class Metrics:
 
     def stored(self, events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[str], conflicting_results: int) -> None:
         """A batch was committed just now."""
-        now = datetime.now(UTC)
-        self._count(zip(outcomes, (event.type for _, event in events), strict=True))
+        now, types = datetime.now(UTC), [event.type for _, event in events]
+        applied: Sequence[int]
+        if outcomes.count("applied") == len(outcomes):  # the rule, and told sooner
+            applied = range(len(outcomes))
+            self._count({("applied", type_): count for type_, count in Counter(types).items()})
+        else:
+            applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
+            self._count(Counter(zip(outcomes, types, strict=True)))
         if conflicting_results:
             self.ledger.add("evalstore_conflicting_results_total", by=conflicting_results)
-        applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
         if not applied:
             return
         size = min(len(applied), _SAMPLE)
@@ -62,7 +67,7 @@ class Metrics:
 
     def lost(self, count: int) -> None:
         """Evaluations were given up."""
-        self._count([("applied", "evaluation:lost")] * count)
+        self._count({("applied", "evaluation:lost"): count})
 
     def archived(self, moved: int, size: int, failed: int) -> None:
         """Contents moved to the archive, of so many bytes, or could not."""
@@ -72,10 +77,10 @@ class Metrics:
 
     def buried(self, bodies: Iterable[bytes | None]) -> None:
         """Messages turned out to be such that they can never be stored."""
-        self._count(("dead", _type_of(body)) for body in bodies)
+        self._count(Counter(("dead", _type_of(body)) for body in bodies))
 
-    def _count(self, events: Iterable[tuple[str, str]]) -> None:
-        for (outcome, type_), count in Counter(events).items():
+    def _count(self, events: Mapping[tuple[str, str], int]) -> None:
+        for (outcome, type_), count in events.items():
             if outcome != "reused":  # it is buried, and counted then
                 self.ledger.add("evalstore_events_total", outcome, type_, by=count)
                 self._events[outcome] += count

@@ -1,5 +1,7 @@
 """evalstore as it is shipped: `dramatiq worker.tasks`."""
 
+import os
+import random
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -28,7 +30,8 @@ def fill(events: Iterable[dict[str, Any]]) -> None:
 def _message(event: dict[str, Any], redis_id: str) -> bytes:
     options = {"redis_message_id": redis_id}
     if is_asked_for():
-        options["traceparent"] = f"00-{uuid4().hex}-{uuid4().hex[:16]}-01"
+        sampled = random.random() < float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1"))  # noqa: S311 - no secret
+        options["traceparent"] = f"00-{uuid4().hex}-{uuid4().hex[:16]}-0{int(sampled)}"
     return msgspec.json.encode(
         {
             "queue_name": "evaluations",
