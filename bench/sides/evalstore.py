@@ -32,6 +32,11 @@ def _message(event: dict[str, Any], redis_id: str) -> bytes:
     if is_asked_for():
         sampled = random.random() < float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1"))  # noqa: S311 - no secret
         options["traceparent"] = f"00-{uuid4().hex}-{uuid4().hex[:16]}-0{int(sampled)}"
+    return message(event, options)
+
+
+def message(event: dict[str, Any], options: dict[str, str]) -> bytes:
+    """`event` as Dramatiq's JSON."""
     return msgspec.json.encode(
         {
             "queue_name": "evaluations",
