@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -105,8 +105,11 @@ class Place:
                 conn.execute("UPDATE confirmation_position SET stream_ms = 0, stream_seq = 0")
 
     def settle(self) -> None:
-        """Wait until Valkey no longer rewrites its append-only file: filling the queue sets that off."""
-        while self.redis.info("persistence")["aof_rewrite_in_progress"]:
+        """Let Valkey rewrite its append-only file now: filling the queue sets that off, in the midst of some rounds and not of
+        others."""
+        with suppress(redis.ResponseError):  # it is at it
+            self.redis.bgrewriteaof()
+        while (told := self.redis.info("persistence"))["aof_rewrite_in_progress"] or told["aof_rewrite_scheduled"]:
             time.sleep(0.05)
 
     def run(self, side: Side | None, module: str, *options: str) -> str:

@@ -19,7 +19,7 @@ from models.logs import LOGS
 from models.metrics import METRICS, Metric
 from models.record import Record
 from models.settings import Settings
-from ops.cli import app
+from ops.cli import application
 
 _DOCS: Final = Path(__file__).parent
 _BLOCK: Final = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
@@ -78,7 +78,7 @@ def _limit(limit: Any) -> str:
 
 def command_line() -> str:
     """What `--help` prints, of the program, of each of its commands and of each of their verbs."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(application())
     top = typer.Context(group, info_name="evalstore", terminal_width=_WIDTH, **group.context_settings)
     parts = [_help("evalstore", group, top)]
     for name, command in sorted(group.commands.items()):

@@ -80,7 +80,6 @@ LOGS: Final = (
     # Metrics and traces.
     Entry("metrics_port_taken", "warning", "no metrics at %s:%d: %s", ("host", "port", "error")),
     Entry("metrics_unshared", "warning", "metrics are of this process alone: %s", ("error",)),
-    Entry("no_metrics", "warning", "no metrics: %s", ("error",)),
     Entry("not_shown", "warning", "what this process counts is not shown, nor that it lives: %s", ("error",)),
     Entry(
         "traces_unsupported",

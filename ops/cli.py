@@ -5,53 +5,57 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Final
 
 import typer
 
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
-from models.settings import settings
-from ops import archive, audit, cron, demo, dlq, evaluations, health, keys, spool, status, up
 from ops.output import notice
-from storage import migrations
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
-app = typer.Typer(
-    help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
-    "`evalstore up` runs, its servers are found by themselves.\n\n"
-    "Exit status: 0 fine, 1 failed, 2 wrong usage, 3 nothing matched, 4 partly failed, 5 not confirmed, "
-    "7 a server cannot be reached.",
-    no_args_is_help=True,
-    add_completion=True,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command()(up.up)
-app.command()(demo.demo)
-app.command()(evaluations.send)
-app.command()(evaluations.get)
-app.command()(audit.audit)
-app.command()(status.status)
-app.command()(health.health)
-app.add_typer(archive.app, name="archive")
-app.add_typer(cron.app, name="cron")
-app.add_typer(dlq.app, name="dlq")
-app.add_typer(spool.app, name="spool")
-app.add_typer(keys.app, name="keys")
+_COMMANDS: Final = {
+    "up": "up",
+    "demo": "demo",
+    "send": "evaluations",
+    "get": "evaluations",
+    "audit": "audit",
+    "status": "status",
+    "health": "health",
+    "migrate": "migrate",
+}
+_GROUPS: Final = ("archive", "cron", "dlq", "spool", "keys")
 
 
-@app.command()
-def migrate() -> None:
-    """Bring the database's tables to this release. Safe while workers run, and from several places at once."""
-    before, after = migrations.upgrade(settings().database_url.get_secret_value())
-    if before == after:
-        notice(f"the schema is at {after} already")
-    else:
-        notice(f"the schema went from {before or 'nothing'} to {after}", "green")
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """The command, with no more than `words` ask for: to load all of it takes most of a second of a processor, and a container
+    asks for its health every half a minute. With all of it where they ask for nothing that it knows.
+    """
+    asked = next((word for word in words if not word.startswith("-")), "")
+    made = typer.Typer(
+        help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
+        "`evalstore up` runs, its servers are found by themselves.\n\n"
+        "Exit status: 0 fine, 1 failed, 2 wrong usage, 3 nothing matched, 4 partly failed, 5 not confirmed, "
+        "7 a server cannot be reached.",
+        no_args_is_help=True,
+        add_completion=True,
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    made.callback()(_find_local_servers)
+    is_known = asked in _COMMANDS or asked in _GROUPS
+    for name, module in _COMMANDS.items():
+        if asked == name or not is_known:
+            made.command()(getattr(import_module(f"ops.{module}"), name))
+    for name in _GROUPS:
+        if asked == name or not is_known:
+            made.add_typer(import_module(f"ops.{name}").app, name=name)
+    return made
 
 
-@app.callback()
 def _find_local_servers() -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
@@ -80,9 +84,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    is_completion = any(name.endswith("_COMPLETE") for name in os.environ)  # a shell asks what there is
     try:
         try:
-            app()
+            application(() if is_completion else sys.argv[1:])()
         finally:
             sys.stdout.flush()
     except InvalidSettings as error:

@@ -7,7 +7,6 @@ import typer
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, show
 from tasks.groups import ROLES, groups
-from tasks.standing import Standing
 
 _PATIENCE_S = 5.0
 
@@ -49,6 +48,8 @@ def _tell_live(of: str | None, form: Format) -> None:
 
 
 def _tell_ready(form: Format) -> None:
+    from tasks.standing import Standing  # noqa: PLC0415 - whoever asks for --live, often, is spared it
+
     found = Standing(settings(), patience_s=_PATIENCE_S).ready()
     show(
         [

@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from models.settings import Settings
-from ops.cli import app
+from ops.cli import application
 from tasks.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def commands(text: str) -> list[str]:
 
 def fault(command: str) -> str | None:
     """What is wrong with `evalstore COMMAND`."""
-    node: Any = typer.main.get_command(app)
+    node: Any = typer.main.get_command(application())
     words = shlex.split(command, comments=True)
     while words and hasattr(node, "commands") and not words[0].startswith("-"):
         found = node.commands.get(words.pop(0))
