@@ -52,8 +52,8 @@ def _serve_beside(group: groups.Group) -> None:
         os.close(here)
         _serve(group, until)
         status = 0
-    except Exception:
-        log.exception("unexpected error")
+    except Exception as error:
+        log.error("unexpected error", exc_info=error)  # noqa: TRY400 - its level is on the list
     finally:
         os._exit(status)
 
