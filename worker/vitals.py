@@ -137,13 +137,18 @@ class Vitals(threading.Thread):
         """One beat, and what it shows to be due. Raises what redis raises; nothing is half done."""
         self._beats += 1
         self._state = self._broker.hold.state
-        told = self._told()
-        for queue in sorted(self._broker.queues):
+        told, queues = self._told(), self._queues()
+        for queue in queues:
             self._beat(queue, told)
         if time.monotonic() - self._reconciled >= RECONCILE_S:
             self._reconciled = time.monotonic()
-            for queue in sorted(self._broker.queues):
+            for queue in queues:
                 self._reconcile(queue)
+
+    def _queues(self) -> list[str]:
+        """Those that this process works on: all of the broker's, or what `--queues` says."""
+        chosen = self._worker.consumer_whitelist
+        return sorted(queue for queue in self._broker.queues if not chosen or queue in chosen)
 
     def _look_at_server(self) -> None:
         """Say once what could lose events. After an outage it may be another server, or one that was set up anew."""

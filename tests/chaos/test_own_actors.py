@@ -40,3 +40,18 @@ def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(re
     assert broker.counts("own")["ready"] >= 1
     assert set(broker.hold.ids("own")) == set()
     broker.client.close()
+
+
+def test_a_process_counts_as_a_consumer_of_the_queues_it_was_started_for(redis_url: str) -> None:
+    """`dramatiq worker.tasks --queues evaluations`: whoever looks sees that nobody works on the others."""
+    broker = Broker(url=redis_url, middleware=[])
+    for queue in ("own", "other"):
+        broker.declare_queue(queue)
+    worker = Worker(broker, queues={"own"}, worker_threads=1, worker_timeout=100)
+    worker.start()
+    wait_until(lambda: broker.client.hlen(broker.keys("own").workers) == 1, what="it is seen")
+    assert broker.client.hlen(broker.keys("other").workers) == 0
+    assert broker.client.hlen(broker.keys("other").processes) == 0
+    worker.stop()
+    assert broker.client.hlen(broker.keys("own").workers) == 0
+    broker.client.close()
