@@ -18,7 +18,7 @@ local function line_at(text, first)
 end
 
 -- Whether anybody may be listening: here, or to a replica or another node of a cluster, which does not show here. Answers that
--- this server does not give say yes, and so does what is small: to ask takes longer than to publish it.
+-- this server does not give say yes, and so does what is small: to ask takes longer than to publish it. docs/decisions/0025
 local function may_be_heard()
     if #ARGV[4] < 4096 then
         return true
