@@ -5,12 +5,8 @@ that any Dramatiq client can send to our workers. All other keys lie outside the
 and hold it in their name, so that a namespace like `{dramatiq}` keeps all of them in one slot of a cluster.
 """
 
-import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import count, repeat
 from pathlib import Path
@@ -21,13 +17,13 @@ import redis
 from dramatiq import Message
 from dramatiq.brokers.redis import RedisBroker
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.connection import AbstractConnection
 from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
 from models.settings import settings
 from tasks import tracing
+from tasks.connections import InTime, packed, within
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
 from tasks.young import Young
@@ -94,15 +90,6 @@ def encode(message: Message[Any], event: bytes | None = None) -> bytes:
         return message.encode()
 
 
-def _packed(*arguments: str | bytes) -> bytes:
-    """A command as Redis reads it. What redis-py does it with takes five times as long for some thousands of arguments."""
-    parts = [b"*%d\r\n" % len(arguments)]
-    for argument in arguments:
-        data = argument.encode() if isinstance(argument, str) else argument
-        parts += (b"$%d\r\n" % len(data), data, b"\r\n")
-    return b"".join(parts)
-
-
 def _fields(message: Message[Any]) -> dict[str, Any]:
     # `asdict` looks the names of the fields up anew each time, and `vars` makes a dictionary that stays with the message: where
     # thousands are sent together, Python's collector of circles went through all its objects twice as often.
@@ -117,70 +104,6 @@ def _fields(message: Message[Any]) -> dict[str, Any]:
         "message_id": message.message_id,
         "message_timestamp": message.message_timestamp,
     }
-
-
-class _Time(threading.local):
-    until = math.inf
-    more_s = 0.0
-
-    def left_s(self) -> float:
-        return max(self.until - time.monotonic(), 0.001)
-
-
-_time = _Time()
-
-
-@contextmanager
-def _within(timeout_s: float, more_s: float) -> Iterator[None]:
-    """Whatever this thread waits for on its connections ends after both together; each step may take that much more."""
-    _time.until, _time.more_s = time.monotonic() + timeout_s + more_s, more_s
-    try:
-        yield
-    finally:
-        _time.until, _time.more_s = math.inf, 0.0
-
-
-class _InTime(AbstractConnection):
-    """What makes a connection keep to that. Redis's own time-outs are for each step: a slow server has many, and the look-up of
-    its name has none."""
-
-    def _connect(self) -> Any:
-        connect: Callable[[], Any] = super()._connect  # type: ignore[safe-super]
-        if _time.until == math.inf:
-            return connect()
-        connected: Future[Any] = Future()
-        threading.Thread(target=_settle, args=(connected, connect), daemon=True).start()
-        try:
-            return connected.result(timeout=_time.left_s())
-        except TimeoutError:
-            connected.add_done_callback(_close)
-            raise
-
-    def send_packed_command(self, *given: Any, **options: Any) -> None:
-        self._limit()
-        super().send_packed_command(*given, **options)  # type: ignore[no-untyped-call]
-
-    def read_response(self, *given: Any, **options: Any) -> Any:
-        self._limit()
-        return super().read_response(*given, **options)
-
-    def _limit(self) -> None:
-        if self._sock:
-            wait_s = min(self.socket_timeout + _time.more_s, _time.left_s())
-            if self._sock.gettimeout() != wait_s:
-                self._sock.settimeout(wait_s)
-
-
-def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    try:
-        future.set_result(work())
-    except Exception as error:  # noqa: BLE001 - raised again where it is waited for
-        future.set_exception(error)
-
-
-def _close(connected: Future[Any]) -> None:
-    if not connected.exception():
-        connected.result().close()
 
 
 class Broker(RedisBroker):
@@ -209,7 +132,7 @@ class Broker(RedisBroker):
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
             pool = client.connection_pool
-            pool.connection_class = type("InTime", (_InTime, pool.connection_class), {})
+            pool.connection_class = type("InTime", (InTime, pool.connection_class), {})
         super().__init__(client=client, **parameters)  # type: ignore[no-untyped-call]
         self.timeout_s, self.spool = timeout_s, spool
         self._enqueue = self.script(Path(__file__).parent / "lua" / "enqueue.lua")
@@ -310,7 +233,7 @@ class Broker(RedisBroker):
         """Run a sending script, again where that may help: it does nothing twice."""
         size = sum(map(len, arguments))
         # To set a socket's patience anew is a call of the system.
-        with _within(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
+        with within(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
             self._send_patiently(script, keys, arguments, durable)
 
     def _send_patiently(self, script: Any, keys: list[str], arguments: list[Any], durable: bool) -> None:
@@ -334,7 +257,7 @@ class Broker(RedisBroker):
         pool = self.client.connection_pool
         connection = pool.get_connection()
         try:
-            evalsha = [_packed("EVALSHA", script.sha, str(len(keys)), *keys, *arguments)]
+            evalsha = [packed("EVALSHA", script.sha, str(len(keys)), *keys, *arguments)]
             try:
                 connection.send_packed_command(evalsha)
                 connection.read_response()
