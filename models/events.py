@@ -396,8 +396,7 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
 
 def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
-    having = [other for other, model in _MODELS.items() if name in _FIELDS[model] and other != "evaluation:running"]
-    if having:
+    if having := [other for other, model in _MODELS.items() if name in _FIELDS[model] and other != "evaluation:running"]:
         return Fault(name, f"not a field of {type_}, but of {', '.join(having)}")
     return Fault(name, f"not a field of {type_}{did_you_mean(name, known)}")
 
