@@ -109,14 +109,14 @@ class Consumer(DramatiqConsumer):
         """Block until the queue has an element: woken at once, by any sender.
 
         The element is put aside where the next fetch, whosever it is, takes it from: so it wakes one of those who wait and not
-        all of them, and nothing is lost with whoever is woken. Refused when Redis is full, as it might allocate; then the fetch
-        comes a little later.
+        all of them, and nothing is lost with whoever is woken. Refused when Redis is full, as it might allocate, or to a user
+        who may not; then the fetch comes a little later.
         """
         wait_s: Any = max(0.001, min(self._next_due_s, self.timeout_s))
         self._is_empty = False  # the next fetch will tell, also where the answer to this is lost
         try:
             self.broker.client.blmove(self.keys.queue, self.keys.woken, wait_s, "LEFT", "RIGHT")
-        except redis.OutOfMemoryError:
+        except (redis.OutOfMemoryError, redis.exceptions.NoPermissionError):
             self.broker.hold.wait_out(0.05)
 
     def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:

@@ -364,3 +364,16 @@ def test_while_a_batch_is_stored_the_few_that_come_gather_for_the_next(broker: B
     later.start()
     assert take(consumer, tries=1).redis_ids == ids
     later.join()
+
+
+def test_a_redis_user_who_may_not_block_gets_messages_all_the_same(
+    broker: Broker, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.client.execute_command("ACL", "SETUSER", "polling", "on", ">secret", "~*", "&*", "+@all", "-blmove")
+    polling = make("redis://polling:secret@" + redis_url.rpartition("@")[2])
+    consumer = polling.consume(QUEUE, timeout=200)
+    assert [next(consumer), next(consumer), next(consumer)] == [None] * 3
+    [event] = put(broker, 1)
+    assert take(consumer).redis_ids == [event]
+    assert not caplog.records
+    polling.close()
