@@ -67,7 +67,7 @@ async def record(request: Request, eval_id: str) -> Response:
     "/evaluations",
     operation_id="create_evaluation",
     summary="Create an evaluation",
-    responses=answers(408, 409, 413, s201="Record|Written", s202="Accepted"),
+    responses=answers(408, 409, 413, 415, s201="Record|Written", s202="Accepted"),
     openapi_extra={**json_body("NewEvaluation"), "parameters": [IDEMPOTENCY_KEY, PREFER]},
     status_code=201,
 )
@@ -99,7 +99,7 @@ async def create(request: Request) -> Response:
     "/evaluations/{eval_id}",
     operation_id="update_evaluation",
     summary="Tell what happened next",
-    responses=answers(408, 409, 412, 413, s200="Record|Written", s201="Record|Written", s202="Accepted"),
+    responses=answers(408, 409, 412, 413, 415, s200="Record|Written", s201="Record|Written", s202="Accepted"),
     openapi_extra={**json_body("Change"), "parameters": [_IF_MATCH, IDEMPOTENCY_KEY, PREFER]},
 )
 async def update(request: Request, eval_id: str) -> Response:

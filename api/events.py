@@ -42,7 +42,7 @@ def _is_lines(request: Request) -> bool:
     "/evaluations/{eval_id}/events",
     operation_id="send_events",
     summary="Store events of one evaluation",
-    responses={**answers(408, 409, 413, s202="Accepted|Outcome"), 200: _LINES},
+    responses={**answers(408, 409, 413, 415, s202="Accepted|Outcome"), 200: _LINES},
     openapi_extra={**json_body("Event", lines=True), "parameters": [IDEMPOTENCY_KEY, PREFER]},
 )
 async def send(request: Request, eval_id: str) -> Response:
@@ -79,7 +79,7 @@ async def send(request: Request, eval_id: str) -> Response:
     "/events:batch",
     operation_id="send_event_batch",
     summary="Store events of many evaluations",
-    responses={**answers(408, 413, s202="Outcome"), 200: _LINES},
+    responses={**answers(408, 413, 415, s202="Outcome"), 200: _LINES},
     openapi_extra={**json_body("Event", lines=True, single=False), "parameters": [IDEMPOTENCY_KEY, PREFER]},
 )
 async def send_batch(request: Request) -> Response:

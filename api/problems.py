@@ -46,6 +46,12 @@ class Problem(Exception):
         self.faults = tuple(faults)
 
 
+def refuse_packed(headers: Mapping[str, str]) -> None:
+    """A body is taken as it is. Raises Problem (415) for one that its client compressed."""
+    if headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+        raise Problem(415, "unsupported-encoding", "a body is taken as it is: send it without Content-Encoding")
+
+
 def invalid(faults: Iterable[Fault]) -> Problem:
     """422, with every wrong field."""
     faults = tuple(faults)

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from api.access import Access
 from api.cache import Records, Rendered, Shared
 from api.metrics import Metrics
-from api.problems import Problem, unavailable
+from api.problems import Problem, refuse_packed, unavailable
 from api.rendering import rendered
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.settings import Settings
@@ -192,7 +192,11 @@ class Service:
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:
-        """The request's body, in memory; who has read it clears it. Of large ones only so many are, until this is left."""
+        """The request's body, in memory; who has read it clears it. Of large ones only so many are, until this is left.
+
+        Raises Problem (415, 503).
+        """
+        refuse_packed(request.headers)
         async with contextlib.AsyncExitStack() as stack:
             body, ahead = bytearray(), [(LARGE_BODY_BYTES, self._large_bodies), (HUGE_BODY_BYTES, self._huge_bodies)]
             async for piece in request.stream():

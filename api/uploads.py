@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from api.access import Caller
 from api.openapi import answers, header
-from api.problems import Problem, invalid
+from api.problems import Problem, invalid, refuse_packed
 from api.rendering import json_response
 from api.service import Service, service_of
 from models.content import Reference
@@ -69,9 +69,7 @@ async def put(request: Request) -> Response:
 
 def _check_form(request: Request) -> None:
     """What a client wrapped or packed, it did not mean to be kept so."""
-    packed = request.headers.get("content-encoding", "identity").strip().lower()
-    if packed not in {"", "identity"}:
-        raise Problem(415, "unsupported-encoding", "content is taken as it is: send it without Content-Encoding")
+    refuse_packed(request.headers)
     if request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
         raise Problem(415, "unsupported-type", "content is the whole body: send it raw, not as a form")
 

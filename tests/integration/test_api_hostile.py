@@ -55,6 +55,7 @@ REFUSED = {
     ),
     "invalid UTF-8": (422, post(b'{"eval_id": "\xff", "code": "c"}')),
     "UTF-16": (422, post('{"eval_id": "e", "code": "c"}'.encode("utf-16"))),
+    "gzip": (415, head("POST", E, b"Content-Type: application/json", b"Content-Encoding: gzip", length=3) + b"\x1f\x8b\x08"),
     "endless nesting": (422, post(b"[" * 200_000)),
     "nested metadata": (422, post(b'{"eval_id": "e", "metadata": ' + b'{"a":' * 50_000 + b"}" * 50_000 + b"}")),
     "a huge number": (422, post(b'{"eval_id": "e", "code": "c", "attempt": ' + b"9" * 5000 + b"}")),
