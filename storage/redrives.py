@@ -208,8 +208,11 @@ def _add(cursor: psycopg.Cursor[Any], redrive_id: UUID, outcome: Outcome, number
     cursor.execute(_ADD.format(outcome), {"number": number, "sent": sent, "id": redrive_id})
 
 
+# One without the time was sent by a worker that died before it could say so.
 _STORED: Final = """
-UPDATE dead_letters SET state = 'stored', sent_at = coalesce(sent_at, clock_timestamp()) WHERE id = ANY(%s)
+UPDATE dead_letters SET state = 'stored', redrives = redrives + (sent_at IS NULL)::int,
+    sent_at = coalesce(sent_at, clock_timestamp())
+WHERE id = ANY(%s)
 """
 
 

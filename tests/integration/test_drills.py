@@ -36,7 +36,7 @@ exec {python} -m ops.cli "$@"
 NEXT_MIGRATION = '''
 """The next release's."""
 from alembic import op
-revision = "next"
+revision = "9999"
 down_revision = "{head}"
 def upgrade() -> None:
     op.execute("ALTER TABLE evaluations ADD COLUMN next_release text")
@@ -178,7 +178,7 @@ def test_an_upgrade_migrates_first_while_workers_of_the_old_release_store(
     old.start()
     world.send(evaluations(50, "before"))
     wait_until(lambda: world.applied() == 150, what="the old release stores", within_s=60)
-    assert "to next" in shell.type(next(steps), PYTHONPATH=str(release))
+    assert "to 9999" in shell.type(next(steps), PYTHONPATH=str(release))
     world.send(evaluations(50, "between"))
     wait_until(lambda: world.applied() == 300, what="the old release stores still", within_s=60)
     late = world.workers()

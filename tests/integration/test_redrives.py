@@ -132,6 +132,18 @@ def test_who_claims_second_waits_and_finds_nothing_left(world: World, operator: 
     assert [row["total"] for row in operator.rows("SELECT total FROM redrives")] == [5]
 
 
+def test_a_letter_that_a_worker_sent_and_died_before_it_said_so_was_redriven_once(
+    world: World, operator: Operator, engine: Engine
+) -> None:
+    bury(engine, world, 1)
+    with engine.connect() as conn:
+        dead_letters.redrive(conn, Selection(), Intent("redrive", "ada", None, {}), Pace())
+        for _ in range(2):  # told twice
+            redrives.stored(conn, [operator.letters()[0]["id"]])
+    (letter,) = operator.letters()
+    assert (letter["state"], letter["redrives"]) == ("stored", 1)
+
+
 def test_a_redrive_goes_on_after_its_worker_was_killed(world: World, operator: Operator, engine: Engine) -> None:
     bury(engine, world, 120)
     workers = world.workers()
