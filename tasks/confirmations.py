@@ -16,6 +16,7 @@ import redis
 from models.errors import RedisOutage
 from tasks import tracing
 from tasks.broker import broker
+from tasks.connections import as_bytes
 
 STREAM: Final = "evalstore:confirmations"
 
@@ -89,10 +90,5 @@ def _entries(found: Any) -> list[tuple[Any, dict[bytes, bytes]]]:
     if isinstance(found, dict):  # RESP3 has a list of what one XREADGROUP found in a stream
         (entries,) = entries
     return [
-        (entry_id, {_as_bytes(name): _as_bytes(value) for name, value in (fields or {}).items()})
-        for entry_id, fields in entries
+        (entry_id, {as_bytes(name): as_bytes(value) for name, value in (fields or {}).items()}) for entry_id, fields in entries
     ]
-
-
-def _as_bytes(text: str | bytes) -> bytes:
-    return text.encode(errors="surrogateescape") if isinstance(text, str) else text

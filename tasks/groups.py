@@ -139,15 +139,10 @@ def groups() -> list[Group]:
     return [group for group in found if next(group.processes(), None)]
 
 
-def own(role: Role) -> Group:
-    """The group that this process belongs to. Raises Unshared."""
-    parent = multiprocessing.parent_process()
-    return Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
-
-
 def join(role: Role, ledger: Ledger) -> Group:
     """Keep this process's ledger where the others of its group do, and take over from groups that ended. Raises Unshared."""
-    group = own(role)
+    parent = multiprocessing.parent_process()
+    group = Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
     try:
         with _locked(runtime() / "lock"):
             group.folder.mkdir(mode=0o700, exist_ok=True)

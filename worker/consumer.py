@@ -16,6 +16,7 @@ from dramatiq.broker import Consumer as DramatiqConsumer
 
 from models.errors import BadMessage, Outage
 from tasks.broker import encode
+from tasks.connections import as_bytes
 from worker.batches import Batch, Delivery, cause, read
 from worker.metrics import LOOP_S, WORK_S, named
 
@@ -142,7 +143,7 @@ class Consumer(DramatiqConsumer):
 
     def _taken(self, number: int, found: dict[Any, Any]) -> list[tuple[bytes, bytes]]:
         """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
-        bodies = {_as_bytes(redis_id): _as_bytes(body) for redis_id, body in found.items()}
+        bodies = {as_bytes(redis_id): as_bytes(body) for redis_id, body in found.items()}
         new = self.broker.hold.take(self.queue_name, bodies)
         self.broker.fetches[self.queue_name] = number
         return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
@@ -337,8 +338,4 @@ class Consumer(DramatiqConsumer):
 
 
 def _ids(message: Any) -> list[bytes]:
-    return message.redis_ids if isinstance(message, Held) else [_as_bytes(message.options["redis_message_id"])]
-
-
-def _as_bytes(value: str | bytes) -> bytes:
-    return value.encode(errors="surrogateescape") if isinstance(value, str) else value
+    return message.redis_ids if isinstance(message, Held) else [as_bytes(message.options["redis_message_id"])]
