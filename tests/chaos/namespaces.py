@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Final, ParamSpec
@@ -68,12 +68,18 @@ class Disk:
     @contextmanager
     def full(self, *, but_bytes: int = 0) -> Iterator[None]:
         """Taken up by somebody else, but for so much."""
-        space = os.statvfs(self.folder)
         taken = self.folder / "somebody-else's"
         with taken.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(4096, space.f_bavail * space.f_frsize - but_bytes))
+            while (room := self._room() - but_bytes) > 0:
+                # Whoever else writes here may have taken some of it since it was asked for.
+                with suppress(OSError):
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, room)
         yield
         taken.unlink()
+
+    def _room(self) -> int:
+        space = os.statvfs(self.folder)
+        return space.f_bavail * space.f_frsize
 
 
 class Network:
