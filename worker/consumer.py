@@ -14,7 +14,7 @@ import redis
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
 
-from models.errors import BadMessage, Outage
+from models.errors import BadMessage, Outage, SchemaMismatch
 from tasks.broker import encode
 from tasks.connections import as_bytes
 from worker.batches import Batch, Delivery, cause, read
@@ -31,6 +31,8 @@ BATCHES: Final = 2
 TOGETHER_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
+# What ends without the message's doing: a server comes back, a schema is migrated.
+_PASSES: Final = (Outage, SchemaMismatch)
 _MOST_TOLD: Final = 20
 
 
@@ -199,9 +201,11 @@ class Consumer(DramatiqConsumer):
                 self._take_apart(message)
             elif error is None:
                 self._acknowledge(redis_ids, batch)
-            elif isinstance(error, Outage) or (isinstance(message, Held) and message.retry_ms is not None):
-                retry_ms = _OUTAGE_DELAY_MS if isinstance(error, Outage) else message.retry_ms
-                self._retry(redis_ids[0], message, retry_ms)
+            elif isinstance(error, _PASSES):
+                # As it came: Dramatiq's middleware has counted this as a try, and an outage uses up none.
+                self._postpone(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
+            elif isinstance(message, Held) and message.retry_ms is not None:
+                self._retry(redis_ids[0], message, message.retry_ms)
             else:
                 self._bury(redis_ids, batch, error)
         except BaseException:
@@ -253,6 +257,9 @@ class Consumer(DramatiqConsumer):
     def nack(self, message: Any) -> None:
         """Make a dead letter of it, with what its actor raised as the cause."""
         error = getattr(message, "_exception", None) or BadMessage("rejected")
+        if isinstance(error, _PASSES):  # rejected for tries that an outage used up
+            self.ack(message)
+            return
         try:
             self._settle([], dict.fromkeys(_ids(message), cause(error)))
         finally:

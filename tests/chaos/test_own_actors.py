@@ -3,10 +3,13 @@
 from threading import Event
 
 import dramatiq
+import pytest
 from dramatiq import Worker
 from dramatiq.middleware import Retries
 
+from models.errors import DatabaseOutage, SchemaMismatch
 from tests.chaos.world import wait_until
+from worker import consumer
 from worker.broker import Broker
 
 
@@ -39,6 +42,33 @@ def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(re
     assert broker.counts("own")["dead"] == 0
     assert broker.counts("own")["ready"] >= 1
     assert set(broker.hold.ids("own")) == set()
+    broker.client.close()
+
+
+@pytest.mark.parametrize("error", [DatabaseOutage, SchemaMismatch])
+def test_what_an_outage_keeps_from_being_done_uses_up_no_tries(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """The periodic jobs of an hour without PostgreSQL would be dead letters."""
+    monkeypatch.setattr(consumer, "_OUTAGE_DELAY_MS", 10)
+    broker = Broker(url=redis_url, middleware=[Retries(max_retries=2, min_backoff=10, max_backoff=20)])
+    runs: list[int] = []
+
+    @dramatiq.actor(broker=broker, queue_name="own")
+    def work() -> None:
+        runs.append(len(runs))
+        if len(runs) < 6:
+            raise error("for now")
+        if len(runs) < 8:  # by its own fault, as often as it may
+            raise ValueError(len(runs))
+
+    worker = Worker(broker, worker_threads=1, worker_timeout=100)
+    worker.start()
+    work.send()
+    wait_until(lambda: broker.do_qsize("own") == 0, what="it is done with")
+    worker.stop()
+
+    assert (len(runs), broker.counts("own")["dead"]) == (8, 0)
     broker.client.close()
 
 
