@@ -3,23 +3,16 @@
 `uvicorn api.app:app --http api.protocol:Protocol` runs the same, with addresses and limits as uvicorn's own options say.
 """
 
-import sys
-
 import uvicorn
 
-from models.errors import InvalidSettings
-from models.settings import settings
+from tasks.environment import settings_or_end
 
 GRACE_S = 30
 
 
-def main() -> int:
+def main() -> None:
     """Serve until SIGINT or SIGTERM, then finish what is being answered. Exit status 2 where settings are wrong."""
-    try:
-        chosen = settings()
-    except InvalidSettings as error:
-        print(error, file=sys.stderr)
-        return 2
+    chosen = settings_or_end()
     uvicorn.run(
         "api.app:app",
         http="api.protocol:Protocol",
@@ -29,8 +22,7 @@ def main() -> int:
         access_log=False,
         server_header=False,
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,15 +3,8 @@
 Without `--http` uvicorn waits without end for the head of a request, and no application has a say in that: api/protocol.py.
 """
 
-import sys
-
 from api.application import build
-from models.errors import InvalidSettings
-from models.settings import settings
+from tasks.environment import settings_or_end
 
-try:
-    settings()
-except InvalidSettings as error:  # where a traceback would bury what is to be mended
-    print(error, file=sys.stderr)
-    sys.exit(2)
+settings_or_end()
 app = build()

@@ -24,6 +24,7 @@ from api.service import Service
 from api.tracing import SERVICE, Traced
 from models.settings import settings
 from tasks import logs, tracing
+from tasks.environment import tell_misspelt
 
 log = logging.getLogger("evalstore.api")
 
@@ -40,6 +41,7 @@ def build() -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logs.set_up("uvicorn", "uvicorn.access")
+        tell_misspelt()
         if "api.protocol" not in sys.modules:
             log.warning(
                 "any client may take as long as it likes for the head of a request: start with --http api.protocol:Protocol"

@@ -47,7 +47,7 @@ def in_words(error: ErrorDetails) -> str:
     return words
 
 
-def did_you_mean(given: object, known: Collection[str]) -> str:
-    """The end of a sentence that names what is spelt alike, or nothing."""
+def did_you_mean(given: object, known: Collection[str], *, prefix: str = "") -> str:
+    """The end of a sentence that names what is spelt alike, or nothing. `prefix`: what all names begin with, left out here."""
     close = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

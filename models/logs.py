@@ -19,6 +19,8 @@ class Entry(NamedTuple):
 
 
 LOGS: Final = (
+    # At the start.
+    Entry("misspelt_setting", "warning", "a variable of the environment does nothing: %s", ("problem",)),
     # Outages, and their end.
     Entry("outage", "warning", "%s, holding %d events until it is over: %s", ("kind", "events", "error")),
     Entry("redis_refuses", "warning", "Redis refuses queue %s, trying again until it does not: %s", ("queue", "error")),

@@ -13,9 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.faults import in_words
+from models.faults import did_you_mean, in_words
 
 _PREFIX = "EVALSTORE_"
+# Read by a command each, and so no settings of a process.
+_BESIDE = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
+# What Kubernetes sets for each service, here for one whose name begins with evalstore.
+_SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 _BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
 
 
@@ -239,6 +243,20 @@ class Settings(BaseModel):
         except ValidationError as error:
             faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {in_words(fault)}" for fault in error.errors()]
             raise InvalidSettings("; ".join(faults)) from None
+
+
+def misspelt(environment: Mapping[str, str]) -> list[str]:
+    """A sentence of each variable that is no setting and spelt like one. No fault: a platform may have variables of its own,
+    and an older release runs with the settings of a newer one."""
+    known = [name.upper() for name in Settings.model_fields]
+    found = []
+    for name in sorted(environment):
+        rest = name.upper().removeprefix(_PREFIX)
+        is_none = rest != name.upper() and not (name.startswith(_PREFIX) and rest in known)
+        if is_none and name not in _BESIDE and not _SERVICE_LINK.fullmatch(rest):
+            hint = did_you_mean(rest, known, prefix=_PREFIX)
+            found += [f"{name} is no setting{hint}"] if hint else []
+    return found
 
 
 @cache

@@ -14,6 +14,7 @@ import typer
 
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
 from ops.output import notice
+from tasks.environment import tell_misspelt
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 _COMMANDS: Final = {
@@ -58,6 +59,7 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
 
 def _find_local_servers() -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
+    tell_misspelt()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
         return
     environment = Path(".evalstore/environment")

@@ -24,6 +24,7 @@ from models.errors import NotDurable, RedisOutage
 from models.settings import settings
 from tasks import tracing
 from tasks.connections import InTime, packed, within
+from tasks.environment import tell_misspelt
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
 from tasks.young import Young
@@ -351,6 +352,7 @@ def broker() -> Broker:
     from tasks.evaluations import store_evaluation
 
     read = settings()
+    tell_misspelt()
     spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=Young(read)) if read.spool_dir else None
     made = Broker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)

@@ -1,13 +1,10 @@
 """Start-up of a worker: `dramatiq worker.tasks` and `periodiq worker.tasks` import this."""
 
-import sys
-
 import dramatiq
 from dramatiq.middleware import Retries
 
-from models.errors import InvalidSettings
 from models.settings import settings
-from tasks import logs
+from tasks import environment, logs
 from tasks.evaluations import store_evaluation
 from worker import exposition, schedule
 from worker.background import Beside
@@ -15,12 +12,9 @@ from worker.breaker import BreakerLimits
 from worker.broker import Broker
 from worker.evaluations import Store
 
-try:
-    settings()
-except InvalidSettings as error:  # where a traceback would bury what is to be mended
-    print(error, file=sys.stderr)
-    sys.exit(2)
+environment.settings_or_end()
 logs.take_over()
+environment.tell_misspelt()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
     # For the periodic jobs; events are not retried one by one.

@@ -10,7 +10,8 @@ import redis
 from psycopg.conninfo import conninfo_to_dict
 
 from models import InvalidSettings
-from models.settings import Settings
+from models.settings import Settings, misspelt
+from ops import processes
 
 ADDRESS = "postgresql://user:hunter2@db/evalstore"
 
@@ -135,3 +136,47 @@ def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> Non
 def test_secrets_never_print() -> None:
     read = Settings.from_environment({"EVALSTORE_DATABASE_URL": ADDRESS, "EVALSTORE_REDIS_URL": "redis://:hunter2@r"})
     assert "hunter2" not in f"{read} {read!r} {read.model_dump()} {read.model_dump_json()}"
+
+
+def test_a_variable_that_is_spelt_like_a_setting_is_told_with_it_and_no_other_is() -> None:
+    told = misspelt(
+        {
+            "EVALSTORE_SPOOLDIR": "/var/spool/evalstore",
+            "EVALSTORE_DATABASE_URI": "",
+            "Evalstore_Redis_Url": "redis://h",
+            "EVALSTORE_redis_url": "redis://h",  # this one is read
+            "EVALSTORE_OWNED_BY": "the platform team",
+            "EVALSTORE_ACTOR": "ada",
+            "EVALSTORE_API_URL": "http://localhost:8086",
+            "EVALSTORE_API_SERVICE_HOST": "10.0.0.1",  # Kubernetes, for a service named evalstore-api
+            "EVALSTORE_API_SERVICE_PORT_HTTP": "80",
+            "EVALSTORE_API_PORT_80_TCP_ADDR": "10.0.0.1",
+            "REDIS_URL": "redis://h",
+        }
+    )
+    assert told == [
+        "EVALSTORE_DATABASE_URI is no setting; did you mean EVALSTORE_DATABASE_URL?",
+        "EVALSTORE_SPOOLDIR is no setting; did you mean EVALSTORE_SPOOL_DIR?",
+        "Evalstore_Redis_Url is no setting; did you mean EVALSTORE_REDIS_URL?",
+    ]
+
+
+def test_no_name_that_processes_find_in_their_environment_is_taken_for_a_misspelling() -> None:
+    assert (
+        misspelt({**os.environ, processes.MARK: "/data", **{f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}})
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import worker.tasks",
+        "import sys; sys.argv = ['evalstore', 'cron', '--help']; from ops.entry import main; main()",
+        "from tasks.broker import broker; broker(); broker.cache_clear(); broker()",
+    ],
+)
+def test_each_process_tells_once_of_a_misspelt_setting(start: str) -> None:
+    given = {**os.environ, "EVALSTORE_SPOOLDIR": "/var/spool/evalstore", "EVALSTORE_METRICS_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", start], env=given, capture_output=True, text=True, check=True)
+    assert done.stderr.count("EVALSTORE_SPOOLDIR is no setting; did you mean EVALSTORE_SPOOL_DIR?") == 1
