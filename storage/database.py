@@ -64,10 +64,7 @@ def engine(
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
     Raises InvalidSettings where `url` is no address.
     """
-    try:
-        own_options = conninfo_to_dict(url).get("options") or ""
-    except psycopg.ProgrammingError:  # its message may hold the password
-        raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
+    own_options = parse(url).get("options") or ""
     options = (
         f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
         f" -c idle_in_transaction_session_timeout={int(idle_timeout_s * 1000)} -c tcp_user_timeout=10000"
@@ -103,6 +100,14 @@ def engine(
     )
     event.listen(made, "checkin", _leave_refused)
     return made
+
+
+def parse(url: str) -> dict[str, Any]:
+    """What an address says, by libpq's names for it. Connects to nothing. Raises InvalidSettings where it is none."""
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.ProgrammingError:  # its message may hold the password
+        raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
 
 
 def _note_end(notice: psycopg.errors.Diagnostic) -> None:
@@ -157,7 +162,7 @@ def errors() -> Iterator[None]:
     except PoolTimeout as error:
         raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
+        cause = _reason(error.orig if isinstance(error, DBAPIError) else error)
         if isinstance(cause, _NOT_MIGRATED):
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if isinstance(cause, _POOLED):
@@ -172,6 +177,13 @@ def errors() -> Iterator[None]:
                 is_lock=isinstance(cause, pg.LockNotAvailable),
             ) from error
         raise
+
+
+def _reason(error: BaseException | None) -> BaseException | None:
+    """Why a connection ended, where `error` is only that it could not be rolled back after that."""
+    while isinstance(error, psycopg.Error) and error.sqlstate is None and isinstance(error.__context__, psycopg.Error):
+        error = error.__context__
+    return error
 
 
 def _is_outage(error: psycopg.Error) -> bool:

@@ -61,7 +61,7 @@ def write(conn: Connection, burials: Sequence[Burial]) -> None:
     rows = [
         (
             *one[:10],
-            min(one.attempts, _MOST_ATTEMPTS),
+            max(1, min(one.attempts, _MOST_ATTEMPTS)),  # a sender may have put any number there
             *(one.died_at, one.died_at, one.host, one.release),
             sorted(objects_named(one.message)),
         )

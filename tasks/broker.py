@@ -168,8 +168,9 @@ class Broker(RedisBroker):
         stored once), NotDurable. With a spool, an event that is neither delayed nor durable is kept there instead, behind those
         kept before; SpoolFull if not.
         """
-        durable = bool(message.options.pop("durable", False))
-        sent: Message[Any] = Message(**_fields(message) | {"options": message.options | {"redis_message_id": str(uuid4())}})
+        options = message.options | {"redis_message_id": str(uuid4())}
+        durable = bool(options.pop("durable", False))  # of `message` it stays, which may be sent again
+        sent: Message[Any] = Message(**_fields(message) | {"options": options})
         self.emit_before("enqueue", sent, delay)
         with tracing.sending(sent.queue_name, [sent]):
             keys = self.keys(sent.queue_name)

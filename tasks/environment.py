@@ -12,13 +12,17 @@ log = logging.getLogger("evalstore.settings")
 
 
 def settings_or_end() -> Settings:
-    """This process's settings. Where they are wrong, say what is to be mended, without the traceback that would bury it, and
-    end the process with status 2."""
+    """The settings of a process that speaks to the database. Where they are wrong, say what is to be mended, without the
+    traceback that would bury it, and end the process with status 2: a worker would find each event at fault."""
+    from storage import database
+
     try:
-        return settings()
+        read = settings()
+        database.parse(read.database_url.get_secret_value())
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    return read
 
 
 @cache

@@ -188,6 +188,7 @@ def _take_over(ended: Path, heir: Path, layout: Layout) -> None:
     total = ended / _TOTAL
     if _files(ended) and not total.exists():
         new = ended / "total.new"
+        new.unlink(missing_ok=True)  # somebody died here: it would be added to what it is the total of
         new.write_bytes(layout.data(_totals(ended, layout, running=())))
         new.rename(total)
     for path in _files(ended):

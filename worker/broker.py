@@ -1,6 +1,6 @@
 """The consuming half of the broker, which Dramatiq's own worker and command line run.
 
-Where a message is, is what Redis says: in the queue, in a process's unacknowledged set, delayed, suspected, or dead. A
+Where a message is, is what Redis says: in the queue, in a process's unacknowledged set, delayed, suspected, or dead. A process
 that dies leaves its set to the others; one that lives compares its set with what it holds, and gives back the difference.
 """
 

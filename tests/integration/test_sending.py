@@ -450,6 +450,7 @@ UNSTORABLE: dict[str, Json | bytes] = {
     "an actor of half a pair": message(STARTED, actor_name="\ud800"),
     "an actor with NUL": message(STARTED, actor_name="a\0b"),
     "retries beyond counting": message({**STARTED, "eval_id": ""}, options={"retries": 10**30}),
+    "retries below counting": message({**STARTED, "eval_id": ""}, options={"retries": -(10**30)}),
     "no message id": message(STARTED, message_id=None),
     "a time before 1970": message(STARTED, message_timestamp=-1),
     "a time beyond all": message(STARTED, message_timestamp=10**30),

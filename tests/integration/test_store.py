@@ -686,6 +686,16 @@ def test_a_server_that_is_not_there_is_an_outage(url: str) -> None:
     assert "hunter2" not in str(raised.value)
 
 
+def test_a_connection_that_was_ended_says_why(conn: Connection, plain: psycopg.Connection[Json]) -> None:
+    """One of which nobody knows why it ended speaks against the work that it was used for."""
+    raw = database.driver(conn)
+    plain.execute("SELECT pg_terminate_backend(%s, 5000)", [raw.info.backend_pid])
+    with pytest.raises(DatabaseOutage, match="administrator") as raised, database.errors(), conn.begin():
+        raw.execute("SELECT 1")
+    assert not raised.value.is_lost
+    assert not raised.value.may_be_the_work
+
+
 def test_an_address_that_is_none_is_told_and_not_repeated() -> None:
     with pytest.raises(InvalidSettings, match="EVALSTORE_DATABASE_URL") as raised:
         database.engine("postgresql://u:hunter2@h/x?nonsense=1")

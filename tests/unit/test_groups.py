@@ -82,7 +82,7 @@ def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
     assert len(list(runtime.glob("worker;*"))) == 2
 
 
-@pytest.mark.parametrize("done", ["total", "files", "moved"])
+@pytest.mark.parametrize("done", ["new", "total", "files", "moved"])
 def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
     start: Callable[[int], subprocess.Popen[bytes]], runtime: Path, monkeypatch: pytest.MonkeyPatch, done: str
 ) -> None:
@@ -94,11 +94,14 @@ def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
     heir = next(group for group in groups.groups() if group.folder != ended.folder)
     assert counted(heir, APPLIED[0], *APPLIED[1]) == 8
 
-    # What a crash leaves behind after each step: the total beside the files, the total alone, an empty folder.
+    # What a crash leaves behind after each step: a total that has not its name yet, or that has it, beside the files; the total
+    # alone; an empty folder.
     taken = next(heir.folder.glob("past;*"))
     ended.folder.mkdir()
     if done != "moved":
-        taken.rename(ended.folder / "total")
+        taken.rename(ended.folder / ("total.new" if done == "new" else "total"))
+    if done == "new":
+        (ended.folder / groups.name_of(2**22 - 1)).write_bytes((ended.folder / "total.new").read_bytes())
     if done == "total":
         (ended.folder / groups.name_of(2**22 - 1)).write_bytes(LAYOUT.data([9.0] * LAYOUT.size))
     start(2)

@@ -133,6 +133,14 @@ def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> Non
         assert done.returncode == 2
 
 
+def test_an_address_that_libpq_does_not_take_is_told_at_once_instead_of_at_each_event() -> None:
+    wrong = {"EVALSTORE_DATABASE_URL": "postgresql://u:hunter2@localhost/x?sslmod=require"}
+    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "api.app:app"]):
+        done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
+        assert done.stderr == "EVALSTORE_DATABASE_URL: expected an address that libpq understands\n"
+        assert done.returncode == 2
+
+
 def test_secrets_never_print() -> None:
     read = Settings.from_environment({"EVALSTORE_DATABASE_URL": ADDRESS, "EVALSTORE_REDIS_URL": "redis://:hunter2@r"})
     assert "hunter2" not in f"{read} {read!r} {read.model_dump()} {read.model_dump_json()}"

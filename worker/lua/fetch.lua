@@ -13,8 +13,8 @@
 -- Returns { suspects waiting, ms until the next delayed one is due or -1, how many stay in the queue, { id, id, ... }
 -- [, { message or nil, ... }] }.
 --
--- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids. Every path begins with a write
--- that frees or moves, so that a full server can be drained.
+-- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids.
+-- Every path begins with a write that frees or moves, so that a full server can be drained.
 
 local first, most = tonumber(ARGV[1]) * 65536, tonumber(ARGV[2])
 local time = redis.call("TIME")
