@@ -251,8 +251,10 @@ class Local:
                 if part.name in due and now >= due[part.name]:
                     del due[part.name]
                     started[part.name] = now
-                    with contextlib.suppress(ServerError):
+                    try:
                         part.start()
+                    except (ServerError, OSError) as error:  # tried again, as one that has ended
+                        self._show("up", f"{part.name} cannot be started: {str(error).partition(chr(10))[0]}")
                 elif part.name not in due and not part.running:
                     lived = now - started[part.name] >= LIVED_S
                     wait_s[part.name] = 0.5 if lived else min(LONGEST_WAIT_S, 2 * wait_s[part.name])

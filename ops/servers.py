@@ -203,9 +203,12 @@ class Postgres(Server):
 
     def start(self, *, deadline_s: float = 60.0) -> None:
         super().start(deadline_s=deadline_s)
-        with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
-            if not conn.execute("SELECT 1 FROM pg_database WHERE datname = 'evalstore'").fetchone():
-                conn.execute(sql.SQL("CREATE DATABASE evalstore"))
+        try:
+            with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
+                if not conn.execute("SELECT 1 FROM pg_database WHERE datname = 'evalstore'").fetchone():
+                    conn.execute(sql.SQL("CREATE DATABASE evalstore"))
+        except psycopg.Error as error:
+            raise ServerError(self._why(f"cannot be used: {error}")) from error
 
     def stop(self) -> None:
         super().stop()

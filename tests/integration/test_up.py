@@ -238,6 +238,20 @@ def test_a_server_that_dies_is_started_again_at_its_address(
     eventually(is_back, what="the same data at the same address")
 
 
+def test_what_cannot_be_started_again_is_tried_until_it_can(start: Start, living_in: LivingIn, eventually: Eventually) -> None:
+    """On a full disk, say, where its files cannot be written."""
+    up = start()
+    in_the_way = up.folder / "valkey/port.new"
+    in_the_way.mkdir()
+    [server] = [line for line in living_in(up.folder) if re.match(r"\d+: \S*/valkey-server ", line)]
+    os.kill(int(server.split(":")[0]), signal.SIGKILL)
+    eventually(lambda: "Valkey cannot be started" in up.text, what="the notice")
+
+    in_the_way.rmdir()
+
+    eventually(lambda: any("/valkey-server " in line for line in living_in(up.folder)), within_s=30, what="its return")
+
+
 def test_a_second_ctrl_c_does_not_wait_for_a_deaf_worker(start: Start, eventually: Eventually) -> None:
     up = start("deaf")
     up.signal(signal.SIGINT)
