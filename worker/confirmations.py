@@ -1,6 +1,5 @@
 """Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -26,11 +25,10 @@ def relay(conn: Connection, broker: Broker) -> int:
     """
 
     def publish(known: StreamId, commits: Sequence[Commit]) -> Relayed:
-        oldest_ms = int((time.time() - KEEP_S) * 1000)
         try:
             for lines, traces in _parts(commits):
                 with tracing.publishing(STREAM, traces) as traceparents:
-                    ms, seq, done = broker.run("confirm", [STREAM], *known, oldest_ms, lines, traceparents)
+                    ms, seq, done = broker.run("confirm", [STREAM], *known, KEEP_S * 1000, lines, traceparents)
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)

@@ -1,5 +1,6 @@
 """Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
 
+import time
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -221,6 +222,21 @@ def test_old_entries_leave_the_stream(conn: Connection, broker: Broker) -> None:
     confirmations.relay(conn, broker)
 
     assert broker.client.xlen(STREAM) < 200
+
+
+def test_a_worker_whose_clock_is_days_ahead_leaves_the_stream_alone(
+    conn: Connection, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would empty it, and everything in the outbox would be relayed again, without end."""
+    for _ in range(300):
+        broker.client.xadd(STREAM, {"confirmation": "{}"})
+    store(conn, "a", 1)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3 * 86_400)
+
+    confirmations.relay(conn, broker)
+
+    assert broker.client.xlen(STREAM) == 301
 
 
 @pytest.mark.parametrize("options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True}], ids=str)

@@ -1,7 +1,7 @@
 -- Append confirmations to the stream, and publish each on the channel of its type where anybody may be listening.
 --
 -- KEYS  1 stream   evalstore:confirmations
--- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 oldest entry to keep, ms; 4 a line of JSON each;
+-- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 how long to keep entries, ms; 4 a line of JSON each;
 --       5 empty, or 55 characters each: a traceparent to become a field of its own, or spaces
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
@@ -59,6 +59,7 @@ while at <= #ARGV[4] do
 end
 if id then
     ms, sequence = parts(id)
-    redis.call("XTRIM", KEYS[1], "MINID", "~", ARGV[3])  -- once: with each entry it is a quarter of the time
+    -- Once: with each entry it is a quarter of the time. By the clock that made the ids: another's may be days ahead.
+    redis.call("XTRIM", KEYS[1], "MINID", "~", string.format("%.0f", math.max(0, redis.call("TIME")[1] * 1000 - ARGV[3])))
 end
 return { ms, sequence, 1 }
