@@ -43,8 +43,7 @@ def ls(output_format: OutputOption = Format.table) -> None:
     if output_format is Format.table:
         now = datetime.now(UTC)
         for row in rows:
-            if isinstance(row["result"], dict):
-                row["result"] = ", ".join(f"{count} {what}" for what, count in row["result"].items())
+            row["result"] = _in_words(row["result"])
             row["last_run"] = ago(row["last_run"], now)
             row["next_run"] = f"in {age((datetime.fromisoformat(row['next_run']) - now).total_seconds())}"
     show(rows, ["job", "last_run", "outcome", "next_run", "result"], output_format, wrapped="result")
@@ -66,12 +65,17 @@ def run(
         if last is not None and last != before:
             if last.get("outcome") != "ok":
                 raise failed(f"{name} failed: {last.get('error')}", 1)
-            notice(f"{name} ran in {last.get('seconds')} s: {last.get('result')}", "green")
+            notice(f"{name} ran in {last.get('seconds')} s: {_in_words(last.get('result'))}", "green")
             return
         time.sleep(0.1)
     notice(f"{name} is queued" + (f"; no worker ran it within {wait_s:g} s" if wait_s else ""), "yellow")
     if wait_s:
         raise typer.Exit(1)
+
+
+def _in_words(result: object) -> object:
+    """What a job counted, or the error it ended with."""
+    return ", ".join(f"{count} {what}" for what, count in result.items()) if isinstance(result, dict) else result
 
 
 def _last_runs() -> dict[str, dict[str, Any]]:

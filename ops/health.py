@@ -39,7 +39,9 @@ def _tell_live(of: str | None, form: Format) -> None:
         for process in group.processes()
     ]
     if rows or form is not Format.table:
-        show(rows, ["group", "process", "live", "stuck"], form)
+        # A process's number is a name for people, to be copied: it has no commas.
+        shown = [row | {"process": str(row["process"])} for row in rows] if form is Format.table else rows
+        show(shown, ["group", "process", "live", "stuck"], form)
     if not rows:
         raise failed(f"no {of or 'process of evalstore'} runs here", 1)
     if stuck := [row for row in rows if not row["live"]]:

@@ -64,9 +64,12 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
     """Show all keys ever made, and what has become of them."""
     with _engine().connect() as conn:
         rows = [_row(key) for key in keys.all_keys(conn)]
+    if output_format is Format.table:
+        for row in rows:
+            row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
     columns = ["key_id", "name", "scopes", "state", "created_at", "expires_at"]
     nothing = "there are no keys but those of EVALSTORE_READ_API_KEYS and EVALSTORE_WRITE_API_KEYS, which are not listed"
-    show(rows, columns, output_format, nothing=nothing)
+    show(rows, columns, output_format, wrapped="name", nothing=nothing)
 
 
 @app.command()

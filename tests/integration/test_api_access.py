@@ -163,6 +163,8 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(database_url: str,
     assert key not in made.stderr
     (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)
     assert (row["name"], row["scopes"], row["state"]) == ("ci", "read,write", "usable")
+    _, line = run_evalstore("keys", "list").stdout.splitlines()  # one for each key in 80 columns, with times to copy
+    assert re.search(r"usable  20\d\d-\d\d-\d\d \d\d:\d\dZ  20\d\d-\d\d-\d\d \d\d:\d\dZ", line)
     assert run_evalstore("keys", "revoke", row["key_id"], "absent", status=4).stderr.count("absent") == 1
     (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)
     assert row["state"] == "revoked"
@@ -173,7 +175,7 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(database_url: str,
 
 @pytest.fixture
 def run_evalstore(database_url: str, tmp_path: Path) -> Callable[..., Any]:
-    env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url}
+    env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "COLUMNS": "80"}
 
     def run(*arguments: str, status: int = 0) -> Any:
         command = [*python(), "-m", "ops.cli", *arguments]

@@ -241,8 +241,10 @@ def test_what_is_stuck_shows_within_half_a_minute(
     runtime = {"EVALSTORE_RUNTIME_DIR": worker.env["EVALSTORE_RUNTIME_DIR"]}
     for one in (worker, scheduler):
         eventually(lambda one=one: one.health("live") == 200, within_s=60, what="the start")
-    assert evalstore("health", "--live", **runtime).returncode == 0
+    health = evalstore("health", "--live", **runtime)
+    assert health.returncode == 0
     assert scheduler.process
+    assert f" {scheduler.process.pid} " in health.stdout  # as `kill` takes it
 
     frozen, minute = [worker.workers[0], scheduler.process], time.time() // 60
     for process in frozen:
