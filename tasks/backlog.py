@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import redis
 
 from models.content import objects_named
 from models.errors import RedisOutage
+from tasks import queues
 from tasks.broker import Broker
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
@@ -36,23 +37,15 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
 
     A few short requests. Raises RedisOutage (retry).
     """
-    keys = broker.keys(queue)
+    keys, client = broker.keys(queue), broker.client
     try:
-        if broker.client.llen(keys.suspects):
+        if client.llen(keys.suspects):
             return float("inf")
-        heads: list[Any] = [*broker.client.lrange(keys.woken, 0, -1), *broker.client.lrange(keys.queue, 0, 0)]
-        for process in broker.client.hkeys(keys.processes):
-            name = process.decode() if isinstance(process, bytes) else str(process)
-            heads += broker.client.zrange(keys.unacked_prefix + name, 0, 0)
+        ids = queues.firsts(broker, queue, redriven=True)
         # Those that wait for an object or a lock come again and again, in no order of age.
-        soon_ms = (broker.client.time()[0] + _SOON_S) * 1000
-        heads += broker.client.zrangebyscore(keys.delayed, "-inf", soon_ms, start=0, num=_MOST_DELAYED)
-        if len(heads) > _MOST_DELAYED:
-            return float("inf")
-        bodies: list[Any] = []
-        for start in range(0, len(heads), 50):
-            bodies += broker.client.hmget(keys.bodies, heads[start : start + 50])
-        return _age_s(sent for body in bodies if body and (sent := _sent_ms(body)))
+        now_s: int = client.time()[0]
+        ids += client.zrangebyscore(keys.delayed, "-inf", (now_s + _SOON_S) * 1000, start=0, num=_MOST_DELAYED)
+        return queues.waited_s(broker, queue, ids) if len(ids) <= _MOST_DELAYED else float("inf")
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
 

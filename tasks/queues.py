@@ -83,14 +83,24 @@ def _living(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
 def oldest_age_s(broker: Broker, queue: str) -> float:
     """For how long the oldest message of a queue has waited. What an operator sent again counts for nothing: it was sent long
     ago, and has not waited for long. Raises what redis raises."""
+    return waited_s(broker, queue, firsts(broker, queue, redriven=False))
+
+
+def firsts(broker: Broker, queue: str, *, redriven: bool) -> list[Any]:
+    """The ids that stand first wherever messages stand in the order in which they were sent: in the queue, and with each
+    process. `redriven`: also of what an operator sent again. Raises what redis raises."""
     keys, client = broker.keys(queue), broker.client
+    places: list[Any] = [client.lrange(keys.woken, 0, -1), client.lrange(keys.queue, 0, 99)]
     processes: list[Any] = list(client.hkeys(keys.processes))
-    heads: list[Any] = [*client.lrange(keys.woken, 0, -1), *client.lrange(keys.queue, 0, 99)]
-    heads = [one for one in heads if not one.startswith(_REDRIVEN)][:1]
-    for process in processes:
-        held: list[Any] = list(client.zrange(keys.unacked_prefix + process.decode(errors="surrogateescape"), 0, 0))
-        heads += [one for one in held if not one.startswith(_REDRIVEN)]
-    if not heads:
-        return 0.0
-    sent: list[bytes] = broker.waiting(keys=[keys.bodies], args=heads)
-    return max([0.0, *(time.time() - int(at) / 1000 for at in sent)])
+    places += [client.zrange(keys.unacked_prefix + one.decode(errors="surrogateescape"), 0, 99) for one in processes]
+    waiting = ([one for one in place if redriven or not one.startswith(_REDRIVEN)] for place in places)
+    return [one for place in waiting for one in place[:1]]
+
+
+def waited_s(broker: Broker, queue: str, ids: list[Any]) -> float:
+    """For how long the oldest of these messages has waited, by its own word; 0 without one. Raises what redis raises."""
+    found = [0.0]
+    for start in range(0, len(ids), 50):  # as each is looked through in Redis, which does nothing else meanwhile
+        sent: list[bytes] = broker.waiting(keys=[broker.keys(queue).bodies], args=ids[start : start + 50])
+        found += [time.time() - float(at) / 1000 for at in sent]
+    return max(found)

@@ -2,11 +2,13 @@
 --
 -- KEYS  1 bodies  hash  id -> message                               <namespace>:<queue>.msgs
 -- ARGV  id, id, ...
--- Returns the times, in ms since 1970, of those that say so where Dramatiq writes it: at their end.
+-- Returns the times, in ms since 1970, of those that say so: at their end, where Dramatiq writes it, or else anywhere.
 
+local name = '"message_timestamp"%s*:%s*(%d+)'
 local found = {}
 for _, id in ipairs(ARGV) do
-    local sent = string.match(string.sub(redis.call("HGET", KEYS[1], id) or "", -300), '"message_timestamp": *(%d+)')
+    local body = redis.call("HGET", KEYS[1], id) or ""
+    local sent = string.match(string.sub(body, -300), name) or string.match(body, name)
     if sent then
         found[#found + 1] = sent
     end

@@ -12,6 +12,7 @@ from uuid_utils.compat import uuid4
 from models.events import parse
 from models.settings import Settings
 from storage import evaluations
+from tasks import backlog, queues
 from tasks.evaluations import QUEUE
 from worker import lost
 from worker.broker import Broker
@@ -138,3 +139,29 @@ def test_thousands_of_overdue_ones_are_given_up_in_one_run(conn: Connection, bro
     stored(conn, recorded_s_ago=1000)
 
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 3000}
+
+
+def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_gives_up_evaluations(broker: Broker) -> None:
+    """But for what an operator sent again: it may hold a result, and it is no sign that workers are late."""
+    keys, client = broker.keys(QUEUE), broker.client
+    sent_ms = int((time.time() - 3600) * 1000)
+
+    def ages() -> list[int]:
+        return [round(told(broker, QUEUE) / 60) for told in (queues.oldest_age_s, backlog.oldest_age_s)]
+
+    def put(message_id: str, body: str) -> None:
+        client.hset(keys.bodies, message_id, body)
+        client.rpush(keys.queue, message_id)
+
+    assert ages() == [0, 0]
+    put("dead-letter:1", f'{{"args": [], "message_timestamp": {sent_ms}}}')
+    assert ages() == [0, 60]
+    client.delete(keys.queue)
+    # From a gateway that writes its fields in an order of its own, and the event last.
+    put("of another language", f'{{"message_timestamp" : {sent_ms}, "args": ["{"x" * 1000}"]}}')
+    put("younger", f'{{"args": [], "message_timestamp": {int(time.time() * 1000)}}}')
+    assert ages() == [60, 60]
+    client.delete(keys.queue)
+    client.hset(keys.processes, "process", "1")
+    client.zadd(keys.unacked_prefix + "process", {"of another language": 0, "younger": 1})
+    assert ages() == [60, 60]
