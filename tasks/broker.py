@@ -23,7 +23,7 @@ from uuid_utils import uuid4
 from models.errors import NotDurable, RedisOutage
 from models.settings import settings
 from tasks import tracing
-from tasks.connections import InTime, packed, within
+from tasks.connections import InTime, packed, transact, within
 from tasks.environment import tell_misspelt
 from tasks.evaluations import QUEUE
 from tasks.spool import Spool
@@ -35,6 +35,8 @@ _MAX_DELAY_MS: Final = 365 * 86_400_000
 _SLOWEST_BYTES_PER_S: Final = 10_000_000
 # What is smaller takes no time to speak of.
 _USUAL_BYTES: Final = 256 * 1024
+# Of fewer messages the script takes no longer than the transaction, which has a round trip more; of which so many go together.
+_MANY, _TOGETHER = 64, 100
 
 
 class Keys(NamedTuple):
@@ -43,6 +45,7 @@ class Keys(NamedTuple):
     queue: str
     woken: str
     bodies: str
+    resent: str
     stock_delayed: str
     stock_delayed_bodies: str
     delayed: str
@@ -63,6 +66,7 @@ class Keys(NamedTuple):
             queue=stock,
             woken=f"{ours}:woken",
             bodies=f"{stock}.msgs",
+            resent=f"{ours}:resent",
             stock_delayed=f"{stock}.DQ",
             stock_delayed_bodies=f"{stock}.DQ.msgs",
             delayed=f"{ours}:delayed",
@@ -187,7 +191,7 @@ class Broker(RedisBroker):
     def enqueue_many(
         self, messages: Sequence[Message[Any]], *, events: Iterable[bytes | None] = repeat(None), durable: bool = False
     ) -> None:
-        """Send all of one queue's messages in one round trip, or none. Keeps and raises as `enqueue` does.
+        """Send all of one queue's messages together, or none. Keeps and raises as `enqueue` does.
 
         `events`: the one argument of each as JSON, where that is written already.
         """
@@ -205,15 +209,18 @@ class Broker(RedisBroker):
     def send_on(self, arguments: list[str | bytes]) -> None:
         """Send what the spool kept. Raises RedisOutage; the slower the network may be, as nobody waits for it."""
         keys = self.keys(QUEUE)
-        self._send(self._enqueue, [keys.queue, keys.bodies], arguments, durable=False, slowest_bytes_per_s=1_000_000)
+        resent = [keys.queue, keys.bodies, keys.resent]
+        self._send(self._enqueue, resent, arguments, durable=False, slowest_bytes_per_s=1_000_000)
 
     def _send_or_keep(self, queue: str, arguments: list[str | bytes], durable: bool) -> None:
         spool = None if durable or queue != QUEUE else self.spool
         # Behind what is kept already: so the order is kept, and no event after the first waits for Redis.
         if spool is None or not spool.holds():
             keys = self.keys(queue)
+            are_many = not durable and len(arguments) >= 2 * _MANY
+            places = [keys.queue, keys.bodies, keys.resent] if are_many else [keys.queue, keys.bodies]
             try:
-                self._send(self._enqueue, [keys.queue, keys.bodies], arguments, durable)
+                self._send(self._enqueue, places, arguments, durable, are_many=are_many)
             except RedisOutage:
                 if spool is None:
                     raise
@@ -231,18 +238,21 @@ class Broker(RedisBroker):
         arguments: list[Any],
         durable: bool,
         slowest_bytes_per_s: float = _SLOWEST_BYTES_PER_S,
+        *,
+        are_many: bool = False,
     ) -> None:
-        """Run a sending script, again where that may help: it does nothing twice."""
+        """Run a sending script, again where that may help: it does nothing twice. `are_many`: first try what costs half."""
         size = sum(map(len, arguments))
         # To set a socket's patience anew is a call of the system.
         with within(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
-            self._send_patiently(script, keys, arguments, durable)
+            self._send_patiently(script, keys, arguments, durable, are_many)
 
-    def _send_patiently(self, script: Any, keys: list[str], arguments: list[Any], durable: bool) -> None:
+    def _send_patiently(self, script: Any, keys: list[str], arguments: list[Any], durable: bool, are_many: bool) -> None:
         deadline = time.monotonic() + self.timeout_s / 2
         for attempt in count(1):
             try:
-                (self._send_durably if durable else self._call)(script, keys, arguments)
+                if attempt > 1 or not are_many or not self._put(keys, arguments):
+                    (self._send_durably if durable else self._call)(script, keys, arguments)
             except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
                 # Twice at least: the first connection may have been dead before.
                 if attempt > 1 and time.monotonic() > deadline:
@@ -253,6 +263,22 @@ class Broker(RedisBroker):
                 raise RedisOutage(str(error)) from error
             else:
                 return
+
+    def _put(self, keys: list[str], arguments: list[Any]) -> bool:
+        """Put messages that were never sent before at the tail of a queue; whether that is done.
+
+        What enqueue.lua does, but without looking whether they are there, and without Lua, through which each is copied twice
+        more. Where this comes late, after its sender asked the script, that has written to the last of `keys`.
+        """
+        queue, bodies, resent = keys
+        parts = [arguments[start : start + 2 * _TOGETHER] for start in range(0, len(arguments), 2 * _TOGETHER)]
+        commands = (packed(*one) for part in parts for one in (("HSET", bodies, *part), ("RPUSH", queue, *part[::2])))
+        pool = self.client.connection_pool
+        connection = pool.get_connection()
+        try:
+            return transact(connection, resent, commands)
+        finally:
+            pool.release(connection)
 
     def _call(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
         """What redis-py's client does to run a script, and not what it does besides, which costs as much again."""

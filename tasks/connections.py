@@ -3,11 +3,12 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from redis import ResponseError
 from redis.connection import AbstractConnection
 
 
@@ -87,3 +88,33 @@ def packed(*arguments: str | bytes) -> bytes:
         data = argument.encode() if isinstance(argument, str) else argument
         parts += (b"$%d\r\n" % len(data), data, b"\r\n")
     return b"".join(parts)
+
+
+def transact(connection: AbstractConnection, watched: str, commands: Iterable[bytes]) -> bool:
+    """Run packed commands in one transaction. Each is sent while Redis reads those before; all are run at the end, or none.
+
+    False if none was: Redis refused something, or `watched` was written to meanwhile; that also where this reaches Redis long
+    after its sender gave it up. Raises ResponseError if some failed when they were run, or what went wrong with the
+    connection, and then nobody knows. The connection is broken off where Redis does not say that they were run.
+    """
+    number, answers = 0, None
+    try:
+        # By themselves, and waited for: where these are refused, each that follows would be run at once.
+        connection.send_packed_command([packed("WATCH", watched), packed("MULTI")])
+        for _ in range(2):
+            connection.read_response()
+        for number, command in enumerate(commands, 1):  # noqa: B007
+            connection.send_packed_command([command], check_health=False)  # that would wait for an answer of its own
+        connection.send_packed_command([packed("EXEC")], check_health=False)
+        for _ in range(number):
+            connection.read_response()
+        answers = connection.read_response()
+    except ResponseError:
+        return False
+    finally:
+        if answers is None:
+            connection.disconnect()
+    for answer in answers or ():
+        if isinstance(answer, ResponseError):
+            raise answer
+    return answers is not None

@@ -130,7 +130,7 @@ store_evaluation = EventActor(ACTOR, QUEUE)
 
 
 def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: bool = False) -> list[Message[None]]:
-    """Send all of `events` in one round trip, or none. All are checked before anything is put into the object store, and that
+    """Send all of `events` together, or none. All are checked before anything is put into the object store, and that
     holds their large content before any is sent. With `durable` this returns only when the append-only file is on disk or a
     replica has it.
 

@@ -2,6 +2,8 @@
 --
 -- KEYS  1 queue    list  ids, the next to be fetched first          <namespace>:<queue>
 --       2 bodies   hash  id -> message                              <namespace>:<queue>.msgs
+--       3 resent   string  written where a transaction may be on its way that puts the same and looks at nothing; it watches
+--                  this. Optional.                                  evalstore:<namespace>:<queue>:resent
 -- ARGV  id, message, id, message, ...
 -- Returns how many were new. The first thing it writes may allocate, so a full server refuses it: nothing is half done.
 
@@ -33,6 +35,9 @@ local function put(ids, bodies)
     return #new
 end
 
+if KEYS[3] then
+    redis.call("SET", KEYS[3], 1, "EX", 60)
+end
 local total, i = 0, 1
 while i <= #ARGV do
     local ids, bodies, bytes = {}, {}, 0

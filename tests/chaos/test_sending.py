@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import redis
@@ -9,9 +10,10 @@ import redis
 from models.errors import NotDurable, RedisOutage
 from ops.servers import Valkey
 from tasks.broker import Broker
+from tasks.connections import packed, transact
 from tasks.evaluations import store_evaluation
 from tests.chaos.conftest import Worlds
-from tests.chaos.relay import Relay, script
+from tests.chaos.relay import Loss, Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, through
 
 
@@ -71,19 +73,61 @@ def test_a_durable_send_is_content_with_a_replica(
         durable(own_world.broker, "perhaps")
 
 
-def test_thousands_are_sent_in_one_round_trip_or_not_at_all(own_world: World) -> None:
+def test_thousands_are_sent_in_one_transaction_or_not_at_all(own_world: World) -> None:
     """Stock: a round trip each, and no telling which arrived."""
     world = own_world
-    world.send(evaluations(1))
-    messages = [store_evaluation.message(event) for event in evaluations(2000)]
-    before = world.client.info("commandstats")["cmdstat_evalsha"]["calls"]
-    world.broker.enqueue_many(messages)
-    assert world.client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    world.send(evaluations(1))  # few, by the script
+    assert "cmdstat_exec" not in world.client.info("commandstats")
+    world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(2000)])
+    assert world.client.info("commandstats")["cmdstat_exec"]["calls"] == 1
     assert world.client.llen(KEYS.queue) == 6003
-    world.client.config_set("maxmemory", 1_000_000)
-    with pytest.raises(RedisOutage):
+    world.client.config_set(
+        "maxmemory", world.client.info("memory")["used_memory"] + 1_000_000
+    )  # full when some are on the way
+    with pytest.raises(RedisOutage, match="maxmemory"):
         world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(2000)])
     assert world.client.llen(KEYS.queue) == world.client.hlen(KEYS.bodies) == 6003
+
+
+@pytest.mark.parametrize("at", ["MULTI", "RPUSH", "EXEC"])
+@pytest.mark.parametrize("loss", ["request", "reply"])
+def test_many_are_in_the_queue_once_wherever_their_connection_broke(world: World, relay: Relay, at: str, loss: Loss) -> None:
+    """Stock: some are in the queue twice."""
+    messages = [store_evaluation.message(event) for event in evaluations(100)]
+    broker = Broker(url=through(world.redis_url, relay.port), middleware=[])
+    relay.lose(at.encode(), loss)
+    broker.enqueue_many(messages)
+    broker.close()
+    assert relay.lost(at.encode()) == 1
+    ids = [message.options["redis_message_id"].encode() for message in messages]
+    assert world.client.lrange(KEYS.queue, 0, -1) == ids
+    assert world.client.hlen(KEYS.bodies) == 300
+
+
+def test_what_redis_reads_long_after_it_was_sent_again_is_not_queued_twice(world: World) -> None:
+    """As when Redis was frozen, and has both connections before it now."""
+    pairs: list[str | bytes] = ["id-1", b"1", "id-2", b"2"]
+
+    def late() -> Iterator[bytes]:
+        yield packed("HSET", KEYS.bodies, *pairs)
+        world.broker.send_on(pairs)
+        yield packed("RPUSH", KEYS.queue, *pairs[::2])
+
+    pool = world.broker.client.connection_pool
+    connection = pool.get_connection()
+    assert not transact(connection, KEYS.resent, late())
+    pool.release(connection)
+    assert world.client.lrange(KEYS.queue, 0, -1) == [b"id-1", b"id-2"]
+
+
+def test_who_may_not_open_a_transaction_sends_many_all_the_same(own_world: World) -> None:
+    """Stock: a round trip each."""
+    own_world.client.acl_setuser("plain", enabled=True, nopass=True, commands=["+@all", "-@transaction"], keys=["*"])
+    broker = Broker(url=own_world.redis_url.replace("//:", "//plain:"), middleware=[])
+    broker.enqueue_many([store_evaluation.message(event) for event in evaluations(100)])
+    broker.close()
+    assert own_world.client.llen(KEYS.queue) == 300
+    assert "cmdstat_exec" not in own_world.client.info("commandstats")
 
 
 def test_many_threads_send_through_one_broker_whose_connections_break(world: World, worlds: Worlds, relay: Relay) -> None:
