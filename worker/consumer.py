@@ -32,7 +32,7 @@ TOGETHER_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
 # What ends without the message's doing: a server comes back, a schema is migrated.
-_PASSES: Final = (Outage, SchemaMismatch)
+PASSES: Final = (Outage, SchemaMismatch)
 _MOST_TOLD: Final = 20
 
 
@@ -201,7 +201,7 @@ class Consumer(DramatiqConsumer):
                 self._take_apart(message)
             elif error is None:
                 self._acknowledge(redis_ids, batch)
-            elif isinstance(error, _PASSES):
+            elif isinstance(error, PASSES):
                 # As it came: Dramatiq's middleware has counted this as a try, and an outage uses up none.
                 self._postpone(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
             elif isinstance(message, Held) and message.retry_ms is not None:
@@ -257,7 +257,7 @@ class Consumer(DramatiqConsumer):
     def nack(self, message: Any) -> None:
         """Make a dead letter of it, with what its actor raised as the cause."""
         error = getattr(message, "_exception", None) or BadMessage("rejected")
-        if isinstance(error, _PASSES):  # rejected for tries that an outage used up
+        if isinstance(error, PASSES):  # rejected for tries that an outage used up
             self.ack(message)
             return
         try:

@@ -22,6 +22,7 @@ from tasks.jobs import QUEUE
 from tasks.redrives import ACTOR, ask, job_id
 from worker.batches import REDRIVEN, read
 from worker.broker import Broker
+from worker.consumer import PASSES
 from worker.dead_letters import record_stored
 from worker.evaluations import fact_of
 
@@ -41,8 +42,9 @@ def declare(broker: Broker, engine: Callable[[], Engine]) -> None:
     """Declare the actor that works on redrives, and note what comes of redriven messages that no batch holds."""
     broker.add_middleware(_Outcomes(engine))
 
-    # Never a dead letter by the count: it ends when the redrive does, and until then is tried as often as it takes.
-    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, max_retries=None)
+    # Never a dead letter by the count: it ends when the redrive does, and until then is tried as often as it takes. What it
+    # `throws` is told without a traceback, as it may be for every few seconds of an outage.
+    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, max_retries=None, throws=PASSES)
     def redrive_dead_letters(redrive_id: str) -> None:
         work_on(engine(), broker, UUID(redrive_id))
 

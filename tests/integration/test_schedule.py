@@ -14,6 +14,7 @@ import pytest
 from dramatiq.middleware import Retries
 from periodiq import Scheduler, cron
 
+from models.errors import DatabaseOutage
 from ops.servers import Valkey
 from tasks.jobs import JOBS, QUEUE, last_runs_key
 from tests.integration.commands import python
@@ -91,6 +92,23 @@ def test_a_job_that_failed_is_tried_again_however_late(broker: Broker, eventuall
     try:
         eventually(lambda: len(runs) == 3, what="the third run")
         eventually(lambda: last_run(broker)["outcome"] == "ok", what="its outcome")
+    finally:
+        worker.stop()
+
+
+def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eventually: Callable[..., None]) -> None:
+    """Those of an hour without PostgreSQL would be tried every few seconds, each with its traceback in the log."""
+
+    def finds_nobody() -> None:
+        raise DatabaseOutage("away")
+
+    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", finds_nobody)
+    broker.actors["relay_confirmations"].send()
+    worker = dramatiq.Worker(broker, worker_threads=1)
+    worker.start()
+    try:
+        eventually(lambda: last_run(broker)["outcome"] == "failed", what="its outcome")
+        eventually(lambda: not any(broker.counts(QUEUE).values()), what="that it is done with")
     finally:
         worker.stop()
 
