@@ -52,8 +52,8 @@ _FORGET: Final = "DELETE FROM confirmations WHERE relayed_at < now() - make_inte
 _COMMITS: Final = 20
 
 
-def relay(conn: Connection, publish: Publish) -> int:
-    """Hand all pending confirmations to `publish`; returns how many there were.
+def relay(conn: Connection, publish: Publish, *, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Hand all pending confirmations to `publish`, those of some commits at a time, until `go_on` says no; returns how many.
 
     One caller at a time works, the others wait. An evaluation's confirmations come in the order of its versions: a commit takes
     its id while it holds the lock of each evaluation it confirms, so what is seen here includes every lower version. Where
@@ -78,7 +78,7 @@ def relay(conn: Connection, publish: Publish) -> int:
                 handed += sum(number for _, number, *_ in rows)
             if (ms, seq) != last:
                 after.execute(_ADVANCE, [*last])
-        if done and len(rows) < _COMMITS:
+        if (done and len(rows) < _COMMITS) or not go_on():
             return handed
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from models.errors import Outage, SchemaMismatch
 from storage.database import Watch
 from worker import confirmations, dead_letters, tracing
-from worker.broker import Broker
+from worker.broker import Broker, turn
 from worker.evaluations import Store, engine
 from worker.metrics import WORK_S
 
@@ -64,6 +64,7 @@ class Background(threading.Thread):
 
     def _try(self, what: str, work: Callable[[Connection, Broker], int]) -> None:
         """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""
+        goes_on = turn()
         try:
             with engine().connect() as conn, self._watch.bounded(conn, _LONGEST_S):
                 work(conn, self._broker)
@@ -75,6 +76,8 @@ class Background(threading.Thread):
             self._stopping.wait(timeout=1)
         else:
             self._failing.discard(what)
+            if not goes_on():  # it took all of its turn, and may have more to do
+                self.wake()
 
     def stop(self) -> None:
         """Once more, and no longer: what cannot be done now is left to others."""

@@ -5,6 +5,7 @@ that dies leaves its set to the others; one that lives compares its set with wha
 """
 
 import gc
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,14 @@ from worker.metrics import WORK_S, Metrics
 from worker.vitals import Vitals, process_name
 
 _LUA: Final = Path(__file__).parent / "lua"
+# A thread is not kept longer than this by work of which there may be any amount: it goes on later, and other work has its turn.
+TURN_S: Final = 2.0
+
+
+def turn() -> Callable[[], bool]:
+    """What tells whether a turn that begins now goes on."""
+    give_up = time.monotonic() + TURN_S
+    return lambda: time.monotonic() < give_up
 
 
 class Broker(SendingBroker):

@@ -10,7 +10,7 @@ from models.errors import RedisOutage
 from storage import confirmations
 from storage.confirmations import Commit, Relayed, StreamId
 from worker import tracing
-from worker.broker import Broker
+from worker.broker import Broker, turn
 
 STREAM: Final = "evalstore:confirmations"
 KEEP_S: Final = 24 * 3600
@@ -19,7 +19,7 @@ _BYTES: Final = 256 * 1024
 
 
 def relay(conn: Connection, broker: Broker) -> int:
-    """Publish all that is pending; returns how many confirmations were.
+    """Publish what is pending, for a turn; returns how many confirmations were.
 
     Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
     """
@@ -37,7 +37,7 @@ def relay(conn: Connection, broker: Broker) -> int:
         broker.metrics.ledger.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
         return Relayed(known, done=True)
 
-    return confirmations.relay(conn, publish)
+    return confirmations.relay(conn, publish, go_on=turn())
 
 
 def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:

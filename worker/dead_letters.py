@@ -15,7 +15,7 @@ from models.events import identified, identity
 from storage import database, dead_letters, redrives
 from storage.dead_letters import Burial
 from worker.batches import REDRIVEN, read
-from worker.broker import Broker
+from worker.broker import Broker, turn
 
 log = logging.getLogger("evalstore.worker")
 _CHUNK: Final = 50
@@ -24,11 +24,11 @@ _CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
 def move(conn: Connection, broker: Broker) -> int:
-    """Move all there are; returns how many. Each is in the table before it leaves Redis, and there once however often moved.
+    """Move all there are, for a turn; returns how many. Each is in the table before it leaves Redis, and there once.
 
     Raises DatabaseOutage, RedisOutage (retry).
     """
-    moved = 0
+    moved, goes_on = 0, turn()
     for queue in sorted(broker.queues):
         for burials, redis_ids in _chunks(broker, queue):
             dead_letters.write(conn, burials)
@@ -38,6 +38,8 @@ def move(conn: Connection, broker: Broker) -> int:
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
             moved += len(burials)
+            if not goes_on():
+                return moved
     return moved
 
 

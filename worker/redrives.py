@@ -1,7 +1,6 @@
 """Sending dead letters again, as an operator asked: paced, carefully at first, and whoever dies meanwhile, each once."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -21,15 +20,13 @@ from tasks.evaluations import store_evaluation
 from tasks.jobs import QUEUE
 from tasks.redrives import ACTOR, ask, job_id
 from worker.batches import REDRIVEN, read
-from worker.broker import Broker
+from worker.broker import Broker, turn
 from worker.consumer import PASSES
 from worker.dead_letters import record_stored
 from worker.evaluations import fact_of
 
 log = logging.getLogger("evalstore.worker")
 
-# A thread of a worker is not kept longer than this: it goes on later, and others have their turn.
-_TURN_S: Final = 2.0
 _SHORT_S: Final = 0.2
 _QUESTIONABLE_S: Final = 10.0
 _LONGEST_S: Final = 20.0
@@ -87,10 +84,10 @@ def work_on(engine: Engine, broker: Broker, redrive_id: UUID) -> None:
 
 def _turn(conn: Connection, broker: Broker, redrive_id: UUID) -> float | None:
     """Send for a while; returns in how many seconds to go on, or None where nothing is left to send."""
-    give_up = time.monotonic() + _TURN_S
+    goes_on = turn()
     while True:
         wait_s = redrives.step(conn, redrive_id, lambda letters: send(broker, letters)).wait_s
-        if wait_s is None or wait_s > _SHORT_S or time.monotonic() > give_up or broker.hold.stopping:
+        if wait_s is None or wait_s > _SHORT_S or not goes_on() or broker.hold.stopping:
             return wait_s
         broker.hold.wait_out(wait_s)
 

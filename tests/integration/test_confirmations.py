@@ -1,6 +1,7 @@
 """Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,13 +12,16 @@ from sqlalchemy import Connection, text
 
 from models.errors import RedisOutage
 from models.events import parse
+from models.settings import settings
 from ops.servers import Valkey
 from storage import confirmations as outbox
 from storage import evaluations
 from tasks.confirmations import STREAM, Confirmations
 from tests.chaos.world import wait_until
 from worker import confirmations
+from worker.background import Background
 from worker.broker import Broker
+from worker.evaluations import engine
 
 AT = "2026-01-01T00:00:00Z"
 
@@ -72,6 +76,31 @@ def test_each_evaluation_and_commit_is_confirmed_with_what_it_holds(conn: Connec
     assert (second["eval_id"], second["version"], second["status"]) == ("a", 3, "running")
     assert second["recorded_at"].endswith("Z")
     assert pending(conn) == 0
+
+
+def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
+    conn: Connection, broker: Broker, database_url: str, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    """A connection that one thing keeps for too long is broken: the server might be frozen."""
+    monkeypatch.setenv("EVALSTORE_DATABASE_URL", database_url)
+    monkeypatch.setattr("worker.broker.TURN_S", 0.0)
+    monkeypatch.setattr("worker.background._TICK_S", 60.0)
+    for cache in (settings, engine):
+        cache.cache_clear()
+    for number in range(50):
+        store(conn, f"{number}", 1)
+
+    assert confirmations.relay(conn, broker) == 20
+    background = Background(broker)
+    background.start()
+    background.wake()
+    eventually(lambda: pending(conn) == 0, what="the next turns")
+
+    background.stop()
+    engine().dispose()
+    for cache in (settings, engine):
+        cache.cache_clear()
+    assert len(entries(broker)) == 50
 
 
 def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broker: Broker) -> None:
