@@ -23,8 +23,10 @@ from models.tables import metadata
 from ops import processes
 from ops.servers import Postgres, Valkey, free_port
 from storage import database
+from tasks import jobs
 from tasks.evaluations import QUEUE
 from tests.conftest import OF_SERVICE, new_database
+from tests.integration.shell import Operator
 from worker.broker import Broker
 
 ROOT = Path(__file__).parents[2]
@@ -180,9 +182,15 @@ def conn(engine: Engine) -> Iterator[Connection]:
 def broker(redis_url: str) -> Iterator[Broker]:
     """As a worker has it, without one."""
     made = Broker(url=redis_url, middleware=[])
-    made.declare_queue(QUEUE)
+    for queue in (QUEUE, jobs.QUEUE):
+        made.declare_queue(queue)
     yield made
     made.client.close()
+
+
+@pytest.fixture
+def operator(database_url: str, redis_url: str, tmp_path: Path) -> Operator:
+    return Operator(database_url, redis_url, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""An operator at a shell, and dead letters to mend: for the tests of `evalstore dlq`, which make fixtures of `a_…`."""
+"""An operator at a shell, and dead letters to mend: for the tests of `evalstore dlq`."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import select
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,12 @@ import psycopg
 from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
-from storage import database, dead_letters
+from storage import dead_letters
 from storage.dead_letters import Burial
 from tasks.broker import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
 from tests.integration.commands import python
-from worker.broker import Broker
 
 Json = dict[str, Any]
 KEYS, JOBS = Keys.of("dramatiq", "evaluations"), Keys.of("dramatiq", "jobs")
@@ -123,25 +122,6 @@ def _read(terminal: int, *, until: str | None, ended: Callable[[], bool] = lambd
         elif ended():
             return shown
     raise AssertionError(f"nothing came of it; shown so far: {shown}")
-
-
-def an_operator(database_url: str, redis_url: str, tmp_path: Path) -> Operator:
-    return Operator(database_url, redis_url, tmp_path)
-
-
-def an_engine(database_url: str) -> Iterator[Engine]:
-    made = database.engine(database_url)
-    yield made
-    made.dispose()
-
-
-def a_broker(redis_url: str) -> Iterator[Broker]:
-    """As a worker has it, without one."""
-    made = Broker(url=redis_url, middleware=[])
-    made.declare_queue("evaluations")
-    made.declare_queue("jobs")
-    yield made
-    made.close()
 
 
 def event(number: int, **fields: Any) -> Json:

@@ -9,18 +9,13 @@ import time
 from uuid import UUID, uuid4
 
 import psycopg
-import pytest
 from sqlalchemy import Engine
 
 from storage import dead_letters
 from tests.chaos.world import World, wait_until
-from tests.integration.shell import KEYS, Operator, a_broker, an_engine, an_operator, body, bury, dying, event, states
+from tests.integration.shell import KEYS, Operator, body, bury, dying, event, states
 from worker.broker import Broker
 from worker.dead_letters import move
-
-operator = pytest.fixture(an_operator)
-engine = pytest.fixture(an_engine)
-broker = pytest.fixture(a_broker)
 
 
 def kinds(world: World, number: int) -> dict[str, bytes | str]:

@@ -31,13 +31,6 @@ def database(postgres_server: Postgres) -> Postgres:
 
 
 @pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(url=redis_url, middleware=[])
-    yield made
-    made.client.close()
-
-
-@pytest.fixture
 def start(database: Postgres, redis_url: str, tmp_path: Path) -> Iterator[Start]:
     """Start a worker; its log is `worker.log`."""
     started = []

@@ -24,9 +24,6 @@ from tests.integration.shell import (
     KEYS,
     SMALL,
     Operator,
-    a_broker,
-    an_engine,
-    an_operator,
     body,
     bury,
     counts,
@@ -38,10 +35,6 @@ from tests.integration.shell import (
 from worker import redrives as work
 from worker.broker import Broker
 from worker.dead_letters import move
-
-operator = pytest.fixture(an_operator)
-engine = pytest.fixture(an_engine)
-broker = pytest.fixture(a_broker)
 
 
 def test_after_a_fix_a_redrive_stores_all(world: World, operator: Operator) -> None:

@@ -32,13 +32,6 @@ Outage = tuple[list[Reference], Json, Callable[[], None]]
 
 
 @pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    made = Broker(url=redis_url, middleware=[])
-    yield made
-    made.client.close()
-
-
-@pytest.fixture
 def start_worker(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[StartWorker]:
     """Start a worker with these settings; returns its log."""
     started: list[subprocess.Popen[bytes]] = []
