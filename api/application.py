@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -80,7 +79,7 @@ def build() -> ASGIApp:
     )
 
     def made() -> Mapping[str, Any]:
-        return document(app, title=TITLE, version=_release(), description=DESCRIPTION)
+        return document(app, title=TITLE, version=tracing.release(), description=DESCRIPTION)
 
     problems.install(app, lambda path: methods(made(), path))
 
@@ -104,10 +103,3 @@ def build() -> ASGIApp:
             )
 
     return Traced(Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe))
-
-
-def _release() -> str:
-    try:
-        return version("evalstore")
-    except PackageNotFoundError:
-        return "0"

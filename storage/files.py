@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage
-from storage.frames import Encoder, Listed, Stream, is_key
+from storage.frames import Encoder, Listed, State, Stream, is_key
 
 _ASIDE_DIGITS = 16  # what follows the name of an object that is put aside: unlike that of any other
 
-Look = Callable[[Reference], Literal["intact", "damaged", "missing"]]
+Look = Callable[[Reference], State]
 
 
 class FileStore:

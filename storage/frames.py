@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import accumulate, pairwise
-from typing import BinaryIO, NamedTuple, Protocol, Self
+from typing import BinaryIO, Literal, NamedTuple, Protocol, Self
 
 import xxhash
 
@@ -49,6 +49,7 @@ _SHA256_BYTES, _DIGEST_BYTES = 32, 16
 _OURS_BYTES = len(_VERSION) + _SHA256_BYTES + 8 + _DIGEST_BYTES  # and a digest for each frame
 
 Content = bytes | BinaryIO | Iterable[bytes]
+State = Literal["intact", "damaged", "missing"]  # of an object
 
 
 class Listed(NamedTuple):

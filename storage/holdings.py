@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from psycopg.rows import dict_row
@@ -13,6 +13,7 @@ from models.content import Reference
 from models.errors import ObjectDamaged, ObjectMissing
 from storage import archive, database, objects
 from storage.archive import Archive
+from storage.frames import State
 from storage.objects import Place, Stores
 
 _PAGE: Final = 500
@@ -91,9 +92,6 @@ def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Objec
                 left = None if left is None else left - 1
             if len(found) < min(_PAGE, left or _PAGE):
                 break
-
-
-State = Literal["intact", "damaged", "missing"]
 
 
 def verify(stores: Stores, one: Object) -> tuple[State, str | None]:

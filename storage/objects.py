@@ -15,14 +15,13 @@ from models.content import FRAME_BYTES, Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.settings import Settings, parse_store_url
 from storage.files import FileStore
-from storage.frames import Content, Encoder, Hasher, Index, Listed, index_bytes, read_index
+from storage.frames import Content, Encoder, Hasher, Index, Listed, State, index_bytes, read_index
 
 if TYPE_CHECKING:
     from storage.s3 import S3Store
 
 Store: TypeAlias = "FileStore | S3Store"
 Place = Literal["objects", "archive"]
-State = Literal["intact", "damaged", "missing"]
 
 # What breaks off or is damaged on its way is asked for again this often; a store's client repeats what is refused by itself.
 _ATTEMPTS = 3

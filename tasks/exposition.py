@@ -7,9 +7,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import metadata
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,6 +23,7 @@ from tasks.groups import Group
 from tasks.ledger import Layout, Series
 from tasks.spool import Spool
 from tasks.standing import Standing
+from tasks.tracing import release
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 # Labels that only those series have that were counted: of all that is possible, few are.
@@ -113,12 +112,6 @@ def _cumulative(buckets: Sequence[float], counts: Sequence[float]) -> list[tuple
         total += count
         found.append((most, total))
     return found
-
-
-@cache
-def release() -> str:
-    """The version of this release."""
-    return metadata.version("evalstore")
 
 
 def _resident_bytes(pid: int) -> int:

@@ -10,10 +10,10 @@ from models.errors import RedisOutage
 from models.metrics import QUEUES
 from tasks.broker import Broker
 from tasks.jobs import last_runs_key, last_successes_key
+from tasks.redrives import REDRIVEN
 
 # A worker tells of itself every two seconds (worker/vitals.py).
 SILENT_AFTER_S: Final = 15.0
-_REDRIVEN: Final = b"dead-letter:"
 
 
 class Queue(NamedTuple):
@@ -93,7 +93,7 @@ def firsts(broker: Broker, queue: str, *, redriven: bool) -> list[Any]:
     places: list[Any] = [client.lrange(keys.woken, 0, -1), client.lrange(keys.queue, 0, 99)]
     processes: list[Any] = list(client.hkeys(keys.processes))
     places += [client.zrange(keys.unacked_prefix + one.decode(errors="surrogateescape"), 0, 99) for one in processes]
-    waiting = ([one for one in place if redriven or not one.startswith(_REDRIVEN)] for place in places)
+    waiting = ([one for one in place if redriven or not one.startswith(REDRIVEN)] for place in places)
     return [one for place in waiting for one in place[:1]]
 
 

@@ -12,6 +12,8 @@ from tasks.broker import Broker, encode
 from tasks.jobs import QUEUE
 
 ACTOR: Final = "redrive_dead_letters"
+# How the id in Redis begins under which a dead letter is sent again.
+REDRIVEN: Final = b"dead-letter:"
 _ENQUEUE: Final = Path(__file__).parent / "lua" / "enqueue.lua"
 
 

@@ -103,8 +103,9 @@ def _tracer_of(made: Any) -> "Tracer":
     return found
 
 
+@cache
 def release() -> str:
-    """Of evalstore."""
+    """Which release of evalstore this is."""
     return metadata.version("evalstore")
 
 

@@ -5,8 +5,6 @@ import socket
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,9 +12,8 @@ from dramatiq import Message
 
 from models.errors import Fault, InvalidEvent
 from models.events import decode
-
-# How the id begins under which a dead letter is sent again.
-REDRIVEN = b"dead-letter:"
+from tasks.redrives import REDRIVEN
+from tasks.tracing import release
 
 
 class Delivery(NamedTuple):
@@ -123,14 +120,9 @@ def cause(error: BaseException) -> bytes:
             "error_message": _printable(str(error), 2_000),
             "traceback": _printable("".join(traceback.format_exception(error)), 16_000),
             "host": socket.gethostname(),
-            "release": _release(),
+            "release": release(),
         }
     )
-
-
-@cache
-def _release() -> str:
-    return metadata.version("evalstore")
 
 
 def _printable(text: str, limit: int) -> str:

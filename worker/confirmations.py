@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 from models.errors import RedisOutage
 from storage import confirmations
 from storage.confirmations import Commit, Relayed, StreamId
+from tasks.confirmations import STREAM
 from worker import tracing
 from worker.broker import Broker, turn
 
-STREAM: Final = "evalstore:confirmations"
 KEEP_S: Final = 24 * 3600
 # At once: for these Redis serves nobody else, about 5 ms.
 _BYTES: Final = 256 * 1024

@@ -14,7 +14,8 @@ from models.errors import InvalidEvent, Outage, RedisOutage
 from models.events import identified, identity
 from storage import database, dead_letters, redrives
 from storage.dead_letters import Burial
-from worker.batches import REDRIVEN, read
+from tasks.redrives import REDRIVEN
+from worker.batches import read
 from worker.broker import Broker, turn
 
 log = logging.getLogger("evalstore.worker")

@@ -19,8 +19,9 @@ from storage import database, evaluations, migrations
 from storage.objects import Stores
 from storage.presence import Presence
 from tasks.evaluations import ACTOR, QUEUE
+from tasks.redrives import REDRIVEN
 from worker import dead_letters, tracing
-from worker.batches import REDRIVEN, Batch, Delivery, cause, read
+from worker.batches import Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
 from worker.contents import Contents, Pair
 from worker.hold import Hold

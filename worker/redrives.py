@@ -18,8 +18,8 @@ from storage.redrives import Letter, Sent
 from tasks.broker import encode
 from tasks.evaluations import store_evaluation
 from tasks.jobs import QUEUE
-from tasks.redrives import ACTOR, ask, job_id
-from worker.batches import REDRIVEN, read
+from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
+from worker.batches import read
 from worker.broker import Broker, turn
 from worker.consumer import PASSES
 from worker.dead_letters import record_stored

@@ -28,8 +28,9 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from models.record import Fact
 from storage.evaluations import Outcome
 from tasks.evaluations import QUEUE
+from tasks.redrives import REDRIVEN
 from tasks.tracing import NAME, database, flush, messaging, release
-from worker.batches import REDRIVEN, Batch, Delivery
+from worker.batches import Batch, Delivery
 from worker.traceparents import LENGTH, Column, below, binary, is_sampled, sampled, senders, weave
 
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
