@@ -1,7 +1,7 @@
 """`/storage/evaluations`: creating, changing and reading records."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -15,7 +15,7 @@ from api.openapi import EVAL_ID_PARAMETER, answers, header, json_body
 from api.problems import not_found
 from api.rendering import json_response, rendered, url
 from api.service import Service, service_of
-from models.errors import EventIdReused, InvalidEvent
+from models.errors import EventIdReused, Fault, InvalidEvent
 from models.events import Event, identity
 from models.record import Fact
 from storage import conditional
@@ -166,12 +166,15 @@ def is_match(if_none_match: str | None, etag: str) -> bool:
 
 
 def _versions(if_match: str | None) -> range | list[int] | None:
-    """The versions an If-Match allows (RFC 9110, 13.1.1); None: any, or none at all."""
+    """The versions an If-Match allows (RFC 9110, 13.1.1); None: any, or none at all. Raises InvalidEvent where it is none."""
     if if_match is None:
         return None
     if if_match.strip() == "*":
         return _ANY
-    return [int(tag) for weak, tag in _TAG.findall(if_match) if not weak and re.fullmatch(r"[1-9]\d{0,9}", tag, re.ASCII)]
+    tags = _TAG.findall(if_match)
+    if not tags:
+        raise InvalidEvent([Fault("If-Match", 'expected versions in quotes, like "3", or *')])
+    return [int(tag) for weak, tag in tags if not weak and re.fullmatch(r"[1-9]\d{0,9}", tag, re.ASCII)]
 
 
 def wants_async(headers: Mapping[str, str]) -> bool:
@@ -182,22 +185,27 @@ def wants_async(headers: Mapping[str, str]) -> bool:
 
 async def accepted(service: Service, given: Given) -> Response:
     """Send the event to the queue, and say so. Raises RedisOutage."""
-    event = await service.thread(lambda: as_first_given(service, given))
+    (event,) = await service.thread(lambda: as_first_given(service, [given]))
     await service.thread(lambda: store_evaluation.send(event))
     service.metrics.events("accepted")
     told = {"eval_id": event.eval_id, "event_id": event.event_id, "status": "accepted"}
     return json_response(told, 202, {"Location": url(event.eval_id), "Preference-Applied": "respond-async"})
 
 
-def as_first_given(service: Service, given: Given) -> Event:
-    """An event that does not say when it occurred gets the time at which it was first given: a repeat must be the same.
+def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
+    """Events that do not say when they occurred get the time at which they were first given: a repeat must be the same.
 
-    What is stored at once finds that in the event log; what goes through the queue may not be there yet. Raises RedisOutage.
+    What was stored has it in the event log; what went through the queue may not be there yet. Raises RedisOutage.
     """
-    event = given.event
-    if isinstance(event, Fact):
-        raise TypeError("what goes through the queue is an event")
-    if given.is_timed or event.occurred_at is None:
-        return event
-    occurred_at = service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)
-    return event.model_copy(update={"occurred_at": occurred_at})
+    stored = service.stored_times([one.event for one in given if not one.is_timed])
+
+    def one(event: Event | Fact, *, is_timed: bool) -> Event:
+        if isinstance(event, Fact):
+            raise TypeError("what goes through the queue is an event")
+        if is_timed or event.occurred_at is None:
+            return event
+        first = stored.get((event.eval_id, event.event_id))
+        first = first or service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)
+        return event.model_copy(update={"occurred_at": first})
+
+    return [one(each.event, is_timed=each.is_timed) for each in given]

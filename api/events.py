@@ -126,7 +126,7 @@ def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
 
 
 def _sent(service: Service, lines: Sequence[Line]) -> list[str]:
-    store_evaluations([as_first_given(service, line.given) for line in lines if line.given])
+    store_evaluations(as_first_given(service, [line.given for line in lines if line.given]))
     return ["accepted" if line.given else "invalid" for line in lines]
 
 

@@ -57,7 +57,8 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self._is_head = scope["method"] == "HEAD"
         if self._is_head:
-            scope = {**scope, "method": "GET"}  # the answer is the same, up to its body (RFC 9110, 9.3.2)
+            # The answer is the same, up to its body (RFC 9110, 9.3.2); ranges are for GET alone (14.2).
+            scope = {**scope, "method": "GET", "headers": [one for one in scope["headers"] if one[0] != b"range"]}
         self.scope = scope
         self._receive, self._send, self._max_bytes = receive, send, max_bytes
         self._read = 0
@@ -154,6 +155,7 @@ class _Exchange:
             slice_ = body[start : start + _SLICE]
             async with asyncio.timeout(STEP_S):
                 await self._send({**message, "body": slice_, "more_body": more or start + _SLICE < len(body)})
+            await asyncio.sleep(0)  # or it is written on to who has gone, unseen, which asyncio complains of each time
 
 
 class _BrokenOff(Exception):

@@ -126,7 +126,7 @@ def _faults(error: RequestValidationError) -> list[Fault]:
     faults = []
     for fault in error.errors():
         where, *path = fault["loc"]
-        name = ".".join(str(part) for part in path) or str(where)
+        name = ".".join(part for part in path if isinstance(part, str)) or str(where)  # of a repeated one without its number
         faults.append(Fault(name, in_words(fault)))
     return faults
 

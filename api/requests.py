@@ -48,7 +48,7 @@ def idempotency_key(headers: Mapping[str, str]) -> str | None:
 
 
 def _object(body: bytes | bytearray) -> dict[str, Any]:
-    data = decode(body)
+    data = decode(body, "body")
     if isinstance(body, bytearray):
         body.clear()  # large content in it is in memory often enough
     if not isinstance(data, dict):
@@ -66,11 +66,12 @@ def created(body: bytearray, key: str | None, max_content_bytes: int) -> Given:
 
 def _completed(event: Event, key: str | None) -> Given:
     changes: dict[str, Any] = {}
+    is_repeatable = event.event_id is not None or key is not None
     if event.event_id is None:
         changes["event_id"] = uuid7() if key is None else uuid5(NAMESPACE_URL, f"evalstore:request:{event.eval_id}:{key}")
     if event.occurred_at is None:
         changes["occurred_at"] = datetime.now(UTC)
-    return Given(event.model_copy(update=changes), is_timed=event.occurred_at is not None)
+    return Given(event.model_copy(update=changes), is_timed=event.occurred_at is not None or not is_repeatable)
 
 
 class Change(NamedTuple):

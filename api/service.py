@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Final, TypeVar
+from uuid import UUID
 
 import redis
 from redis.backoff import NoBackoff
@@ -25,8 +26,10 @@ from api.metrics import Metrics
 from api.problems import Problem, refuse_packed, unavailable
 from api.rendering import rendered
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
+from models.events import Event
+from models.record import Fact
 from models.settings import Settings
-from storage import database, keys, objects, records
+from storage import conditional, database, keys, objects, records
 from storage.objects import Store, Stores
 from storage.records import Shown
 from tasks import tracing
@@ -46,8 +49,9 @@ LARGE_BODIES: Final = 2
 UPLOADS: Final = 8
 _LARGE_TURN_S: Final = 25.0  # less than clients usually wait for a server that takes nothing
 
-# Records are read without the object store for so long after it was away.
+# For so long after a server was away, what can do without it does: records the object store, `respond-async` the event log.
 _REST_S: Final = 5.0
+_LOOK_S: Final = 1.0
 
 T = TypeVar("T")
 log = logging.getLogger("evalstore.api")
@@ -73,7 +77,7 @@ class Service:
         self._stamp_thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-stamps")
         self._stamp_conn: Connection | None = None
         self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
-        self._objects_rest_until = 0.0
+        self._objects_rest_until = self._log_rests_until = 0.0
         self.redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(),
             socket_timeout=0.25,
@@ -165,6 +169,18 @@ class Service:
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
         return datetime.fromisoformat(first.decode())
+
+    def stored_times(self, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+        """When those of `events` occurred that are stored. While PostgreSQL is away it gives none, and soon."""
+        if not events or time.monotonic() < self._log_rests_until:
+            return {}
+        try:
+            with database.errors(), self._engine.connect() as conn, self._watch.bounded(conn, _LOOK_S):
+                return conditional.times(conn, events)
+        except DatabaseOutage as error:
+            self._log_rests_until = time.monotonic() + _REST_S
+            log.warning("what is to be stored later is not looked for in the event log: %s", error)
+            return {}
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """What `work` gives, called in a thread with a connection. Raises Outage, Problem (503), and what `work` raises."""

@@ -274,8 +274,11 @@ def _adapter() -> TypeAdapter[Event]:
     return TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
-def decode(text: bytes | bytearray) -> Any:
-    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent."""
+def decode(text: bytes | bytearray, name: str = "event") -> Any:
+    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not.
+
+    Raises InvalidEvent, which calls it by that name.
+    """
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -283,7 +286,7 @@ def decode(text: bytes | bytearray) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise InvalidEvent([Fault("event", f"expected JSON: {error}")]) from None
+        raise InvalidEvent([Fault(name, f"expected JSON: {error}")]) from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -21,6 +21,8 @@ _WORDS: Final = {
     "greater_than": "expected more than {gt:,}",
     "greater_than_equal": "expected at least {ge:,}",
     "less_than_equal": "expected at most {le:,}",
+    "bool_parsing": "expected true or false",
+    "uuid_parsing": "expected a UUID like 0190a2f5-7a4c-7000-8000-000000000000",
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",
 }

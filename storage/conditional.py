@@ -20,7 +20,8 @@ from storage.evaluations import Outcome
 
 
 class Given(NamedTuple):
-    """An event to store, and whether its sender said when it occurred. Where not, a repeat takes the time of the first."""
+    """An event to store, and whether when it occurred stands: its sender said so, or nobody can repeat it. Else a repeat takes
+    the time of the first."""
 
     event: Event | Fact
     is_timed: bool
@@ -51,13 +52,18 @@ def store(conn: Connection, given: Sequence[Given], traceparent: str | None = No
     doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.is_timed]
     if doubtful:
         events = [given[at].event for at in doubtful]
-        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            cursor.execute(_TIMES, [[event.eval_id for event in events], [event.event_id for event in events]])
-            times = {(eval_id, event_id): occurred_at for eval_id, event_id, occurred_at in cursor}
-        again = [_at(event, times.get((event.eval_id, event.event_id))) for event in events]
+        stored_times = times(conn, events)
+        again = [_at(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
         for at, outcome in zip(doubtful, evaluations.store(conn, again).outcomes, strict=True):
             outcomes[at] = outcome
     return outcomes, stored
+
+
+def times(conn: Connection, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+    """When those of `events` occurred that are stored, by (eval_id, event_id). Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_TIMES, [[event.eval_id for event in events], [event.event_id for event in events]])
+        return {(eval_id, event_id): occurred_at for eval_id, event_id, occurred_at in cursor}
 
 
 def _at(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:

@@ -1,5 +1,6 @@
 """The Python client against a running service, and against a line that breaks."""
 
+import gzip
 import hashlib
 import subprocess
 import sys
@@ -57,6 +58,25 @@ class _Broken(httpx.SyncByteStream):
         self._answer.close()
 
 
+class Packing(httpx.BaseTransport):
+    """A real line through a proxy that packs for whoever says that it may."""
+
+    def __init__(self) -> None:
+        self._line = httpx.HTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self._line.handle_request(request)
+        body = answer.read()
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return httpx.Response(answer.status_code, headers=answer.headers, content=body)
+        headers = {**answer.headers, "content-encoding": "gzip", "etag": f"W/{answer.headers['etag']}"}
+        del headers["content-length"]
+        return httpx.Response(answer.status_code, headers=headers, content=gzip.compress(body))
+
+    def close(self) -> None:
+        self._line.close()
+
+
 @pytest.fixture
 def client(api: Any) -> Iterator[StorageClient]:
     with StorageClient(api.url, "both-key-0001") as made:
@@ -105,6 +125,22 @@ def test_a_stream_that_breaks_off_is_taken_up_where_it_did(api: Any) -> None:
     with StorageClient(api.url, "both-key-0001", transport=Breaking(streams=True)) as client:
         client.update_evaluation("e", "completed", exit_code=0, output=data)
         assert client.get_output("e") == data
+
+
+def test_a_stream_whose_content_was_replaced_by_less_is_no_shorter_content(api: Any) -> None:
+    with StorageClient(api.url, "both-key-0001", transport=Breaking(streams=True)) as client:
+        client.update_evaluation("e", "completed", exit_code=0, output="a" * 5_000_000)
+        stream = client.stream_content("e")
+        next(stream)
+        client.update_evaluation("e", "completed", exit_code=0, output="b", occurred_at="2000-01-01T00:00:00Z")
+        with pytest.raises(VersionChanged, match="read it anew"):
+            list(stream)
+
+
+def test_a_proxy_that_packs_changes_no_content(api: Any) -> None:
+    with StorageClient(api.url, "both-key-0001", transport=Packing()) as client:
+        client.update_evaluation("e", "completed", exit_code=0, output="a" * 100_000)
+        assert client.get_output("e") == b"a" * 100_000
 
 
 def test_what_is_uploaded_piece_by_piece_can_be_named_in_events(start_api: Callable[..., Any], tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
     for _ in range(20):
         with api.read.stream("GET", f"{E}/e/output") as answer:
             next(answer.iter_raw())
+    stored("packed", output=bytes(SIZE))  # read in larger pieces
+    request = f"GET {E}/packed/output HTTP/1.1\r\nHost: x\r\nX-API-Key: read-key-0001\r\n\r\n".encode()
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", api.port)) as gone:
+            gone.sendall(request)
+            gone.recv(100)
 
     def in_transaction() -> int:
         with psycopg.connect(api.database_url, autocommit=True) as conn:
@@ -91,6 +97,7 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
 
     eventually(lambda: in_transaction() == 0, what="an end of every transaction")
     assert api.read.get(f"{E}/e/output", headers={"Range": "bytes=0-3"}).status_code == 206
+    assert "socket.send" not in api.said
 
 
 def test_a_request_that_is_too_large_is_refused_while_it_is_read(start_api: Callable[..., Any]) -> None:

@@ -47,7 +47,7 @@ def test_while_postgresql_is_away_requests_are_told_to_come_again(
     ] * len(answers)
     assert api.nobody.get("/health/ready").status_code == 503
     assert api.nobody.get("/health/live").status_code == 200
-    later = api.both.post(E, json={"eval_id": "g", "code": "c"}, headers={"Prefer": "respond-async"})
+    later = api.both.post(E, json={"eval_id": "g", "code": "c"}, headers={"Prefer": "respond-async", "Idempotency-Key": "k"})
     assert later.status_code == 202  # the queue takes it
     postgres_server.start()
     eventually(lambda: api.both.get(f"{E}/e").status_code == 200, within_s=30)

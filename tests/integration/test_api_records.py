@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -109,6 +110,9 @@ def test_a_change_with_if_match_is_refused_once_the_version_changed(api: Any) ->
     late = put(api, headers={"If-Match": '"1"'}, status="completed", exit_code=0)
     absent = put(api, "absent", headers={"If-Match": "*"}, status="running")
     assert [one.status_code for one in (done, repeated, late, absent)] == [200, 200, 412, 412]
+    for none in ("2", "", '"2'):
+        refused = put(api, headers={"If-Match": none}, status="completed", exit_code=0)
+        assert (refused.status_code, refused.json()["faults"][0]["field"]) == (422, "If-Match"), none
     assert late.headers["content-type"] == "application/problem+json"
     assert api.both.get(f"{E}/e").json()["version"] == 2
     assert api.both.get(f"{E}/absent").status_code == 404
@@ -178,6 +182,24 @@ def test_what_is_sent_to_be_stored_later_is_in_the_queue(api: Any) -> None:
     assert len(sent) == 3
     assert queued[0] == queued[1]  # a repeat is the very same event
     assert api.both.get(f"{E}/e").status_code == 404
+
+
+def test_a_repeat_that_goes_through_the_queue_is_the_event_that_was_stored(api: Any) -> None:
+    lines = {"Idempotency-Key": "k", "Content-Type": "application/x-ndjson"}
+    for headers in ({}, {"Prefer": "respond-async"}):
+        answers = [
+            api.both.post(E, json={"eval_id": "e", "code": "c"}, headers={"Idempotency-Key": "k", **headers}),
+            api.both.put(f"{E}/e", json={"status": "running", "executor_id": "x"}, headers=headers),
+            api.both.post(f"{E}/e/events", content=b'{"type": "evaluation:started"}', headers={**lines, **headers}),
+        ]
+        assert all(one.status_code in {200, 201, 202} for one in answers)
+    with redis.Redis.from_url(api.redis_url) as client:
+        sent = [json.loads(body)["args"][0] for body in client.hvals("dramatiq:evaluations.msgs")]
+    stored = {
+        one["event_id"]: datetime.fromisoformat(one["occurred_at"]) for one in api.both.get(f"{E}/e/events").json()["events"]
+    }
+    assert {one["event_id"]: datetime.fromisoformat(one["occurred_at"]) for one in sent} == stored
+    assert len(stored) == 3
 
 
 def test_who_may_not_read_is_told_no_more_than_the_version(api: Any) -> None:
