@@ -68,10 +68,10 @@ class Packing(httpx.BaseTransport):
         answer = self._line.handle_request(request)
         body = answer.read()
         if "gzip" not in request.headers.get("accept-encoding", ""):
-            return httpx.Response(answer.status_code, headers=answer.headers, content=body)
+            return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(body))
         headers = {**answer.headers, "content-encoding": "gzip", "etag": f"W/{answer.headers['etag']}"}
         del headers["content-length"]
-        return httpx.Response(answer.status_code, headers=headers, content=gzip.compress(body))
+        return httpx.Response(answer.status_code, headers=headers, stream=httpx.ByteStream(gzip.compress(body)))
 
     def close(self) -> None:
         self._line.close()
