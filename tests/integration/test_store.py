@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine
 
 from models import Event, Outage, Record, merge
 from models.content import Reference
-from models.errors import DatabaseOutage, InvalidSettings
+from models.errors import DatabaseOutage
 from models.events import parse
 from models.record import Fact, canonical_json, fact
 from storage import confirmations, database, evaluations, rows
@@ -601,17 +601,6 @@ def test_confirmations_that_the_server_lost_are_relayed_again(engine: Engine) ->
 # ---- errors
 
 
-PASSING = ["08006", "25006", "28000", "40001", "40P01", "42501", "42P01", "53100", "53300", "55P03", "57014", "57P01", "58030"]
-LASTING = ["22P05", "22021", "23505", "23514", "54000"]
-
-
-def test_what_passes_by_itself_is_an_outage_and_what_a_message_is_to_blame_for_is_none(engine: Engine) -> None:
-    for sqlstate in PASSING + LASTING:
-        with engine.connect() as conn, pytest.raises(Exception, match="told") as raised, database.errors():
-            conn.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'told' USING ERRCODE = '{sqlstate}'; END $$")
-        assert isinstance(raised.value, DatabaseOutage) == (sqlstate in PASSING), sqlstate
-
-
 @pytest.mark.parametrize("table", ["evaluations", "evaluation_events", "confirmations"])
 @pytest.mark.parametrize("number", [1, 3, 60])
 def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
@@ -648,63 +637,3 @@ def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engin
             assert evaluations.store(conn, [event("started", number)]).outcomes == ["applied"]
             database.driver(conn).execute("DISCARD TEMP")
             conn.rollback()
-
-
-def test_behind_a_pooler_that_changes_sessions_nothing_is_prepared_any_more(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "_shares_sessions", threading.Event())
-
-    def prepared(conn: Connection) -> int:
-        raw = database.driver(conn)
-        for _ in range(7):
-            raw.execute("SELECT 1")
-        ((count,),) = raw.execute("SELECT count(*) FROM pg_prepared_statements").fetchall()
-        return int(count)
-
-    with engine.connect() as conn:
-        assert prepared(conn) == 1
-        database.driver(conn).pgconn.exec_(b"DEALLOCATE ALL")
-        with pytest.raises(DatabaseOutage, match="_pg3_0"), database.errors():
-            prepared(conn)
-    with engine.connect() as conn:
-        assert prepared(conn) == 0
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://127.0.0.1:1/x",
-        "postgresql://u:hunter2@127.0.0.1:1/x",
-        "postgresql://nowhere.invalid/x",
-        "postgresql:///x?host=/nowhere",
-    ],
-)
-def test_a_server_that_is_not_there_is_an_outage(url: str) -> None:
-    with pytest.raises(DatabaseOutage) as raised:
-        database.engine(url).connect()
-    assert "hunter2" not in str(raised.value)
-
-
-def test_a_connection_that_was_ended_says_why(conn: Connection, plain: psycopg.Connection[Json]) -> None:
-    """One of which nobody knows why it ended speaks against the work that it was used for."""
-    raw = database.driver(conn)
-    plain.execute("SELECT pg_terminate_backend(%s, 5000)", [raw.info.backend_pid])
-    with pytest.raises(DatabaseOutage, match="administrator") as raised, database.errors(), conn.begin():
-        raw.execute("SELECT 1")
-    assert not raised.value.is_lost
-    assert not raised.value.may_be_the_work
-
-
-def test_an_address_that_is_none_is_told_and_not_repeated() -> None:
-    with pytest.raises(InvalidSettings, match="EVALSTORE_DATABASE_URL") as raised:
-        database.engine("postgresql://u:hunter2@h/x?nonsense=1")
-    assert "hunter2" not in str(raised.value)
-
-
-def test_options_in_the_address_are_kept(database_url: str) -> None:
-    made = database.engine(f"{database_url}?options=-c%20search_path%3Delsewhere")
-    with made.connect() as conn:
-        assert conn.exec_driver_sql("SHOW search_path").scalar() == "elsewhere"
-        assert conn.exec_driver_sql("SHOW timezone").scalar() == "UTC"
-    made.dispose()
