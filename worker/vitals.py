@@ -186,8 +186,8 @@ class Vitals(threading.Thread):
                 left = self._broker.client.zrange(unacked, 0, -1)
                 if left:
                     self._broker.run("give_back", [unacked, keys.queue], *left)
-                self._broker.client.hdel(keys.processes, self._broker.process)
                 self._broker.client.hdel(keys.workers, self._broker.process)
+                self._broker.client.hdel(keys.processes, self._broker.process)  # last: others clear up after those in here
         except redis.RedisError as error:
             log.warning("could not say goodbye to Redis, others will take over: %s", error)
 
@@ -210,7 +210,7 @@ class Vitals(threading.Thread):
         beats = dict(zip(answer[::2], answer[1::2], strict=True))
         for process, last in self._observers.setdefault(queue, Observer()).dead(beats, own).items():
             places = [keys.processes, self._broker.unacked(queue, process), keys.queue, keys.bodies, keys.suspects]
-            places += [keys.deaths, keys.dead, keys.dead_bodies, keys.causes]
+            places += [keys.deaths, keys.dead, keys.dead_bodies, keys.causes, keys.workers]
             why = cause(WorkerDied(f"{self._broker.max_deaths} processes died with this message alone; the last was {process}"))
             at_work = int(last.startswith("working"))
             held, buried = self._broker.run("reclaim", places, process, last, at_work, self._broker.max_deaths, why)

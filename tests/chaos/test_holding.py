@@ -176,6 +176,14 @@ def test_only_deaths_of_messages_that_were_fetched_to_be_alone_count(broker: Bro
     assert broker.client.zrange(KEYS.dead, 0, -1) == [event]
 
 
+def test_nothing_is_left_of_a_process_that_died(broker: Broker, observer: Callable[[], None]) -> None:
+    dead = make_process_that_is_gone()
+    for key, told in ((KEYS.processes, "working:7"), (KEYS.workers, "1 {}")):
+        broker.client.hset(key, dead, told)
+    observer()
+    assert dead.encode() not in broker.client.hkeys(KEYS.processes) + broker.client.hkeys(KEYS.workers)
+
+
 def broker_url(broker: Broker) -> str:
     given = broker.client.connection_pool.connection_kwargs
     return f"redis://:{given['password']}@{given['host']}:{given['port']}/{given['db']}"

@@ -9,6 +9,7 @@
 --       7 dead         zset  id -> when it died, ms                 evalstore:<namespace>:<queue>:dead
 --       8 dead bodies  hash  id -> message, as received             evalstore:<namespace>:<queue>:dead:msgs
 --       9 causes       hash  id -> JSON                             evalstore:<namespace>:<queue>:dead:causes
+--       10 workers     hash  process -> when, ms, and JSON          evalstore:<namespace>:<queue>:workers
 -- ARGV  1 dead process, 2 its state and count as last seen, 3 "1" if it died at work, 4 deaths that make a dead letter, 5 cause
 -- Returns { how many messages it held, or -1 if it has beaten since or was reclaimed already; how many are dead letters now }.
 --
@@ -20,6 +21,7 @@ if redis.call("HGET", KEYS[1], ARGV[1]) ~= ARGV[2] then
     return { -1, 0 }
 end
 redis.call("HDEL", KEYS[1], ARGV[1])
+redis.call("HDEL", KEYS[10], ARGV[1])  -- or those of all who ever died would add up
 local ids = redis.call("ZRANGE", KEYS[2], 0, -1)
 local first = redis.call("ZRANGE", KEYS[2], 0, 0, "WITHSCORES")[2]
 local buried = 0
