@@ -3,6 +3,7 @@
 A migration must leave the database usable by workers of the release before it: they run on while it is applied.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Connection, text
 
-from models.errors import SchemaMismatch
+from models.errors import DatabaseOutage, SchemaMismatch
 from storage import database
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 # Any constant will do, as long as every evalstore that ever migrates this database uses the same.
 _ADVISORY_LOCK = 0x65766173
+# A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
+_LOCK_S: Final = 0.5
+_PAUSE_S: Final = 2.0
 
 
 @cache
@@ -33,10 +37,22 @@ def revisions() -> tuple[str, ...]:
 def upgrade(url: str) -> tuple[str | None, str]:
     """Bring the database at `url` to this release's schema; returns the revisions before and after.
 
-    One transaction: it is applied whole or not at all. Safe to call from several processes at once; the later ones
-    wait and find nothing to do. Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or
-    where the database cannot hold all text.
+    One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
+    call from several processes at once; the later ones wait and find nothing to do.
+
+    Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or where the database cannot hold all
+    text.
     """
+    while True:
+        try:
+            return _upgrade(url)
+        except DatabaseOutage as error:
+            if not error.is_lock:
+                raise
+        time.sleep(_PAUSE_S)
+
+
+def _upgrade(url: str) -> tuple[str | None, str]:
     from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
 
     with _alone(url) as conn, database.errors(), conn.begin():
@@ -63,8 +79,8 @@ def config(conn: Connection) -> "Config":
 
 @contextmanager
 def _alone(url: str) -> Iterator[Connection]:
-    """A connection that waits as long as it takes, and is closed at the end."""
-    engine = database.engine(url, statement_timeout_s=0, lock_timeout_s=0)
+    """A connection whose statements may take as long as they take, and which is closed at the end."""
+    engine = database.engine(url, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
     try:
         with engine.connect() as conn:
             yield conn

@@ -137,6 +137,25 @@ def test_the_revisions_can_be_applied_one_after_another(empty_database_url: str)
     assert migrations.upgrade(empty_database_url) == (revisions()[-1], revisions()[-1])
 
 
+def test_a_migration_that_waits_for_somebody_keeps_nobody_else_waiting(empty_database_url: str, eventually: Eventually) -> None:
+    """Whoever asks for a table's lock after it stands behind it in the queue: all workers, for as long as an export takes."""
+    from alembic import command  # noqa: PLC0415 - only here
+
+    made = database.engine(empty_database_url)
+    with made.begin() as conn:
+        command.upgrade(migrations.config(conn), "0007")
+    made.dispose()
+    waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'confirmations'::regclass"
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(empty_database_url) as reading:
+        reading.execute("SELECT * FROM confirmations")
+        upgraded = thread.submit(migrations.upgrade, empty_database_url)
+        eventually(lambda: run(waits, empty_database_url), what="that it waits")
+        with psycopg.connect(empty_database_url, options="-c lock_timeout=5000") as worker:
+            worker.execute("INSERT INTO confirmations (count, body) VALUES (1, '{}')")
+        reading.rollback()
+        assert upgraded.result(timeout=30) == ("0007", revisions()[-1])
+
+
 def test_without_a_server_migrating_and_checking_is_an_outage() -> None:
     with pytest.raises(DatabaseOutage):
         migrations.upgrade("postgresql://127.0.0.1:1/x")
