@@ -423,6 +423,24 @@ def test_fields_that_nobody_knows_are_kept_in_the_log(
     assert json.loads(extra) == {"future": unknown["future"], "exit_code": "none"}
 
 
+FORKED = """
+import os
+from tasks.broker import uuid4
+uuid4()
+for _ in range(2):
+    if os.fork() == 0:
+        print(uuid4(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_processes_forked_from_a_sender_choose_ids_of_their_own() -> None:
+    """Messages of one id are one message: all but the first would be lost."""
+    ids = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True).stdout.split()
+    assert len(set(ids)) == 2
+
+
 def deep(levels: int) -> bytes:
     return b"[" * levels + b"]" * levels
 
