@@ -369,7 +369,7 @@ def test_the_demo_stops_in_the_middle_and_leaves_nothing_running(
     folder = tmp_path / "data"
     command = [*DEMO, "--dir", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        eventually(lambda: any(len(entries(file)) > 5 for file in (folder / "demo").glob("*.jsonl")), within_s=30)
+        eventually(lambda: any(len(entries(file)) > 5 for file in (folder / "demo").glob("*.jsonl")), within_s=120)
         running.send_signal(number)
         stdout, stderr = running.communicate(timeout=60)
     assert (running.returncode, stdout) == (130, ""), stderr
