@@ -172,7 +172,12 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {
             "evaluations": {"type": "array", "items": ref("Listed")},
             "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
-            "total": {"type": "integer", "description": "With total=true: how many match, counted up to 1,000,000."},
+            "total": _nullable(
+                {
+                    "type": "integer",
+                    "description": "With total=true: how many match, counted up to 1,000,000; null where that takes too long.",
+                }
+            ),
         },
         "required": ["evaluations", "next"],
     },

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
@@ -130,6 +131,18 @@ def test_a_list_that_takes_too_long_gives_what_it_found_and_where_to_go_on(
         assert page.following.eval_id.startswith("many-")
         assert listing.numbered_page(conn, rare, limit=10, offset=1) is None
         assert listing.count(conn, rare) is None
+
+
+def test_a_count_that_takes_too_long_costs_the_count_and_not_the_page(start_api: Callable[..., Any]) -> None:
+    impatient = "import storage.listing, api.__main__ as main\nstorage.listing.PATIENCE_S = 0.001\nmain.main()"
+    api = start_api(command=("-c", impatient))
+    many = """INSERT INTO evaluations (eval_id, status, attempt, version, metadata, created_at)
+        SELECT g, 'queued', 1, 1, '{}', now() FROM generate_series(1, 100000) g"""
+    with psycopg.connect(api.database_url) as conn:
+        conn.execute(many)
+    answer = api.read.get(E, params={"cursor": "", "limit": 10, "total": "true"})
+    assert (answer.status_code, answer.json()["total"]) == (200, None)
+    assert len(answer.json()["evaluations"]) == 10
 
 
 def test_since_and_until_are_about_when_an_evaluation_was_created(api: Any, stored: list[str]) -> None:
