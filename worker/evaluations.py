@@ -195,6 +195,7 @@ class Store:
         suspicion = Suspicion(engine, self._watch)
         try:
             while True:
+                self._count.due(WORK_S)  # each time, however far the attempt gets: to wait for a server is no standing still
                 try:
                     suspicion.begin()
                     return self._attempt(events, bound_s * 2**suspicion.times)
@@ -202,6 +203,7 @@ class Store:
                     if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
                         raise _Locked from error
                     failures += 1
+                    self._count.due(WORK_S)
                     if not self._hold.stopping and suspicion.note(error):
                         raise
                     self._metrics.retried(QUEUE)

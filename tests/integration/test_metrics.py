@@ -214,8 +214,11 @@ def test_a_server_that_is_stopped_or_frozen_shows_and_nothing_else_does(
     worker.until(lambda seen: seen.total(EVENTS, outcome="applied") == 1, eventually=eventually, what="the event")
 
     frozen_at = time.monotonic()
-    for server in (postgres_server, valkey_server):
-        server.freeze()
+    postgres_server.freeze()
+    send(valkey_server.url(), queued(3))  # so that somebody waits with something in hand
+    with redis.Redis.from_url(valkey_server.url()) as client:
+        eventually(lambda: client.llen("dramatiq:evaluations") == 0, what="that the event is taken")
+    valkey_server.freeze()
     try:
         send_later = queued(2)
         while time.monotonic() < frozen_at + 35:
@@ -228,7 +231,7 @@ def test_a_server_that_is_stopped_or_frozen_shows_and_nothing_else_does(
             server.thaw()
     comes_back()
     send(valkey_server.url(), send_later)
-    seen = worker.until(lambda seen: seen.total(EVENTS, outcome="applied") == 2, eventually=eventually, what="the event")
+    seen = worker.until(lambda seen: seen.total(EVENTS, outcome="applied") == 3, eventually=eventually, what="the events")
     assert (seen("evalstore_outage_seconds_total", server="redis") or 0) > 25
     worker.until(lambda seen: seen.total("evalstore_outage") == 0, eventually=eventually, what="the end of the outages")
 
