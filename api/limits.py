@@ -79,7 +79,8 @@ class _Exchange:
                 if self._answered:
                     return  # with a problem; what it was is in the log
                 if self.status:
-                    log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(error).__name__, error)
+                    why = error.__cause__ or error  # Starlette says no more than that it came too late to be answered
+                    log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(why).__name__, why)
                     raise _BrokenOff from None  # the server closes the connection: an answer cut short must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 

@@ -95,6 +95,9 @@ _ROUTING: Final = {
 }
 
 
+_OURS: Final = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, ObjectMissing, ObjectDamaged, Outage)
+
+
 def of(error: Exception) -> Problem:
     """`error` in HTTP's words. What it is not known to be is an error of ours: it is logged, and not told."""
     match error:
@@ -112,6 +115,8 @@ def of(error: Exception) -> Problem:
             return unavailable(f"{type(error).__name__}: a server this service needs cannot be reached; try again")
         case ClientDisconnect():
             return Problem(400, "broken-off", "the request did not come to its end")  # so it is counted; nobody reads it
+        case RuntimeError(__cause__=cause) if isinstance(cause, _OURS):
+            return of(cause)  # Starlette's word for one that came when the answer had begun
         case RequestValidationError():
             return invalid(_faults(error))
         case HTTPException():
@@ -140,7 +145,6 @@ def install(app: FastAPI, methods: Callable[[str], list[str]]) -> None:
             problem.headers["Allow"] = ", ".join(methods(request.url.path))
         return response(problem, request.state.request_id)
 
-    ours = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, ObjectMissing, ObjectDamaged, Outage)
-    for kind in (*ours, RequestValidationError, ClientDisconnect, HTTPException):
+    for kind in (*_OURS, RequestValidationError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle)

@@ -44,7 +44,10 @@ def formatter() -> logging.Formatter:
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     processors: list[Any] = [_named, structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name, stamp]
     if form == "text" or (form == "auto" and is_terminal):
-        last: list[Any] = [_as_text, structlog.dev.ConsoleRenderer(colors=is_terminal and not os.environ.get("NO_COLOR"))]
+        colours = is_terminal and not os.environ.get("NO_COLOR")
+        # Where rich is installed it would show all local variables: keys, passwords and what is stored among them.
+        plain = structlog.dev.plain_traceback
+        last: list[Any] = [_as_text, structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain)]
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=True)]
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta

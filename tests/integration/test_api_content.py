@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
+import httpx
 import psycopg
 import pytest
 from hypothesis import given, settings
@@ -98,6 +99,21 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
     eventually(lambda: in_transaction() == 0, what="an end of every transaction")
     assert api.read.get(f"{E}/e/output", headers={"Range": "bytes=0-3"}).status_code == 206
     assert "socket.send" not in api.said
+
+
+def test_content_that_turns_out_damaged_halfway_ends_the_answer_and_the_log_says_why(
+    api: Any, stored: Callable[..., None]
+) -> None:
+    stored("e", output=os.urandom(SIZE))
+    with api.read.stream("GET", f"{E}/e/output") as answer:
+        pieces = answer.iter_raw()
+        next(pieces)
+        with psycopg.connect(api.database_url) as conn:
+            conn.execute("UPDATE contents SET data = substring(data, 1, 20000000)")
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert "the answer broke off: ObjectDamaged" in api.said
+    assert "unexpected error" not in api.said
 
 
 def test_a_request_that_is_too_large_is_refused_while_it_is_read(start_api: Callable[..., Any]) -> None:
