@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from models.record import jsonb
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
 # Of these, what the work itself may have brought about.
-_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory)
+_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeout)
 # How a server says that it ends a connection: on request, or because another's process crashed. It arrives as a notice where
 # nothing was asked just then, https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
 _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
@@ -157,12 +158,13 @@ def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
 def errors() -> Iterator[None]:
     """Turn the driver's errors that pass by themselves into DatabaseOutage; others go through as they are."""
     _this_thread.was_told = False
+    before = sys.exception()
     try:
         yield
     except PoolTimeout as error:
         raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
-        cause = _reason(error.orig if isinstance(error, DBAPIError) else error)
+        cause = _reason(error.orig if isinstance(error, DBAPIError) else error, before)
         if isinstance(cause, _NOT_MIGRATED):
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if isinstance(cause, _POOLED):
@@ -179,10 +181,13 @@ def errors() -> Iterator[None]:
         raise
 
 
-def _reason(error: BaseException | None) -> BaseException | None:
-    """Why a connection ended, where `error` is only that it could not be rolled back after that."""
-    while isinstance(error, psycopg.Error) and error.sqlstate is None and isinstance(error.__context__, psycopg.Error):
-        error = error.__context__
+def _reason(error: BaseException | None, before: BaseException | None) -> BaseException | None:
+    """Why a connection ended, where `error` is only that it could not be rolled back after that. `before`: what was being
+    handled before all this."""
+    while isinstance(error, psycopg.Error) and error.sqlstate is None and (inner := error.__context__) is not before:
+        if not isinstance(inner, psycopg.Error):
+            break
+        error = inner
     return error
 
 

@@ -1,10 +1,11 @@
 """Connections to PostgreSQL: what is an outage and what is not, what is told of it, and what of an address is kept."""
 
 import threading
+from collections.abc import Callable
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from models.errors import DatabaseOutage, InvalidSettings
 from storage import database
@@ -65,6 +66,36 @@ def test_a_connection_that_was_ended_says_why(conn: Connection, database_url: st
         raw.execute("SELECT 1")
     assert not raised.value.is_lost
     assert not raised.value.may_be_the_work
+
+
+def test_what_is_being_handled_meanwhile_is_not_why_a_connection_ended(conn: Connection) -> None:
+    """A batch that a bad event sank is stored in parts while that is handled; an outage then is none of the parts' fault."""
+    raw = database.driver(conn)
+    try:
+        raw.execute("SELECT 1 / 0")
+    except psycopg.errors.DivisionByZero:
+        raw.rollback()
+        database._break(raw)
+        with pytest.raises(DatabaseOutage) as raised, database.errors(), conn.begin():
+            raw.execute("SELECT 1")
+    assert raised.value.is_lost
+
+
+def test_a_transaction_that_stood_still_for_too_long_may_be_what_the_work_does(
+    database_url: str, conn: Connection, eventually: Callable[..., None]
+) -> None:
+    """An upload that takes so long each time must not be the first that the archive tries each time."""
+    hasty = database.engine(database_url, idle_timeout_s=0.05)
+    with hasty.connect() as standing:
+        raw = database.driver(standing)
+        ((pid,),) = raw.execute("SELECT pg_backend_pid()").fetchall()
+        lives = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+        eventually(lambda: not conn.execute(lives, {"pid": pid}).scalar_one(), what="its end")
+        with pytest.raises(DatabaseOutage, match="idle-in-transaction") as raised, database.errors(), standing.begin():
+            raw.execute("SELECT 1")
+    hasty.dispose()
+    assert raised.value.may_be_the_work
+    assert not raised.value.is_lost
 
 
 def test_an_address_that_is_none_is_told_and_not_repeated() -> None:
