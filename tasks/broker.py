@@ -182,7 +182,7 @@ class Broker(RedisBroker):
             if delay is None:
                 self._send_or_keep(sent.queue_name, [redis_id, body], durable)
             elif 0 <= delay <= _MAX_DELAY_MS:
-                self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, str(delay)], durable)
+                self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, str(int(delay))], durable)
             else:
                 raise ValueError(f"expected a delay of 0 to {_MAX_DELAY_MS} ms, not {delay}")
         self.emit_after("enqueue", sent, delay)

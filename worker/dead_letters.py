@@ -11,11 +11,10 @@ import redis
 from sqlalchemy import Connection, Engine
 
 from models.errors import InvalidEvent, Outage, RedisOutage
-from models.events import identified, identity
+from models.events import decode, identified, identity
 from storage import database, dead_letters, redrives
 from storage.dead_letters import Burial
 from tasks.redrives import REDRIVEN
-from worker.batches import read
 from worker.broker import Broker, turn
 
 log = logging.getLogger("evalstore.worker")
@@ -84,10 +83,12 @@ def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], die
     actor = eval_id = event_id = None
     attempts = 1
     try:
-        message = read(body)
-        actor, attempts = message.actor_name[:200].replace("\0", ""), int(message.options.get("retries", 0)) + 1
-        eval_id, event_id = identity(identified(message.args[0], message.message_id, message.message_timestamp))
-    except (InvalidEvent, LookupError, TypeError, ValueError):
+        message = decode(body)  # whatever is wrong with some of it, the rest can be read
+        actor = message["actor_name"][:200].replace("\0", "")
+        if isinstance(options := message.get("options"), dict) and isinstance(retries := options.get("retries"), int):
+            attempts = retries + 1
+        eval_id, event_id = identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))
+    except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
         pass  # what cannot be read is kept all the same
     error_class, error_message = str(cause.get("error_class", "Unknown")), str(cause.get("error_message", ""))
     return Burial(

@@ -9,7 +9,7 @@ import time
 from uuid import UUID, uuid4
 
 import psycopg
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from storage import dead_letters
 from tests.chaos.world import World, wait_until
@@ -99,6 +99,18 @@ def test_a_message_under_a_made_up_id_is_a_dead_letter_like_any_other(
     with engine.connect() as conn:
         assert move(conn, broker) == 4
     assert len(operator.letters()) == 4
+
+
+def test_whatever_is_wrong_with_a_message_its_letter_names_the_event(world: World, engine: Engine, broker: Broker) -> None:
+    """Or `evalstore audit` would say that it is missing."""
+    given = event(1)
+    for number, wrong in enumerate(({"options": {"throws": ["x"], "retries": "x"}}, {"kwargs": []}, {"options": None})):
+        world.client.zadd(KEYS.dead, {str(number): time.time() * 1000})
+        world.client.hset(KEYS.dead_bodies, str(number), json.dumps(json.loads(body(world, given)) | wrong))
+    with engine.connect() as conn:
+        assert move(conn, broker) == 3
+        found = conn.execute(text("SELECT actor, eval_id, event_id FROM dead_letters")).all()
+    assert set(found) == {("store_evaluation", given["eval_id"], UUID(given["event_id"]))}
 
 
 def test_without_a_terminal_nothing_is_changed_unless_told_so(world: World, operator: Operator, engine: Engine) -> None:

@@ -172,6 +172,11 @@ def test_a_bad_event_is_refused_and_changes_nothing_in_redis(client: redis.Redis
     assert everything_in(client) == before
 
 
+def test_a_delay_that_redis_could_not_compute_with_leaves_nothing_half_done(client: redis.Redis) -> None:
+    store_evaluation.send_with_options(args=(QUEUED,), delay=True)
+    assert client.zcard("evalstore:dramatiq:evaluations:delayed") == client.hlen(BODIES) == 1
+
+
 def test_of_a_bulk_with_bad_events_none_is_sent_and_each_is_named_by_its_position(client: redis.Redis) -> None:
     before = everything_in(client)
     with pytest.raises(InvalidEvent) as refused:
