@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from models.errors import DatabaseOutage, InvalidSettings
 from storage import database
@@ -82,15 +82,15 @@ def test_what_is_being_handled_meanwhile_is_not_why_a_connection_ended(conn: Con
 
 
 def test_a_transaction_that_stood_still_for_too_long_may_be_what_the_work_does(
-    database_url: str, conn: Connection, eventually: Callable[..., None]
+    database_url: str, eventually: Callable[..., None]
 ) -> None:
     """An upload that takes so long each time must not be the first that the archive tries each time."""
     hasty = database.engine(database_url, idle_timeout_s=0.05)
-    with hasty.connect() as standing:
+    with hasty.connect() as standing, psycopg.connect(database_url, autocommit=True) as plain:
         raw = database.driver(standing)
         ((pid,),) = raw.execute("SELECT pg_backend_pid()").fetchall()
-        lives = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
-        eventually(lambda: not conn.execute(lives, {"pid": pid}).scalar_one(), what="its end")
+        lives = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
+        eventually(lambda: not plain.execute(lives, [pid]).fetchone(), what="its end")
         with pytest.raises(DatabaseOutage, match="idle-in-transaction") as raised, database.errors(), standing.begin():
             raw.execute("SELECT 1")
     hasty.dispose()
