@@ -196,8 +196,11 @@ class BatchSpans:
         self.traceparents.clear()
         return self._senders
 
-    def trace_of(self, events: Sequence[_Pair]) -> Callable[[int], str | None]:
-        """What gives, for an event by its position, where its trace goes on."""
+    def trace_of(self, events: Sequence[_Pair]) -> Callable[[int], str | None] | None:
+        """What gives, for an event by its position, where its trace goes on; None where no event has one."""
+        if not self.traceparents and not self._senders:
+            self._tried = None
+            return None
         if len(self.traceparents) == len(events) == len(self._batch):
             found = senders([*self.traceparents.values()])  # all of the batch, in its order
         else:

@@ -43,6 +43,15 @@ broker.join("evaluations")
 worker.stop()
 assert not [name for name in set(sys.modules) - before if name.startswith("opentelemetry")]
 """
+STARTED = """
+import sys
+from dramatiq import Worker
+from worker.tasks import broker
+worker = Worker(broker, worker_threads=1)
+worker.start()
+print("opentelemetry.sdk.trace" in sys.modules)
+worker.stop()
+"""
 CONSUMER = """
 import sys
 from opentelemetry import trace
@@ -234,6 +243,11 @@ def test_where_nobody_asks_nothing_is_traced_or_imported(traced: Traced) -> None
     traced.run(WORKER)
     assert traced.world.applied() == 2
     assert traced.collector.spans() == []
+
+
+def test_a_worker_loads_what_it_traces_with_before_its_first_event(traced: Traced) -> None:
+    assert traced.run(STARTED, **traced.collector.environment) == "True\n"
+    assert traced.run(STARTED) == "False\n"
 
 
 def test_a_collector_that_is_away_costs_no_event(traced: Traced, eventually: Callable[..., None]) -> None:
