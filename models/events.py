@@ -275,10 +275,7 @@ def _adapter() -> TypeAdapter[Event]:
 
 
 def decode(text: bytes | bytearray, name: str = "event") -> Any:
-    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not.
-
-    Raises InvalidEvent, which calls it by that name.
-    """
+    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent of that name."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
