@@ -101,7 +101,7 @@ class Service:
         try:
             if self._stamp_conn is None:
                 self._stamp_conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            with self._watch.bounded(self._stamp_conn, WORK_S):
+            with self._watch.bounded(self._stamp_conn, TURN_S):
                 return records.stamps(self._stamp_conn, eval_ids)
         except DatabaseOutage:
             if self._stamp_conn is not None:

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
@@ -15,7 +15,7 @@ from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import set_json_dumps
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -33,6 +33,7 @@ _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
+_PING_S: Final = 5.0
 _MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
@@ -60,7 +61,7 @@ def engine(
     The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
     locks keep nobody waiting for longer than that.
 
-    With `pre_ping` a connection is tried before it is handed out; a server that is frozen keeps that waiting without end.
+    With `pre_ping` a connection is tried before it is handed out, which may take _PING_S.
 
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
     Raises InvalidSettings where `url` is no address.
@@ -97,8 +98,9 @@ def engine(
         pool_size=pool_size,
         max_overflow=5,
         pool_timeout=10,
-        pool_pre_ping=pre_ping,
     )
+    if pre_ping:
+        event.listen(made, "checkout", _trying_out(Watch()))
     event.listen(made, "checkin", _leave_refused)
     return made
 
@@ -109,6 +111,23 @@ def parse(url: str) -> dict[str, Any]:
         return conninfo_to_dict(url)
     except psycopg.ProgrammingError:  # its message may hold the password
         raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
+
+
+def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], ConnectionPoolEntry, object], None]:
+    """What SQLAlchemy's `pool_pre_ping` does; but that waits without end for a server that is frozen."""
+
+    def try_out(raw: psycopg.Connection[Any], record: ConnectionPoolEntry, _: object) -> None:
+        if record.info.get("was_used"):
+            try:
+                with watch.bounded_driver(raw, _PING_S):
+                    raw.autocommit = True
+                    raw.execute("SELECT", prepare=False)
+                    raw.autocommit = False
+            except psycopg.Error:
+                raise InvalidatePoolError from None  # the others broke with it: the pool makes new ones
+        record.info["was_used"] = True
+
+    return try_out
 
 
 def _note_end(notice: psycopg.errors.Diagnostic) -> None:
@@ -242,9 +261,15 @@ class Watch:
     @contextmanager
     def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
         """Break the connection, so that what uses it fails, unless this is left in time."""
+        with self.bounded_driver(driver(conn), seconds):
+            yield
+
+    @contextmanager
+    def bounded_driver(self, raw: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+        """The same with psycopg's connection."""
         key = threading.get_ident()
         with self._lock:
-            self._calls[key] = driver(conn), time.monotonic() + seconds
+            self._calls[key] = raw, time.monotonic() + seconds
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="evalstore-watch", daemon=True)
                 self._thread.start()

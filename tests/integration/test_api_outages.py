@@ -55,6 +55,32 @@ def test_while_postgresql_is_away_requests_are_told_to_come_again(
     assert "Traceback" not in api.log.read_text()
 
 
+def test_a_postgresql_that_is_frozen_keeps_nobody_waiting_for_long(
+    start_api: Callable[..., Any], postgres_server: Postgres, eventually: Callable[..., None]
+) -> None:
+    upgrade(postgres_server.url())
+    api = start_api(EVALSTORE_DATABASE_URL=postgres_server.url())
+    api.both.post(E, json={"eval_id": "e", "code": "c"})
+    api.both.get(f"{E}/e")
+    later = {"Prefer": "respond-async", "Idempotency-Key": "k"}
+    requests: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", f"{E}/e", {}),
+        ("GET", E, {}),
+        ("GET", f"{E}?format=ndjson", {}),
+        ("PUT", f"{E}/e", {"json": {"status": "running"}}),
+        ("POST", E, {"json": {"eval_id": "f", "code": "c"}, "headers": later}),
+    ]
+    postgres_server.freeze()
+    try:
+        with ThreadPoolExecutor(len(requests)) as pool:
+            asked = [pool.submit(api.both.request, method, path, timeout=30, **more) for method, path, more in requests]
+        assert [one.result().status_code for one in asked] == [503, 503, 503, 503, 202]
+    finally:
+        postgres_server.thaw()
+    eventually(lambda: api.both.get(f"{E}/e").status_code == 200, within_s=30)
+    assert "Traceback" not in api.log.read_text()
+
+
 def test_while_redis_is_away_reads_and_writes_go_on(start_api: Callable[..., Any], valkey_server: Valkey) -> None:
     api = start_api(EVALSTORE_REDIS_URL=valkey_server.url())
     api.both.post(E, json={"eval_id": "e", "code": "c"})
