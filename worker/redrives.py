@@ -39,11 +39,15 @@ def declare(broker: Broker, engine: Callable[[], Engine]) -> None:
     """Declare the actor that works on redrives, and note what comes of redriven messages that no batch holds."""
     broker.add_middleware(_Outcomes(engine))
 
-    # Never a dead letter by the count: it ends when the redrive does, and until then is tried as often as it takes. What it
-    # `throws` is told without a traceback, as it may be for every few seconds of an outage.
-    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, max_retries=None, throws=PASSES)
+    # Never a dead letter by the count: it ends when the redrive does, and until then asks to come again as often as it takes.
+    # What it `throws` is told without a traceback, as it may be for every few seconds of an outage.
+    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, retry_when=_asked, throws=PASSES)
     def redrive_dead_letters(redrive_id: str) -> None:
         work_on(engine(), broker, UUID(redrive_id))
+
+
+def _asked(_tries: int, error: BaseException) -> bool:
+    return isinstance(error, Retry)
 
 
 class _Outcomes(dramatiq.Middleware):

@@ -17,6 +17,7 @@ from periodiq import Scheduler, cron
 from models.errors import DatabaseOutage
 from ops.servers import Valkey
 from tasks.jobs import JOBS, QUEUE, last_runs_key
+from tasks.redrives import ACTOR
 from tests.integration.commands import python
 from worker import schedule
 from worker.broker import Broker
@@ -109,6 +110,16 @@ def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eve
     try:
         eventually(lambda: last_run(broker)["outcome"] == "failed", what="its outcome")
         eventually(lambda: not any(broker.counts(QUEUE).values()), what="that it is done with")
+    finally:
+        worker.stop()
+
+
+def test_a_job_that_can_never_run_is_a_dead_letter(broker: Broker, eventually: Callable[..., None]) -> None:
+    broker.actors[ACTOR].send()  # names no redrive
+    worker = dramatiq.Worker(broker, worker_threads=1)
+    worker.start()
+    try:
+        eventually(lambda: broker.counts(QUEUE)["dead"] == 1, what="the letter")
     finally:
         worker.stop()
 
