@@ -65,14 +65,14 @@ def test_a_send_whose_connection_breaks_is_in_the_queue_once(world: World, world
     behind.broker.close()
     for times in (1, 4):
         relay.lose(script("enqueue"), loss, times=times)
-        behind.send(evaluations(100))
+        behind.send(evaluations(20))
         assert relay.lost(script("enqueue")) == times
     relay.lose(script("delay"), loss, times=3)
     behind.broker.enqueue(world.message(evaluation("later")[0]), delay=60_000)
     assert relay.lost(script("delay")) == 3
-    assert world.client.llen(KEYS.queue) == 600
+    assert world.client.llen(KEYS.queue) == 120
     assert world.client.zcard(KEYS.delayed) == 1
-    assert world.client.hlen(KEYS.bodies) == 601
+    assert world.client.hlen(KEYS.bodies) == 121
 
 
 def test_a_send_that_reaches_no_server_says_so_in_time(world: World, worlds: Worlds, relay: Relay) -> None:
