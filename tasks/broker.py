@@ -82,10 +82,13 @@ class Keys(NamedTuple):
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
-    """`message` as Dramatiq's JSON; faster than its own encoder, and UTF-8 instead of escapes.
+    """`message` as Dramatiq's JSON; faster than its own encoder, and UTF-8 instead of escapes. One that is no event is for its
+    encoder, which refuses what JSON has no form for, or is another (`dramatiq.set_encoder`): workers read JSON all the same.
 
     `event`: its one argument, where that is written already.
     """
+    if message.queue_name != QUEUE:
+        return message.encode()
     try:
         fields = _fields(message)
         if event is not None:

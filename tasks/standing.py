@@ -142,7 +142,9 @@ class Standing:
         if answer is None:
             found["postgresql"] = "cannot be reached"
         elif not answer[0]:
-            found["schema"] = "the tables are not those of this release: run `evalstore migrate`"
+            found["schema"] = (
+                "the tables are not those of this release: run `evalstore migrate`, which says so if it is not for it to mend"
+            )
         return found
 
     def numbers(self) -> Numbers:

@@ -1,10 +1,12 @@
 """An actor of somebody's own, on a queue of their own, beside ours."""
 
+import json
 from threading import Event
+from typing import Any
 
 import dramatiq
 import pytest
-from dramatiq import Worker
+from dramatiq import JSONEncoder, Worker
 from dramatiq.middleware import Retries
 
 from models.errors import DatabaseOutage, SchemaMismatch
@@ -84,4 +86,30 @@ def test_a_process_counts_as_a_consumer_of_the_queues_it_was_started_for(redis_u
     assert broker.client.hlen(broker.keys("other").processes) == 0
     worker.stop()
     assert broker.client.hlen(broker.keys("own").workers) == 0
+    broker.client.close()
+
+
+def test_its_arguments_are_written_by_the_encoder_of_dramatiq(redis_url: str) -> None:
+    class Sorted(JSONEncoder):
+        def encode(self, data: dict[str, Any]) -> bytes:
+            return json.dumps(data, default=sorted).encode()
+
+    broker, arguments = Broker(url=redis_url, middleware=[]), list[object]()
+
+    @dramatiq.actor(broker=broker, queue_name="own")
+    def work(given: object) -> None:
+        arguments.append(given)
+
+    with pytest.raises(TypeError, match="set"):  # not changed to something else
+        work.send({"b", "a"})
+    usual = dramatiq.get_encoder()
+    dramatiq.set_encoder(Sorted())
+    try:
+        work.send({"b", "a"})
+    finally:
+        dramatiq.set_encoder(usual)
+    worker = Worker(broker, worker_threads=1, worker_timeout=100)
+    worker.start()
+    wait_until(lambda: arguments == [["a", "b"]], what="it is run")
+    worker.stop()
     broker.client.close()
