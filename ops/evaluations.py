@@ -34,28 +34,30 @@ def send(
 
     Good lines are sent; bad ones are named by line and field, and the exit status is 4.
     """
-    sent, bad = 0, 0
+    sent, bad, unsure = 0, 0, 1
     rows: list[dict[str, Any]] = []
     with _opened(file) as lines, Progress(console=notices, transient=True, disable=not notices.is_terminal) as progress:
         size = file.stat().st_size if file.is_file() else None
         task = progress.add_task("sending", total=size)
-        for chunk, read, faults in _chunks(lines):
-            for number, fault in faults:
-                notice(f"line {number}: {fault}", "red")
-            bad += len(faults)
-            try:
+        try:
+            for chunk, read, faults in _chunks(lines):
+                for number, fault in faults:
+                    notice(f"line {number}: {fault}", "red")
+                bad += len(faults)
+                unsure = chunk[0][0] if chunk else unsure
                 broker().enqueue_many([message for _, message in chunk])
-            except Outage:
-                notice(f"{sent:,} sent, {bad:,} bad; from line {chunk[0][0]:,} on nothing is known to be sent", "red")
-                raise
-            sent += len(chunk)
-            for number, message in chunk:
-                row = {"line": number, "eval_id": message.args[0]["eval_id"], "event_id": message.args[0]["event_id"]}
-                if output_format is Format.jsonl:
-                    write_json(row)
-                elif output_format is Format.json:
-                    rows.append(row)
-            progress.update(task, completed=read)
+                sent += len(chunk)
+                unsure = chunk[-1][0] + 1 if chunk else unsure
+                for number, message in chunk:
+                    row = {"line": number, "eval_id": message.args[0]["eval_id"], "event_id": message.args[0]["event_id"]}
+                    if output_format is Format.jsonl:
+                        write_json(row)
+                    elif output_format is Format.json:
+                        rows.append(row)
+                progress.update(task, completed=read)
+        except (Outage, KeyboardInterrupt):  # what has no event_id in the file would be sent twice by who begins anew
+            notice(f"{sent:,} sent, {bad:,} bad; from line {unsure:,} on nothing is known to be sent", "red")
+            raise
     if output_format is Format.json:
         write_json(rows)
     notice(f"{sent:,} sent, {bad:,} bad", "yellow" if bad else "green")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -166,6 +167,20 @@ def test_ctrl_c_while_the_command_loads_ends_it_without_a_traceback() -> None:
     command = [sys.executable, "-c", INTERRUPTED_WHILE_IT_LOADS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> None:
+    command = [sys.executable, "-c", "from ops.entry import main; main()", "send", "-", "-o", "jsonl"]
+    environment = {**os.environ, "EVALSTORE_REDIS_URL": redis_url}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as sending:  # type: ignore[call-overload]
+        sending.stdin.write(b'{"type": "evaluation:queued", "eval_id": "e", "code": ""}\n' * 1_500)
+        sending.stdin.flush()
+        assert json.loads(sending.stdout.readline())["line"] == 1  # what is told is sent, and that a thousand at a time
+        sending.send_signal(signal.SIGINT)
+        _, notices = sending.communicate(timeout=20)
+    assert notices == b"1,000 sent, 0 bad; from line 1,001 on nothing is known to be sent\n"
+    assert sending.returncode == 130
 
 
 @pytest.mark.parametrize("away", AWAY, ids=str)
