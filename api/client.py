@@ -85,6 +85,8 @@ class StorageClient:
         With `if_version` only while the record is at that version; raises VersionChanged.
         """
         headers = {} if if_version is None else {"If-Match": f'"{if_version}"'}
+        if not fields.keys() & {"event_id", "occurred_at"}:  # else it is for the caller to say what is the same
+            headers["Idempotency-Key"] = uuid4().hex
         body = _body({"status": status, "occurred_at": _now(), **fields})
         return _evaluation(self._request("PUT", _path(eval_id), content=body, headers=headers).content)
 

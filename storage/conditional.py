@@ -6,7 +6,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -95,7 +95,7 @@ def _lock_key(eval_id: str) -> int:
 
 
 _LOCK: Final = "SELECT version, attempt FROM evaluations WHERE eval_id = %s FOR NO KEY UPDATE"
-_IS_STORED: Final = "SELECT 1 FROM evaluation_events WHERE eval_id = %s AND event_id = %s"
+_ATTEMPT: Final = "SELECT attempt FROM evaluation_events WHERE eval_id = %s AND event_id = %s"
 
 
 def update(
@@ -117,8 +117,10 @@ def update(
         version, attempt = found or (None, 1)
         try:
             given = make(attempt)
+            if attempt > 1 and (first := _attempt_of(raw, eval_id, given.event.event_id)):
+                given = make(first)  # a repeat: another attempt has begun since, of which this says nothing
             holds = versions is None or (version is not None and version in versions)
-            holds = holds or _is_stored(raw, eval_id, given.event.event_id)
+            holds = holds or _attempt_of(raw, eval_id, given.event.event_id) is not None
         except BaseException:
             raw.rollback()
             raise
@@ -129,5 +131,7 @@ def update(
     return given, outcome, stored
 
 
-def _is_stored(raw: psycopg.Connection[tuple[object, ...]], eval_id: str, event_id: UUID | None) -> bool:
-    return raw.execute(_IS_STORED, [eval_id, event_id]).fetchone() is not None
+def _attempt_of(raw: psycopg.Connection[Any], eval_id: str, event_id: UUID | None) -> int | None:
+    """That of an event which is stored."""
+    found = raw.execute(_ATTEMPT, [eval_id, event_id]).fetchone()
+    return None if found is None else int(found[0])

@@ -103,6 +103,16 @@ def test_the_attempt_is_the_one_of_the_record(api: Any) -> None:
     assert put(api, status="completed", exit_code=0).json()["attempt"] == 3
 
 
+def test_a_repeat_that_comes_when_another_attempt_has_begun_says_nothing_of_that(api: Any) -> None:
+    key = {"Idempotency-Key": "k"}
+    put(api, headers=key, status="completed", exit_code=0)
+    put(api, status="running", attempt=2)
+    repeated = put(api, headers=key, status="completed", exit_code=0)
+    assert (repeated.status_code, repeated.json()["version"], repeated.json()["status"]) == (200, 2, "running")
+    other = put(api, headers=key, status="completed", exit_code=1)
+    assert other.status_code == 409
+
+
 def test_a_change_with_if_match_is_refused_once_the_version_changed(api: Any) -> None:
     create(api)
     done = put(api, headers={"If-Match": '"1"'}, status="running", executor_id="x")
