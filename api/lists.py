@@ -2,14 +2,15 @@
 
 import asyncio
 import base64
+import contextlib
 import re
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BeforeValidator
+from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from sqlalchemy import Connection
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -24,13 +25,14 @@ from storage import database, listing
 from storage.listing import Filter, Page, Position
 
 
-def _written_out(value: object) -> object:
-    if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic takes numbers too
-        raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
-    return value
+def _moment(value: object, read: ValidatorFunctionWrapHandler) -> datetime:
+    with contextlib.suppress(ValidationError):
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic takes numbers too
+            return cast("datetime", read(value))
+    raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_written_out)]
+Moment = Annotated[AwareDatetime, WrapValidator(_moment)]
 router = APIRouter(prefix="/storage", tags=["evaluations"])
 
 Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
