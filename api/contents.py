@@ -1,13 +1,16 @@
 """`/storage/evaluations/{id}/output|code|error`: content as bytes, streamed, or a range of it."""
 
+import asyncio
 import base64
+import contextlib
 import re
 from collections.abc import AsyncIterator, Generator, Iterator
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from api.evaluations import is_match
 from api.openapi import answers, header
@@ -125,18 +128,33 @@ async def _answer(service: Service, request: Request, eval_id: str, kind: Kind, 
         content = await service.thread(lambda: contents.with_head(service.connection, service.stores, found))
     headers["Content-Disposition"] = f'attachment; filename="{eval_id}-{kind}{".txt" if content.is_text else ".bin"}"'
     media_type = "text/plain; charset=utf-8" if content.is_text else "application/octet-stream"
-    rest = _rest(service, content, first, pieces)
-    return StreamingResponse(rest, 206 if part else 200, headers=headers, media_type=media_type)
+    shown = {"status_code": 206 if part else 200, "headers": headers, "media_type": media_type}
+    return _Streamed(service, content, first, pieces, **shown)
 
 
-async def _rest(service: Service, content: Content, piece: bytes, pieces: Generator[bytes]) -> AsyncIterator[bytes]:
-    """All pieces, the first of which was read before."""
-    try:
+class _Streamed(StreamingResponse):
+    """All pieces, the first of which was read before. It closes what they are read from, also where the client went away."""
+
+    def __init__(self, service: Service, content: Content, first: bytes, pieces: Generator[bytes], **shown: Any) -> None:
+        super().__init__(self._all(first), **shown)
+        self._service, self._content, self._pieces = service, content, pieces
+        self._reading: asyncio.Future[bytes] | None = None
+
+    async def _all(self, piece: bytes) -> AsyncIterator[bytes]:
         while piece:
             yield piece
-            piece = await _next(service, content, pieces)
-    finally:
-        await service.thread(pieces.close)
+            # A thread goes on with it though this is cancelled, and it cannot be closed before.
+            self._reading = asyncio.ensure_future(_next(self._service, self._content, self._pieces))
+            piece = await asyncio.shield(self._reading)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._reading is not None:
+                await asyncio.gather(self._reading, return_exceptions=True)
+            with contextlib.suppress(Problem):  # no thread came free: it is closed when it is forgotten
+                await self._service.thread(self._pieces.close)
 
 
 async def _next(service: Service, content: Content, pieces: Iterator[bytes]) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -196,7 +197,8 @@ def test_the_next_one_takes_over_when_only_a_grandchild_survived(
     up.process.kill()
     for line in living_in(up.folder):
         if int(line.split(":")[0]) != child:
-            os.kill(int(line.split(":")[0]), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # some end by themselves
+                os.kill(int(line.split(":")[0]), signal.SIGKILL)
     eventually(lambda: [line.split(":")[0] for line in living_in(up.folder)] == [str(child)], what="only the child alive")
 
     up = start()
