@@ -123,7 +123,7 @@ def test_what_redis_reads_long_after_it_was_sent_again_is_not_queued_twice(world
 def test_who_may_not_open_a_transaction_sends_many_all_the_same(own_world: World) -> None:
     """Stock: a round trip each."""
     own_world.client.acl_setuser("plain", enabled=True, nopass=True, commands=["+@all", "-@transaction"], keys=["*"])
-    broker = Broker(url=own_world.redis_url.replace("//:", "//plain:"), middleware=[])
+    broker = Broker(url=own_world.redis_url.replace("//default:", "//plain:"), middleware=[])
     broker.enqueue_many([store_evaluation.message(event) for event in evaluations(100)])
     broker.close()
     assert own_world.client.llen(KEYS.queue) == 300
