@@ -63,7 +63,8 @@ def test_dropped_packets_are_noticed_within_10_s_and_cost_nothing_but_time(world
             world.send(evaluations(500))
             wait_until(lambda: world.client.llen(KEYS.queue) < 1500, what="some are fetched")
             assert workers.stop(within_s=30) < 12
-            assert world.client.llen(KEYS.queue) == 1500
+            # One may have been set aside, to wake a process that stopped then.
+            assert world.client.llen(KEYS.queue) + world.client.llen(KEYS.woken) == 1500
         workers.start()
         world.audit()
 
