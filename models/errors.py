@@ -16,7 +16,7 @@ EvalstoreError
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 def printable(text: str) -> str:
@@ -104,6 +104,10 @@ class NotDurable(EvalstoreError):
 
 class SchemaMismatch(EvalstoreError):
     """The tables are not those this release works with."""
+
+
+PASSING: Final = (Outage, SchemaMismatch)
+"""What ends without the message's doing: a server comes back, a schema is migrated."""
 
 
 class InvalidSettings(EvalstoreError):

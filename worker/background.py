@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
-from sqlalchemy import Connection
 
-from models.errors import Outage, SchemaMismatch
+from models.errors import PASSING, Outage, SchemaMismatch
 from storage.database import Watch
 from worker import confirmations, dead_letters, tracing
-from worker.broker import Broker, turn
+from worker.broker import TURN_S, Broker, turn
 from worker.evaluations import Store, engine
 from worker.metrics import WORK_S
 
@@ -23,11 +22,11 @@ _LONGEST_S: Final = 15.0
 
 
 class Background(threading.Thread):
-    """Call `wake` when there is something to do."""
+    """Call `wake` when there is something to do. Each duty has a turn of `turn_s` at a time."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, *, turn_s: float = TURN_S) -> None:
         super().__init__(name="evalstore-background", daemon=True)
-        self._broker = broker
+        self._broker, self._turn_s = broker, turn_s
         self._wanted = threading.Event()
         self._stopping = threading.Event()
         self._failing: set[str] = set()
@@ -62,15 +61,15 @@ class Background(threading.Thread):
             for state, count in (("used", pool.checkedout()), ("idle", pool.checkedin())):
                 self._broker.metrics.ledger.set("evalstore_database_connections", state, to=count)
 
-    def _try(self, what: str, work: Callable[[Connection, Broker], int]) -> None:
+    def _try(self, what: str, work: Callable[..., int]) -> None:
         """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""
-        goes_on = turn()
+        goes_on = turn(self._turn_s)
         try:
             with engine().connect() as conn, self._watch.bounded(conn, _LONGEST_S):
-                work(conn, self._broker)
+                work(conn, self._broker, go_on=goes_on)
         except Exception as error:
             if what not in self._failing:
-                known = isinstance(error, Outage | SchemaMismatch)
+                known = isinstance(error, PASSING)
                 log.warning("%s wait until this is over: %r", what, error, exc_info=None if known else error)
             self._failing.add(what)
             self._stopping.wait(timeout=1)

@@ -27,9 +27,9 @@ _LUA: Final = Path(__file__).parent / "lua"
 TURN_S: Final = 2.0
 
 
-def turn() -> Callable[[], bool]:
+def turn(seconds: float = TURN_S) -> Callable[[], bool]:
     """What tells whether a turn that begins now goes on."""
-    give_up = time.monotonic() + TURN_S
+    give_up = time.monotonic() + seconds
     return lambda: time.monotonic() < give_up
 
 

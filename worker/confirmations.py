@@ -1,6 +1,6 @@
 """Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import redis
@@ -11,15 +11,15 @@ from storage import confirmations
 from storage.confirmations import Commit, Relayed, StreamId
 from tasks.confirmations import STREAM
 from worker import tracing
-from worker.broker import Broker, turn
+from worker.broker import Broker
 
 KEEP_S: Final = 24 * 3600
 # At once: for these Redis serves nobody else, about 5 ms.
 _BYTES: Final = 256 * 1024
 
 
-def relay(conn: Connection, broker: Broker) -> int:
-    """Publish what is pending, for a turn; returns how many confirmations were.
+def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Publish what is pending, until `go_on` says no; returns how many confirmations were.
 
     Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
     """
@@ -37,7 +37,7 @@ def relay(conn: Connection, broker: Broker) -> int:
         broker.metrics.ledger.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
         return Relayed(known, done=True)
 
-    return confirmations.relay(conn, publish, go_on=turn())
+    return confirmations.relay(conn, publish, go_on=go_on)
 
 
 def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,7 @@ import redis
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
 
-from models.errors import BadMessage, Outage, SchemaMismatch
+from models.errors import PASSING, BadMessage, Outage
 from tasks.broker import encode
 from tasks.connections import as_bytes
 from worker.batches import Batch, Delivery, cause, read
@@ -31,8 +31,6 @@ BATCHES: Final = 2
 TOGETHER_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
-# What ends without the message's doing: a server comes back, a schema is migrated.
-PASSES: Final = (Outage, SchemaMismatch)
 _MOST_TOLD: Final = 20
 
 
@@ -201,7 +199,7 @@ class Consumer(DramatiqConsumer):
                 self._take_apart(message)
             elif error is None:
                 self._acknowledge(redis_ids, batch)
-            elif isinstance(error, PASSES):
+            elif isinstance(error, PASSING):
                 # As it came: Dramatiq's middleware has counted this as a try, and an outage uses up none.
                 self._postpone(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
             elif isinstance(message, Held) and message.retry_ms is not None:
@@ -257,7 +255,7 @@ class Consumer(DramatiqConsumer):
     def nack(self, message: Any) -> None:
         """Make a dead letter of it, with what its actor raised as the cause."""
         error = getattr(message, "_exception", None) or BadMessage("rejected")
-        if isinstance(error, PASSES):  # rejected for tries that an outage used up
+        if isinstance(error, PASSING):  # rejected for tries that an outage used up
             self.ack(message)
             return
         try:

@@ -1,7 +1,7 @@
 """Moving dead letters from Redis, where the broker puts them with their cause, to the table that keeps them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -15,7 +15,7 @@ from models.events import decode, identified, identity
 from storage import database, dead_letters, redrives
 from storage.dead_letters import Burial
 from tasks.redrives import REDRIVEN
-from worker.broker import Broker, turn
+from worker.broker import Broker
 
 log = logging.getLogger("evalstore.worker")
 _CHUNK: Final = 50
@@ -23,12 +23,12 @@ _LONGEST_S: Final = 10.0
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
-def move(conn: Connection, broker: Broker) -> int:
-    """Move all there are, for a turn; returns how many. Each is in the table before it leaves Redis, and there once.
+def move(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Move all there are, until `go_on` says no; returns how many. Each is in the table before it leaves Redis, and there once.
 
     Raises DatabaseOutage, RedisOutage (retry).
     """
-    moved, goes_on = 0, turn()
+    moved = 0
     for queue in sorted(broker.queues):
         for burials, redis_ids in _chunks(broker, queue):
             dead_letters.write(conn, burials)
@@ -38,7 +38,7 @@ def move(conn: Connection, broker: Broker) -> int:
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
             moved += len(burials)
-            if not goes_on():
+            if not go_on():
                 return moved
     return moved
 

@@ -10,7 +10,7 @@ from typing import Any
 from dramatiq.errors import ActorNotFound
 from sqlalchemy import Engine
 
-from models.errors import BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage, SchemaMismatch
+from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
 from models.events import identified, parse
 from models.record import Fact, fact
 from models.settings import settings
@@ -199,7 +199,7 @@ class Store:
                 try:
                     suspicion.begin()
                     return self._attempt(events, bound_s * 2**suspicion.times)
-                except (Outage, SchemaMismatch) as error:
+                except PASSING as error:
                     if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
                         raise _Locked from error
                     failures += 1

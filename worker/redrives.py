@@ -11,7 +11,7 @@ import redis
 from dramatiq import Message, Retry
 from sqlalchemy import Connection, Engine
 
-from models.errors import EvalstoreError, InvalidEvent, Outage, RedisOutage
+from models.errors import PASSING, EvalstoreError, InvalidEvent, Outage, RedisOutage
 from storage import dead_letters, evaluations, redrives
 from storage.dead_letters import Selection
 from storage.redrives import Letter, Sent
@@ -21,7 +21,6 @@ from tasks.jobs import QUEUE
 from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
 from worker.batches import read
 from worker.broker import Broker, turn
-from worker.consumer import PASSES
 from worker.dead_letters import record_stored
 from worker.evaluations import fact_of
 
@@ -41,7 +40,7 @@ def declare(broker: Broker, engine: Callable[[], Engine]) -> None:
 
     # Never a dead letter by the count: it ends when the redrive does, and until then asks to come again as often as it takes.
     # What it `throws` is told without a traceback, as it may be for every few seconds of an outage.
-    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, retry_when=_asked, throws=PASSES)
+    @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, retry_when=_asked, throws=PASSING)
     def redrive_dead_letters(redrive_id: str) -> None:
         work_on(engine(), broker, UUID(redrive_id))
 

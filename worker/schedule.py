@@ -15,13 +15,13 @@ from dramatiq import Actor, Message
 from periodiq import cron
 from sqlalchemy import Connection
 
+from models.errors import PASSING
 from models.settings import settings
 from storage import confirmations as stored_confirmations
 from tasks.broker import encode
 from tasks.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
 from worker import archive, confirmations, dead_letters, lost, redrives
-from worker.broker import Broker
-from worker.consumer import PASSES
+from worker.broker import Broker, turn
 from worker.evaluations import engine
 
 # Less than worker.metrics.WORK_S, with the time it takes to connect.
@@ -90,7 +90,7 @@ def declare(broker: Broker, *, on_tick: Callable[[], None] = lambda: None) -> No
 
 def _relay_confirmations(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        return {"relayed": confirmations.relay(conn, broker), "forgotten": stored_confirmations.forget(conn)}
+        return {"relayed": confirmations.relay(conn, broker, go_on=turn()), "forgotten": stored_confirmations.forget(conn)}
 
 
 def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
@@ -112,7 +112,7 @@ def _sweep_objects(broker: Broker) -> dict[str, Any]:
 
 def _move_dead_letters(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        return {"moved": dead_letters.move(conn, broker), **redrives.sweep(conn, broker)}
+        return {"moved": dead_letters.move(conn, broker, go_on=turn()), **redrives.sweep(conn, broker)}
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], No
         except Exception as error:
             told |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
             # The next tick does what this one would have. Tried again, all those of an outage would be, each with a traceback.
-            if not isinstance(error, PASSES):
+            if not isinstance(error, PASSING):
                 raise
         finally:
             told["seconds"] = round(time.time() - started, 3)

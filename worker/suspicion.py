@@ -5,7 +5,7 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from models.errors import DatabaseOutage, Outage, SchemaMismatch
+from models.errors import PASSING, DatabaseOutage
 from storage import database
 
 _ENOUGH: Final = 5
@@ -69,6 +69,6 @@ class Suspicion:
             self._engine().dispose()  # what is left in the pool may have broken with it
             with database.errors(), self._engine().connect() as conn, self._watch.bounded(conn, _PROBE_S):
                 database.probe(conn)
-        except (Outage, SchemaMismatch):
+        except PASSING:
             return False
         return True

@@ -83,24 +83,23 @@ def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
 ) -> None:
     """A connection that one thing keeps for too long is broken: the server might be frozen."""
     monkeypatch.setenv("EVALSTORE_DATABASE_URL", database_url)
-    monkeypatch.setattr("worker.broker.TURN_S", 0.0)
-    monkeypatch.setattr("worker.background._TICK_S", 60.0)
     for cache in (settings, engine):
         cache.cache_clear()
-    for number in range(50):
+    for number in range(120):
         store(conn, f"{number}", 1)
 
-    assert confirmations.relay(conn, broker) == 20
-    background = Background(broker)
+    assert confirmations.relay(conn, broker, go_on=lambda: False) == 20
+    background = Background(broker, turn_s=0)
     background.start()
     background.wake()
-    eventually(lambda: pending(conn) == 0, what="the next turns")
+    # Each time it looks by itself, after 5 s, it would have one turn.
+    eventually(lambda: pending(conn) == 0, within_s=15, what="the next turns")
 
     background.stop()
     engine().dispose()
     for cache in (settings, engine):
         cache.cache_clear()
-    assert len(entries(broker)) == 50
+    assert len(entries(broker)) == 120
 
 
 def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broker: Broker) -> None:
