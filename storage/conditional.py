@@ -117,10 +117,10 @@ def update(
         version, attempt = found or (None, 1)
         try:
             given = make(attempt)
-            if attempt > 1 and (first := _attempt_of(raw, eval_id, given.event.event_id)):
-                given = make(first)  # a repeat: another attempt has begun since, of which this says nothing
             holds = versions is None or (version is not None and version in versions)
-            holds = holds or _attempt_of(raw, eval_id, given.event.event_id) is not None
+            if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, given.event.event_id)):
+                given = make(first)  # a repeat: another attempt may have begun since, of which this says nothing
+                holds = True
         except BaseException:
             raw.rollback()
             raise
