@@ -199,13 +199,14 @@ def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
     """
     stored = service.stored_times([one.event for one in given if not one.is_timed])
 
-    def one(event: Event | Fact, *, is_timed: bool) -> Event:
+    def as_first(one: Given) -> Event:
+        event = one.event
         if isinstance(event, Fact):
             raise TypeError("what goes through the queue is an event")
-        if is_timed or event.occurred_at is None:
+        if one.is_timed or event.occurred_at is None:
             return event
         first = stored.get((event.eval_id, event.event_id))
         first = first or service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)
         return event.model_copy(update={"occurred_at": first})
 
-    return [one(each.event, is_timed=each.is_timed) for each in given]
+    return [as_first(one) for one in given]

@@ -251,9 +251,9 @@ def misspelt(environment: Mapping[str, str]) -> list[str]:
     known = [name.upper() for name in Settings.model_fields]
     found = []
     for name in sorted(environment):
-        rest = name.upper().removeprefix(_PREFIX)
-        is_none = rest != name.upper() and not (name.startswith(_PREFIX) and rest in known)
-        if is_none and name not in _BESIDE and not _SERVICE_LINK.fullmatch(rest):
+        prefix, rest = name[: len(_PREFIX)], name[len(_PREFIX) :].upper()
+        is_setting = prefix == _PREFIX and rest in known
+        if prefix.upper() == _PREFIX and not is_setting and name not in _BESIDE and not _SERVICE_LINK.fullmatch(rest):
             hint = did_you_mean(rest, known, prefix=_PREFIX)
             found += [f"{name} is no setting{hint}"] if hint else []
     return found
