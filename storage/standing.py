@@ -11,8 +11,10 @@ from storage.archive import Archive
 
 Numbers = dict[tuple[str, ...], float]
 
+# Of sessions of others an ordinary role is told hardly more than that they are there, and by whom: of their kind, nothing.
 _SERVER: Final = """
-SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+SELECT (SELECT count(*) FROM pg_stat_activity WHERE coalesce(backend_type, 'client backend') = 'client backend'
+        AND datid IS NOT NULL AND usesysid IS NOT NULL),
     current_setting('max_connections')::int
 """
 _CONFIRMATIONS: Final = """

@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,8 @@ from tasks.tracing import release
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 # Labels that only those series have that were counted: of all that is possible, few are.
 _SPARSE: Final = frozenset({"evalstore_http_requests_total", "evalstore_http_request_duration_seconds"})
+
+_AGAIN_S: Final = 5.0
 
 log = logging.getLogger("evalstore")
 
@@ -124,7 +127,10 @@ def _spool() -> dict[Series, float]:
     folder = settings().spool_dir
     if folder is None:
         return {}
-    size, age_s = Spool(folder, max_bytes=settings().spool_max_bytes).waiting()
+    try:
+        size, age_s = Spool(folder, max_bytes=settings().spool_max_bytes).waiting()
+    except OSError:  # another user's, say: nothing to tell of it, and much of all else
+        return {}
     return {("evalstore_spool_bytes", ()): size, ("evalstore_spool_oldest_age_seconds", ()): age_s}
 
 
@@ -190,10 +196,20 @@ class Endpoint:
 
 
 def start(role: str, group: Group, layout: Layout, port: int) -> None:
-    """Answer from a thread of this process. A port that is taken is a warning, and no more."""
-    try:
-        server = Endpoint(role, group, layout, settings().metrics_host, port).server
-    except OSError as error:
-        log.warning("no metrics at %s:%d: %s", settings().metrics_host, port, error.strerror)
-        return
-    threading.Thread(target=server.serve_forever, name="evalstore-metrics", daemon=True).start()
+    """Answer from a thread of this process. A port that is taken is a warning, until it is free: whom a new release takes the
+    place of may still have it."""
+
+    def serve() -> None:
+        warned = False
+        while True:
+            try:
+                server = Endpoint(role, group, layout, settings().metrics_host, port).server
+            except OSError as error:
+                if not warned:
+                    log.warning("no metrics at %s:%d: %s", settings().metrics_host, port, error.strerror)
+                warned = True
+                time.sleep(_AGAIN_S)
+            else:
+                server.serve_forever()
+
+    threading.Thread(target=serve, name="evalstore-metrics", daemon=True).start()

@@ -84,7 +84,9 @@ class Loop(NamedTuple):
 
 
 def loops(data: bytes) -> Iterator[Loop]:
-    """Those in a ledger's memory that are to make progress."""
+    """Those in a ledger's memory that are to make progress. None where it is being made just now."""
+    if len(data) < _HEAD_BYTES + _LOOPS * _LOOP.size:
+        return
     for place in range(_LOOPS):
         due, name = _LOOP.unpack_from(data, _HEAD_BYTES + place * _LOOP.size)
         if due:
@@ -110,10 +112,16 @@ class Ledger:
         """From now on, count in the file `path`, which is made. Raises OSError."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            # Room for all of it: a page that the disk has none for when it is first written to would end the process.
+            os.posix_fallocate(file, 0, self.layout.bytes)
             with self._lock:
-                os.write(file, self._memory)
-                self._memory = mmap.mmap(file, self.layout.bytes)
+                memory = mmap.mmap(file, self.layout.bytes)
+                memory[:] = bytes(self._memory)
+                self._memory = memory
                 self._numbers = self._view()
+        except OSError:
+            path.unlink()
+            raise
         finally:
             os.close(file)
 

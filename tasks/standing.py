@@ -47,6 +47,7 @@ class Reading(Generic[T]):
         self._value: T | None = None
         self.error: EvalstoreError | None = None
         self._fresh_until = 0.0
+        self._took_s = 0.0
         self._give_up = 0.0
 
     def get(self) -> T | None:
@@ -73,7 +74,9 @@ class Reading(Generic[T]):
             with self._lock:
                 now = time.monotonic()
                 self._value, self._thread, self.error = value, None, failed
-                self._fresh_until = now + (max(_KEEP_S, (now - started) / _SHARE) if self._stale and value else _KEEP_S)
+                # What took long but once, as the server was frozen or locked, is not kept for as long as what always does.
+                usual_s, self._took_s = min(self._took_s, now - started), now - started
+                self._fresh_until = now + (max(_KEEP_S, usual_s / _SHARE) if self._stale and value else _KEEP_S)
 
 
 class Standing:

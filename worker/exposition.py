@@ -20,6 +20,7 @@ from worker import metrics
 log = logging.getLogger("evalstore.worker")
 
 _BEAT_S: Final = 5.0
+_AGAIN_S: Final = 1.0
 # periodiq wakes each minute; it is stuck when it is late by this.
 _TICK_S: Final = 60.0 + 25.0
 
@@ -37,6 +38,7 @@ def _serve_beside(group: groups.Group) -> None:
     """Answer from a process of its own, so that workers are not kept waiting by whoever asks. A group's first process forks it.
 
     That is done before there are threads and connections. All it needs is loaded by then, which would take it most of a second.
+    What is forked here only forks again, whenever the process that answers has ended: the worker's own could not, with threads.
     """
     try:
         os.close(os.open(group.folder / "endpoint", os.O_CREAT | os.O_EXCL, 0o600))
@@ -50,7 +52,16 @@ def _serve_beside(group: groups.Group) -> None:
     status = 1
     try:
         os.close(here)
-        _serve(group, until)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # what Dramatiq does then is for a worker
+        while child := os.fork():
+            if (ended := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
+                break
+            log.warning("the endpoint for metrics ended with status %d, and begins again", ended)
+            if select.select([until], [], [], _AGAIN_S)[0]:
+                break
+        else:
+            _serve(group, until)
         status = 0
     except Exception as error:
         log.error("unexpected error", exc_info=error)  # noqa: TRY400 - its level is on the list
@@ -59,8 +70,6 @@ def _serve_beside(group: groups.Group) -> None:
 
 
 def _serve(group: groups.Group, until: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # what Dramatiq does then is for a worker
     from tasks import exposition  # noqa: PLC0415 - workers themselves do without
 
     exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)

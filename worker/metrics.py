@@ -20,6 +20,7 @@ LAYOUT: Final = Layout(counted_by("worker"), {"job": [job.name for job in JOBS]}
 # A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Ledger.due`.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0
+_HEARD_FOR_S: Final = 30.0
 _SAMPLE: Final = 32
 _LATENCY: Final = "evalstore_event_latency_seconds"
 _RATE_OVER_S: Final = 10.0
@@ -133,8 +134,9 @@ def _type_of(body: bytes | None) -> str:
 class Outages:
     """For how long servers were away, as this process's threads noticed."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, heard_for_s: float = _HEARD_FOR_S) -> None:
         self._ledger = ledger
+        self._heard_for_s, self._heard = heard_for_s, 0.0
         self._lock = threading.Lock()
         self._away: dict[str, set[str]] = {"postgresql": set(), "redis": set(), "objects": set()}
         self._counted = dict.fromkeys(self._away, 0.0)
@@ -144,6 +146,7 @@ class Outages:
         with self._lock:
             self._count(server)
             self._away[server].add(who)
+            self._heard = time.monotonic() if server == "objects" else self._heard
             self._ledger.set("evalstore_outage", server, to=1)
 
     def back(self, server: str, who: str) -> None:
@@ -159,6 +162,10 @@ class Outages:
         with self._lock:
             for server in self._away:
                 self._count(server)
+            # Nobody holds what waits for objects: it comes again soon, and maybe to another process, to whom they are back.
+            if self._away["objects"] and time.monotonic() - self._heard > self._heard_for_s:
+                self._away["objects"].clear()
+                self._ledger.set("evalstore_outage", "objects", to=0)
             return [server for server, waiting in self._away.items() if waiting]
 
     def _count(self, server: str) -> None:

@@ -130,6 +130,10 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     assert all((seen("evalstore_store_duration_seconds_count", phase=phase) or 0) > 0 for phase in phases)
     assert seen("evalstore_dead_letters_oldest_age_seconds", reason="InvalidEvent") != 0
 
+    (endpoint := worker.endpoint).kill()
+    endpoint.wait()
+    worker.until(is_counted, **settled)  # another one answers, beside the same processes
+    assert "the endpoint for metrics ended" in worker.log.read_text()
     worker.workers[0].send_signal(SIGKILL)  # Dramatiq's master ends all of them then, and a supervisor starts it again
     eventually(lambda: worker.process and worker.process.poll() is not None, within_s=30, what="the end of the worker")
     worker.start()
@@ -290,6 +294,7 @@ def test_a_taken_port_is_a_warning_and_storing_goes_on(
     first.stop()
     send(redis_url, queued(1))
     eventually(lambda: _is_stored(database_url), within_s=30, what="the event")
+    eventually(lambda: first.health("live") == 200, within_s=30, what="an answer, by the second, at the port that is free now")
 
 
 def _is_stored(database_url: str) -> bool:

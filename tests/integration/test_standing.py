@@ -4,6 +4,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from sqlalchemy import Engine
 
 from models.events import EvaluationCompleted
 from models.settings import Settings
-from storage import archive, dead_letters, evaluations
+from storage import archive, dead_letters, evaluations, standing
 from storage.archive import Archive
 from storage.dead_letters import Burial
 from tasks import exposition
@@ -27,8 +28,8 @@ from tasks.standing import Reading, Standing
 
 def numbers(given: Settings) -> dict[Series, float]:
     """As of now: whoever asks again may be told what was a moment ago."""
-    with closing(Standing(given, patience_s=30)) as standing:
-        return standing.numbers()
+    with closing(Standing(given, patience_s=30)) as now:
+        return now.numbers()
 
 
 def ended(eval_id: str, size: int) -> EvaluationCompleted:
@@ -121,15 +122,15 @@ def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest
 def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        standing = Standing(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
+        asked = Standing(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
         started = time.monotonic()
-        found = [standing.numbers() for _ in range(3)]
+        found = [asked.numbers() for _ in range(3)]
         assert time.monotonic() - started < 10
     assert [one["evalstore_server_up", ("redis",)] for one in found] == [False] * 3
     assert found[-1]["evalstore_server_up", ("postgresql",)]
     assert ("evalstore_consumers", ("evaluations",)) not in found[-1]
-    assert standing.ready() == {"redis": "cannot be reached"}
-    standing.close()
+    assert asked.ready() == {"redis": "cannot be reached"}
+    asked.close()
 
 
 def test_many_who_ask_are_told_by_one_reading() -> None:
@@ -149,3 +150,41 @@ def test_many_who_ask_are_told_by_one_reading() -> None:
     for asker in askers:
         asker.join()
     assert (told, len(reads)) == ([1] * 8, 1)
+
+
+def test_what_took_long_once_is_read_again_soon(eventually: Callable[..., None]) -> None:
+    reads = []
+
+    def read() -> int:
+        reads.append(1)
+        threading.Event().wait(timeout=0.2 if len(reads) == 1 else 0)  # a server that was frozen, say
+        return len(reads)
+
+    reading = Reading(read, 20.0, stale=True)
+    assert reading.get() == 1
+    eventually(lambda: reading.get() == 2, within_s=10, what="the next number")
+
+
+def test_everybodys_connections_are_counted_by_a_role_that_may_not_look_into_them(engine: Engine) -> None:
+    with engine.connect() as ours, engine.connect(), engine.connect():
+        before = standing.server(ours)["evalstore_postgresql_connections",]
+        role = f"plain_{uuid4().hex}"
+        with ours.begin():
+            ours.exec_driver_sql(f"CREATE ROLE {role}")
+            ours.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+            ours.exec_driver_sql(f"SET ROLE {role}")
+        try:
+            seen = standing.server(ours)["evalstore_postgresql_connections",]
+        finally:
+            with ours.begin():
+                ours.exec_driver_sql("RESET ROLE")
+                ours.exec_driver_sql(f"DROP OWNED BY {role}")
+                ours.exec_driver_sql(f"DROP ROLE {role}")
+    assert before >= 3
+    assert seen == pytest.approx(before, abs=2)  # others come and go
+
+
+def test_a_spool_that_may_not_be_read_hides_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spool").write_text("")
+    monkeypatch.setattr(exposition, "settings", lambda: Settings(spool_dir=tmp_path / "spool"))
+    assert exposition._spool() == {}

@@ -63,6 +63,12 @@ class Watched:
             one for one in psutil.Process(self.process.pid).children() if "resource_tracker" not in " ".join(one.cmdline())
         ][:2]
 
+    @property
+    def endpoint(self) -> psutil.Process:
+        """The process that answers: the child of one that a worker process forked."""
+        (found,) = (answers for one in self.workers for keeper in one.children() for answers in keeper.children())
+        return found
+
     def kill(self) -> None:
         assert self.process
         for one in psutil.Process(self.process.pid).children(recursive=True):

@@ -1,6 +1,8 @@
 """What processes count and whether they live is read from outside, whatever became of them."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import pytest
 from models.settings import settings
 from tasks import groups
 from tasks.ledger import Layout, Ledger, counted_by
+from worker.metrics import Outages
 
 LAYOUT = Layout(counted_by("worker"), {"job": ["a"]})
 APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
@@ -148,10 +151,42 @@ def test_counts_of_another_release_are_dropped(runtime: Path, start: Callable[[i
     assert not ended.exists()
 
 
+def test_a_full_disk_hides_who_begins_then_and_nobody_else(
+    start: Callable[[int], subprocess.Popen[bytes]], runtime: Path
+) -> None:
+    start(3)
+    (group,) = groups.groups()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    on_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(groups.Unshared):
+            groups.join("worker", Ledger(LAYOUT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, on_signal)
+    assert len(groups.groups()) == 1
+
+    (group.folder / groups.name_of(os.getpid())).write_bytes(b"")  # of one that makes its file just now
+    assert [process.stuck for process in group.processes()] == [[], []]
+    assert counted(group, APPLIED[0], *APPLIED[1]) == 3
+
+
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     with pytest.raises(groups.Unshared, match="another user"):
         groups.runtime()
+
+
+def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(eventually: Callable[..., None]) -> None:
+    ledger = Ledger(LAYOUT)
+    outages = Outages(ledger, heard_for_s=0.2)
+    for server in ("objects", "redis"):
+        outages.away(server, "somebody")
+    assert outages.update() == ["redis", "objects"]
+    eventually(lambda: outages.update() == ["redis"], what="the end of what nobody hears of")  # who waits for Redis asks it
+    assert [ledger.get("evalstore_outage", server) for server in ("objects", "redis")] == [0, 1]
+    assert 0.2 <= ledger.get("evalstore_outage_seconds_total", "objects") < 5
 
 
 def test_histograms_count_each_value_in_its_bucket() -> None:
