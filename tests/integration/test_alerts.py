@@ -200,6 +200,9 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
 
     workers.stop()
     watched.comes_to("EvalstoreNoWorkers")
+    assert (
+        watched.without_data([one for one in always if "server_up" in one]) == set()
+    )  # which servers are away shows all the same
 
 
 def _freeze(watched: Watched, pids: list[int]) -> int:
