@@ -1,5 +1,7 @@
 """Giving up evaluations whose result is overdue: watch, compare, act. A result that still comes counts all the same."""
 
+from collections.abc import Callable
+
 from sqlalchemy import Connection
 
 from models.settings import Settings
@@ -11,8 +13,8 @@ from worker.broker import Broker
 _MOST = 1000
 
 
-def run_once(conn: Connection, broker: Broker, limits: Settings) -> dict[str, int]:
-    """Mark what is overdue as lost; returns how many were.
+def run_once(conn: Connection, broker: Broker, limits: Settings, *, go_on: Callable[[], bool] = lambda: True) -> dict[str, int]:
+    """Mark what is overdue as lost, until `go_on` says no; returns how many were.
 
     Nothing is marked while a message has waited for longer than the grace: the result may be among those that wait.
     Raises DatabaseOutage, RedisOutage (retry: the same events are made again, and stored once).
@@ -27,7 +29,11 @@ def run_once(conn: Connection, broker: Broker, limits: Settings) -> dict[str, in
             limit=_MOST,
         )
         if found:
-            marked += evaluations.store(conn, found).outcomes.count("applied")
+            applied = evaluations.store(conn, found).outcomes.count("applied")
+            broker.metrics.lost(applied)
+            marked += applied
         if len(found) < _MOST:
             return {"lost": marked}
+        if not go_on():
+            return {"lost": marked, "more": 1}
     return {"lost": marked, "held_back": 1}

@@ -26,6 +26,8 @@ from worker.evaluations import engine
 
 # Less than worker.metrics.WORK_S, with the time it takes to connect.
 _LONGEST_S: Final = 15.0
+# Each look for what is overdue goes through all that is open, so that a short turn would hardly get on. Less than _LONGEST_S.
+_LOST_TURN_S: Final = 10.0
 
 log = logging.getLogger("evalstore.worker")
 
@@ -95,9 +97,7 @@ def _relay_confirmations(broker: Broker) -> dict[str, int]:
 
 def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        done = lost.run_once(conn, broker, settings())
-        broker.metrics.lost(done["lost"])
-        return done
+        return lost.run_once(conn, broker, settings(), go_on=turn(_LOST_TURN_S))
 
 
 def _archive_large_outputs(broker: Broker) -> dict[str, Any]:

@@ -133,12 +133,18 @@ def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, b
     assert status(conn) == "running"
 
 
-def test_thousands_of_overdue_ones_are_given_up_in_one_run(conn: Connection, broker: Broker) -> None:
+def test_thousands_of_overdue_ones_are_given_up_in_one_run_or_as_many_as_its_turn_allows(
+    conn: Connection, broker: Broker
+) -> None:
     for start in range(0, 3000, 1000):
         evaluations.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
     stored(conn, recorded_s_ago=1000)
 
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 3000}
+    assert lost.run_once(conn, broker, LIMITS, go_on=lambda: False) == {"lost": 1000, "more": 1}
+    counted = "evalstore_events_total", "applied", "evaluation:lost"
+    assert broker.metrics.ledger.get(*counted) == 1000  # also where the next thousand ends in an outage
+    assert lost.run_once(conn, broker, LIMITS) == {"lost": 2000}
+    assert broker.metrics.ledger.get(*counted) == 3000
 
 
 def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_gives_up_evaluations(broker: Broker) -> None:
