@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
 from ops.output import notice
 from tasks.environment import tell_misspelt
+from tasks.tracing import release
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 _COMMANDS: Final = {
@@ -57,7 +58,17 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     return made
 
 
-def _find_local_servers() -> None:
+def _tell_release(is_asked: bool) -> None:
+    if is_asked:
+        sys.stdout.write(f"evalstore {release()}\n")
+        raise typer.Exit
+
+
+def _find_local_servers(
+    version: Annotated[  # noqa: ARG001 - Typer asks `_tell_release`
+        bool, typer.Option("--version", callback=_tell_release, is_eager=True, help="Print the release.")
+    ] = False,
+) -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
     tell_misspelt()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:

@@ -19,7 +19,7 @@ def health(
 ) -> None:
     """Say whether things work. --live asks no server, and looks at what runs on this machine (in this container).
 
-    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables), 7 a server cannot be reached.
+    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables), 7 a server cannot be used.
     """
     if live == ready:
         raise typer.BadParameter("expected one of --live and --ready")
@@ -52,7 +52,8 @@ def _tell_live(of: str | None, form: Format) -> None:
 def _tell_ready(form: Format) -> None:
     from tasks.standing import Standing  # noqa: PLC0415 - whoever asks for --live, often, is spared it
 
-    found = Standing(settings(), patience_s=_PATIENCE_S).ready()
+    errors = Standing(settings(), patience_s=_PATIENCE_S).answers().errors
+    found = {name: " ".join(str(error).split()) for name, error in errors.items()}
     show(
         [
             {"server": name, "state": found.get(name, "unknown" if name == "schema" and found.get("postgresql") else "ready")}

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from models.errors import DatabaseOutage, InvalidSettings, Outage, RedisOutage
+from models.errors import EvalstoreError
 from models.settings import settings
 from ops.output import Format, OutputOption, age, ago, escaped, write_json
 from storage import dead_letters, evaluations
@@ -23,6 +23,7 @@ from storage.standing import Numbers
 from tasks.evaluations import QUEUE
 from tasks.jobs import JOBS
 from tasks.standing import Standing
+from tasks.tracing import release
 
 _EVERY_S: Final = 2.0
 _PATIENCE_S: Final = 5.0
@@ -38,7 +39,7 @@ def status(
 ) -> None:
     """Show how things stand: queues, workers, outages, dead letters, the archive, the schedule.
 
-    What a server that is away holds is left out, and the exit status is 7.
+    What a server that is away holds is left out, and the exit status is 7; 1 where the tables are of another release.
     """
     look = _Look()
     if not watch:
@@ -47,7 +48,7 @@ def status(
             Console(highlight=False).print(_screen(told))
         else:
             write_json(told)
-        look.raise_outage(told)
+        look.raise_error()
         return
     with suppress(KeyboardInterrupt):
         _watch(look, output_format)
@@ -69,20 +70,20 @@ class _Look:
 
     def __init__(self) -> None:
         self._standing = Standing(settings(), patience_s=_PATIENCE_S)
+        self._errors: dict[str, EvalstoreError] = {}
         self._evaluations = self._standing.reading(evaluations.count_by_status)
         self._groups = self._standing.reading(lambda conn: dead_letters.groups(conn, Selection()))
 
     def told(self) -> Told:
         """As `-o json` prints it."""
-        seen, answer = self._standing.redis.get(), self._standing.database.get()
-        if isinstance(error := self._standing.database.error, InvalidSettings):  # of an address that only libpq can judge
-            raise error
+        seen, answer, self._errors = self._standing.answers()
         now = datetime.now(UTC)
-        told: Told = {"at": now, "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
+        told: Told = {"at": now, "release": release(), "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
+        told["errors"] = {name: " ".join(str(error).split()) for name, error in self._errors.items()}
         if seen is not None:
             told |= _of_redis(seen, now)
-        if answer is not None and not answer[0]:
-            told["servers"]["postgresql"] = "not migrated"
+        if "schema" in self._errors:
+            told["servers"]["postgresql"] = "has other tables"
         elif answer is not None:
             self._add_database(told, answer[1])
         return told
@@ -118,15 +119,10 @@ class _Look:
                 "failing": found["evalstore_archive_failing_contents",],
             }
 
-    def raise_outage(self, told: Told) -> None:
-        """Raises what kept a server from answering, if one did not."""
-        standing = self._standing
-        for reading, is_away, outage in (
-            (standing.redis, told["servers"]["redis"] == "away", RedisOutage),
-            (standing.database, told["servers"]["postgresql"] == "away", DatabaseOutage),
-        ):
-            if is_away:
-                raise reading.error if isinstance(reading.error, Outage) else outage("no answer in time")
+    def raise_error(self) -> None:
+        """Raises what keeps a server from being used, if one cannot be."""
+        for error in self._errors.values():
+            raise error
 
 
 def _state(answer: object) -> str:
@@ -182,7 +178,7 @@ def _screen(told: Told) -> RenderableType:
             parts.append(Text(f"and {len(workers) - _WORKERS} more"))
     if "dead_letters" in told:
         parts += ["", _letters(told["dead_letters"])]
-    parts += ["", *(Text.assemble((f"{name:<15}", "bold"), what) for name, what in _lines(told))]
+    parts += ["", *(Text.assemble((f"{name:<15}", "bold"), escaped(what)) for name, what in _lines(told))]
     if "jobs" in told:
         now = told["at"]
         rows = [
@@ -220,7 +216,7 @@ def _letters(told: Told) -> RenderableType:
 
 
 def _lines(told: Told) -> list[tuple[str, str]]:
-    found = []
+    found = [(name, what) for name, what in told["errors"].items()]
     if told.get("outages"):
         found.append(("outage", f"workers wait for {', '.join(told['outages'])}"))
     if "confirmations" in told:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import product
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import pendulum
 from periodiq import cron
 from sqlalchemy import Connection, Engine
 
-from models.errors import EvalstoreError, InvalidSettings, Outage, SchemaMismatch
+from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage, SchemaMismatch
 from models.metrics import BY_NAME, REASONS
 from models.settings import Settings
 from storage import database, migrations
@@ -79,6 +79,16 @@ class Reading(Generic[T]):
                 self._fresh_until = now + (max(_KEEP_S, usual_s / _SHARE) if self._stale and value else _KEEP_S)
 
 
+class Answers(NamedTuple):
+    """What the servers said. `errors`: what keeps one from being used, under `redis`, `postgresql` or `schema`. They are
+    the servers' words, which name hosts and users: not for strangers.
+    """
+
+    redis: queues.Standing | None
+    database: tuple[SchemaMismatch | None, stored.Numbers] | None
+    errors: dict[str, EvalstoreError]
+
+
 class Standing:
     """For one process that is asked for metrics and health."""
 
@@ -117,13 +127,13 @@ class Standing:
             raise
 
     @staticmethod
-    def _server(conn: Connection) -> tuple[bool, stored.Numbers]:
-        """Whether the schema is ours, and what its tables tell."""
+    def _server(conn: Connection) -> tuple[SchemaMismatch | None, stored.Numbers]:
+        """Whether the schema is another than ours, and what its tables tell."""
         try:
             migrations.check(conn)
-        except SchemaMismatch:
-            return False, {}
-        return True, stored.server(conn)
+        except SchemaMismatch as error:
+            return error, {}
+        return None, stored.server(conn)
 
     def _all_contents(self, conn: Connection) -> stored.Numbers:
         return stored.contents(conn, self._archive)
@@ -136,19 +146,24 @@ class Standing:
         if "_archive" in self.__dict__ and self._archive:
             self._archive.close()
 
-    def ready(self) -> dict[str, str]:
-        """What keeps this from working, by server; nothing where all is well."""
-        found = {}
-        if self.redis.get() is None:
-            found["redis"] = "cannot be reached"
-        answer = self.database.get()
+    def answers(self) -> Answers:
+        """What both servers say now. Raises InvalidSettings for an address that only libpq can judge."""
+        seen, answer = self.redis.get(), self.database.get()
+        found: dict[str, EvalstoreError] = {}
+        if seen is None:
+            found["redis"] = self.redis.error or RedisOutage("no answer in time")
         if answer is None:
-            found["postgresql"] = "cannot be reached"
-        elif not answer[0]:
-            found["schema"] = (
-                "the tables are not those of this release: run `evalstore migrate`, which says so if it is not for it to mend"
-            )
-        return found
+            found["postgresql"] = self.database.error or DatabaseOutage("no answer in time")
+            if isinstance(found["postgresql"], InvalidSettings):
+                raise found["postgresql"]
+        elif answer[0] is not None:
+            found["schema"] = answer[0]
+        return Answers(seen, answer, found)
+
+    def ready(self) -> dict[str, str]:
+        """What keeps this from working, by server, for anyone to know; nothing where all is well."""
+        found = self.answers().errors
+        return {name: str(error) if name == "schema" else "cannot be used" for name, error in found.items()}
 
     def numbers(self) -> Numbers:
         """All that can be told now."""
@@ -159,9 +174,9 @@ class Standing:
         }
         letters = None
         if answer is not None:
-            found["evalstore_schema_ready", ()] = answer[0]
+            found["evalstore_schema_ready", ()] = is_ready = answer[0] is None
             found |= _keyed(answer[1])
-            if answer[0]:
+            if is_ready:
                 letters = self.letters.get()
                 contents = self.contents.get()
                 found |= {**_zeros(*_CONTENTS), **_keyed(contents)} if contents is not None else {}

@@ -3,9 +3,10 @@
 A migration must leave the database usable by workers of the release before it: they run on while it is applied.
 """
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,7 @@ _ADVISORY_LOCK = 0x65766173
 # A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
 _LOCK_S: Final = 0.5
 _PAUSE_S: Final = 2.0
+_LOOK_S: Final = 0.1
 
 
 @cache
@@ -34,28 +36,36 @@ def revisions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def upgrade(url: str) -> tuple[str | None, str]:
+def upgrade(url: str, waiting: Callable[[str], object] = lambda _: None) -> tuple[str | None, str]:
     """Bring the database at `url` to this release's schema; returns the revisions before and after.
 
     One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
-    call from several processes at once; the later ones wait and find nothing to do.
+    call from several processes at once; the later ones wait and find nothing to do. `waiting` is told for whom it waits once
+    that is for longer than a moment, and again when that is another.
 
     Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or where the database cannot hold all
     text.
     """
-    while True:
-        try:
-            return _upgrade(url)
-        except DatabaseOutage as error:
-            if not error.is_lock:
-                raise
-        time.sleep(_PAUSE_S)
+    try:
+        return _upgrade(url)
+    except DatabaseOutage as error:
+        if not error.is_lock:
+            raise
+    with _alone(url) as aside:
+        onlooker = _Onlooker(aside, waiting)
+        while True:
+            time.sleep(_PAUSE_S)
+            try:
+                return _upgrade(url, onlooker)
+            except DatabaseOutage as error:
+                if not error.is_lock:
+                    raise
 
 
-def _upgrade(url: str) -> tuple[str | None, str]:
+def _upgrade(url: str, onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
     from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
 
-    with _alone(url) as conn, database.errors(), conn.begin():
+    with _alone(url) as conn, onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
         conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
             how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
@@ -64,6 +74,56 @@ def _upgrade(url: str) -> tuple[str | None, str]:
         _refuse_newer(before)
         command.upgrade(config(conn), "head")
         return before, revisions()[-1]
+
+
+_HOLDERS: Final = """
+SELECT waits.wait_event = 'advisory', holder, other.usename, other.application_name,
+    extract(epoch FROM now() - other.xact_start)
+FROM pg_stat_activity waits CROSS JOIN unnest(pg_blocking_pids(waits.pid)) holder LEFT JOIN pg_stat_activity other
+ON other.pid = holder WHERE waits.pid = %s ORDER BY holder
+"""
+
+
+class _Onlooker:
+    """Sees, on a connection of its own, whom another one waits for: a server tells that only while it waits."""
+
+    def __init__(self, conn: Connection, tell: Callable[[str], object]) -> None:
+        self._conn, self._tell = database.driver(conn), tell
+        self._conn.autocommit = True
+        self._told: list[int] = []
+
+    @contextmanager
+    def looking(self, conn: Connection) -> Iterator[None]:
+        """Until the block ends."""
+        done, pid = threading.Event(), database.driver(conn).info.backend_pid
+        thread = threading.Thread(target=self._run, args=(done, pid), name="evalstore-onlooker", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=1)
+
+    def _run(self, done: threading.Event, pid: int) -> None:
+        with (
+            suppress(DatabaseOutage),
+            database.errors(),
+        ):  # whoever migrates is told what is wrong, or goes on without being told this
+            while not done.wait(_LOOK_S):
+                found = self._conn.execute(_HOLDERS, [pid]).fetchall()
+                pids = [one[1] for one in found]
+                if found and pids != self._told:
+                    self._told = pids
+                    self._tell(f"waits for {' and '.join(_holder(*one) for one in found)}")
+
+
+def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None, seconds: float | None) -> str:
+    if pid == 0:
+        return "a prepared transaction, which SELECT * FROM pg_prepared_xacts shows"
+    since = None if seconds is None else f"in its transaction for {seconds:.0f} s"
+    who = ", ".join(filter(None, [program, user and f"user {user}", since]))
+    what = "which migrates" if is_migrating else "which uses a table that changes"
+    return f"process {pid} of PostgreSQL ({who}), {what}"
 
 
 def config(conn: Connection) -> "Config":

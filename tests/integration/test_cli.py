@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import redis
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from models.events import parse
 from ops.output import escaped, to_json
@@ -106,6 +107,11 @@ def test_help_is_there_for_every_command(evalstore: Evalstore) -> None:
         assert max(map(len, text.splitlines())) <= 80
         if command in {"status", "send", "get", "audit"}:
             assert "table|json|jsonl" in text
+
+
+def test_which_release_it_is_is_told_whatever_the_settings_are(evalstore: Evalstore) -> None:
+    done = evalstore("--version", EVALSTORE_REDIS_URL="nonsense")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"evalstore {metadata.version('evalstore')}\n", b"")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +210,35 @@ def test_a_database_without_tables_is_told_what_to_run(evalstore: Evalstore, emp
     assert b"run `evalstore migrate`" in done.stderr
     assert evalstore("migrate", EVALSTORE_DATABASE_URL=empty_database_url).returncode == 0
     assert evalstore("get", "e", EVALSTORE_DATABASE_URL=empty_database_url).returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("variable", "changed", "server", "said"),
+    [
+        ("EVALSTORE_DATABASE_URL", ("://", "://nobody:hunter2@"), "postgresql", "nobody"),
+        ("EVALSTORE_DATABASE_URL", ("/test_", "/no_test_"), "postgresql", 'database "no_test_'),
+        ("EVALSTORE_REDIS_URL", ("://", "://:hunter2@"), "redis", "password"),
+        ("EVALSTORE_REDIS_URL", ("/", "/9"), "redis", "DB index is out of range"),
+    ],
+)
+def test_what_is_not_ready_says_why_in_the_servers_words(
+    evalstore: Evalstore, database_url: str, redis_url: str, variable: str, changed: tuple[str, str], server: str, said: str
+) -> None:
+    url = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}[variable]
+    wrong = changed[1].join(url.rsplit(changed[0], 1)) if changed[0] != "://" else re.sub("://([^@]*@)?", changed[1], url)
+    done = evalstore("health", "--ready", "-o", "json", **{variable: wrong})
+    assert done.returncode == 7
+    states = {row["server"]: row["state"] for row in json.loads(done.stdout)}
+    assert said in states[server]
+
+
+def test_a_schema_of_another_release_is_told_as_what_it_is(evalstore: Evalstore, database_url: str) -> None:
+    with connected(database_url) as conn, conn.begin():
+        conn.execute(text("UPDATE alembic_version SET version_num = 'future'"))
+    ready, status = evalstore("health", "--ready", "-o", "json"), evalstore("status")
+    assert (ready.returncode, status.returncode) == (1, 1)
+    assert "at revision future, which this release does not know: deploy a newer one" in ready.stdout.decode()
+    assert "at revision future, which this release does not know: deploy a newer one" in status.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> No
     assert [one["evalstore_server_up", ("redis",)] for one in found] == [False] * 3
     assert found[-1]["evalstore_server_up", ("postgresql",)]
     assert ("evalstore_consumers", ("evaluations",)) not in found[-1]
-    assert asked.ready() == {"redis": "cannot be reached"}
+    assert asked.ready() == {"redis": "cannot be used"}
     asked.close()
 
 
