@@ -16,7 +16,7 @@ from tasks.jobs import JOBS
 from tasks.ledger import Layout, Ledger, counted_by
 from worker.batches import Delivery
 
-LAYOUT: Final = Layout(counted_by("worker"), {"job": [job.name for job in JOBS]})
+LAYOUT: Final = Layout(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
 # A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Ledger.due`.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0

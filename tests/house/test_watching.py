@@ -157,6 +157,11 @@ def test_a_dashboard_can_be_loaded_anywhere_and_leads_to_what_to_do(dashboard: P
             assert (page, anchor in anchors()) == ("${runbook}", True), link
 
 
+def test_no_label_is_one_that_prometheus_gives_to_what_it_scrapes() -> None:
+    """It would call ours `exported_…`, and what is asked by its name would be of the target."""
+    assert [name for name, metric in BY_NAME.items() if TARGET & set(metric.labels)] == []
+
+
 def test_what_is_not_there_is_found_out() -> None:
     assert faults_of("sum(rate(evalstore_events_total[5m]))", {}) == []
     for wrong in (

@@ -51,7 +51,7 @@ class Watched:
                 continue
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
-                    labels = {**sample.labels, "instance": f"127.0.0.1:{port}"}
+                    labels = {**sample.labels, "job": "evalstore", "instance": f"127.0.0.1:{port}"}
                     series = ", ".join(f'{name}="{value}"' for name, value in labels.items())
                     shift = _AT_S - time.time() if sample.name.endswith("_timestamp_seconds") else 0
                     counts = family.type in {"counter", "histogram"}

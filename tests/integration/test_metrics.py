@@ -158,8 +158,8 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     assert seen("evalstore_redrives_running") == 0
     seen = worker.until(lambda seen: seen.total("evalstore_job_runs_total", outcome="ok") >= 3, **settled)
     check_log(worker.log.read_text())
-    assert time.time() - (seen("evalstore_job_last_success_timestamp_seconds", job="relay_confirmations") or 0) < 120
-    assert 0 < (seen("evalstore_job_next_run_timestamp_seconds", job="relay_confirmations") or 0) - time.time() <= 60
+    assert time.time() - (seen("evalstore_job_last_success_timestamp_seconds", job_name="relay_confirmations") or 0) < 120
+    assert 0 < (seen("evalstore_job_next_run_timestamp_seconds", job_name="relay_confirmations") or 0) - time.time() <= 60
 
 
 def check_log(log: str) -> None:

@@ -16,7 +16,7 @@ from tasks import groups
 from tasks.ledger import Layout, Ledger, counted_by
 from worker.metrics import Outages
 
-LAYOUT = Layout(counted_by("worker"), {"job": ["a"]})
+LAYOUT = Layout(counted_by("worker"), {"job_name": ["a"]})
 APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
 
 # A process that counts, and beats until it is killed; `after` says what it does when it has begun.
@@ -24,7 +24,7 @@ _PROCESS = """
 import sys, threading, time
 from tasks import groups
 from tasks.ledger import Layout, Ledger, counted_by
-ledger = Ledger(Layout(counted_by("worker"), {"job": ["a"]}))
+ledger = Ledger(Layout(counted_by("worker"), {"job_name": ["a"]}))
 ledger.add("evalstore_events_total", "applied", "evaluation:queued", by=int(sys.argv[1]))
 groups.join("worker", ledger)
 ledger.add("evalstore_outage_seconds_total", "redis", by=int(sys.argv[1]))
