@@ -111,6 +111,8 @@ class Store:
         return left[1:]
 
     def _shout(self, bad: dict[bytes, bytes]) -> None:
+        if not self._breaker.is_open:  # a probe took long, and another one's was stored meanwhile
+            return
         self._count.set("evalstore_breaker_open", to=1)
         limits, newest = self._breaker.limits, next(iter(bad.values()), b"").decode()
         log.critical(
