@@ -1,20 +1,21 @@
 """`/storage/evaluations/{id}/output|code|error`: content as bytes, streamed, or a range of it."""
 
-import asyncio
 import base64
 import contextlib
+import io
 import re
-from collections.abc import AsyncIterator, Generator, Iterator
-from typing import Annotated, Any, Final, NamedTuple
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from typing import IO, Annotated, Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from api.evaluations import is_match
 from api.openapi import answers, header
 from api.problems import Problem, not_found
+from api.rendering import Streamed
 from api.service import Service, service_of
 from models.events import identity
 from storage import contents
@@ -22,9 +23,13 @@ from storage.contents import Content, Kind
 
 router = APIRouter(prefix="/storage", tags=["content"])
 
+# So much of an answer is in memory while its client takes it.
+SLICE_BYTES: Final = 256 * 1024
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 _NEVER_CHANGES: Final = "private, max-age=31536000, immutable"
 _NOW: Final = "private, no-cache"
+
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -119,47 +124,70 @@ async def _answer(service: Service, request: Request, eval_id: str, kind: Kind, 
     if part:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{content.size}"
     headers["Content-Length"] = str(span.stop - span.start)
+    if content.store is not None and span.start:
+        content = await _read(service, content, lambda: contents.with_head(service.connection, service.stores, found))
     # The first piece before the headers: where it cannot be read, the answer still can say so.
-    pieces = contents.read(service.connection, service.stores, content, span.start, span.stop)
-    first = await _next(service, content, pieces)
-    if content.store is not None and span.start == 0:
+    reading = _Reading(service, content, span)
+    first = await reading.next()
+    if content.store is not None and not span.start:
         content = content._replace(head=first[: contents.HEAD_BYTES])
-    elif content.store is not None:
-        content = await service.thread(lambda: contents.with_head(service.connection, service.stores, found))
     headers["Content-Disposition"] = f'attachment; filename="{eval_id}-{kind}{".txt" if content.is_text else ".bin"}"'
     media_type = "text/plain; charset=utf-8" if content.is_text else "application/octet-stream"
-    shown = {"status_code": 206 if part else 200, "headers": headers, "media_type": media_type}
-    return _Streamed(service, content, first, pieces, **shown)
+    shown: dict[str, Any] = {"status_code": 206 if part else 200, "headers": headers, "media_type": media_type}
+    return Streamed(reading.slices(first), reading.close, **shown)
 
 
-class _Streamed(StreamingResponse):
-    """All pieces, the first of which was read before. It closes what they are read from, also where the client went away."""
+class _Reading:
+    """Content on its way to a client. A large piece of it waits in a temporary file: who is slow takes no memory for it.
 
-    def __init__(self, service: Service, content: Content, first: bytes, pieces: Generator[bytes], **shown: Any) -> None:
-        super().__init__(self._all(first), **shown)
-        self._service, self._content, self._pieces = service, content, pieces
-        self._reading: asyncio.Future[bytes] | None = None
+    Nothing else is held between two slices, so that nothing but that file is left of who goes away.
+    """
 
-    async def _all(self, piece: bytes) -> AsyncIterator[bytes]:
-        while piece:
-            yield piece
-            # A thread goes on with it though this is cancelled, and it cannot be closed before.
-            self._reading = asyncio.ensure_future(_next(self._service, self._content, self._pieces))
-            piece = await asyncio.shield(self._reading)
+    def __init__(self, service: Service, content: Content, span: Span) -> None:
+        self._service, self._content = service, content
+        self._pieces = contents.read(service.connection, service.stores, content, span.start, span.stop)
+        self._piece: IO[bytes] = io.BytesIO()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if self._reading is not None:
-                await asyncio.gather(self._reading, return_exceptions=True)
-            with contextlib.suppress(Problem):  # no thread came free: it is closed when it is forgotten
-                await self._service.thread(self._pieces.close)
+    async def next(self) -> bytes:
+        """The next slice; nothing after the last. Raises Problem, Outage, ObjectMissing, ObjectDamaged."""
+        if slice_ := self._piece.read(SLICE_BYTES):
+            return slice_
+        self._piece.close()
+        self._piece = await _read(self._service, self._content, self._take)
+        return self._piece.read(SLICE_BYTES)
+
+    def _take(self) -> IO[bytes]:
+        piece = next(self._pieces, b"")
+        if len(piece) > SLICE_BYTES:
+            with contextlib.suppress(OSError):  # no room there: it is read all the same
+                return _filed(piece)
+        return io.BytesIO(piece)
+
+    async def slices(self, slice_: bytes) -> AsyncIterator[bytes]:
+        """That one and those after it."""
+        while slice_:
+            yield slice_
+            slice_ = await self.next()
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self._piece.close()
 
 
-async def _next(service: Service, content: Content, pieces: Iterator[bytes]) -> bytes:
-    """The next piece; nothing after the last. Raises Problem, Outage, ObjectMissing, ObjectDamaged."""
+async def _read(service: Service, content: Content, work: Callable[[], T]) -> T:
+    """What `work` gives, called in a thread. Raises Problem, Outage, ObjectMissing, ObjectDamaged."""
     try:
-        return await service.thread(lambda: next(pieces, b""))
+        return await service.thread(work)
     except LookupError:
         raise not_found(content.eval_id, content.kind) from None
+
+
+def _filed(piece: bytes) -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - who reads it closes it
+    try:
+        file.write(piece)
+        file.seek(0)
+    except OSError:
+        file.close()
+        raise
+    return file

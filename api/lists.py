@@ -12,12 +12,11 @@ from typing import Annotated, Any, Final, Literal, cast
 from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from sqlalchemy import Connection
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from api.openapi import answers
 from api.problems import invalid, unavailable
-from api.rendering import json_response, to_json
+from api.rendering import Streamed, json_response, to_json
 from api.service import Service, service_of
 from models.errors import Fault
 from models.events import decode, identity
@@ -174,7 +173,7 @@ async def _export(service: Service, chosen: Filter) -> Response:
     except BaseException:
         export.close()
         raise
-    return _Exported(export, first)
+    return Streamed(export.lines(first), export.close, media_type="application/x-ndjson")
 
 
 class _Export:
@@ -192,26 +191,13 @@ class _Export:
     async def next(self) -> list[dict[str, Any]] | None:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
 
+    async def lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
+        """Those of that chunk and of the ones after it."""
+        while chunk is not None:
+            yield b"".join(to_json(row) + b"\n" for row in chunk)
+            chunk = await self.next()
+
     def close(self) -> None:
         self._thread.submit(self._chunks.close)
         self._thread.shutdown(wait=False)
         self._service.exports.release()
-
-
-class _Exported(StreamingResponse):
-    """The answer that an export is; it ends the export, also where nobody ever read of it."""
-
-    def __init__(self, export: _Export, first: list[dict[str, Any]] | None) -> None:
-        super().__init__(self._lines(first), media_type="application/x-ndjson")
-        self._export = export
-
-    async def _lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-        while chunk is not None:
-            yield b"".join(to_json(row) + b"\n" for row in chunk)
-            chunk = await self._export.next()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._export.close()

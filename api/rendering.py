@@ -2,12 +2,13 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from api.cache import Rendered
 from models import content
@@ -25,6 +26,21 @@ def to_json(value: object) -> bytes:
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An answer that holds `value`."""
     return Response(to_json(value), status, headers=headers, media_type="application/json")
+
+
+class Streamed(StreamingResponse):
+    """An answer in pieces. At its end `close` is called, also where nobody ever read of it: generators end when they are
+    forgotten, which may be late."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None], **shown: Any) -> None:
+        super().__init__(pieces, **shown)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def url(eval_id: str) -> str:

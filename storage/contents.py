@@ -87,7 +87,8 @@ def with_head(connect: Connect, stores: Stores, content: Content) -> Content:
 
 
 def read(connect: Connect, stores: Stores, content: Content, start: int = 0, stop: int | None = None) -> Generator[bytes]:
-    """The bytes from `start` up to `stop`, in pieces of up to 4 MiB. Nothing is held between two of them but the place.
+    """The bytes from `start` up to `stop`, in pieces of up to 4 MiB. Nothing is held between two of them but the
+    place.
 
     Each piece is what was stored, and of the whole the last one is given only if its SHA-256 is right, too. Where the content
     moves meanwhile it is found again. Raises, also while it is iterated over, DatabaseOutage, ObjectStoreOutage (retry),
@@ -104,7 +105,9 @@ def read(connect: Connect, stores: Stores, content: Content, start: int = 0, sto
                     digest.update(piece)
                     if position == stop and digest.digest() != content.sha256:
                         raise ObjectDamaged(f"{content.kind} of {content.eval_id!r} has SHA-256 {digest.hexdigest()}")
-                yield piece
+                handed = [piece]
+                del piece  # or it stays in memory until the next one is asked for
+                yield handed.pop()
         except ObjectMissing:
             before = content.store, content.encoding
             with connect() as conn:
@@ -131,14 +134,18 @@ def _pieces(connect: Connect, stores: Stores, content: Content, start: int, stop
         return
     for begin in range(start, stop, content.piece_bytes):
         length = min(stop - begin, content.piece_bytes)
-        values = {**content._asdict(), "start": begin + 1, "length": length}
-        with connect() as conn, database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            row = cursor.execute(_READ.format(kind=content.kind).encode(), values).fetchone()
-        if row is None or row[0] is None:
-            raise ObjectMissing(f"{content.kind} of {content.eval_id!r} is not in the database any more")
-        if len(row[0]) != length:
-            raise ObjectDamaged(f"{content.kind} of {content.eval_id!r} is shorter than it was")
-        yield bytes(row[0])
+        yield _piece(connect, content, begin, length)
+
+
+def _piece(connect: Connect, content: Content, begin: int, length: int) -> bytes:
+    values = {**content._asdict(), "start": begin + 1, "length": length}
+    with connect() as conn, database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        row = cursor.execute(_READ.format(kind=content.kind).encode(), values).fetchone()
+    if row is None or row[0] is None:
+        raise ObjectMissing(f"{content.kind} of {content.eval_id!r} is not in the database any more")
+    if len(row[0]) != length:
+        raise ObjectDamaged(f"{content.kind} of {content.eval_id!r} is shorter than it was")
+    return bytes(row[0])
 
 
 _BYTES_BY_PLACE: Final = """

@@ -230,12 +230,16 @@ def _whole(store: Store, index: Index, begun: _Begun) -> Iterator[bytes]:
 
 
 def _part(store: Store, index: Index, begun: _Begun, start: int, stop: int) -> Iterator[bytes]:
-    if start == stop:
-        return
-    first = start // FRAME_BYTES
-    for number, chunk in enumerate(_frames(store, index, begun, first, -(-stop // FRAME_BYTES)), first):
-        at = number * FRAME_BYTES
-        yield chunk[max(0, start - at) : stop - at] if start > at or stop < at + len(chunk) else chunk
+    """Frame by frame, each asked for when it is wanted: meanwhile no connection, thread or memory waits for a slow reader."""
+    for number in range(start // FRAME_BYTES, -(-stop // FRAME_BYTES) if start < stop else 0):
+        frames = _frames(store, index, begun, number, number + 1)
+        begun = begun._replace(stored=memoryview(b""))
+        yield _only(frames, max(0, start - number * FRAME_BYTES), stop - number * FRAME_BYTES)
+
+
+def _only(frames: Iterator[bytes], start: int, stop: int) -> bytes:
+    (chunk,) = frames
+    return chunk[start:stop]
 
 
 def _frames(store: Store, index: Index, begun: _Begun, number: int, end: int) -> Iterator[bytes]:
@@ -249,16 +253,19 @@ def _frames(store: Store, index: Index, begun: _Begun, number: int, end: int) ->
         else:
             yield chunk
             return
-    buffers = [bytearray(max((offsets[n + 1] - offsets[n] for n in range(number, end)), default=0)) for _ in range(2)]
+    longest = max((offsets[n + 1] - offsets[n] for n in range(number, end)), default=0)
+    buffers = [bytearray(longest) for _ in range(min(2, end - number))]
     while number < end:
         # The next frame comes in while this one is checked, decoded and used.
         with store.open(key, offsets[number], offsets[end]) as stream, ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(stream.read, offsets[number + 1] - offsets[number], buffers[number % 2])
+            coming = ahead.submit(stream.read, offsets[number + 1] - offsets[number], buffers[number % len(buffers)])
             while number < end:
                 try:
                     stored = coming.result()
                     if number + 1 < end:
-                        coming = ahead.submit(stream.read, offsets[number + 2] - offsets[number + 1], buffers[(number + 1) % 2])
+                        coming = ahead.submit(
+                            stream.read, offsets[number + 2] - offsets[number + 1], buffers[(number + 1) % len(buffers)]
+                        )
                     chunk = index.decode(number, stored)
                 except (ObjectDamaged, ObjectStoreOutage):
                     failed += 1
