@@ -47,7 +47,7 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 
 def store(conn: Connection, given: Sequence[Given], traceparent: str | None = None) -> tuple[list[Outcome], evaluations.Stored]:
     """Store events in one transaction, which their confirmations trace back to. Commits. Raises DatabaseOutage (retry)."""
-    stored = evaluations.store(conn, [one.event for one in given], lambda _: traceparent)
+    stored = evaluations.store(conn, [one.event for one in given], lambda positions: [traceparent or ""] * len(positions))
     outcomes = list(stored.outcomes)
     doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.is_timed]
     if doubtful:

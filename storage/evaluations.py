@@ -51,13 +51,15 @@ class Stored:
     written_at: float = field(default=0.0, compare=False)
 
 
-def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[int], str | None] | None = None) -> Stored:
+def store(
+    conn: Connection, events: Sequence[Event | Fact], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
     An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
     nothing. Any number of callers may store events of the same evaluations at once: all take their locks in the order of
-    `eval_id`, new records first, so that none waits for another in a circle. `trace_of` gives the trace of an event by its
-    position, as a `traceparent`; each confirmation goes on in that of the last event it tells of.
+    `eval_id`, new records first, so that none waits for another in a circle. `traces_of` gives the traces of events by
+    their positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last event it tells of.
 
     Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
     """
@@ -70,7 +72,7 @@ def store(conn: Connection, events: Sequence[Event | Fact], trace_of: Callable[[
         confirmations = _confirmations(facts, written, way.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
-            way.confirm([len(confirmations), body, trace_of and _traces(written, trace_of)])
+            way.confirm([len(confirmations), body, traces_of and _traces(written, traces_of)])
         written_at = time.perf_counter()
     way.committed()
     for positions in written.new.values():
@@ -187,9 +189,9 @@ def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> li
     ]
 
 
-def _traces(written: _Written, trace_of: Callable[[int], str | None]) -> str | None:
+def _traces(written: _Written, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
     """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
-    traces = [trace_of(written.new[eval_id][-1]) or "" for eval_id in written.states]
+    traces = traces_of([written.new[eval_id][-1] for eval_id in written.states])
     return "\n".join(traces) if any(traces) else None
 
 

@@ -229,7 +229,7 @@ class Store:
         trying = tracing.transaction(len(events))
         with trying, database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
             connected = self._timed("connect", started)
-            stored = evaluations.store(conn, [event for _, event in events], tracing.trace_of(events))
+            stored = evaluations.store(conn, [event for _, event in events], tracing.traces_of(events))
         self._timed("write", connected, stored.written_at)
         self._timed("commit", stored.written_at)
         return stored

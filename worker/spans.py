@@ -10,9 +10,12 @@ sender's span, and a span for each of its transactions.
 
 import random
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
+from struct import iter_unpack
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -52,14 +55,24 @@ def _id(size: int) -> bytes:
     return random.randbytes(size)  # noqa: S311 - no secret
 
 
-def _ids(traceparents: Sequence[str], span_ids: bytes) -> list[bytes]:
-    """The first fields of spans below these, which have those ids."""
-    senders, size = binary(traceparents), len(_IDS)
-    many = bytearray(_IDS * len(traceparents))
-    weave(many, size, Column(_TRACE_AT, 16, senders, 1, 26), Column(_PARENT_AT, 8, senders, 17, 26))
-    weave(many, size, Column(_ITSELF_AT, 8, span_ids, 0, 8))
-    together = bytes(many)
-    return [together[start : start + size] for start in range(0, len(together), size)]
+def _spans(traceparents: Sequence[str], span_ids: bytes, common: bytes, eval_ids: Sequence[str] = ()) -> list[bytes]:
+    """Framed spans below these, in parts: with those ids, of evaluations whose ids are of one length, and all else in common."""
+    senders, own = binary(traceparents), _IDS
+    columns = [
+        Column(_TRACE_AT, 16, senders, 1, 26),
+        Column(_PARENT_AT, 8, senders, 17, 26),
+        Column(_ITSELF_AT, 8, span_ids, 0, 8),
+    ]
+    if eval_ids:
+        length = len(eval_ids[0])
+        own += _HEADS[length]
+        columns.append(Column(len(own), length, "".join(eval_ids).encode(), 0, length))
+        own += bytes(length)
+    many = bytearray(own * len(traceparents))
+    weave(many, len(own), *columns)
+    # Columns of what is as long as a whole span would fall out of the processor's cache.
+    each, before = chain.from_iterable(iter_unpack(f"{len(own)}s", many)), _before(b"\x12", len(own) + len(common))
+    return [before, (common + before).join(each), common]
 
 
 def _links(traceparents: Sequence[str]) -> bytes:
@@ -113,7 +126,7 @@ class Traces:
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Have them sent soon, each as `_framed` gives it, or many. Where nobody takes them, old ones are dropped."""
+        """Have them sent soon, as `_framed` and `_spans` give them. Where nobody takes them, old ones are dropped."""
         size = sum(map(len, spans))
         self._processor.on_end(cast("ReadableSpan", _Encoded([self._scope_before(size), *spans], size)))
 
@@ -136,11 +149,10 @@ class Traces:
             attributes=_attributes(messaging("redis", "send", stream)),
             flags=_SAMPLED | _REMOTE_PARENT,
         ).SerializeToString()
-        before = _before(b"\x12", len(_IDS) + len(common))
         if len(kept := sampled(found)) < len(found):
             found, ids = _at(kept, found), _ids_at(kept, ids)
         if found:
-            self.send([before, (common + before).join(_ids(found, ids)), common])
+            self.send(_spans(found, ids, common))
 
     def flush(self) -> None:
         """Send all now."""
@@ -165,17 +177,6 @@ class _Stored(NamedTuple):
         return _Stored(_at(kept, self.events), _at(kept, self.outcomes), _at(kept, self.found), _ids_at(kept, self.ids))
 
 
-class _Around(dict[tuple[Any, ...], tuple[bytes, bytes]]):
-    """`BatchSpans._around`, of a kind of events when it is first asked for."""
-
-    def __init__(self, make: Callable[..., tuple[bytes, bytes]]) -> None:
-        self._make = make
-
-    def __missing__(self, key: tuple[Any, ...]) -> tuple[bytes, bytes]:
-        made = self[key] = self._make(*key)
-        return made
-
-
 class BatchSpans:
     """Gathers what becomes of a batch, and sends its spans at the end. `traceparents`: what messages say, by their ids."""
 
@@ -196,8 +197,8 @@ class BatchSpans:
         self.traceparents.clear()
         return self._senders
 
-    def trace_of(self, events: Sequence[_Pair]) -> Callable[[int], str | None] | None:
-        """What gives, for an event by its position, where its trace goes on; None where no event has one."""
+    def traces_of(self, events: Sequence[_Pair]) -> Callable[[Sequence[int]], list[str]] | None:
+        """What gives, for events by their positions, where their traces go on; None where no event has one."""
         if not self.traceparents and not self._senders:
             self._tried = None
             return None
@@ -209,7 +210,7 @@ class BatchSpans:
         ids = _id(8 * len(events))
         self._tried = _Stored(events, [], found, ids)
         goes_on = below(found, ids)
-        return lambda position: goes_on[LENGTH * position : LENGTH * position + LENGTH].strip() or None
+        return lambda positions: [goes_on[LENGTH * at : LENGTH * at + LENGTH].strip() for at in positions]
 
     def note(self, events: Sequence[_Pair], outcomes: Sequence[Outcome]) -> None:
         """What became of events that are committed. Asked for before that was where their traces go on."""
@@ -261,23 +262,18 @@ class BatchSpans:
             self._traces.send([_framed(self._of_batch(ended) + _links([*links])), *transactions, *spans])
 
     def _settled(self, stored: "_Stored", ended: int, links: dict[str, None], spans: list[bytes]) -> None:
-        """The spans of events that went through the store: most of all there are, so each step is for all of them at once."""
+        """The spans of events that went through the store: most of all there are, so each step is for all of a kind at once."""
         events, outcomes, found, ids = stored.sampled()
-        if not events:
-            return
         links |= dict.fromkeys(found)
         redis_ids = [delivery.redis_id for delivery, _ in events]
         redriven = [one.startswith(REDRIVEN) for one in redis_ids] if REDRIVEN in b" ".join(redis_ids) else repeat(False)
-        eval_ids = "\n".join([fact.eval_id for _, fact in events]).encode().split(b"\n")
-        kinds = zip([fact.type for _, fact in events], outcomes, map(len, eval_ids), redriven, strict=False)
-        around = _Around(lambda *kind: self._around(ended, *kind))
-        before, rest = zip(*map(around.__getitem__, kinds), strict=True)
-        spans.append(b"".join(chain.from_iterable(zip(before, _ids(found, ids), rest, eval_ids, strict=True))))
-
-    def _around(self, ended: int, type_: str, outcome: str, length: int, is_redriven: bool) -> tuple[bytes, bytes]:
-        """What comes before the ids in a framed span, and what between them and an eval_id of that length, which ends it."""
-        rest = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"") + _HEADS[length]
-        return _before(b"\x12", len(_IDS) + len(rest) + length), rest
+        eval_ids, types = [fact.eval_id for _, fact in events], [fact.type for _, fact in events]
+        kinds = defaultdict[tuple[str, Outcome, bool, int], list[int]](list)
+        for at, kind in enumerate(zip(types, outcomes, redriven, map(len, eval_ids), strict=False)):
+            kinds[kind].append(at)
+        for (type_, outcome, is_redriven, _), kept in kinds.items():
+            common = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"")
+            spans += _spans(_at(kept, found), _ids_at(kept, ids), common, _at(kept, eval_ids))
 
     def _unsettled(self, ended: int, links: dict[str, None], spans: list[bytes]) -> None:
         """The spans of those that died, or come again."""
@@ -295,10 +291,9 @@ class BatchSpans:
                 continue
             links[found] = None
             became = "dead" if redis_id in batch.buried else "later" if redis_id in batch.later else "returned"
-            span = _ids([found], _id(8))[0]
-            span += self._of_event(ended, fact.type if fact else "", became, batch.buried.get(redis_id))
-            span += _REDRIVEN if delivery.is_redriven else b""
-            spans.append(_framed(span + (_HEADS[len(fact.eval_id)] + fact.eval_id.encode() if fact else b"")))
+            common = self._of_event(ended, fact.type if fact else "", became, batch.buried.get(redis_id))
+            common += _REDRIVEN if delivery.is_redriven else b""
+            spans += _spans([found], _id(8), common, [fact.eval_id] if fact else [])
 
     def _of_batch(self, ended: int) -> bytes:
         count = {"messaging.batch.message_count": len(self._batch), "evalstore.dead": len(self._batch.buried)}
@@ -340,7 +335,7 @@ def _at(positions: Sequence[int], many: Sequence[T]) -> list[T]:
 
 
 def _ids_at(positions: Sequence[int], ids: bytes) -> bytes:
-    return b"".join([ids[8 * position : 8 * position + 8] for position in positions])
+    return array("Q", _at(positions, array("Q", ids))).tobytes()
 
 
 def _failure(class_: str, message: str, traceback: str = "") -> Span.Event:

@@ -43,15 +43,14 @@ def sender(given: Any) -> str:
 
 def senders(given: Sequence[Any]) -> list[str]:
     """The same of many. Where all are as they should be, which is the rule, that is found out about all of them at once."""
-    number = len(given)
-    if set(map(type, given)) == {str} and set(map(len, given)) == {LENGTH}:
-        text, hyphens = "".join(given), "-" * number
-        are_in_place = text[2::LENGTH] == text[35::LENGTH] == text[52::LENGTH] == hyphens
+    number, hyphens = len(given), "-" * len(given)
+    with suppress(TypeError, ValueError):
+        text = "".join(given)
+        are_in_place = set(map(len, given)) == {LENGTH} and text[2::LENGTH] == text[35::LENGTH] == text[52::LENGTH] == hyphens
         if are_in_place and text == text.lower() and text[53::LENGTH] == "0" * number and _FLAGS.issuperset(text[54::LENGTH]):
-            with suppress(ValueError):
-                found = binary(given)
-                if len(found) == _BYTES * number and not any(found[::_BYTES]) and _NO_SPAN not in found:
-                    return [*given]
+            found = binary(given)
+            if len(found) == _BYTES * number and not any(found[::_BYTES]) and _NO_SPAN not in found:
+                return [*given]
     return [sender(one) for one in given]
 
 

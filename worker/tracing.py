@@ -62,10 +62,10 @@ def transaction(events: int) -> AbstractContextManager[None]:
     return _OFF if spans is None else spans.transaction(events)
 
 
-def trace_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[int], str | None] | None:
-    """What `evaluations.store` asks for the trace that a confirmation goes on in."""
+def traces_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[Sequence[int]], list[str]] | None:
+    """What `evaluations.store` asks for the traces that confirmations go on in."""
     spans = _batch.get()
-    return None if spans is None else spans.trace_of(events)
+    return None if spans is None else spans.traces_of(events)
 
 
 def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
