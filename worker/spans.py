@@ -56,7 +56,7 @@ def _id(size: int) -> bytes:
 
 
 def _spans(traceparents: Sequence[str], span_ids: bytes, common: bytes, eval_ids: Sequence[str] = ()) -> list[bytes]:
-    """Framed spans below these, in parts: with those ids, of evaluations whose ids are of one length, and all else in common."""
+    """Framed spans below these, in parts: with those ids, of evaluations with ids of one length, and all else in common."""
     senders, own = binary(traceparents), _IDS
     columns = [
         Column(_TRACE_AT, 16, senders, 1, 26),
