@@ -33,7 +33,8 @@ async def ready(request: Request) -> Response:
     service = service_of(request)
     found = {"database": "ready", "redis": "ready"}
     try:
-        await service.run(migrations.check)
+        await service.run(lambda conn: migrations.check(conn, or_newer=service.had_schema))
+        service.had_schema = True
     except Outage:
         found["database"] = "cannot be reached"
     except SchemaMismatch as error:

@@ -62,6 +62,7 @@ class Service:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
+        self.had_schema = False
         url = settings.database_url.get_secret_value()
         self._engine = database.engine(url, pool_size=THREADS, statement_timeout_s=WORK_S)
         self.export_engine = database.engine(url, pool_size=EXPORTS, statement_timeout_s=WORK_S)

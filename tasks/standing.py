@@ -97,6 +97,7 @@ class Standing:
         self._watch = database.Watch()
         self._broker = Broker(url=settings.redis_url.get_secret_value(), timeout_s=3)
         self._patience_s = patience_s
+        self._had_schema = False
         self.redis = Reading(lambda: queues.look(self._broker), patience_s)
         self.database = Reading(lambda: self._bounded(self._server), patience_s)
         self.letters = self.reading(stored.letters)
@@ -126,13 +127,13 @@ class Standing:
             self._engine.dispose()  # the pool's other connections broke with it
             raise
 
-    @staticmethod
-    def _server(conn: Connection) -> tuple[SchemaMismatch | None, stored.Numbers]:
+    def _server(self, conn: Connection) -> tuple[SchemaMismatch | None, stored.Numbers]:
         """Whether the schema is another than ours, and what its tables tell."""
         try:
-            migrations.check(conn)
+            migrations.check(conn, or_newer=self._had_schema)
         except SchemaMismatch as error:
             return error, {}
+        self._had_schema = True
         return None, stored.server(conn)
 
     def _all_contents(self, conn: Connection) -> stored.Numbers:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from typing import Any, Final
@@ -100,6 +101,8 @@ class Scheduler:
         self._ledger.due(_TICK_S)
 
     def _begin(self) -> Ledger:
+        # A container's first process is not ended by a signal that it does not handle, and periodiq handles none but its alarm.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         layout = Layout(counted_by("scheduler"), {})
         ledger = Ledger(layout)
         group = _join("scheduler", ledger)

@@ -148,10 +148,15 @@ def _alone(url: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-def check(conn: Connection) -> None:
-    """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing."""
+def check(conn: Connection, *, or_newer: bool = False) -> None:
+    """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing.
+
+    `or_newer`: for a process that found its schema before. The next release's migration comes first, and leaves it to work on.
+    """
     with database.errors(), conn.begin():
         current = _current(conn)
+    if or_newer and current is not None and current not in revisions():
+        return
     _refuse_newer(current)
     if current != (head := revisions()[-1]):
         found = f"is at revision {current}" if current else "has no evalstore tables yet"

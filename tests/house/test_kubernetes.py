@@ -157,6 +157,15 @@ def test_what_is_referred_to_is_there() -> None:
         assert reference["key"] in secrets[reference["name"]]
 
 
+def test_the_settings_that_the_migration_refers_to_are_there_before_it() -> None:
+    """Its pod would wait for them without end, and the command after it for the job."""
+    typed = (FOLDER / "README.md").read_text()
+    (job,) = of("Job")
+    settings = [source["configMapRef"]["name"] for source in container(job)["envFrom"]]
+    assert settings == [found["metadata"]["name"] for found in yaml.safe_load_all((FOLDER / "config.yaml").read_text())]
+    assert 0 < typed.find("apply -f deploy/kubernetes/config.yaml") < typed.find("apply -f deploy/kubernetes/migrate.yaml")
+
+
 def test_services_and_monitors_find_ports_of_their_names() -> None:
     (service,), (pods,), (services,) = of("Service"), of("PodMonitor"), of("ServiceMonitor")
     by_name = {found["metadata"]["name"]: {port["name"] for port in container(found)["ports"]} for found in of("Deployment")}

@@ -176,7 +176,7 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
     world.client.config_set("maxmemory", 0)
 
     with psycopg.connect(world.database_url) as conn:
-        ((head,),) = conn.execute("UPDATE alembic_version SET version_num = 'next' RETURNING old.version_num").fetchall()
+        ((head,),) = conn.execute("UPDATE alembic_version SET version_num = '0001' RETURNING old.version_num").fetchall()
     watched.comes_to("EvalstoreSchemaMismatch", besides=early)
     with psycopg.connect(world.database_url) as conn:
         conn.execute("UPDATE alembic_version SET version_num = %s", [head])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -53,6 +54,19 @@ def test_while_postgresql_is_away_requests_are_told_to_come_again(
     eventually(lambda: api.both.get(f"{E}/e").status_code == 200, within_s=30)
     assert api.both.put(f"{E}/e", json={"status": "running"}).json()["version"] == 2
     assert "Traceback" not in api.log.read_text()
+
+
+def test_a_service_stays_ready_when_the_next_release_migrates_and_one_that_starts_later_is_not(
+    start_api: Callable[..., Any], database_url: str
+) -> None:
+    """Else nobody would answer between the migration and the new release's first process."""
+    old = start_api()
+    assert old.nobody.get("/health/ready").status_code == 200
+    with psycopg.connect(database_url) as conn:
+        conn.execute("UPDATE alembic_version SET version_num = 'next'")
+    assert old.nobody.get("/health/ready").json()["status"] == "ready"
+    late = start_api().nobody.get("/health/ready")
+    assert (late.status_code, "deploy a newer one" in late.json()["database"]) == (503, True)
 
 
 def test_a_postgresql_that_is_frozen_keeps_nobody_waiting_for_long(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -22,6 +23,7 @@ from tests.integration.commands import python
 from worker import schedule
 from worker.broker import Broker
 
+ROOT = Path(__file__).parents[2]
 NOON = pendulum.datetime(2026, 6, 1, 12, 0, 1, tz="UTC")
 
 
@@ -171,3 +173,17 @@ def test_cron_run_of_an_unknown_job_says_which_there_are(redis_url: str) -> None
 
     assert refused.returncode == 3
     assert "mark_lost_evaluations" in refused.stderr
+
+
+def test_a_scheduler_handles_the_order_to_stop(database_url: str, redis_url: str, tmp_path: Path, eventually: Any) -> None:
+    """As the first process of a container it would otherwise ignore it until it is killed."""
+    log = tmp_path / "scheduler.log"
+    environment = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
+    command = [sys.executable, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"]
+    with log.open("wb") as output, subprocess.Popen(command, cwd=ROOT, env=environment, stderr=output) as scheduler:
+        try:
+            eventually(lambda: "Scheduling Actor(move_dead_letters)" in log.read_text(), what="its first jobs", within_s=60)
+            scheduler.terminate()
+            assert scheduler.wait(timeout=30) == 0
+        finally:
+            scheduler.kill()

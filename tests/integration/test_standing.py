@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
+import psycopg
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
@@ -117,6 +118,30 @@ def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest
     found = exposition._spool()
     assert found["evalstore_spool_bytes", ()] == len(Record(int(time.time() * 1000), b"id", b"{}").line())
     assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
+
+
+def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoever_comes_later_does_not(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration comes before the processes of its release, and those of the old one work on until they are replaced."""
+    given = Settings(database_url=SecretStr(database_url), redis_url=SecretStr(redis_url))
+    monkeypatch.setattr("tasks.standing._KEEP_S", 0)
+    fits: Series = ("evalstore_schema_ready", ())
+    shown: Series = ("evalstore_confirmations_pending", ())
+    with (
+        psycopg.connect(database_url, autocommit=True) as conn,
+        closing(Standing(given, patience_s=30)) as before,
+        closing(Standing(given, patience_s=30)) as later,
+    ):
+        assert before.ready() == {}
+        ((head,),) = conn.execute("UPDATE alembic_version SET version_num = 'next' RETURNING old.version_num").fetchall()
+        assert before.ready() == {}
+        assert before.numbers()[fits] == 1
+        assert shown in before.numbers()
+        assert "schema" in later.ready()
+        assert later.numbers()[fits] == 0
+        conn.execute("UPDATE alembic_version SET version_num = %s", [f"{int(head) - 1:04}"])
+        assert "schema" in before.ready()  # a database of the release before, in the place of the one there was
 
 
 def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> None:
