@@ -166,6 +166,12 @@ def test_the_settings_that_the_migration_refers_to_are_there_before_it() -> None
     assert 0 < typed.find("apply -f deploy/kubernetes/config.yaml") < typed.find("apply -f deploy/kubernetes/migrate.yaml")
 
 
+def test_who_checks_a_server_s_certificate_says_by_what() -> None:
+    """Else libpq looks for a file in the user's home, and the image's user has none."""
+    (address,) = [found["stringData"]["database-url"] for found in of("Secret") if "database-url" in found["stringData"]]
+    assert "sslmode=verify-full&sslrootcert=" in address
+
+
 def test_services_and_monitors_find_ports_of_their_names() -> None:
     (service,), (pods,), (services,) = of("Service"), of("PodMonitor"), of("ServiceMonitor")
     by_name = {found["metadata"]["name"]: {port["name"] for port in container(found)["ports"]} for found in of("Deployment")}
