@@ -88,7 +88,7 @@ async def create(request: Request) -> Response:
             return await accepted(service, await service.thread(read))
 
         def work() -> tuple[Event | Fact, Outcome]:
-            given = read()
+            (given,) = as_queued(service, [read()])
             return given.event, service.write(1, lambda conn, trace: conditional.create(conn, given, trace))
 
         event, outcome = await service.thread(work)
@@ -121,8 +121,11 @@ async def update(request: Request, eval_id: str) -> Response:
             given = await service.thread(lambda: change.make(attempt))
             return await accepted(service, given)
 
+        def make(attempt: int) -> Given:
+            return as_queued(service, [change.make(attempt)])[0]
+
         def work() -> tuple[Given, Outcome, Stored]:
-            return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, change.make, versions, trace))
+            return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace))
 
         given, outcome, stored = await service.thread(work)
         service.metrics.conflicts(stored.conflicting_results)
@@ -210,3 +213,16 @@ def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
         return event.model_copy(update={"occurred_at": first})
 
     return [as_first(one) for one in given]
+
+
+def as_queued(service: Service, given: Sequence[Given]) -> list[Given]:
+    """The same for what is stored at once: what still waits in the queue must be the very event, or becomes a dead letter."""
+    times = service.queued_times([one.event for one in given if not one.is_timed])
+
+    def as_there(one: Given) -> Given:
+        first = None if one.is_timed else times.get((one.event.eval_id, one.event.event_id))
+        if first is None or isinstance(one.event, Fact):
+            return one
+        return one._replace(event=one.event.model_copy(update={"occurred_at": first}))
+
+    return [as_there(one) for one in given]

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api import requests, uploads
 from api.access import Caller
-from api.evaluations import IDEMPOTENCY_KEY, PREFER, accepted, as_first_given, wants_async
+from api.evaluations import IDEMPOTENCY_KEY, PREFER, accepted, as_first_given, as_queued, wants_async
 from api.openapi import answers, json_body
 from api.problems import invalid, not_found
 from api.rendering import json_response, logged, to_json
@@ -116,7 +116,7 @@ def _allowed(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Li
 
 
 def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
-    given = [line.given for line in lines if line.given]
+    given = as_queued(service, [line.given for line in lines if line.given])
     if not given:
         return ["invalid"] * len(lines)
     found, stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))

@@ -78,7 +78,7 @@ class Service:
         self._stamp_thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-stamps")
         self._stamp_conn: Connection | None = None
         self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
-        self._objects_rest_until = self._log_rests_until = 0.0
+        self._objects_rest_until = self._log_rests_until = self._redis_rests_until = 0.0
         self.redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(),
             socket_timeout=0.25,
@@ -161,7 +161,7 @@ class Service:
 
     def remembered_time(self, eval_id: str, event_id: str, now: datetime) -> datetime:
         """The time this event was first given with, or else `now`, remembered for a day. Raises RedisOutage."""
-        key = f"evalstore:given:{eval_id}:{event_id}"
+        key = _given_key(eval_id, event_id)
         try:
             pipeline: Any = self.redis.pipeline(transaction=True)
             pipeline.set(key, now.isoformat(), nx=True, ex=86_400)
@@ -170,6 +170,19 @@ class Service:
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
         return datetime.fromisoformat(first.decode())
+
+    def queued_times(self, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+        """Those that `remembered_time` knows. While Redis is away it gives none, and soon."""
+        if not events or time.monotonic() < self._redis_rests_until:
+            return {}
+        try:
+            found: Any = self.redis.mget([_given_key(event.eval_id, str(event.event_id)) for event in events])
+        except redis.RedisError as error:
+            self._redis_rests_until = time.monotonic() + _REST_S
+            log.warning("what is to be stored at once is not looked for in what was sent before: %s", error)
+            return {}
+        times = zip(events, found, strict=True)
+        return {(one.eval_id, one.event_id): datetime.fromisoformat(at.decode()) for one, at in times if at is not None}
 
     def stored_times(self, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
         """When those of `events` occurred that are stored. While PostgreSQL is away it gives none, and soon."""
@@ -254,6 +267,10 @@ class Service:
             self.objects.close()
         self.export_engine.dispose()
         self.redis.close()
+
+
+def _given_key(eval_id: str, event_id: str) -> str:
+    return f"evalstore:given:{eval_id}:{event_id}"
 
 
 @asynccontextmanager
