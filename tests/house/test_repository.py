@@ -21,7 +21,10 @@ MAX_LINES = {"tests": 700, "": 450}
 COMMANDS = {
     "worker": "dramatiq worker.tasks",
     "scheduler": "periodiq worker.tasks",
-    "api": "uvicorn api.app:app --http api.protocol:Protocol --host 0.0.0.0 --port 8086",
+    "api": (
+        "uvicorn api.app:app --http api.protocol:Protocol --host 0.0.0.0 --port 8086 "
+        "--no-access-log --timeout-graceful-shutdown 30"
+    ),
 }
 
 # Written so that this file does not hold what it looks for.
