@@ -179,7 +179,7 @@ class Service:
             found: Any = self.redis.mget([_given_key(event.eval_id, str(event.event_id)) for event in events])
         except redis.RedisError as error:
             self._redis_rests_until = time.monotonic() + _REST_S
-            log.warning("what is to be stored at once is not looked for in what was sent before: %s", error)
+            log.warning("what is stored at once is not looked for in what was sent before: %s", error)
             return {}
         times = zip(events, found, strict=True)
         return {(one.eval_id, one.event_id): datetime.fromisoformat(at.decode()) for one, at in times if at is not None}

@@ -113,6 +113,7 @@ LOGS: Final = (
     Entry("unexpected_error", "error", "unexpected error"),
     Entry("records_without_objects", "warning", "records are shown without what is in the object store: %s", ("error",)),
     Entry("log_left_alone", "warning", "what is to be stored later is not looked for in the event log: %s", ("error",)),
+    Entry("redis_left_alone", "warning", "what is stored at once is not looked for in what was sent before: %s", ("error",)),
     Entry("record_without_content", "warning", "the record of %s is shown without some content: %s", ("eval_id", "error")),
     Entry("cache_left_alone", "warning", "the cache is left alone for %g s: %s", ("seconds", "error")),
     Entry("keys_file_unreadable", "warning", "the file of keys cannot be read, its keys stay as they were: %s", ("error",)),
