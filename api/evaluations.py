@@ -218,11 +218,5 @@ def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
 def as_queued(service: Service, given: Sequence[Given]) -> list[Given]:
     """The same for what is stored at once: what still waits in the queue must be the very event, or becomes a dead letter."""
     times = service.queued_times([one.event for one in given if not one.is_timed])
-
-    def as_there(one: Given) -> Given:
-        first = None if one.is_timed else times.get((one.event.eval_id, one.event.event_id))
-        if first is None or isinstance(one.event, Fact):
-            return one
-        return one._replace(event=one.event.model_copy(update={"occurred_at": first}))
-
-    return [as_there(one) for one in given]
+    first = [None if one.is_timed else times.get((one.event.eval_id, one.event.event_id)) for one in given]
+    return [one._replace(event=conditional.at_time(one.event, time)) for one, time in zip(given, first, strict=True)]

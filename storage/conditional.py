@@ -53,7 +53,7 @@ def store(conn: Connection, given: Sequence[Given], traceparent: str | None = No
     if doubtful:
         events = [given[at].event for at in doubtful]
         stored_times = times(conn, events)
-        again = [_at(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
+        again = [at_time(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
         for at, outcome in zip(doubtful, evaluations.store(conn, again).outcomes, strict=True):
             outcomes[at] = outcome
     return outcomes, stored
@@ -66,7 +66,8 @@ def times(conn: Connection, events: Sequence[Event | Fact]) -> dict[tuple[str, U
         return {(eval_id, event_id): occurred_at for eval_id, event_id, occurred_at in cursor}
 
 
-def _at(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:
+def at_time(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:
+    """The event as of that time; as it is where there is none, or where it comes as what the log holds."""
     return event if occurred_at is None or isinstance(event, Fact) else event.model_copy(update={"occurred_at": occurred_at})
 
 

@@ -87,8 +87,7 @@ def with_head(connect: Connect, stores: Stores, content: Content) -> Content:
 
 
 def read(connect: Connect, stores: Stores, content: Content, start: int = 0, stop: int | None = None) -> Generator[bytes]:
-    """The bytes from `start` up to `stop`, in pieces of up to 4 MiB. Nothing is held between two of them but the
-    place.
+    """The bytes from `start` up to `stop`, in pieces of up to 4 MiB. Nothing is held between two of them but the place.
 
     Each piece is what was stored, and of the whole the last one is given only if its SHA-256 is right, too. Where the content
     moves meanwhile it is found again. Raises, also while it is iterated over, DatabaseOutage, ObjectStoreOutage (retry),

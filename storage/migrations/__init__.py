@@ -105,10 +105,8 @@ class _Onlooker:
             thread.join(timeout=1)
 
     def _run(self, done: threading.Event, pid: int) -> None:
-        with (
-            suppress(DatabaseOutage),
-            database.errors(),
-        ):  # whoever migrates is told what is wrong, or goes on without being told this
+        # Whoever migrates is told what is wrong, or goes on without being told this.
+        with suppress(DatabaseOutage), database.errors():
             while not done.wait(_LOOK_S):
                 found = self._conn.execute(_HOLDERS, [pid]).fetchall()
                 pids = [one[1] for one in found]

@@ -200,9 +200,8 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
 
     workers.stop()
     watched.comes_to("EvalstoreNoWorkers")
-    assert (
-        watched.without_data([one for one in always if "server_up" in one]) == set()
-    )  # which servers are away shows all the same
+    # Which servers are away shows all the same.
+    assert watched.without_data([one for one in always if "server_up" in one]) == set()
 
 
 def _freeze(watched: Watched, pids: list[int]) -> int:
