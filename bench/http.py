@@ -27,7 +27,7 @@ from starlette.responses import Response
 
 from bench.events import events
 from bench.place import Place
-from ops.servers import free_port
+from evalstore.local.servers import free_port
 
 _KEY: Final = "benchmark"
 _RECORDS: Final = 300

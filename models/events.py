@@ -31,7 +31,7 @@ from pydantic import (
 
 from models import content
 from models.errors import Fault, InvalidEvent, printable
-from models.faults import did_you_mean, in_words
+from models.validation_errors import did_you_mean, in_words
 
 MAX_METADATA_BYTES = 64 * 1024
 MAX_METADATA_DEPTH = 100

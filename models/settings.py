@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.faults import did_you_mean, in_words
+from models.validation_errors import did_you_mean, in_words
 
 _PREFIX = "EVALSTORE_"
 # Read by a command each, and so no settings of a process.

@@ -20,14 +20,14 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 from uuid_utils import uuid4
 
+from evalstore.startup import tell_misspelt
 from models.errors import NotDurable, RedisOutage
 from models.settings import settings
 from tasks import tracing
+from tasks.actor import QUEUE
 from tasks.connections import InTime, packed, transact, within
-from tasks.environment import tell_misspelt
-from tasks.evaluations import QUEUE
 from tasks.spool import Spool
-from tasks.young import Young
+from tasks.touch import Young
 
 Queued = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
@@ -379,7 +379,7 @@ class Broker(RedisBroker):
 @cache
 def broker() -> Broker:
     """This process's broker for sending, made at the first call; no connection is opened before something is sent."""
-    from tasks.evaluations import store_evaluation
+    from tasks.actor import store_evaluation
 
     read = settings()
     tell_misspelt()

@@ -8,8 +8,8 @@ import redis
 from dramatiq import Message
 
 from models.errors import RedisOutage
+from models.jobs import QUEUE
 from tasks.broker import Broker, encode
-from tasks.jobs import QUEUE
 
 ACTOR: Final = "redrive_dead_letters"
 # How the id in Redis begins under which a dead letter is sent again.

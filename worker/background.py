@@ -7,11 +7,11 @@ from typing import Any, Final
 
 import dramatiq
 
+from evalstore.storage.database import Watch
 from models.errors import PASSING, Outage, SchemaMismatch
-from storage.database import Watch
-from worker import confirmations, dead_letters, tracing
+from worker import confirmation_relay, dead_letter_mover, tracing
 from worker.broker import TURN_S, Broker, turn
-from worker.evaluations import Store, engine
+from worker.handler import Store, engine
 from worker.metrics import WORK_S
 
 log = logging.getLogger("evalstore.worker")
@@ -51,9 +51,9 @@ class Background(threading.Thread):
             self._wanted.clear()
             self._count_connections()
             ledger.due(WORK_S)
-            self._try("confirmations", confirmations.relay)
+            self._try("confirmations", confirmation_relay.relay)
             ledger.due(WORK_S)
-            self._try("dead letters", dead_letters.move)
+            self._try("dead letters", dead_letter_mover.move)
 
     def _count_connections(self) -> None:
         if engine.cache_info().currsize:  # else it would connect

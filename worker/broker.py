@@ -14,13 +14,13 @@ from typing import Any, Final
 import dramatiq
 from dramatiq import Actor, Message, Worker
 
-from storage.database import Watch
+from evalstore.storage.database import Watch
 from tasks.broker import Broker as SendingBroker
 from worker.batches import Batch
 from worker.consumer import Consumer, Held
-from worker.hold import Hold
+from worker.heartbeat import Vitals, process_name
+from worker.in_flight import Hold
 from worker.metrics import WORK_S, Metrics
-from worker.vitals import Vitals, process_name
 
 _LUA: Final = Path(__file__).parent / "lua"
 # A thread is not kept longer than this by work of which there may be any amount: it goes on later, and other work has its turn.

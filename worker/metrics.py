@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import msgspec
 
+from evalstore.telemetry.counters import Layout, Ledger, counted_by
+from models.jobs import JOBS
 from models.metrics import QUEUES, TYPES
 from models.record import Fact
-from tasks.jobs import JOBS
-from tasks.ledger import Layout, Ledger, counted_by
 from worker.batches import Delivery
 
 LAYOUT: Final = Layout(counted_by("worker"), {"job_name": [job.name for job in JOBS]})

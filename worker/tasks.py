@@ -3,18 +3,19 @@
 import dramatiq
 from dramatiq.middleware import Retries
 
+from evalstore import startup
+from evalstore.telemetry import log_setup
 from models.settings import settings
-from tasks import environment, logs
-from tasks.evaluations import store_evaluation
-from worker import exposition, schedule
+from tasks.actor import store_evaluation
+from worker import metrics_endpoint, schedule
 from worker.background import Beside
 from worker.breaker import BreakerLimits
 from worker.broker import Broker
-from worker.evaluations import Store
+from worker.handler import Store
 
-environment.settings_or_end()
-logs.take_over()
-environment.tell_misspelt()
+startup.settings_or_end()
+log_setup.take_over()
+startup.tell_misspelt()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
     # For the periodic jobs; events are not retried one by one.
@@ -33,5 +34,5 @@ store = Store(
 )
 broker.add_middleware(Beside(store))
 broker.declare_batch_actor(store_evaluation, store)
-broker.add_middleware(exposition.Shared())
-schedule.declare(broker, on_tick=exposition.Scheduler().tick)
+broker.add_middleware(metrics_endpoint.Shared())
+schedule.declare(broker, on_tick=metrics_endpoint.Scheduler().tick)

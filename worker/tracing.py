@@ -1,6 +1,6 @@
 """What a worker tells of its work to whoever follows traces. Where they are off, none of it does anything.
 
-How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/spans.py.
+How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/batch_spans.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,14 @@ from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from evalstore.storage.event_store import Outcome
 from models.record import Fact
-from storage.evaluations import Outcome
 from tasks.tracing import provider
 from worker import traceparents
 from worker.batches import Batch, Delivery
 
 if TYPE_CHECKING:
-    from worker.spans import BatchSpans, Traces
+    from worker.batch_spans import BatchSpans, Traces
 
 SERVICE: Final = "evalstore-worker"
 _OFF: Final = nullcontext()
@@ -29,7 +29,7 @@ def traces() -> "Traces | None":
     made = provider(SERVICE)
     if made is None:
         return None
-    from worker.spans import Traces  # noqa: PLC0415 - it imports OpenTelemetry
+    from worker.batch_spans import Traces  # noqa: PLC0415 - it imports OpenTelemetry
 
     return Traces(made)
 

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from tasks.ledger import Ledger
+from evalstore.telemetry.counters import Ledger
 from worker.metrics import Metrics
 
 

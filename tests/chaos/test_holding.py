@@ -10,15 +10,15 @@ from uuid import uuid4
 import dramatiq
 import pytest
 
-from tasks.evaluations import QUEUE, EventActor
+from tasks.actor import QUEUE, EventActor
 from tests.chaos.relay import Relay, script
 from tests.chaos.world import KEYS, through, wait_until
-from worker import batches, vitals
+from worker import batches, heartbeat
 from worker.batches import Batch
 from worker.broker import Broker
 from worker.consumer import Consumer, Held
-from worker.hold import Hold
-from worker.vitals import Vitals, is_gone, process_name
+from worker.heartbeat import Vitals, is_gone, process_name
+from worker.in_flight import Hold
 
 NAME = "store_evaluation"
 
@@ -202,7 +202,7 @@ def test_what_nobody_works_on_is_given_back(broker: Broker, monkeypatch: pytest.
     assert held.redis_ids == ids
     broker.hold.drop(ids[1:2])  # one gets lost within the process
     beats = Vitals(broker, dramatiq.Worker(broker))
-    monkeypatch.setattr(vitals, "RECONCILE_S", 0)
+    monkeypatch.setattr(heartbeat, "RECONCILE_S", 0)
     beats.run_once()
     assert broker.client.lrange(KEYS.queue, 0, -1) == ids[1:2]
     assert broker.client.zrange(broker.unacked(QUEUE), 0, -1) == [ids[0], ids[2]]
@@ -261,8 +261,8 @@ def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker
 
 
 def test_where_a_process_cannot_be_told_apart_it_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vitals, "place", lambda: ("?", "?"))
-    monkeypatch.setattr(vitals, "started", _nothing)
+    monkeypatch.setattr(heartbeat, "place", lambda: ("?", "?"))
+    monkeypatch.setattr(heartbeat, "started", _nothing)
     assert not is_gone(process_name())
 
 

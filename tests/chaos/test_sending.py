@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from evalstore.local.servers import Valkey
 from models.errors import NotDurable, RedisOutage
-from ops.servers import Valkey
+from tasks.actor import store_evaluation
 from tasks.broker import Broker
 from tasks.connections import packed, transact
-from tasks.evaluations import store_evaluation
 from tests.chaos.conftest import Worlds
 from tests.chaos.relay import Loss, Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, through

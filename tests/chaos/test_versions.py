@@ -13,15 +13,15 @@ import pytest
 import redis
 import trustme
 
+from evalstore.local.servers import Server, Valkey
+from evalstore.telemetry.queues import look
 from models.errors import NotDurable, RedisOutage
-from ops.servers import Server, Valkey
 from tasks import store_evaluation
 from tasks.broker import Broker
 from tasks.confirmations import Confirmations
-from tasks.queues import look
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
-from worker.durability import doubts
+from worker.redis_config import doubts
 
 # docs/how-to/choose-a-redis.md names them.
 BINARIES = {

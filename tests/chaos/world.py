@@ -20,10 +20,10 @@ import psycopg
 import redis
 from dramatiq import Message
 
+from evalstore.local import processes, supervisor
 from models.errors import RedisOutage
-from ops import guard, processes
+from tasks.actor import QUEUE, store_evaluation
 from tasks.broker import Broker, Keys
-from tasks.evaluations import QUEUE, store_evaluation
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 
@@ -93,7 +93,7 @@ class Workers:
     @property
     def pids(self) -> list[int]:
         """Of the processes that work; the first descendant is the one that watches over them."""
-        return guard.descendants(self._guard.pid)[1:] if self._guard else []
+        return supervisor.descendants(self._guard.pid)[1:] if self._guard else []
 
     def kill(self) -> None:
         """SIGKILL every process at once."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from ops import processes
+from evalstore.local import processes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -22,7 +22,7 @@ COMMANDS = {
     "worker": "dramatiq worker.tasks",
     "scheduler": "periodiq worker.tasks",
     "api": (
-        "uvicorn api.app:app --http api.protocol:Protocol --host 0.0.0.0 --port 8086 "
+        "uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol --host 0.0.0.0 --port 8086 "
         "--no-access-log --timeout-graceful-shutdown 30"
     ),
 }
@@ -279,7 +279,7 @@ def test_the_image_gets_every_package_that_the_wheel_has(project: dict[str, Any]
 
 
 def test_a_migration_only_adds_so_that_the_release_before_works_on() -> None:
-    first, *later = sorted((ROOT / "storage/migrations/versions").glob("*.py"))
+    first, *later = sorted((ROOT / "evalstore/storage/migrations/versions").glob("*.py"))
     takes = re.compile(
         r"\b(?:DROP|RENAME|SET NOT NULL|ALTER COLUMN(?! \w+ SET STORAGE)|TRUNCATE|op\.drop_\w+|op\.alter_column)\b",
         re.IGNORECASE,

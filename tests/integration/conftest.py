@@ -19,12 +19,12 @@ import pytest
 import redis
 from sqlalchemy import Connection, Engine
 
-from models.tables import metadata
-from ops import processes
-from ops.servers import Postgres, Valkey, free_port
-from storage import database
-from tasks import jobs
-from tasks.evaluations import QUEUE
+from evalstore.local import processes
+from evalstore.local.servers import Postgres, Valkey, free_port
+from evalstore.storage import database
+from evalstore.storage.tables import metadata
+from models import jobs
+from tasks.actor import QUEUE
 from tests.conftest import OF_SERVICE, new_database
 from tests.integration.shell import Operator
 from worker.broker import Broker

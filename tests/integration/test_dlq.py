@@ -11,11 +11,11 @@ from uuid import UUID, uuid4
 import psycopg
 from sqlalchemy import Engine, text
 
-from storage import dead_letters
+from evalstore.storage import dead_letters
 from tests.chaos.world import World, wait_until
 from tests.integration.shell import KEYS, Operator, body, bury, dying, event, states
 from worker.broker import Broker
-from worker.dead_letters import move
+from worker.dead_letter_mover import move
 
 
 def kinds(world: World, number: int) -> dict[str, bytes | str]:

@@ -16,10 +16,10 @@ import pytest
 from psycopg import sql
 from uuid_utils.compat import uuid7
 
-from ops.servers import Postgres
-from storage import migrations
+from evalstore.local.servers import Postgres
+from evalstore.storage import migrations
+from tasks.actor import QUEUE, EventActor
 from tasks.broker import Broker
-from tasks.evaluations import QUEUE, EventActor
 
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -14,10 +14,10 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from storage import dead_letters, redrives
-from storage.dead_letters import Burial, Selection
-from storage.operator_actions import Intent
-from storage.redrives import Pace
+from evalstore.storage import dead_letters, redrives
+from evalstore.storage.dead_letters import Burial, Selection
+from evalstore.storage.operator_actions import Intent
+from evalstore.storage.redrives import Pace
 from tests.chaos.world import World, wait_until
 from tests.integration.shell import (
     JOBS,
@@ -32,9 +32,9 @@ from tests.integration.shell import (
     event,
     states,
 )
-from worker import redrives as work
+from worker import redrive_job as work
 from worker.broker import Broker
-from worker.dead_letters import move
+from worker.dead_letter_mover import move
 
 
 def test_after_a_fix_a_redrive_stores_all(world: World, operator: Operator) -> None:

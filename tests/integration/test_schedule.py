@@ -15,9 +15,9 @@ import pytest
 from dramatiq.middleware import Retries
 from periodiq import Scheduler, cron
 
+from evalstore.local.servers import Valkey
 from models.errors import DatabaseOutage
-from ops.servers import Valkey
-from tasks.jobs import JOBS, QUEUE, last_runs_key
+from models.jobs import JOBS, QUEUE, last_runs_key
 from tasks.redrives import ACTOR
 from tests.integration.commands import python
 from worker import schedule
@@ -143,7 +143,7 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", *words]
+    command = [*python(), "-m", "evalstore.cli.app", *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -17,9 +17,9 @@ import pytest
 import redis
 from dramatiq import Message
 
+from evalstore.local.servers import Valkey
 from models.errors import RedisOutage, SpoolFull
 from models.settings import settings
-from ops.servers import Valkey
 from tasks import store_evaluation, store_evaluations
 from tasks.broker import Broker, broker
 from tasks.spool import Spool
@@ -86,7 +86,7 @@ def spool(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def evalstore(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", "spool", *words]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", *words]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
 
@@ -417,7 +417,7 @@ def test_two_forwarders_at_once_send_everything_once_in_order(
     valkey_server: Valkey, spool: Spool, environment: dict[str, str]
 ) -> None:
     expected = fill(spool, 3000)
-    command = [*python(), "-m", "ops.cli", "spool", "forward"]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", "forward"]
     env = os.environ | environment
     both = [
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -556,7 +556,7 @@ def test_forward_watch_goes_on_through_outages_until_it_is_told_to_stop(
 ) -> None:
     valkey_server.stop()
     fill(spool, 200)
-    command = [*python(), "-m", "ops.cli", "spool", "forward", "--watch"]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", "forward", "--watch"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stderr
         assert watch.stderr.readline().startswith("waiting: ")

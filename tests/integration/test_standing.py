@@ -15,16 +15,16 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+from evalstore.storage import archive, dead_letters, event_store, table_stats
+from evalstore.storage.archive import Archive
+from evalstore.storage.dead_letters import Burial
+from evalstore.telemetry import exposition
+from evalstore.telemetry.backend_stats import Reading, Standing
+from evalstore.telemetry.counters import Series
+from evalstore.telemetry.disks import Disks
 from models.events import EvaluationCompleted
 from models.settings import Settings
-from storage import archive, dead_letters, evaluations, standing
-from storage.archive import Archive
-from storage.dead_letters import Burial
-from tasks import exposition
-from tasks.disks import Disks
-from tasks.ledger import Series
 from tasks.spool import Record, Spool
-from tasks.standing import Reading, Standing
 
 
 def numbers(given: Settings) -> dict[Series, float]:
@@ -48,7 +48,7 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
         archive_threshold_bytes=10_000,
     )
     with engine.connect() as conn:
-        evaluations.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
+        event_store.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
         before = numbers(given)
         with closing(Archive.of(given)) as working:
             done = archive.run_once(conn, working, datetime.now(UTC))
@@ -56,7 +56,7 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
         # A file where the archive's folder should be: it is away.
         (tmp_path / "file").write_text("")
         broken = given.model_copy(update={"archive_url": f"file://{tmp_path}/file/archive"})
-        evaluations.store(conn, [ended("f", 20_000)])
+        event_store.store(conn, [ended("f", 20_000)])
         with closing(Archive.of(broken)) as away:
             archive.run_once(conn, away, datetime.now(UTC))
         failing = numbers(given)
@@ -125,7 +125,7 @@ def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoev
 ) -> None:
     """A migration comes before the processes of its release, and those of the old one work on until they are replaced."""
     given = Settings(database_url=SecretStr(database_url), redis_url=SecretStr(redis_url))
-    monkeypatch.setattr("tasks.standing._KEEP_S", 0)
+    monkeypatch.setattr("evalstore.telemetry.backend_stats._KEEP_S", 0)
     fits: Series = ("evalstore_schema_ready", ())
     shown: Series = ("evalstore_confirmations_pending", ())
     with (
@@ -192,14 +192,14 @@ def test_what_took_long_once_is_read_again_soon(eventually: Callable[..., None])
 
 def test_everybodys_connections_are_counted_by_a_role_that_may_not_look_into_them(engine: Engine) -> None:
     with engine.connect() as ours, engine.connect(), engine.connect():
-        before = standing.server(ours)["evalstore_postgresql_connections",]
+        before = table_stats.server(ours)["evalstore_postgresql_connections",]
         role = f"plain_{uuid4().hex}"
         with ours.begin():
             ours.exec_driver_sql(f"CREATE ROLE {role}")
             ours.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
             ours.exec_driver_sql(f"SET ROLE {role}")
         try:
-            seen = standing.server(ours)["evalstore_postgresql_connections",]
+            seen = table_stats.server(ours)["evalstore_postgresql_connections",]
         finally:
             with ours.begin():
                 ours.exec_driver_sql("RESET ROLE")

@@ -1,7 +1,7 @@
 """The breaker shows as it is."""
 
-from worker.evaluations import Store
-from worker.hold import Hold
+from worker.handler import Store
+from worker.in_flight import Hold
 from worker.metrics import Metrics
 
 
