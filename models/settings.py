@@ -1,5 +1,6 @@
 """The settings: one declared table, read once from environment variables."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.validation_errors import did_you_mean, in_words
+
+log = logging.getLogger("evalstore.settings")
 
 _PREFIX = "EVALSTORE_"
 # Read by a command each, and so no settings of a process.
@@ -170,8 +173,10 @@ class Settings(BaseModel):
     write_api_keys_file: Annotated[
         Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
     ] = None
-    api_host: Annotated[str, Field(description="where `python -m api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
-    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m api` listens; read by the API")] = 8086
+    api_host: Annotated[str, Field(description="where `python -m evalstore.api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
+    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
+        8086
+    )
     cache_ttl_s: Annotated[
         int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
     ] = 300
@@ -257,6 +262,16 @@ def misspelt(environment: Mapping[str, str]) -> list[str]:
             hint = did_you_mean(rest, known, prefix=_PREFIX)
             found += [f"{name} is no setting{hint}"] if hint else []
     return found
+
+
+@cache
+def warn_unknown_env() -> None:
+    """Log, once in a process, each variable that is no setting and is spelt like one.
+
+    A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
+    """
+    for problem in misspelt(os.environ):
+        log.warning("a variable of the environment does nothing: %s", problem)
 
 
 @cache

@@ -20,9 +20,8 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 from uuid_utils import uuid4
 
-from evalstore.startup import tell_misspelt
 from models.errors import NotDurable, RedisOutage
-from models.settings import settings
+from models.settings import settings, warn_unknown_env
 from tasks import tracing
 from tasks.actor import QUEUE
 from tasks.connections import InTime, packed, transact, within
@@ -382,7 +381,7 @@ def broker() -> Broker:
     from tasks.actor import store_evaluation
 
     read = settings()
-    tell_misspelt()
+    warn_unknown_env()
     spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=Young(read)) if read.spool_dir else None
     made = Broker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)

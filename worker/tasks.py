@@ -5,7 +5,7 @@ from dramatiq.middleware import Retries
 
 from evalstore import startup
 from evalstore.telemetry import log_setup
-from models.settings import settings
+from models.settings import settings, warn_unknown_env
 from tasks.actor import store_evaluation
 from worker import metrics_endpoint, schedule
 from worker.background import Beside
@@ -13,9 +13,9 @@ from worker.breaker import BreakerLimits
 from worker.broker import Broker
 from worker.handler import Store
 
-startup.settings_or_end()
+startup.load_or_exit()
 log_setup.take_over()
-startup.tell_misspelt()
+warn_unknown_env()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
     # For the periodic jobs; events are not retried one by one.

@@ -1,18 +1,18 @@
-"""`python -m api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT.
+"""`python -m evalstore.api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT.
 
-`uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol` runs the same, with addresses and limits as uvicorn's own options say.
+`uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol` runs the same, with uvicorn's own options.
 """
 
 import uvicorn
 
-from evalstore.startup import settings_or_end
+from evalstore.startup import load_or_exit
 
 GRACE_S = 30
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM, then finish what is being answered. Exit status 2 where settings are wrong."""
-    chosen = settings_or_end()
+    chosen = load_or_exit()
     uvicorn.run(
         "evalstore.api.app:app",
         http="evalstore.api.protocol:Protocol",

@@ -30,9 +30,8 @@ from evalstore.api.openapi import document, methods
 from evalstore.api.rendering import json_response
 from evalstore.api.service import Service
 from evalstore.api.tracing import SERVICE, Traced
-from evalstore.startup import tell_misspelt
 from evalstore.telemetry import log_setup
-from models.settings import settings
+from models.settings import settings, warn_unknown_env
 from tasks import tracing
 
 log = logging.getLogger("evalstore.api")
@@ -50,10 +49,10 @@ def build() -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         log_setup.set_up("uvicorn", "uvicorn.access")
-        tell_misspelt()
+        warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
             log.warning(
-                "any client may take as long as it likes for the head of a request: start with --http evalstore.api.protocol:Protocol"
+                "any client may take as long as it likes for the head of a request: use --http evalstore.api.protocol:Protocol"
             )
         traces = tracing.start(SERVICE)
         metrics.share()

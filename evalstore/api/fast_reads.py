@@ -1,7 +1,7 @@
 """`GET /storage/evaluations/{id}` is what is asked for most. It is answered before FastAPI looks at it, which would take longer
 over it than all the rest does.
 
-The route in `evalstore/api/record_routes.py` describes it in the document, and answers whatever is not asked for in the usual form.
+The route in record_routes.py describes it in the document, and answers whatever is not asked for in the usual form.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""HTTP/1.1 as uvicorn speaks it, and what that leaves open: `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
+"""HTTP/1.1 as uvicorn speaks it, with a time limit for the head of a request.
+
+Use it as `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
 
 Uvicorn waits without end for the head of a request, so that a few hundred connections that send a byte now and then, without
 any key, take every file descriptor there is. And what is no request at all it answers in words, where all else is a problem.

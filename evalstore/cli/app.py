@@ -13,16 +13,16 @@ from typing import Annotated, Final
 import typer
 
 from evalstore.cli.output import notice
-from evalstore.startup import tell_misspelt
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
+from models.settings import warn_unknown_env
 from tasks.tracing import release
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 _COMMANDS: Final = {
     "up": "up",
     "demo": "demo",
-    "send": "evaluations",
-    "get": "evaluations",
+    "send": "send_get",
+    "get": "send_get",
     "audit": "audit",
     "status": "status",
     "health": "health",
@@ -51,10 +51,10 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     is_known = asked in _COMMANDS or asked in _GROUPS
     for name, module in _COMMANDS.items():
         if asked == name or not is_known:
-            made.command()(getattr(import_module(f"ops.{module}"), name))
+            made.command()(getattr(import_module(f"evalstore.cli.{module}"), name))
     for name in _GROUPS:
         if asked == name or not is_known:
-            made.add_typer(import_module(f"ops.{name}").app, name=name)
+            made.add_typer(import_module(f"evalstore.cli.{name}").app, name=name)
     return made
 
 
@@ -70,7 +70,7 @@ def _find_local_servers(
     ] = False,
 ) -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
-    tell_misspelt()
+    warn_unknown_env()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
         return
     environment = Path(".evalstore/environment")

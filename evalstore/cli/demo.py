@@ -134,9 +134,9 @@ class _Platform:
 
 
 def _location() -> tuple[str, Path]:
-    """The platform's package, and the folder to start it in: the examples are in `ops` once installed."""
-    here = Path(__file__).parent
-    return ("ops.examples.platform" if (here / "examples").is_dir() else "examples.platform"), here.parent
+    """The platform's package, and the folder to start it in: the examples are in `evalstore` once installed."""
+    here = Path(__file__).parents[1]
+    return ("evalstore.examples.platform" if (here / "examples").is_dir() else "examples.platform"), here.parent
 
 
 class Watch:

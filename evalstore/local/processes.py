@@ -26,7 +26,7 @@ def start(  # noqa: PLR0913  what a process can be given, each by name
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a command under a guard (evalstore/local/supervisor.py) and return the guard, which exits, with the command's status, only
+    """Start a command under a guard (supervisor.py) and return the guard, which exits, with the command's status, only
     when nothing the command started is left. Any thread may call this. `mark`: the folder it belongs to, see `remains`.
     """
     return subprocess.Popen(

@@ -184,7 +184,7 @@ def _shared_buffers() -> str:
 
 
 class Postgres(Server):
-    """PostgreSQL, as whoever it accepts (evalstore/local/unprivileged.py); its database `evalstore` is created at the first start."""
+    """PostgreSQL, as whoever it accepts (unprivileged.py); its database `evalstore` is created at the first start."""
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # "fast shutdown": connections end, nothing is lost

@@ -43,8 +43,8 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
         "worker": [python, "-m", "dramatiq", "worker.tasks", *size],
         "scheduler": [python, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"],
     }
-    if find_spec("api") and find_spec("evalstore.api.app"):
-        found["api"] = [python, "-m", "api"]
+    if find_spec("fastapi") and find_spec("uvicorn"):
+        found["api"] = [python, "-m", "evalstore.api"]
     return found
 
 

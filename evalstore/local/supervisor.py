@@ -1,6 +1,6 @@
 """The parent of one local process: ends it, and all it ever started, when whoever asked for it is gone.
 
-A program of its own, started by path with `python -I -S` (see `evalstore.local.processes.start`), so it imports only what is quick
+A program of its own, started by path with `python -I -S` (see processes.py), so it imports only what is quick
 to load. `PR_SET_PDEATHSIG` on the process alone is not enough: it follows the thread that started it, says nothing to
 grandchildren (Dramatiq forks its workers), and is forgotten where the one between dies first. This process is a child
 subreaper (prctl(2)): what a descendant leaves behind becomes its child, and it ends only when none is left.

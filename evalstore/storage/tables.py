@@ -58,7 +58,7 @@ evaluations = Table(
     Column("result_event_id", Uuid),
     # What may be overdue: few at any time. Those stored with their result never enter it.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
-    # The order of every list. A commit's records share their time and so their entry, at its end; see evalstore/storage/listing.py.
+    # The order of every list. A commit's records share their time and so their entry, at its end; see listing.py.
     Index("evaluations_by_time", "created_at"),
     postgresql_with={"fillfactor": "85"},
 )

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 
 _LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
-_PATH = re.compile(r"`((?:models|storage|tasks|worker|api|ops|tests|docs|examples|deploy|bench)/[\w./-]+)`")
+_PATH = re.compile(r"`((?:evalstore|models|tasks|worker|tests|docs|examples|deploy|bench)/[\w./-]+)`")
 _BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```\n", re.DOTALL)
 
 

@@ -104,7 +104,7 @@ def test_a_pod_runs_what_there_is_with_few_rights(workload: Manifest) -> None:
     procfile = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
     role = workload["metadata"]["labels"]["app.kubernetes.io/component"]
     started = " ".join(one["args"])
-    expected = {"api": "python -m api", "migrate": "evalstore migrate"}.get(role) or procfile[role]
+    expected = {"api": "python -m evalstore.api", "migrate": "evalstore migrate"}.get(role) or procfile[role]
     assert started.startswith(expected)
 
 

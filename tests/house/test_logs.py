@@ -18,7 +18,7 @@ from models.settings import settings
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-ROOMS = ("models", "storage", "worker", "api", "ops", "tasks")
+ROOMS = ("evalstore", "models", "tasks", "worker")
 # Within a sender's program: its logging, and its words.
 SENDERS = {"tasks/spool.py"}
 

@@ -1,4 +1,4 @@
-"""Python that has our libraries already: `[*python(), "-m", "evalstore.cli.app", "get", …]` does without the second or two of importing.
+"""Python that has our libraries already: `[*python(), "-m", "evalstore.cli.app", …]` saves a second or two of importing.
 
 That starts a small process which has the program, given by `-m` or `-c`, forked off one that has imported the libraries, with
 its own arguments, environment, folder and streams; it passes signals on, and ends as the program does. When it is killed, so

@@ -126,7 +126,7 @@ def test_all_faults_are_reported_together() -> None:
 
 def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> None:
     wrong = {"EVALSTORE_REDIS_URL": "foo", "EVALSTORE_BATCH_EVENTS": "many"}
-    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
+    for program in (["-c", "import worker.tasks"], ["-m", "evalstore.api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
         done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
         (line,) = done.stderr.splitlines()
         assert re.fullmatch("EVALSTORE_REDIS_URL: .*; EVALSTORE_BATCH_EVENTS: expected an integer", line)
@@ -135,7 +135,7 @@ def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> Non
 
 def test_an_address_that_libpq_does_not_take_is_told_at_once_instead_of_at_each_event() -> None:
     wrong = {"EVALSTORE_DATABASE_URL": "postgresql://u:hunter2@localhost/x?sslmod=require"}
-    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
+    for program in (["-c", "import worker.tasks"], ["-m", "evalstore.api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
         done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
         assert done.stderr == "EVALSTORE_DATABASE_URL: expected an address that libpq understands\n"
         assert done.returncode == 2
