@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.validation_errors import did_you_mean, in_words
+from models.validation_errors import did_you_mean, format_error
 
 log = logging.getLogger("evalstore.settings")
 
@@ -246,11 +246,11 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {in_words(fault)}" for fault in error.errors()]
+            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {format_error(fault)}" for fault in error.errors()]
             raise InvalidSettings("; ".join(faults)) from None
 
 
-def misspelt(environment: Mapping[str, str]) -> list[str]:
+def unknown_settings(environment: Mapping[str, str]) -> list[str]:
     """A sentence of each variable that is no setting and spelt like one. No fault: a platform may have variables of its own,
     and an older release runs with the settings of a newer one."""
     known = [name.upper() for name in Settings.model_fields]
@@ -270,7 +270,7 @@ def warn_unknown_env() -> None:
 
     A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
     """
-    for problem in misspelt(os.environ):
+    for problem in unknown_settings(os.environ):
         log.warning("a variable of the environment does nothing: %s", problem)
 
 

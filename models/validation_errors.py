@@ -30,7 +30,7 @@ _WORDS: Final = {
 _TYPES: Final = {"int_type", "float_type", "string_type", "is_instance_of"}
 
 
-def in_words(error: ErrorDetails) -> str:
+def format_error(error: ErrorDetails) -> str:
     """The problem of one field. Never its value, which may be secret, large, or unfit for a terminal."""
     kind, value = error["type"], error["input"]
     # Content is any string: its type is the one thing that is asked of it.

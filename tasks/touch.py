@@ -19,7 +19,7 @@ _AGAIN_S: Final = 60.0
 _logger = get_logger("tasks", "spool")
 
 
-class Young:
+class ObjectToucher:
     """Call it with messages as often as you like: now and then it makes young what they need and is half as old as the grace.
 
     So it stays younger than the grace for as long as the outage lasts and this is called.

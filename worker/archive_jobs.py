@@ -29,16 +29,16 @@ _STEP_S: Final = 300.0
 
 
 @contextmanager
-def patient(broker: Broker, engine: Callable[[], Engine]) -> Iterator[Connection]:
+def long_running(broker: Broker, engine: Callable[[], Engine]) -> Iterator[Connection]:
     """A connection for work that takes long, as long as it gets on: see `_gets_on`."""
     with engine().connect() as conn, broker.watch.bounded(conn, _STEP_S):
-        broker.metrics.ledger.due(_STEP_S)
+        broker.metrics.counters.set_deadline(_STEP_S)
         yield conn
 
 
-def _gets_on(broker: Broker) -> None:
+def _makes_progress(broker: Broker) -> None:
     broker.watch.renew(_STEP_S)
-    broker.metrics.ledger.due(_STEP_S)
+    broker.metrics.counters.set_deadline(_STEP_S)
 
 
 @cache
@@ -63,8 +63,8 @@ def move(conn: Connection, broker: Broker) -> dict[str, Any]:
         conn,
         archive,
         datetime.now(UTC),
-        go_on=lambda: time.monotonic() < give_up and not broker.hold.stopping,
-        watch=lambda _step, _row: _gets_on(broker),
+        go_on=lambda: time.monotonic() < give_up and not broker.in_flight.stopping,
+        watch=lambda _step, _row: _makes_progress(broker),
     )
     broker.metrics.archived(done.moved, done.bytes, done.failed)
     told: dict[str, Any] = {"moved": done.moved, "bytes": done.bytes, "failed": done.failed}
@@ -91,8 +91,8 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
                 target,
                 now,
                 grace,
-                lambda: backlog.look(broker, spool, longest_s=sweeping.longest_wait(grace).total_seconds()),
-                watch=lambda _: _gets_on(broker),
+                lambda: backlog.snapshot(broker, spool, longest_s=sweeping.longest_wait(grace).total_seconds()),
+                watch=lambda _: _makes_progress(broker),
                 part=((now.hour * 60 + now.minute) * _PARTS // 1440, _PARTS),
             )
         except ObjectStoreOutage as error:

@@ -34,7 +34,7 @@ from tasks.actor import QUEUE
 from tasks.redrives import REDRIVEN
 from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import Batch, Delivery
-from worker.traceparents import LENGTH, Column, below, binary, is_sampled, sampled, senders, weave
+from worker.traceparents import LENGTH, FixedWidthColumn, below, binary, interleave, is_sampled, sampled, senders
 
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
 # The first fields of a span, up to their last byte: its trace, its parent, and itself.
@@ -59,17 +59,17 @@ def _spans(traceparents: Sequence[str], span_ids: bytes, common: bytes, eval_ids
     """Framed spans below these, in parts: with those ids, of evaluations with ids of one length, and all else in common."""
     senders, own = binary(traceparents), _IDS
     columns = [
-        Column(_TRACE_AT, 16, senders, 1, 26),
-        Column(_PARENT_AT, 8, senders, 17, 26),
-        Column(_ITSELF_AT, 8, span_ids, 0, 8),
+        FixedWidthColumn(_TRACE_AT, 16, senders, 1, 26),
+        FixedWidthColumn(_PARENT_AT, 8, senders, 17, 26),
+        FixedWidthColumn(_ITSELF_AT, 8, span_ids, 0, 8),
     ]
     if eval_ids:
         length = len(eval_ids[0])
         own += _HEADS[length]
-        columns.append(Column(len(own), length, "".join(eval_ids).encode(), 0, length))
+        columns.append(FixedWidthColumn(len(own), length, "".join(eval_ids).encode(), 0, length))
         own += bytes(length)
     many = bytearray(own * len(traceparents))
-    weave(many, len(own), *columns)
+    interleave(many, len(own), *columns)
     # Columns of what is as long as a whole span would fall out of the processor's cache.
     each, before = chain.from_iterable(iter_unpack(f"{len(own)}s", many)), _before(b"\x12", len(own) + len(common))
     return [before, (common + before).join(each), common]
@@ -79,7 +79,12 @@ def _links(traceparents: Sequence[str]) -> bytes:
     """To each of these."""
     senders = binary(traceparents)
     many = bytearray(_LINK * len(traceparents))
-    weave(many, len(_LINK), Column(_LINK_TRACE_AT, 16, senders, 1, 26), Column(_LINK_SPAN_AT, 8, senders, 17, 26))
+    interleave(
+        many,
+        len(_LINK),
+        FixedWidthColumn(_LINK_TRACE_AT, 16, senders, 1, 26),
+        FixedWidthColumn(_LINK_SPAN_AT, 8, senders, 17, 26),
+    )
     return bytes(many)
 
 

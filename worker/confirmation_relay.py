@@ -34,7 +34,7 @@ def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambd
                     return Relayed(known, done=False)
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
-        broker.metrics.ledger.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
+        broker.metrics.counters.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
         return Relayed(known, done=True)
 
     return outbox.relay(conn, publish, go_on=go_on)

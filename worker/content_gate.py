@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from evalstore.objects.existence_cache import Presence
+from evalstore.objects.existence_cache import ExistenceCache
 from models.errors import ObjectStoreOutage
 from models.record import Fact
 from models.settings import settings
@@ -25,25 +25,25 @@ _ROUNDS_PER_S: Final = 5_000
 Pair = tuple[Delivery, Fact]
 
 
-class Contents:
+class ContentGate:
     """Tells which events can be stored. For many threads."""
 
-    def __init__(self, presence: Presence, outages: Outages) -> None:
+    def __init__(self, presence: ExistenceCache, outages: Outages) -> None:
         self._presence, self._outages = presence, outages
         self._lock = threading.Lock()
         self._away = False
         self._next_due = 0.0
 
-    def known(self, fact: Fact) -> bool:
+    def is_ready(self, fact: Fact) -> bool:
         """Whether it needs no object, or none that was not seen a short time ago."""
-        return all(self._presence.known(reference) for reference in fact.references)
+        return all(self._presence.is_known(reference) for reference in fact.references)
 
-    def present(self, events: Sequence[Pair], batch: Batch, bad: dict[bytes, bytes]) -> list[Pair]:
+    def split_ready(self, events: Sequence[Pair], batch: Batch, bad: dict[bytes, bytes]) -> list[Pair]:
         """Those of `events` whose objects are there. The others come again later, or are `bad` when the grace is over."""
         if not events:
             return []
-        absent = self._presence.absent(reference for _, fact in events for reference in fact.references)
-        self._tell(self._presence.outage)
+        absent = self._presence.missing(reference for _, fact in events for reference in fact.references)
+        self._log_changes(self._presence.outage)
         found = []
         for delivery, fact in events:
             absences = [absent[reference] for reference in fact.references if reference in absent]
@@ -65,7 +65,7 @@ class Contents:
             self._next_due = min(max(soonest, self._next_due + 1 / _ROUNDS_PER_S), now + _OUTAGE_LATEST_S)
             return self._next_due - now
 
-    def _tell(self, outage: ObjectStoreOutage | None) -> None:
+    def _log_changes(self, outage: ObjectStoreOutage | None) -> None:
         """Say once that the store is away, and that it is back."""
         with self._lock:
             changed, self._away = self._away != (outage is not None), outage is not None

@@ -11,7 +11,7 @@ import redis
 from sqlalchemy import Connection, Engine
 
 from evalstore.storage import database, dead_letters, redrives
-from evalstore.storage.dead_letters import Burial
+from evalstore.storage.dead_letters import DeadLetterInsert
 from models.errors import InvalidEvent, Outage, RedisOutage
 from models.events import decode, identified, identity
 from tasks.redrives import REDRIVEN
@@ -34,7 +34,7 @@ def move(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda
             dead_letters.write(conn, burials)
             keys = broker.keys(queue)
             try:
-                broker.run("forget_dead", [keys.dead, keys.dead_bodies, keys.causes], *redis_ids)
+                broker.run("remove_dead_letters", [keys.dead, keys.dead_bodies, keys.causes], *redis_ids)
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
             moved += len(burials)
@@ -43,7 +43,7 @@ def move(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda
     return moved
 
 
-def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[Burial], list[bytes]]]:
+def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[DeadLetterInsert], list[bytes]]]:
     keys = broker.keys(queue)
     try:
         while True:
@@ -55,7 +55,7 @@ def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[Burial], list[byt
             bodies = broker.client.hmget(keys.dead_bodies, redis_ids)
             causes = broker.client.hmget(keys.causes, redis_ids)
             burials = [
-                _burial(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
+                _insert_of(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
                 for (redis_id, died_ms), body, cause in zip(found, bodies, causes, strict=True)
                 if body is not None  # else another worker moved it meanwhile
             ]
@@ -79,7 +79,7 @@ def _within(broker: Broker, key: str, found: list[tuple[bytes, float]]) -> list[
     return found[:number]
 
 
-def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> Burial:
+def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> DeadLetterInsert:
     actor = eval_id = event_id = None
     attempts = 1
     try:
@@ -91,8 +91,8 @@ def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], die
     except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
         pass  # what cannot be read is kept all the same
     error_class, error_message = str(cause.get("error_class", "Unknown")), str(cause.get("error_message", ""))
-    return Burial(
-        id=_letter_id(queue, redis_id),
+    return DeadLetterInsert(
+        id=_dead_letter_id(queue, redis_id),
         queue=queue,
         actor=actor,
         eval_id=eval_id,
@@ -109,12 +109,12 @@ def _burial(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], die
     )
 
 
-def _letter_id(queue: str, redis_id: bytes) -> UUID:
+def _dead_letter_id(queue: str, redis_id: bytes) -> UUID:
     """The letter's own id if the message was redriven under it, else one that every move of this message agrees on."""
-    return letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
+    return dead_letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
 
 
-def letter_of(redis_id: bytes) -> UUID | None:
+def dead_letter_of(redis_id: bytes) -> UUID | None:
     """The letter that was redriven under this id, if it is such an id: a sender may have made up anything."""
     if not redis_id.startswith(REDRIVEN):
         return None
@@ -129,7 +129,7 @@ def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Wa
 
     What cannot be noted now is found out by the next sweep: an outage is no reason to do the work again.
     """
-    letters = [letter for redis_id in redis_ids if (letter := letter_of(redis_id))]
+    letters = [letter for redis_id in redis_ids if (letter := dead_letter_of(redis_id))]
     try:
         with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
             redrives.stored(conn, letters)

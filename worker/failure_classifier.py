@@ -12,7 +12,7 @@ _ENOUGH: Final = 5
 _PROBE_S: Final = 5.0
 
 
-class Suspicion:
+class BatchFailureClassifier:
     """What speaks against the work of one thread, from attempt to attempt. `begin` each, and give `note` how it failed.
 
     Right after a failure that the work may have caused, a small write is tried: where it fails as well, it is an outage. A
@@ -23,47 +23,47 @@ class Suspicion:
 
     def __init__(self, engine: Callable[[], Engine], watch: database.Watch) -> None:
         self._engine, self._watch = engine, watch
-        self.times = 0
-        self._wants_witness = False
-        self._witness: database.Witness | None = None
+        self.blamed = 0
+        self._wants_control = False
+        self._control: database.ControlConnection | None = None
 
     def begin(self) -> None:
         """An attempt follows. Raises DatabaseOutage."""
-        if self._wants_witness and self._witness is None:
-            self._witness = database.Witness(self._engine())
+        if self._wants_control and self._control is None:
+            self._control = database.ControlConnection(self._engine())
 
-    def note(self, error: Exception) -> bool:
+    def record_failure(self, error: Exception) -> bool:
         """An attempt failed; whether it did so often enough for the work to be what causes it."""
         if not isinstance(error, DatabaseOutage) or not error.may_be_the_work:
-            if self._witness is not None:  # without one it may not have got as far as the work
-                self.times = 0
+            if self._control is not None:  # without one it may not have got as far as the work
+                self.blamed = 0
             self.close()
             return False
-        self._wants_witness = True
-        verdict = self._is_the_work(error)
+        self._wants_control = True
+        verdict = self._is_caused_by_batch(error)
         if verdict is not None:
-            self.times = self.times + 1 if verdict else 0
-        return self.times >= _ENOUGH
+            self.blamed = self.blamed + 1 if verdict else 0
+        return self.blamed >= _ENOUGH
 
     def close(self) -> None:
         """Leave no connection behind."""
-        if self._witness is not None:
-            self._witness.close()
-            self._witness = None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
 
-    def _is_the_work(self, error: DatabaseOutage) -> bool | None:
+    def _is_caused_by_batch(self, error: DatabaseOutage) -> bool | None:
         """None where it cannot be told."""
-        is_well = self._is_well()
+        is_well = self._probe_succeeds()
         if not error.is_lost:
             return is_well
-        if self._witness is None:
+        if self._control is None:
             return None
-        fate = self._witness.fate(self._watch, _PROBE_S)
+        fate = self._control.fate(self._watch, _PROBE_S)
         if fate != "alive":
             self.close()
         return fate == "crash" or (fate == "alive" and is_well)
 
-    def _is_well(self) -> bool:
+    def _probe_succeeds(self) -> bool:
         """Whether a small write goes through."""
         try:
             self._engine().dispose()  # what is left in the pool may have broken with it

@@ -10,7 +10,7 @@ from typing import Any
 from dramatiq.errors import ActorNotFound
 from sqlalchemy import Engine
 
-from evalstore.objects.existence_cache import Presence
+from evalstore.objects.existence_cache import ExistenceCache
 from evalstore.objects.object_store import Stores
 from evalstore.storage import database, event_store, migrations
 from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
@@ -23,11 +23,11 @@ from tasks.redrives import REDRIVEN
 from worker import dead_letter_mover, tracing
 from worker.batches import Batch, Delivery, cause, read
 from worker.breaker import Breaker, BreakerLimits
-from worker.content_gate import Contents, Pair
-from worker.failure_classifier import Suspicion
-from worker.in_flight import Hold
-from worker.locked_evaluations import Locks
-from worker.metrics import WORK_S, Metrics
+from worker.content_gate import ContentGate, Pair
+from worker.failure_classifier import BatchFailureClassifier
+from worker.in_flight import InFlight
+from worker.locked_evaluations import LockedEvaluations
+from worker.metrics import WORK_S, WorkerMetrics
 
 log = logging.getLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
@@ -44,17 +44,17 @@ def engine() -> Engine:
     return connections
 
 
-class Store:
-    """The function of the actor `store_evaluation` in a worker that holds `hold`."""
+class Handler:
+    """The function of the actor `store_evaluation` in a worker whose deliveries are `in_flight`."""
 
-    def __init__(self, hold: Hold, limits: BreakerLimits | None = None, metrics: Metrics | None = None) -> None:
-        self._hold, self._metrics = hold, metrics or Metrics()
-        self._count = self._metrics.ledger
+    def __init__(self, in_flight: InFlight, limits: BreakerLimits | None = None, metrics: WorkerMetrics | None = None) -> None:
+        self._in_flight, self._metrics = in_flight, metrics or WorkerMetrics()
+        self._count = self._metrics.counters
         self._watch = database.Watch()
         self._breaker = Breaker(limits or BreakerLimits())
-        self._locks = Locks()
-        self._presence = Presence(Stores(settings(), in_a_hurry=True))
-        self._contents = Contents(self._presence, self._metrics.outages)
+        self._locks = LockedEvaluations()
+        self._existence = ExistenceCache(Stores(settings(), in_a_hurry=True))
+        self._contents = ContentGate(self._existence, self._metrics.outages)
 
     def __call__(self, batch: Batch) -> None:
         """Store a batch of events in one transaction, committed when this returns; bury those that can never be stored, and let
@@ -78,7 +78,7 @@ class Store:
                 counted = [one for one in left if not one.is_redriven and one.redis_id not in batch.later]
                 counted_bad = sum(delivery.redis_id in bad for delivery in counted)
                 if self._breaker.note(len(counted) - counted_bad, counted_bad):
-                    self._shout(bad)
+                    self._log_breaker_open(bad)
                 if bad and self._breaker.is_open:
                     left = [delivery for delivery in left if delivery.redis_id in bad]
                     continue
@@ -90,19 +90,19 @@ class Store:
 
     def _probe(self, batch: Batch, left: list[Delivery]) -> list[Delivery]:
         """While the breaker is open, wait, and try one of `left`; returns those not tried."""
-        self._hold.outages += 1
+        self._in_flight.outages += 1
         try:
             while not self._breaker.may_probe():
-                self._count.due(WORK_S)
-                if not self._hold.wait_out(0.5):
+                self._count.set_deadline(WORK_S)
+                if not self._in_flight.sleep_unless_stopping(0.5):
                     raise _Stopped("told to stop while the breaker is open")
                 if not self._breaker.is_open:
                     return left
             bad = self._work(batch, left[:1])
         finally:
-            self._hold.outages -= 1
+            self._in_flight.outages -= 1
         if bad:
-            self._shout(bad)
+            self._log_breaker_open(bad)
             batch.buried |= bad
         elif left[0].redis_id not in batch.later:
             log.warning("the breaker is closed: a message was stored")
@@ -110,7 +110,7 @@ class Store:
             self._count.set("evalstore_breaker_open", to=0)
         return left[1:]
 
-    def _shout(self, bad: dict[bytes, bytes]) -> None:
+    def _log_breaker_open(self, bad: dict[bytes, bytes]) -> None:
         if not self._breaker.is_open:  # a probe took long, and another one's was stored meanwhile
             return
         self._count.set("evalstore_breaker_open", to=1)
@@ -127,7 +127,7 @@ class Store:
         events: list[Pair] = []
         referring: list[Pair] = []
         most, started = settings().max_content_bytes, time.perf_counter()
-        traces = tracing.said()
+        traces = tracing.sender_traces()
         for delivery in deliveries:
             try:
                 usual = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
@@ -135,13 +135,13 @@ class Store:
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
                 continue
-            (events if usual or self._contents.known(event) else referring).append((delivery, event))
+            (events if usual or self._contents.is_ready(event) else referring).append((delivery, event))
         self._timed("decode", started)
         if events:
             self._store(batch, bad, events)
         # Last: the object store may be slow.
-        self._count.due(WORK_S)
-        if referring and (present := self._contents.present(referring, batch, bad)):
+        self._count.set_deadline(WORK_S)
+        if referring and (present := self._contents.split_ready(referring, batch, bad)):
             self._store(batch, bad, present)
         settled = [one.redis_id for one in deliveries if one.redis_id not in bad and one.redis_id not in batch.later]
         redriven = [redis_id for redis_id in settled if redis_id.startswith(REDRIVEN)]
@@ -151,15 +151,15 @@ class Store:
 
     def stop_soon(self) -> None:
         """Break off, after a moment, what a server that does not answer keeps waiting."""
-        self._presence.stopping = True
+        self._existence.stopping = True
         timer = threading.Timer(_STOP_GRACE_S, self._watch.break_all)
         timer.daemon = True
         timer.start()
 
     def _store(self, batch: Batch, bad: dict[bytes, bytes], events: list[Pair]) -> None:
         """Store `events`; where one of them sinks the transaction, take them apart until it is alone."""
-        if (doubtful := self._locks.doubtful(events)) and self._are_locked(doubtful):
-            events = self._locks.apart(events, batch)
+        if (doubtful := self._locks.possibly_locked(events)) and self._are_locked(doubtful):
+            events = self._locks.exclude_locked(events, batch)
         if not events:
             return
         started = time.monotonic()
@@ -181,7 +181,7 @@ class Store:
                 self._store(batch, bad, events[start : start + size])
             return
         self._metrics.stored(events, stored.outcomes, stored.conflicting_results)
-        tracing.note(events, stored.outcomes)
+        tracing.record_outcomes(events, stored.outcomes)
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
                 bad[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
@@ -194,37 +194,39 @@ class Store:
         """
         failures = 0
         bound_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
-        suspicion = Suspicion(engine, self._watch)
+        suspicion = BatchFailureClassifier(engine, self._watch)
         try:
             while True:
-                self._count.due(WORK_S)  # each time, however far the attempt gets: to wait for a server is no standing still
+                self._count.set_deadline(
+                    WORK_S
+                )  # each time, however far the attempt gets: to wait for a server is no standing still
                 try:
                     suspicion.begin()
-                    return self._attempt(events, bound_s * 2**suspicion.times)
+                    return self._attempt(events, bound_s * 2**suspicion.blamed)
                 except PASSING as error:
                     if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
                         raise _Locked from error
                     failures += 1
-                    self._count.due(WORK_S)
-                    if not self._hold.stopping and suspicion.note(error):
+                    self._count.set_deadline(WORK_S)
+                    if not self._in_flight.stopping and suspicion.record_failure(error):
                         raise
                     self._metrics.retried(QUEUE)
                     if failures == 1:
-                        self._hold.outages += 1
+                        self._in_flight.outages += 1
                         self._metrics.outages.away("postgresql", threading.current_thread().name)
                     elif failures == 2:  # one is often no more than a connection that broke while it was not used
                         log.warning("%s, holding %d events until it is over: %s", type(error).__name__, len(events), error)
                     longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(failures, 10))
-                    if not self._hold.wait_out(longest_s * random.uniform(0.5, 1)):  # noqa: S311
+                    if not self._in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1)):  # noqa: S311
                         raise _Stopped(f"told to stop while waiting: {error}") from error
         finally:
             suspicion.close()
             if failures:
-                self._hold.outages -= 1
+                self._in_flight.outages -= 1
                 self._metrics.outages.back("postgresql", threading.current_thread().name)
 
     def _attempt(self, events: list[Pair], bound_s: float) -> event_store.Stored:
-        self._count.due(bound_s + _CONNECT_S)
+        self._count.set_deadline(bound_s + _CONNECT_S)
         started = time.perf_counter()
         trying = tracing.transaction(len(events))
         with trying, database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
@@ -244,7 +246,7 @@ class Store:
         """Whether, as far as can be told, it is the records of some of these that are locked, and not everybody's."""
         try:
             with database.errors(), engine().connect() as conn, self._watch.bounded(conn, 5):
-                return self._locks.look(conn, events)
+                return self._locks.refresh(conn, events)
         except Outage:
             return False
 

@@ -9,7 +9,7 @@ from typing import Literal
 _DRAIN_S = 5.0
 
 
-class Hold:
+class InFlight:
     """The ids of the messages this process fetched and has not settled. For use by many threads."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Hold:
         """Start over, for a worker that boots."""
         with self._changed:
             self._queue_of: dict[bytes, str] = {}
-            self._alone = False
+            self._is_exclusive = False
             self._fetching = 0
             self._draining_until = 0.0
             self.stopping = False
@@ -43,25 +43,25 @@ class Hold:
         with self._changed:
             return {redis_id for redis_id, held_of in self._queue_of.items() if held_of == queue}
 
-    def take(self, queue: str, redis_ids: Iterable[bytes]) -> set[bytes]:
+    def add(self, queue: str, redis_ids: Iterable[bytes]) -> set[bytes]:
         """Hold these; returns those that were not held already."""
         with self._changed:
             new = {redis_id for redis_id in redis_ids if redis_id not in self._queue_of}
             self._queue_of.update(dict.fromkeys(new, queue))
             return new
 
-    def drop(self, redis_ids: Iterable[bytes]) -> None:
+    def remove(self, redis_ids: Iterable[bytes]) -> None:
         """Hold these no longer."""
         with self._changed:
             dropped = [redis_id for redis_id in redis_ids if self._queue_of.pop(redis_id, None)]
             # A thread that held none of them has no say: suspects may be on their way.
             if dropped and not self._queue_of:
-                self._alone = False
+                self._is_exclusive = False
             self._changed.notify_all()
 
     def may_fetch(self) -> bool:
         """Whether messages may be taken that are suspected of nothing."""
-        return not self.stopping and not self._alone and time.monotonic() >= self._draining_until
+        return not self.stopping and not self._is_exclusive and time.monotonic() >= self._draining_until
 
     @contextmanager
     def fetching(self) -> Iterator[bool]:
@@ -75,30 +75,30 @@ class Hold:
             with self._changed:
                 self._fetching -= may
 
-    def be_alone(self) -> bool:
+    def enter_exclusive(self) -> bool:
         """Whether suspects may be taken now, which must be alone in the process.
 
         Where it holds anything else, it takes no more for a while instead: for five seconds of every ten, so that a long job
         does not keep the process from all other work.
         """
         with self._changed:
-            if self.stopping or self._alone:
+            if self.stopping or self._is_exclusive:
                 return False
             now = time.monotonic()
             if self._queue_of or self._fetching:
                 if now >= self._draining_until + _DRAIN_S:
                     self._draining_until = now + _DRAIN_S
                 return False
-            self._alone, self._draining_until = True, 0.0
+            self._is_exclusive, self._draining_until = True, 0.0
             return True
 
-    def not_alone(self) -> None:
+    def leave_exclusive(self) -> None:
         """There were no suspects after all."""
         with self._changed:
-            self._alone = False
+            self._is_exclusive = False
             self._changed.notify_all()
 
-    def wait_for(self, is_so: Callable[[], bool], seconds: float) -> None:
+    def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
         """Wait until that is so because something was settled."""
         with self._changed:
             self._changed.wait_for(is_so, timeout=seconds)
@@ -108,7 +108,7 @@ class Hold:
         with self._changed:
             self._changed.wait(timeout=seconds)
 
-    def wait_out(self, seconds: float) -> bool:
+    def sleep_unless_stopping(self, seconds: float) -> bool:
         """Wait, but not beyond the order to stop; returns whether to go on."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping, timeout=seconds)

@@ -18,7 +18,7 @@ _AGAIN_S: Final = 5.0
 _REMEMBER_S: Final = 30.0
 
 
-class Locks:
+class LockedEvaluations:
     """What was found locked. For many threads."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Locks:
         self._known: set[str] = set()
         self._found_at = 0.0
 
-    def doubtful(self, events: Sequence[Pair]) -> list[Pair]:
+    def possibly_locked(self, events: Sequence[Pair]) -> list[Pair]:
         """Those that belong to an evaluation that was locked when it was last looked at."""
         known = self._known
         if not known:
@@ -37,7 +37,7 @@ class Locks:
                 self._known = set()
         return [pair for pair in events if pair[1].eval_id in known]
 
-    def look(self, conn: Connection, events: Sequence[Pair]) -> bool:
+    def refresh(self, conn: Connection, events: Sequence[Pair]) -> bool:
         """Look whether something of these is locked now. Raises DatabaseOutage (retry)."""
         wanted = {fact.eval_id for _, fact in events}
         locked = event_store.locked(conn, sorted(wanted))
@@ -50,7 +50,7 @@ class Locks:
             self._found_at = time.monotonic() if locked else self._found_at
         return bool(locked)
 
-    def apart(self, events: Sequence[Pair], batch: Batch) -> list[Pair]:
+    def exclude_locked(self, events: Sequence[Pair], batch: Batch) -> list[Pair]:
         """Those of `events` that need nothing locked; the others come again later, none of them the worse for it."""
         known = self._known
         free = [pair for pair in events if pair[1].eval_id not in known]

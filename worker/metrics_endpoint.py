@@ -14,7 +14,7 @@ from typing import Any, Final
 import dramatiq
 
 from evalstore.telemetry import process_registry
-from evalstore.telemetry.counters import Layout, Ledger, counted_by
+from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.settings import settings
 from worker import metrics
 
@@ -26,11 +26,11 @@ _AGAIN_S: Final = 1.0
 _TICK_S: Final = 60.0 + 25.0
 
 
-class Shared(dramatiq.Middleware):
+class MetricsMiddleware(dramatiq.Middleware):
     """Keeps what a worker's processes count where the endpoint finds it. Of processes of Dramatiq's command line alone."""
 
     def after_process_boot(self, broker: Any) -> None:
-        group = _join("worker", broker.metrics.ledger)
+        group = _join("worker", broker.metrics.counters)
         if group and settings().metrics_port:
             _serve_beside(group)
 
@@ -76,8 +76,8 @@ def _serve(group: process_registry.Group, until: int) -> None:
     exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)
     parent = multiprocessing.parent_process()
     master = parent.pid if parent and parent.pid else os.getppid()
-    began = process_registry.started(master)
-    while process_registry.started(master) == began:  # else it was killed, and the next one wants the port
+    began = process_registry.start_ticks(master)
+    while process_registry.start_ticks(master) == began:  # else it was killed, and the next one wants the port
         if select.select([until], [], [], 0.5)[0]:
             return
 
@@ -86,7 +86,7 @@ class Scheduler:
     """What a scheduler shows: that it lives, and how things stand, also while no worker runs."""
 
     def __init__(self) -> None:
-        self._ledger: Ledger | None = None
+        self._ledger: Counters | None = None
 
     def tick(self) -> None:
         """periodiq's loop has come to a job that is due."""
@@ -98,13 +98,13 @@ class Scheduler:
                 self._ledger = self._begin()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._ledger.due(_TICK_S)
+        self._ledger.set_deadline(_TICK_S)
 
-    def _begin(self) -> Ledger:
+    def _begin(self) -> Counters:
         # A container's first process is not ended by a signal that it does not handle, and periodiq handles none but its alarm.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        layout = Layout(counted_by("scheduler"), {})
-        ledger = Ledger(layout)
+        layout = Schema(counted_by("scheduler"), {})
+        ledger = Counters(layout)
         group = _join("scheduler", ledger)
         ledger.watch_thread("schedule")
         threading.Thread(target=self._beat, args=(ledger,), name="evalstore-beat", daemon=True).start()
@@ -115,17 +115,17 @@ class Scheduler:
         return ledger
 
     @staticmethod
-    def _beat(ledger: Ledger) -> None:
+    def _beat(ledger: Counters) -> None:
         """Shows before the next tick is due that the process was frozen."""
         ledger.watch_thread("beat")
         while True:
-            ledger.due(metrics.LOOP_S)
+            ledger.set_deadline(metrics.LOOP_S)
             time.sleep(_BEAT_S)
 
 
-def _join(role: process_registry.Role, ledger: Ledger) -> process_registry.Group | None:
+def _join(role: process_registry.Role, ledger: Counters) -> process_registry.Group | None:
     try:
         return process_registry.join(role, ledger)
-    except process_registry.Unshared as error:
+    except process_registry.RegistryUnavailable as error:
         log.warning("what this process counts is not shown, nor that it lives: %s", error)
         return None

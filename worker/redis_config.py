@@ -8,7 +8,7 @@ import redis
 _OLDEST: Final = (6, 2)
 
 
-def doubts(client: redis.Redis) -> list[str]:
+def redis_config_warnings(client: redis.Redis) -> list[str]:
     """Why this server could lose events that it confirmed, or cannot be worked with: a sentence each.
 
     Reads INFO and CONFIG where that is allowed: managed servers often forbid CONFIG, careful ones both, as dangerous.

@@ -13,14 +13,14 @@ from sqlalchemy import Connection, Engine
 
 from evalstore.storage import dead_letters, event_store, redrives
 from evalstore.storage.dead_letters import Selection
-from evalstore.storage.redrives import Letter, Sent
+from evalstore.storage.redrives import DeadLetterRef, Sent
 from models.errors import PASSING, EvalstoreError, InvalidEvent, Outage, RedisOutage
 from models.jobs import QUEUE
 from tasks.actor import store_evaluation
 from tasks.broker import encode
 from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
 from worker.batches import read
-from worker.broker import Broker, turn
+from worker.broker import Broker, time_budget
 from worker.dead_letter_mover import record_stored
 from worker.handler import fact_of
 
@@ -87,19 +87,19 @@ def work_on(engine: Engine, broker: Broker, redrive_id: UUID) -> None:
 
 def _turn(conn: Connection, broker: Broker, redrive_id: UUID) -> float | None:
     """Send for a while; returns in how many seconds to go on, or None where nothing is left to send."""
-    goes_on = turn()
+    goes_on = time_budget()
     while True:
         wait_s = redrives.step(conn, redrive_id, lambda letters: send(broker, letters)).wait_s
-        if wait_s is None or wait_s > _SHORT_S or not goes_on() or broker.hold.stopping:
+        if wait_s is None or wait_s > _SHORT_S or not goes_on() or broker.in_flight.stopping:
             return wait_s
-        broker.hold.wait_out(wait_s)
+        broker.in_flight.sleep_unless_stopping(wait_s)
 
 
-def send(broker: Broker, letters: Sequence[Letter]) -> None:
+def send(broker: Broker, letters: Sequence[DeadLetterRef]) -> None:
     """Put letters in their queues, each under an id of its own, so that it is there once. Raises RedisOutage (retry)."""
     by_queue: dict[str, list[bytes]] = {}
     for letter in letters:
-        by_queue.setdefault(letter.queue, []).extend([redis_id_of(letter.id), _anew(letter.message)])
+        by_queue.setdefault(letter.queue, []).extend([redis_id_of(letter.id), _renewed(letter.message)])
     try:
         for queue, arguments in by_queue.items():
             keys = broker.keys(queue)
@@ -113,7 +113,7 @@ def redis_id_of(letter_id: UUID) -> bytes:
     return REDRIVEN + str(letter_id).encode()
 
 
-def _anew(body: bytes) -> bytes:
+def _renewed(body: bytes) -> bytes:
     """The message as received, but for what Dramatiq noted in it when it failed."""
     try:
         message = read(body)

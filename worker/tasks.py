@@ -8,13 +8,13 @@ from evalstore.telemetry import log_setup
 from models.settings import settings, warn_unknown_env
 from tasks.actor import store_evaluation
 from worker import metrics_endpoint, schedule
-from worker.background import Beside
+from worker.background import BackgroundMiddleware
 from worker.breaker import BreakerLimits
 from worker.broker import Broker
-from worker.handler import Store
+from worker.handler import Handler
 
 startup.load_or_exit()
-log_setup.take_over()
+log_setup.replace_formatters()
 warn_unknown_env()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
@@ -25,14 +25,14 @@ broker = Broker(
     batch_bytes=settings().batch_bytes,
 )
 dramatiq.set_broker(broker)
-store = Store(
-    broker.hold,
+store = Handler(
+    broker.in_flight,
     BreakerLimits(
         settings().breaker_messages, settings().breaker_share, settings().breaker_window_s, settings().breaker_probe_s
     ),
     broker.metrics,
 )
-broker.add_middleware(Beside(store))
+broker.add_middleware(BackgroundMiddleware(store))
 broker.declare_batch_actor(store_evaluation, store)
-broker.add_middleware(metrics_endpoint.Shared())
+broker.add_middleware(metrics_endpoint.MetricsMiddleware())
 schedule.declare(broker, on_tick=metrics_endpoint.Scheduler().tick)

@@ -50,7 +50,7 @@ def processing(batch: Batch) -> Iterator[None]:
         spans.end()
 
 
-def said() -> dict[bytes, Any] | None:
+def sender_traces() -> dict[bytes, Any] | None:
     """Where to put what each message of the batch says of its trace."""
     spans = _batch.get()
     return None if spans is None else spans.traceparents
@@ -68,7 +68,7 @@ def traces_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[Sequence[int
     return None if spans is None else spans.traces_of(events)
 
 
-def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
+def record_outcomes(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
     """Note what became of events."""
     if spans := _batch.get():
         spans.note(events, outcomes)

@@ -23,13 +23,13 @@ from evalstore.api import (
     record_routes,
     upload_routes,
 )
-from evalstore.api.fast_reads import Reads
-from evalstore.api.limits import Guard
-from evalstore.api.metrics import Metrics
+from evalstore.api.fast_reads import FastReadMiddleware
+from evalstore.api.limits import RequestLimitsMiddleware
+from evalstore.api.metrics import ApiMetrics
 from evalstore.api.openapi import document, methods
 from evalstore.api.rendering import json_response
 from evalstore.api.service import Service
-from evalstore.api.tracing import SERVICE, Traced
+from evalstore.api.tracing import SERVICE, TracingMiddleware
 from evalstore.telemetry import log_setup
 from models.settings import settings, warn_unknown_env
 from tasks import tracing
@@ -62,7 +62,7 @@ def build() -> ASGIApp:
             yield
         finally:
             beat.cancel()
-            metrics.ledger.rest()
+            metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)
 
@@ -79,7 +79,7 @@ def build() -> ASGIApp:
     for part in parts:
         app.include_router(part.router)
 
-    metrics = Metrics(
+    metrics = ApiMetrics(
         (method, route.path)
         for part in parts
         for route in part.router.routes
@@ -111,4 +111,8 @@ def build() -> ASGIApp:
                 "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
             )
 
-    return Traced(Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe))
+    return TracingMiddleware(
+        RequestLimitsMiddleware(
+            FastReadMiddleware(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe
+        )
+    )

@@ -39,7 +39,7 @@ class Rendered(NamedTuple):
         return int(self.stamp.partition(".")[0])
 
 
-class Shared:
+class SharedCache:
     """The cache in Redis. One entry for each evaluation: its stamp, a line break, its JSON."""
 
     def __init__(self, client: redis.Redis, ttl_s: int) -> None:
@@ -98,7 +98,7 @@ class _Memory:
             self._bytes -= len(dropped.body)
 
 
-class Records:
+class RecordCache:
     """Records by id.
 
     `stamps` asks PostgreSQL for the stamps of many; `load` reads one record there. Both are called by the event loop and raise
@@ -121,7 +121,7 @@ class Records:
 
     async def get(self, eval_id: str) -> Rendered | None:
         """The record as of now, or later; None where there is none. Raises Outage (retry)."""
-        stamp = await self._stamp(eval_id)
+        stamp = await self._row_version(eval_id)
         if stamp is None:
             return None
         if (found := self._memory.get(eval_id, stamp)) is not None:
@@ -139,7 +139,7 @@ class Records:
         if not task.cancelled() and task.exception() is None and (record := task.result()) is not None and not record.lacks:
             self._memory.put(eval_id, record)
 
-    def _stamp(self, eval_id: str) -> asyncio.Future[str | None]:
+    def _row_version(self, eval_id: str) -> asyncio.Future[str | None]:
         """Its stamp, by a query that begins after this."""
         future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(eval_id, []).append(future)

@@ -22,7 +22,7 @@ class _Route(NamedTuple):
     path: str
 
 
-class Reads:
+class FastReadMiddleware:
     """Around the application, within Guard."""
 
     def __init__(self, app: FastAPI) -> None:

@@ -33,7 +33,7 @@ _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 Observe = Callable[[Scope, int, float], None]  # the request, the status of its answer (0: none), seconds
 
 
-class Guard:
+class RequestLimitsMiddleware:
     """The outermost application: gives each request its id and its limits."""
 
     def __init__(self, app: ASGIApp, *, max_request_bytes: Callable[[], int], observe: Observe) -> None:
@@ -81,7 +81,7 @@ class _Exchange:
                 if self.status:
                     why = error.__cause__ or error  # Starlette says no more than that it came too late to be answered
                     log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(why).__name__, why)
-                    raise _BrokenOff from None  # the server closes the connection: an answer cut short must not look whole
+                    raise _RequestAborted from None  # the server closes the connection: an answer cut short must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 
     def _check_announced(self) -> None:
@@ -159,7 +159,7 @@ class _Exchange:
             await asyncio.sleep(0)  # or it is written on to who has gone, unseen, which asyncio complains of each time
 
 
-class _BrokenOff(Exception):
+class _RequestAborted(Exception):
     """The answer could not be finished."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from starlette.types import Scope
 
 from evalstore.telemetry import process_registry
-from evalstore.telemetry.counters import Layout, Ledger, Series, counted_by
+from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
 from evalstore.telemetry.exposition import Exposition
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _BEAT_S: Final = 2.0
 _LOOP_S: Final = 20.0
 
 
-class Metrics:
+class ApiMetrics:
     """Of one process, shown together with those of the group's others: `uvicorn --workers` starts several.
 
     `routes`: each method and path template there is.
@@ -39,8 +39,8 @@ class Metrics:
             "status": [*map(str, _STATUSES), "other"],
         }
         self._values = {name: frozenset(each) for name, each in values.items()}
-        self.layout = Layout(counted_by("api"), values)
-        self.ledger = Ledger(self.layout)
+        self.layout = Schema(counted_by("api"), values)
+        self.counters = Counters(self.layout)
         always: set[Series] = {("evalstore_http_request_duration_seconds", key) for key in known}
         always |= {("evalstore_http_requests_total", (*key, status)) for key in known for status in ("200", "500", "503")}
         self._always = frozenset(always)
@@ -49,49 +49,49 @@ class Metrics:
 
     def _of(self, group: process_registry.Group | None) -> Exposition:
         def totals() -> list[float]:
-            return group.totals(self.layout) if group else self.layout.numbers(self.ledger.data())
+            return group.totals(self.layout) if group else self.layout.numbers(self.counters.data())
 
         return Exposition("api", self.layout, totals, group, always=self._always)
 
     def share(self) -> None:
         """Count where the others of the group do, and find their counts."""
         try:
-            self.group = process_registry.join("api", self.ledger)
-        except process_registry.Unshared as error:
+            self.group = process_registry.join("api", self.counters)
+        except process_registry.RegistryUnavailable as error:
             log.warning("metrics are of this process alone: %s", error)
         self._exposition = self._of(self.group)
 
     async def beat(self, service: "Service") -> None:
         """Show that the event loop makes progress, for as long as this is not cancelled, and what is in use."""
-        self.ledger.watch_thread("event loop")
+        self.counters.watch_thread("event loop")
         while True:
-            self.ledger.due(_LOOP_S)
+            self.counters.set_deadline(_LOOP_S)
             for state, count in service.connections.items():
-                self.ledger.set("evalstore_database_connections", state, to=count)
-            self.ledger.set("evalstore_http_threads_busy", to=service.busy)
+                self.counters.set("evalstore_database_connections", state, to=count)
+            self.counters.set("evalstore_http_threads_busy", to=service.busy)
             await asyncio.sleep(_BEAT_S)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
         """An answered request."""
         method = self._known("method", scope["method"], "other")
         route = self._known("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
-        self.ledger.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
-        self.ledger.observe("evalstore_http_request_duration_seconds", method, route, value=seconds)
+        self.counters.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
+        self.counters.observe("evalstore_http_request_duration_seconds", method, route, value=seconds)
 
     def _known(self, label: str, value: str, otherwise: str) -> str:
         return value if value in self._values[label] else otherwise
 
     def read(self, source: str) -> None:
         """A record was read from `memory`, `redis` or the `database`."""
-        self.ledger.add("evalstore_http_record_reads_total", source)
+        self.counters.add("evalstore_http_record_reads_total", source)
 
     def events(self, outcome: str, count: int = 1) -> None:
         """Events were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
-        self.ledger.add("evalstore_http_events_total", outcome, by=count)
+        self.counters.add("evalstore_http_events_total", outcome, by=count)
 
     def conflicts(self, count: int) -> None:
         """So many endings were stored of attempts that had ended before."""
-        self.ledger.add("evalstore_conflicting_results_total", by=count)
+        self.counters.add("evalstore_conflicting_results_total", by=count)
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """All of it, and its media type, in the form that an Accept header asks for."""

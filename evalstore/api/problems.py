@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from evalstore.storage.conditional import AlreadyQueued, VersionChanged
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
-from models.validation_errors import in_words
+from models.validation_errors import format_error
 
 log = logging.getLogger("evalstore.api")
 
@@ -132,7 +132,7 @@ def _faults(error: RequestValidationError) -> list[Fault]:
     for fault in error.errors():
         where, *path = fault["loc"]
         name = ".".join(part for part in path if isinstance(part, str)) or str(where)  # of a repeated one without its number
-        faults.append(Fault(name, in_words(fault)))
+        faults.append(Fault(name, format_error(fault)))
     return faults
 
 

@@ -16,7 +16,7 @@ from evalstore.api.problems import not_found
 from evalstore.api.rendering import json_response, rendered, url
 from evalstore.api.service import Service, service_of
 from evalstore.storage import conditional
-from evalstore.storage.conditional import Given
+from evalstore.storage.conditional import WriteRequest
 from evalstore.storage.event_store import Outcome, Stored
 from models.errors import EventIdReused, Fault, InvalidEvent
 from models.events import Event, identity
@@ -79,7 +79,7 @@ async def create(request: Request) -> Response:
     key = write_requests.idempotency_key(request.headers)
     async with service.body(request) as body:
 
-        def read() -> Given:
+        def read() -> WriteRequest:
             given = write_requests.created(body, key, service.settings.max_content_bytes)
             _check_references(service, caller, given.event)
             return given
@@ -121,10 +121,10 @@ async def update(request: Request, eval_id: str) -> Response:
             given = await service.thread(lambda: change.make(attempt))
             return await accepted(service, given)
 
-        def make(attempt: int) -> Given:
+        def make(attempt: int) -> WriteRequest:
             return as_queued(service, [change.make(attempt)])[0]
 
-        def work() -> tuple[Given, Outcome, Stored]:
+        def work() -> tuple[WriteRequest, Outcome, Stored]:
             return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace))
 
         given, outcome, stored = await service.thread(work)
@@ -186,7 +186,7 @@ def wants_async(headers: Mapping[str, str]) -> bool:
     return any(one.partition(";")[0].strip().lower() == "respond-async" for one in preferences)
 
 
-async def accepted(service: Service, given: Given) -> Response:
+async def accepted(service: Service, given: WriteRequest) -> Response:
     """Send the event to the queue, and say so. Raises RedisOutage."""
     (event,) = await service.thread(lambda: as_first_given(service, [given]))
     await service.thread(lambda: store_evaluation.send(event))
@@ -195,18 +195,18 @@ async def accepted(service: Service, given: Given) -> Response:
     return json_response(told, 202, {"Location": url(event.eval_id), "Preference-Applied": "respond-async"})
 
 
-def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
+def as_first_given(service: Service, given: Sequence[WriteRequest]) -> list[Event]:
     """Events that do not say when they occurred get the time at which they were first given: a repeat must be the same.
 
     What was stored has it in the event log; what went through the queue may not be there yet. Raises RedisOutage.
     """
-    stored = service.stored_times([one.event for one in given if not one.is_timed])
+    stored = service.stored_times([one.event for one in given if not one.has_explicit_time])
 
-    def as_first(one: Given) -> Event:
+    def as_first(one: WriteRequest) -> Event:
         event = one.event
         if isinstance(event, Fact):
             raise TypeError("what goes through the queue is an event")
-        if one.is_timed or event.occurred_at is None:
+        if one.has_explicit_time or event.occurred_at is None:
             return event
         first = stored.get((event.eval_id, event.event_id))
         first = first or service.remembered_time(event.eval_id, str(event.event_id), event.occurred_at)
@@ -215,8 +215,8 @@ def as_first_given(service: Service, given: Sequence[Given]) -> list[Event]:
     return [as_first(one) for one in given]
 
 
-def as_queued(service: Service, given: Sequence[Given]) -> list[Given]:
+def as_queued(service: Service, given: Sequence[WriteRequest]) -> list[WriteRequest]:
     """The same for what is stored at once: what still waits in the queue must be the very event, or becomes a dead letter."""
-    times = service.queued_times([one.event for one in given if not one.is_timed])
-    first = [None if one.is_timed else times.get((one.event.eval_id, one.event.event_id)) for one in given]
+    times = service.queued_times([one.event for one in given if not one.has_explicit_time])
+    first = [None if one.has_explicit_time else times.get((one.event.eval_id, one.event.event_id)) for one in given]
     return [one._replace(event=conditional.at_time(one.event, time)) for one, time in zip(given, first, strict=True)]

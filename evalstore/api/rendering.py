@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from evalstore.api.cache import Rendered
-from evalstore.storage.records import CONTENTS, PREVIEW_BYTES, Part, Shown
+from evalstore.storage.records import CONTENTS, PREVIEW_BYTES, ContentView, RecordView
 from models import content
 
 
@@ -48,7 +48,7 @@ def url(eval_id: str) -> str:
     return f"/storage/evaluations/{quote(eval_id, safe=':@+=~')}"
 
 
-def rendered(record: Shown) -> Rendered:
+def rendered(record: RecordView) -> Rendered:
     """A record as it is answered: small content whole, of the rest the beginning, and where to read it."""
     fields: dict[str, Any] = dict(record.fields)
     for kind in CONTENTS:
@@ -58,7 +58,7 @@ def rendered(record: Shown) -> Rendered:
     return Rendered(record.stamp, to_json(fields))
 
 
-def logged(eval_id: str, event: Shown) -> dict[str, Any]:
+def logged(eval_id: str, event: RecordView) -> dict[str, Any]:
     """An event of the log as it is answered, without what it does not have."""
     fields = {name: value for name, value in event.fields.items() if value is not None}
     if isinstance(extra := fields.pop("extra", None), str):
@@ -68,8 +68,8 @@ def logged(eval_id: str, event: Shown) -> dict[str, Any]:
     return fields
 
 
-def _content(kind: str, part: Part, address: str) -> dict[str, Any]:
-    if not part.is_whole:
+def _content(kind: str, part: ContentView, address: str) -> dict[str, Any]:
+    if not part.is_complete:
         preview = part.data[:PREVIEW_BYTES].decode(errors="replace")
         return {f"{kind}_size": part.size, f"{kind}_preview": preview, f"{kind}_url": address}
     text = content.from_bytes(part.data)

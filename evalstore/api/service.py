@@ -21,14 +21,14 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from evalstore.api.access import Access
-from evalstore.api.cache import Records, Rendered, Shared
-from evalstore.api.metrics import Metrics
+from evalstore.api.cache import RecordCache, Rendered, SharedCache
+from evalstore.api.metrics import ApiMetrics
 from evalstore.api.problems import Problem, refuse_packed, unavailable
 from evalstore.api.rendering import rendered
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store, Stores
 from evalstore.storage import api_keys, conditional, database, records
-from evalstore.storage.records import Shown
+from evalstore.storage.records import RecordView
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.events import Event
 from models.record import Fact
@@ -61,7 +61,7 @@ log = logging.getLogger("evalstore.api")
 class Service:
     """One for each process; everything in it belongs to its event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: ApiMetrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.had_schema = False
         url = settings.database_url.get_secret_value()
@@ -86,25 +86,25 @@ class Service:
             socket_connect_timeout=0.25,
             retry=Retry(NoBackoff(), 0),
         )
-        shared = Shared(self.redis, settings.cache_ttl_s)
+        shared = SharedCache(self.redis, settings.cache_ttl_s)
         self.access = Access(settings, lambda: self.run(api_keys.usable))
 
         async def stamps(eval_ids: Sequence[str]) -> dict[str, str]:
-            return await asyncio.get_running_loop().run_in_executor(self._stamp_thread, self._stamps, eval_ids)
+            return await asyncio.get_running_loop().run_in_executor(self._stamp_thread, self._row_versions, eval_ids)
 
         async def load(eval_id: str, stamp: str) -> Rendered | None:
             return await self.thread(lambda: self._load(shared, eval_id, stamp))
 
-        self.records = Records(stamps=stamps, load=load, count=metrics.read, ttl_s=settings.cache_ttl_s)
+        self.records = RecordCache(stamps=stamps, load=load, count=metrics.read, ttl_s=settings.cache_ttl_s)
 
-    def _stamps(self, eval_ids: Sequence[str]) -> dict[str, str]:
+    def _row_versions(self, eval_ids: Sequence[str]) -> dict[str, str]:
         """On a connection kept for this alone: one query at a time, for all reads there are. It may have broken unseen."""
         kept = self._stamp_conn is not None
         try:
             if self._stamp_conn is None:
                 self._stamp_conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             with self._watch.bounded(self._stamp_conn, TURN_S):
-                return records.stamps(self._stamp_conn, eval_ids)
+                return records.row_versions(self._stamp_conn, eval_ids)
         except DatabaseOutage:
             if self._stamp_conn is not None:
                 self._stamp_conn.invalidate()
@@ -112,9 +112,9 @@ class Service:
                 self._stamp_conn = None
             if not kept:
                 raise
-        return self._stamps(eval_ids)
+        return self._row_versions(eval_ids)
 
-    def _load(self, shared: Shared, eval_id: str, stamp: str) -> Rendered | None:
+    def _load(self, shared: SharedCache, eval_id: str, stamp: str) -> Rendered | None:
         if (cached := shared.get(eval_id, stamp)) is not None:
             self.metrics.read("redis")
             return cached
@@ -128,7 +128,7 @@ class Service:
         shared.put(eval_id, made)
         return made
 
-    def load(self, eval_id: str) -> Shown | None:
+    def load(self, eval_id: str) -> RecordView | None:
         """The record, or None. While the object store is away it lacks what is there, and says where to read it."""
         record = self.with_connection(lambda conn: records.load(conn, eval_id))
         if record is None or all(part.where is None for part in record.contents.values()):
@@ -213,13 +213,13 @@ class Service:
 
     def _watched(self, work: Callable[[], T]) -> T:
         """Called in a thread: what `work` gives. What takes longer than any statement may take is stuck."""
-        ledger = self.metrics.ledger
+        ledger = self.metrics.counters
         ledger.watch_thread(threading.current_thread().name)
-        ledger.due(WORK_S + TURN_S)
+        ledger.set_deadline(WORK_S + TURN_S)
         try:
             return work()
         finally:
-            ledger.due(None)
+            ledger.set_deadline(None)
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:

@@ -13,7 +13,7 @@ SERVICE: Final = "evalstore-api"
 _UNSEEN: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
 
 
-class Traced:
+class TracingMiddleware:
     """Around everything else: a trace that a request brings along goes on in whatever is done for it."""
 
     def __init__(self, app: ASGIApp) -> None:

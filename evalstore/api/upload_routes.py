@@ -106,7 +106,7 @@ async def _stored(service: Service, start: _Start, stream: AsyncIterator[bytes],
                 break
         pipe.end(None)
     except BaseException:
-        pipe.end(_BrokenOff())
+        pipe.end(_UploadAborted())
         await asyncio.wait([storing])
         storing.exception()  # is that it broke off: what is raised here says why
         raise
@@ -148,7 +148,7 @@ def _references(event: Event | Fact) -> dict[str, Reference]:
     return {name: reference for name, reference in given.items() if isinstance(reference, Reference)}
 
 
-class _BrokenOff(Exception):
+class _UploadAborted(Exception):
     """The body will not come to its end."""
 
 
@@ -158,7 +158,7 @@ class _Pipe:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._room = asyncio.Semaphore(_PIECES)
-        self._pieces: SimpleQueue[bytes | _BrokenOff | None] = SimpleQueue()
+        self._pieces: SimpleQueue[bytes | _UploadAborted | None] = SimpleQueue()
         self._is_read = True
 
     async def put(self, piece: bytes) -> bool:
@@ -167,7 +167,7 @@ class _Pipe:
         self._pieces.put(piece)
         return self._is_read
 
-    def end(self, error: _BrokenOff | None) -> None:
+    def end(self, error: _UploadAborted | None) -> None:
         """Nothing comes any more: that was all, or not."""
         self._pieces.put(error)
 
@@ -179,7 +179,7 @@ class _Pipe:
     def pieces(self) -> Iterator[bytes]:
         """For the thread. Raises what it was ended with."""
         while (piece := self._pieces.get()) is not None:
-            if isinstance(piece, _BrokenOff):
+            if isinstance(piece, _UploadAborted):
                 raise piece
             self._loop.call_soon_threadsafe(self._room.release)
             yield piece

@@ -9,7 +9,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from uuid_utils.compat import uuid7
 
-from evalstore.storage.conditional import Given
+from evalstore.storage.conditional import WriteRequest
 from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import Event, check, decode, identity
@@ -33,7 +33,7 @@ class Line(NamedTuple):
     """A line of a batch: the event to store, or what is wrong with it."""
 
     number: int
-    given: Given | None
+    given: WriteRequest | None
     eval_id: str | None
     event_id: UUID | None
     faults: tuple[Fault, ...] = ()
@@ -56,7 +56,7 @@ def _object(body: bytes | bytearray) -> dict[str, Any]:
     return {name: value for name, value in data.items() if value is not None}
 
 
-def created(body: bytearray, key: str | None, max_content_bytes: int) -> Given:
+def created(body: bytearray, key: str | None, max_content_bytes: int) -> WriteRequest:
     """The queued event that a POST asks for. Raises InvalidEvent."""
     data = _object(body)
     if data.setdefault("type", "evaluation:queued") != "evaluation:queued":
@@ -64,14 +64,14 @@ def created(body: bytearray, key: str | None, max_content_bytes: int) -> Given:
     return _completed(check(data, max_content_bytes=max_content_bytes), key)
 
 
-def _completed(event: Event, key: str | None) -> Given:
+def _completed(event: Event, key: str | None) -> WriteRequest:
     changes: dict[str, Any] = {}
     is_repeatable = event.event_id is not None or key is not None
     if event.event_id is None:
         changes["event_id"] = uuid7() if key is None else uuid5(NAMESPACE_URL, f"evalstore:request:{event.eval_id}:{key}")
     if event.occurred_at is None:
         changes["occurred_at"] = datetime.now(UTC)
-    return Given(event.model_copy(update=changes), is_timed=event.occurred_at is not None or not is_repeatable)
+    return WriteRequest(event.model_copy(update=changes), has_explicit_time=event.occurred_at is not None or not is_repeatable)
 
 
 class Change(NamedTuple):
@@ -79,7 +79,7 @@ class Change(NamedTuple):
     far as it is known without."""
 
     event: Event
-    make: Callable[[int], Given]
+    make: Callable[[int], WriteRequest]
     attempt: int | None
 
 
@@ -104,7 +104,7 @@ def changed(body: bytearray, eval_id: str, key: str | None, max_content_bytes: i
     unsaid = {"eval_id", "event_id", "attempt", "type"}
     said = {name: _in_brief(value) for name, value in data.items() if name not in unsaid}
 
-    def make(attempt: int) -> Given:
+    def make(attempt: int) -> WriteRequest:
         attempt = attempt if "attempt" not in data else event.attempt or 1
         changes: dict[str, Any] = {"attempt": attempt}
         if event.event_id is None and key is None:
@@ -152,7 +152,7 @@ def _usual(number: int, text: bytes, eval_id: str | None, max_content_bytes: int
     fact = read_event(text, max_content_bytes=max_content_bytes)
     if fact is None or eval_id not in {None, fact.eval_id}:
         return None
-    return Line(number, Given(fact, is_timed=True), fact.eval_id, fact.event_id)
+    return Line(number, WriteRequest(fact, has_explicit_time=True), fact.eval_id, fact.event_id)
 
 
 def _line(number: int, text: bytes | bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:

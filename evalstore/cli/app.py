@@ -58,7 +58,7 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     return made
 
 
-def _tell_release(is_asked: bool) -> None:
+def _print_release(is_asked: bool) -> None:
     if is_asked:
         sys.stdout.write(f"evalstore {release()}\n")
         raise typer.Exit
@@ -66,7 +66,7 @@ def _tell_release(is_asked: bool) -> None:
 
 def _find_local_servers(
     version: Annotated[  # noqa: ARG001 - Typer asks `_tell_release`
-        bool, typer.Option("--version", callback=_tell_release, is_eager=True, help="Print the release.")
+        bool, typer.Option("--version", callback=_print_release, is_eager=True, help="Print the release.")
     ] = False,
 ) -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
@@ -113,11 +113,11 @@ def main() -> None:
         notice(f"{type(error).__name__}: {error}", "red")
         sys.exit(1)
     except OSError as error:
-        _tell_unwritten(error)
+        _report_unwritten(error)
         sys.exit(1)
 
 
-def _tell_unwritten(error: OSError) -> None:
+def _report_unwritten(error: OSError) -> None:
     """Of a file or of standard output, which is then given up: what is left in it would fail once more at the end."""
     if error.filename is None and error.errno not in _OF_WRITING:
         raise error

@@ -16,7 +16,7 @@ from evalstore.objects.object_store import Stores
 from evalstore.storage import archive as moving
 from evalstore.storage import content_restore, garbage_collect, inventory, operator_actions
 from evalstore.storage.archive import Archive, Moved
-from evalstore.storage.garbage_collect import Swept, Target
+from evalstore.storage.garbage_collect import Collected, Target
 from evalstore.storage.operator_actions import Intent
 from evalstore.telemetry import backlog
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing
@@ -216,7 +216,7 @@ def sweep_objects(
         _refuse_paused(one)
 
 
-def _sweep(conn: Connection, target: Target, watch: Callable[[Listed], None], *, remove: bool) -> Swept:
+def _sweep(conn: Connection, target: Target, watch: Callable[[Listed], None], *, remove: bool) -> Collected:
     grace = timedelta(days=settings().sweep_grace_days)
     longest_s = garbage_collect.longest_wait(grace).total_seconds()
     return garbage_collect.run_once(
@@ -224,13 +224,13 @@ def _sweep(conn: Connection, target: Target, watch: Callable[[Listed], None], *,
         target,
         datetime.now(UTC),
         grace,
-        lambda: backlog.look(broker(), broker().spool, longest_s=longest_s),
+        lambda: backlog.snapshot(broker(), broker().spool, longest_s=longest_s),
         remove=remove,
         watch=watch,
     )
 
 
-def _refuse_paused(done: Swept) -> None:
+def _refuse_paused(done: Collected) -> None:
     if done.paused:
         raise failed(f"not swept: {done.paused}", 1)
 

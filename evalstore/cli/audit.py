@@ -14,7 +14,7 @@ from models.errors import InvalidEvent
 from models.events import decode, identified, identity
 from models.settings import settings
 from tasks.actor import QUEUE
-from tasks.broker import Broker, broker
+from tasks.broker import SendingBroker, broker
 
 Key = tuple[str, UUID]
 FATES = ("applied", "in flight", "dead", "missing")
@@ -97,7 +97,7 @@ def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
     return fates
 
 
-def _in_redis(queue: Broker, wanted: set[Key]) -> Iterator[tuple[Key, str]]:
+def _in_redis(queue: SendingBroker, wanted: set[Key]) -> Iterator[tuple[Key, str]]:
     """Where Redis holds any of `wanted`."""
     for state, body in queue.held(QUEUE):
         try:

@@ -26,7 +26,7 @@ from sqlalchemy import Engine
 from evalstore.cli.audit import fates_of
 from evalstore.cli.output import Format, failed, notice, notices, show
 from evalstore.local import processes
-from evalstore.local.stack import Local, commands, running
+from evalstore.local.stack import LocalStack, commands, running
 from evalstore.objects.object_store import Stores
 from evalstore.storage import archive, content_reader, database, event_store
 from evalstore.storage.archive import Archive, Moved
@@ -65,7 +65,7 @@ def demo(
             environment = running(folder)
             if environment is None:
                 notice(f"starting PostgreSQL, Valkey, worker and scheduler in {folder}")
-                environment = stack.enter_context(Local(folder, commands(2, 8), workers=2)).environment
+                environment = stack.enter_context(LocalStack(folder, commands(2, 8), workers=2)).environment
             os.environ.update(environment)
             engine = database.engine(settings().database_url.get_secret_value())
             stack.callback(engine.dispose)
@@ -80,7 +80,7 @@ def _run(engine: Engine, folder: Path, limit: int | None, patience_s: float) -> 
     ledger = folder / "demo" / f"{run}.jsonl"
     ledger.parent.mkdir(exist_ok=True)
     with _Platform(folder, ledger, run, limit) as platform:
-        watch = Watch(ledger, engine)
+        watch = EventWatcher(ledger, engine)
         _follow(platform, watch, patience_s)
         planned, status = platform.planned, platform.status
     if status != 0:
@@ -139,7 +139,7 @@ def _location() -> tuple[str, Path]:
     return ("evalstore.examples.platform" if (here / "examples").is_dir() else "examples.platform"), here.parent
 
 
-class Watch:
+class EventWatcher:
     """The events of a ledger that is being written, and which of them are stored."""
 
     def __init__(self, ledger: Path, engine: Engine) -> None:
@@ -174,7 +174,7 @@ class Watch:
         return len(entries)
 
 
-def _follow(platform: _Platform, watch: Watch, patience_s: float) -> None:
+def _follow(platform: _Platform, watch: EventWatcher, patience_s: float) -> None:
     """Show progress until the platform has ended and all it sent is stored, or nothing has moved for `patience_s`."""
     last_moved = last_line = time.monotonic()
     done = 0
@@ -259,7 +259,7 @@ def _compare(found: Found, record: Record, entry: dict[str, Any]) -> None:
         found.last = max(found.last or record.updated_at, record.updated_at)
 
 
-def _show(watch: Watch, fates: Counter[str], found: Found) -> None:
+def _show(watch: EventWatcher, fates: Counter[str], found: Found) -> None:
     rows: list[tuple[str, object]] = [(f"evaluations {name}", count) for name, count in sorted(found.statuses.items())]
     rows += [(f"exit code {code}", found.exit_codes[code]) for code in sorted(found.exit_codes, key=str) if code is not None]
     rows += [("events sent", len(watch.sent))]

@@ -11,10 +11,9 @@ from sqlalchemy import Connection
 
 from evalstore.cli import dlq_edit, dlq_redrive
 from evalstore.cli.dlq_options import (
-    Chosen,
+    SelectedDeadLetters,
     as_json,
     cells,
-    choosing,
     connect,
     message_of,
     new_path,
@@ -22,6 +21,7 @@ from evalstore.cli.dlq_options import (
     one,
     plural,
     pretty,
+    select,
     width,
     write,
     write_file,
@@ -39,8 +39,8 @@ _SHOWN_CHARACTERS: Final = 64 * 1024
 
 
 @app.command()
-@choosing()
-def ls(conn: Connection, chosen: Chosen, *, output_format: OutputOption = Format.table) -> None:
+@select()
+def ls(conn: Connection, chosen: SelectedDeadLetters, *, output_format: OutputOption = Format.table) -> None:
     """List dead letters, the newest first.
 
     A table holds 100 of them unless --limit says otherwise; json and jsonl hold all.
@@ -91,8 +91,8 @@ def _print_all(rows: Iterator[dict[str, Any]], output_format: Format) -> int:
 
 
 @app.command()
-@choosing()
-def groups(conn: Connection, chosen: Chosen, *, output_format: OutputOption = Format.table) -> None:
+@select()
+def groups(conn: Connection, chosen: SelectedDeadLetters, *, output_format: OutputOption = Format.table) -> None:
     """Sum dead letters up by what went wrong: those that differ only in ids, numbers and quoted texts are one group."""
     found = dead_letters.groups(conn, chosen.selection)
     if found or output_format is not Format.table:
@@ -134,10 +134,10 @@ def _value(value: Any) -> str:
 
 
 @app.command()
-@choosing()
+@select()
 def export(
     conn: Connection,
-    chosen: Chosen,
+    chosen: SelectedDeadLetters,
     *,
     to: Annotated[str, typer.Option("--to", help="A new file, or - for standard output.", metavar="FILE")] = "",
 ) -> None:

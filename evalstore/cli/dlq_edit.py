@@ -17,12 +17,11 @@ from sqlalchemy import Connection
 
 from evalstore.cli.dlq_options import (
     ActorOption,
-    Chosen,
     FolderOption,
     ReasonOption,
+    SelectedDeadLetters,
     YesOption,
     as_json,
-    choosing,
     confirm,
     connect,
     message_of,
@@ -32,6 +31,7 @@ from evalstore.cli.dlq_options import (
     operator,
     plural,
     pretty,
+    select,
     write_file,
 )
 from evalstore.cli.dlq_redrive import DetachOption, follow, refuse_without_redis
@@ -49,10 +49,10 @@ _LONGEST_LINE: Final = 400
 _MISSING: Final = object()
 
 
-@choosing(changes=True)
+@select(changes=True)
 def rm(
     conn: Connection,
-    chosen: Chosen,
+    chosen: SelectedDeadLetters,
     *,
     expect: Annotated[int | None, typer.Option(min=0, help="Go on only if there are exactly so many.")] = None,
     reason: ReasonOption = None,

@@ -29,7 +29,7 @@ from models.settings import settings
 TYPED_ABOVE: Final = 1000
 
 
-class State(StrEnum):
+class DeadLetterState(StrEnum):
     """What `--state` takes."""
 
     dead = "dead"
@@ -66,7 +66,7 @@ _FILTERS: Final[dict[str, Any]] = {
     "until": Annotated[datetime | None, typer.Option(parser=_when, help="Dead before: RFC 3339 or 2h, 7d.", metavar="TIME")],
     "limit": Annotated[int | None, typer.Option(min=1, help="At most so many.")],
 }
-_STATE: Final = Annotated[list[State] | None, typer.Option(help="In this state; by default dead and redriving.")]
+_STATE: Final = Annotated[list[DeadLetterState] | None, typer.Option(help="In this state; by default dead and redriving.")]
 _ALL: Final = Annotated[bool, typer.Option("--all", help="All there are.")]
 
 ActorOption = Annotated[str, typer.Option("--actor", envvar="EVALSTORE_ACTOR", help="Who does this; by default you.")]
@@ -75,7 +75,7 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 FolderOption = Annotated[Path, typer.Option("--export-dir", help="Where the old messages are kept.", file_okay=False)]
 
 
-class Chosen(NamedTuple):
+class SelectedDeadLetters(NamedTuple):
     """The letters an operator named, and in which words."""
 
     selection: Selection
@@ -88,7 +88,7 @@ def connect() -> Connection:
     return database.engine(url, pool_size=1, statement_timeout_s=900, lock_timeout_s=60).connect()
 
 
-def choosing(*, changes: bool = False, state: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def select(*, changes: bool = False, state: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb the options that choose letters; it is called with a connection and what they chose.
 
     One that `changes` something must be told which letters, or `--all`.
@@ -123,7 +123,7 @@ def choosing(*, changes: bool = False, state: bool = True) -> Callable[[Callable
     return decorate
 
 
-def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[Chosen, list[str]]:
+def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[SelectedDeadLetters, list[str]]:
     """What these words choose, and the ids of which there is no letter."""
     fields = {name: value for name, value in words.items() if name not in {"all_", "state", "ids"}}
     unwritable = [name for name, value in words.items() if printable(str(value)) != str(value)]
@@ -143,7 +143,7 @@ def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[Chosen, list[st
             raise typer.Exit(3)
     said = {name.rstrip("_"): value.isoformat() if isinstance(value, datetime) else value for name, value in words.items()}
     said |= {"ids": [str(letter_id) for letter_id in fields["ids"]]} if "ids" in fields else {}
-    return Chosen(Selection(**fields), said), unknown
+    return SelectedDeadLetters(Selection(**fields), said), unknown
 
 
 def one(text: str, between: Callable[[Connection, UUID, UUID], list[Any]], conn: Connection) -> Any:
@@ -157,7 +157,7 @@ def one(text: str, between: Callable[[Connection, UUID, UUID], list[Any]], conn:
     return found[0] if found else None
 
 
-def nothing(chosen: Chosen) -> typer.Exit:
+def nothing(chosen: SelectedDeadLetters) -> typer.Exit:
     """Say that there is no such letter; raise what this returns."""
     if chosen.words.keys() <= {"all", "limit"}:
         notice("there are no dead letters", "green")

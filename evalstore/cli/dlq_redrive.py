@@ -16,17 +16,17 @@ from sqlalchemy import Connection
 
 from evalstore.cli.dlq_options import (
     ActorOption,
-    Chosen,
     ReasonOption,
+    SelectedDeadLetters,
     YesOption,
     cells,
-    choosing,
     confirm,
     connect,
     nothing,
     one,
     operator,
     plural,
+    select,
     width,
 )
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, notices, show, write_json
@@ -54,10 +54,10 @@ def _rate(text: str) -> float:
     return per_s
 
 
-@choosing(changes=True, state=False)
+@select(changes=True, state=False)
 def redrive(  # noqa: PLR0913 - options
     conn: Connection,
-    chosen: Chosen,
+    chosen: SelectedDeadLetters,
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent, by group.")] = False,
     rate: Annotated[float | None, typer.Option(parser=_rate, help="At most so many, like 20/s.", metavar="N/s")] = None,

@@ -26,12 +26,12 @@ def health(
     if of is not None and of not in ROLES:
         raise typer.BadParameter(f"expected worker, scheduler or api, not {of!r}", param_hint="--of")
     if live:
-        _tell_live(of, output_format)
+        _report_live(of, output_format)
     else:
-        _tell_ready(output_format)
+        _report_ready(output_format)
 
 
-def _tell_live(of: str | None, form: Format) -> None:
+def _report_live(of: str | None, form: Format) -> None:
     rows: list[dict[str, Any]] = [
         {"group": group.role, "process": process.pid, "live": not process.stuck, "stuck": ", ".join(process.stuck) or None}
         for group in groups()
@@ -49,10 +49,10 @@ def _tell_live(of: str | None, form: Format) -> None:
     notice("live", "green")
 
 
-def _tell_ready(form: Format) -> None:
-    from evalstore.telemetry.backend_stats import Standing  # noqa: PLC0415 - whoever asks for --live, often, is spared it
+def _report_ready(form: Format) -> None:
+    from evalstore.telemetry.backend_stats import BackendStats  # noqa: PLC0415 - whoever asks for --live, often, is spared it
 
-    errors = Standing(settings(), patience_s=_PATIENCE_S).answers().errors
+    errors = BackendStats(settings(), patience_s=_PATIENCE_S).status().errors
     found = {name: " ".join(str(error).split()) for name, error in errors.items()}
     show(
         [

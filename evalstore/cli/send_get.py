@@ -14,7 +14,7 @@ from evalstore.cli.output import Format, OutputOption, failed, notice, notices, 
 from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database, records
 from evalstore.storage.content_reader import Kind
-from evalstore.storage.records import Shown
+from evalstore.storage.records import RecordView
 from models import content
 from models.errors import InvalidEvent, ObjectDamaged, ObjectMissing, ObjectStoreOutage, Outage
 from models.events import decode, identity
@@ -133,7 +133,7 @@ def get(
         write_json(fields)
 
 
-def _as_json(record: Shown) -> dict[str, Any]:
+def _as_json(record: RecordView) -> dict[str, Any]:
     """The record as a JSON object; content above 64 KiB by its size and beginning."""
     fields = dict(record.fields)
     for kind in records.CONTENTS:
@@ -141,7 +141,7 @@ def _as_json(record: Shown) -> dict[str, Any]:
             fields[kind] = None
             continue
         fields[f"{kind}_size"] = part.size
-        if not part.is_whole:
+        if not part.is_complete:
             fields[f"{kind}_preview"] = part.data[: records.PREVIEW_BYTES].decode(errors="replace")
         elif isinstance(text := content.from_bytes(part.data), str):
             fields[kind] = text

@@ -18,7 +18,7 @@ from evalstore.cli.output import Format, OutputOption, age, ago, escaped, write_
 from evalstore.storage import dead_letters, event_store
 from evalstore.storage.dead_letters import Selection
 from evalstore.storage.table_stats import Numbers
-from evalstore.telemetry.backend_stats import Standing
+from evalstore.telemetry.backend_stats import BackendStats
 from models.errors import EvalstoreError
 from models.jobs import JOBS
 from models.settings import settings
@@ -41,7 +41,7 @@ def status(
 
     What a server that is away holds is left out, and the exit status is 7; 1 where the tables are of another release.
     """
-    look = _Look()
+    look = _Snapshot()
     if not watch:
         told = look.told()
         if output_format is Format.table:
@@ -54,7 +54,7 @@ def status(
         _watch(look, output_format)
 
 
-def _watch(look: "_Look", form: Format) -> None:
+def _watch(look: "_Snapshot", form: Format) -> None:
     if form is not Format.table:
         while True:
             write_json(look.told())
@@ -65,18 +65,18 @@ def _watch(look: "_Look", form: Format) -> None:
             live.update(_screen(look.told()), refresh=True)
 
 
-class _Look:
+class _Snapshot:
     """Asks both servers, neither of which keeps it waiting."""
 
     def __init__(self) -> None:
-        self._standing = Standing(settings(), patience_s=_PATIENCE_S)
+        self._standing = BackendStats(settings(), patience_s=_PATIENCE_S)
         self._errors: dict[str, EvalstoreError] = {}
-        self._evaluations = self._standing.reading(event_store.count_by_status)
-        self._groups = self._standing.reading(lambda conn: dead_letters.groups(conn, Selection()))
+        self._evaluations = self._standing.probe(event_store.count_by_status)
+        self._groups = self._standing.probe(lambda conn: dead_letters.groups(conn, Selection()))
 
     def told(self) -> Told:
         """As `-o json` prints it."""
-        seen, answer, self._errors = self._standing.answers()
+        seen, answer, self._errors = self._standing.status()
         now = datetime.now(UTC)
         told: Told = {"at": now, "release": release(), "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
         told["errors"] = {name: " ".join(str(error).split()) for name, error in self._errors.items()}

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from evalstore.cli.output import escaped
-from evalstore.local.stack import Local, commands
+from evalstore.local.stack import LocalStack, commands
 from models.errors import EvalstoreError
 
 COLOURS = (36, 33, 32, 35, 34)
@@ -37,13 +37,13 @@ def up(
 def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0) -> int:
     """Run until SIGINT, SIGTERM or SIGHUP, and return the exit status. A further signal kills what is waited for."""
     show = prefixed(["up", *to_run])
-    local = Local(folder, to_run, workers=workers, show=show)
+    local = LocalStack(folder, to_run, workers=workers, show=show)
     stopping = False
 
     def interrupted(_signum: int, _frame: FrameType | None) -> None:
         nonlocal stopping
         if stopping:
-            local.hurry()
+            local.kill_now()
         else:
             stopping = True
             raise KeyboardInterrupt
@@ -93,7 +93,7 @@ def prefixed(names: Sequence[str]) -> Callable[[str, str], None]:
     return show
 
 
-def _summary(local: Local) -> list[str]:
+def _summary(local: LocalStack) -> list[str]:
     rows = [
         ("PostgreSQL", f"127.0.0.1:{local.postgres.port}, log {local.postgres.log}"),
         ("Valkey", f"127.0.0.1:{local.valkey.port}, log {local.valkey.log}"),

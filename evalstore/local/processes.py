@@ -45,7 +45,7 @@ def start(  # noqa: PLR0913  what a process can be given, each by name
     )
 
 
-def hurry(guarded: subprocess.Popen[bytes]) -> None:
+def kill_now(guarded: subprocess.Popen[bytes]) -> None:
     """SIGKILL everything the command started, as a crash would. Does not wait: safe in a signal handler."""
     guarded.send_signal(signal.SIGQUIT)
 

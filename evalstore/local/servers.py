@@ -118,12 +118,12 @@ class Server(ABC):
 
     def kill(self) -> None:
         """SIGKILL all its processes at once, frozen or not."""
-        self.hurry()
+        self.kill_now()
         self._running_guard().wait()
 
-    def hurry(self) -> None:
+    def kill_now(self) -> None:
         """The same without waiting: for a `stop` that takes too long."""
-        processes.hurry(self._running_guard())
+        processes.kill_now(self._running_guard())
 
     def freeze(self) -> None:
         """It keeps its connections and answers nothing, like a machine that hangs."""

@@ -84,7 +84,7 @@ def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
     return None
 
 
-class Process:
+class LocalProcess:
     """A command that is kept running. Its lines go to `show`, or to the file NAME.log of the folder."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, show: Show | None) -> None:
@@ -120,12 +120,12 @@ class Process:
         if self._reader is not None:
             self._reader.join(timeout=1)
 
-    def hurry(self) -> None:
+    def kill_now(self) -> None:
         if self._guard is not None:
-            processes.hurry(self._guard)
+            processes.kill_now(self._guard)
 
 
-class Local:
+class LocalStack:
     """`start`, use `environment`, `stop`; or `with`. What dies in between is started again, soon or less soon.
 
     `workers`: how many processes the worker is to have, so that they can be waited for.
@@ -139,7 +139,7 @@ class Local:
         self.postgres = Postgres(self.folder / "postgres")
         self.valkey = Valkey(self.folder / "valkey")
         self.objects, self.archive = self.folder / "objects", self.folder / "archive"
-        self.processes = [Process(name, command, self.folder, show) for name, command in commands.items()]
+        self.processes = [LocalProcess(name, command, self.folder, show) for name, command in commands.items()]
         self._show = show or (lambda _name, _line: None)
         self._lock: int | None = None
         self._stopping = threading.Event()
@@ -214,16 +214,16 @@ class Local:
         os.close(self._lock)
         self._lock = None
 
-    def hurry(self) -> None:
+    def kill_now(self) -> None:
         """Kill what the running `stop` waits for now. Safe in a signal handler."""
         for part in self._parts:
             if part.running:
-                part.hurry()
+                part.kill_now()
                 if isinstance(part, Server):
                     return
 
     @property
-    def _parts(self) -> list[Process | Server]:
+    def _parts(self) -> list[LocalProcess | Server]:
         """In the order of stopping."""
         return [*self.processes, self.valkey, self.postgres]
 

@@ -23,7 +23,7 @@ _ASIDE_DIGITS = 16  # what follows the name of an object that is put aside: unli
 Look = Callable[[Reference], State]
 
 
-class FileStore:
+class DirectoryStore:
     """Objects in a folder. It is created by the first write, if its parent exists: an absent mount is an outage, not empty."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,7 +142,7 @@ class FileStore:
                     stat = path.stat()
                     yield Listed(path.name, stat.st_size, _time(stat))
 
-    def leftovers(self, before: datetime, *, remove: bool = False) -> list[str]:
+    def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
         """What crashes left behind and is older than `before`; removed, or finished, if asked to."""
         found = []
         with self._errors("list", str(self._temporary)), suppress(FileNotFoundError):

@@ -13,16 +13,16 @@ from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectS
 
 _THREADS: Final = 8
 # How long, and of how many, it is taken for granted that what was there still is: a sweep leaves what is young for days.
-_SEEN_S: Final = 300.0
-_SEEN_MOST: Final = 100_000
+_KEEP_S: Final = 300.0
+_MAX_KEPT: Final = 100_000
 # A store that was away is left alone for so long, then one caller tries it for all.
-_REST_S: Final = 5.0
+_PAUSE_S: Final = 5.0
 _LOOK_S: Final = 60.0
 
 Absence = ObjectMissing | ObjectDamaged | ObjectStoreOutage
 
 
-class Presence:
+class ExistenceCache:
     """Looks for objects in the store that events are sent to. For many threads; a process that forks makes its own."""
 
     def __init__(self, stores: Stores) -> None:
@@ -39,17 +39,17 @@ class Presence:
         """Why the store could not be asked the last time, if it could not."""
         return self._outage
 
-    def known(self, reference: Reference) -> bool:
+    def is_known(self, reference: Reference) -> bool:
         """Whether it was there a short time ago."""
-        return self._seen.get(reference, 0.0) > time.monotonic() - _SEEN_S
+        return self._seen.get(reference, 0.0) > time.monotonic() - _KEEP_S
 
-    def absent(self, references: Iterable[Reference], *, within_s: float = 10) -> dict[Reference, Absence]:
+    def missing(self, references: Iterable[Reference], *, within_s: float = 10) -> dict[Reference, Absence]:
         """Those that are missing or not what they are said to be, or of which that is not known because the store is away.
 
         Takes about `within_s`, or as long as one request takes to fail; what was not seen by then counts as an outage. Then for
         some seconds the store is not asked again: who has anything else to do is not held up by it.
         """
-        wanted = [reference for reference in set(references) if not self.known(reference)]
+        wanted = [reference for reference in set(references) if not self.is_known(reference)]
         if not wanted:
             return {}
         with self._lock:
@@ -72,7 +72,7 @@ class Presence:
         outage = next((absence for absence in found.values() if isinstance(absence, ObjectStoreOutage)), None)
         with self._lock:
             self._outage = outage
-            self._rests_until = time.monotonic() + _REST_S if outage else 0.0
+            self._rests_until = time.monotonic() + _PAUSE_S if outage else 0.0
         return found
 
     def _head(self, reference: Reference, failed: list[ObjectStoreOutage]) -> Absence | None:
@@ -86,7 +86,7 @@ class Presence:
         except (ObjectMissing, ObjectDamaged) as error:
             return error
         with self._lock:
-            if len(self._seen) >= _SEEN_MOST:
+            if len(self._seen) >= _MAX_KEPT:
                 self._seen.clear()
             self._seen[reference] = time.monotonic()
         return None

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from evalstore.objects.directory import FileStore
+from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.frames import Content, Encoder, Hasher, Index, Listed, State, index_bytes, read_index
 from models.content import FRAME_BYTES, Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
@@ -20,7 +20,7 @@ from models.settings import Settings, parse_store_url
 if TYPE_CHECKING:
     from evalstore.objects.s3 import S3Store
 
-Store: TypeAlias = "FileStore | S3Store"
+Store: TypeAlias = "DirectoryStore | S3Store"
 Place = Literal["objects", "archive"]
 
 # What breaks off or is damaged on its way is asked for again this often; a store's client repeats what is refused by itself.
@@ -59,7 +59,7 @@ def open_store(url: str, settings: Settings, *, threads: int = 8, in_a_hurry: bo
     """
     scheme, place, prefix = parse_store_url(url)
     if scheme == "file":
-        return FileStore(Path(place))
+        return DirectoryStore(Path(place))
     try:
         from evalstore.objects.s3 import S3Store  # noqa: PLC0415  a gateway that uses a directory does without boto3
     except ModuleNotFoundError as error:

@@ -126,10 +126,10 @@ class S3Store:
                         return False
                     raise
             if found == "damaged":
-                self._see_it_stay(reference.key)
+                self._verify_kept(reference.key)
             return True
 
-    def _see_it_stay(self, key: str) -> None:
+    def _verify_kept(self, key: str) -> None:
         """A `delete` that looked at what was there before would take what replaced it."""
         with self._errors("write", key):
             try:
@@ -246,7 +246,7 @@ class S3Store:
                     if is_key(key):
                         yield Listed(key, entry["Size"], entry["LastModified"])
 
-    def leftovers(self, before: datetime, *, remove: bool = False) -> list[str]:
+    def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
         """Uploads in parts and marks of deletions from before that time, which nobody ended; given up if asked to."""
         found = []
         marks = self._s3.get_paginator("list_objects_v2")

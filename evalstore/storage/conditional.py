@@ -19,12 +19,12 @@ from models.events import Event
 from models.record import Fact
 
 
-class Given(NamedTuple):
+class WriteRequest(NamedTuple):
     """An event to store, and whether when it occurred stands: its sender said so, or nobody can repeat it. Else a repeat takes
     the time of the first."""
 
     event: Event | Fact
-    is_timed: bool
+    has_explicit_time: bool
 
 
 class AlreadyQueued(EvalstoreError):
@@ -45,11 +45,13 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 """
 
 
-def store(conn: Connection, given: Sequence[Given], traceparent: str | None = None) -> tuple[list[Outcome], event_store.Stored]:
+def store(
+    conn: Connection, given: Sequence[WriteRequest], traceparent: str | None = None
+) -> tuple[list[Outcome], event_store.Stored]:
     """Store events in one transaction, which their confirmations trace back to. Commits. Raises DatabaseOutage (retry)."""
     stored = event_store.store(conn, [one.event for one in given], lambda positions: [traceparent or ""] * len(positions))
     outcomes = list(stored.outcomes)
-    doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.is_timed]
+    doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.has_explicit_time]
     if doubtful:
         events = [given[at].event for at in doubtful]
         stored_times = times(conn, events)
@@ -75,7 +77,7 @@ _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"
 _QUEUED: Final = "SELECT event_id FROM evaluation_events WHERE eval_id = %s AND type = 'evaluation:queued'"
 
 
-def create(conn: Connection, given: Given, traceparent: str | None = None) -> Outcome:
+def create(conn: Connection, given: WriteRequest, traceparent: str | None = None) -> Outcome:
     """Store a queued event unless another one of its evaluation is stored. Commits.
 
     Of several callers at once, one does. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
@@ -102,10 +104,10 @@ _ATTEMPT: Final = "SELECT attempt FROM evaluation_events WHERE eval_id = %s AND 
 def update(
     conn: Connection,
     eval_id: str,
-    make: Callable[[int], Given],
+    make: Callable[[int], WriteRequest],
     versions: Sequence[int] | None,
     traceparent: str | None = None,
-) -> tuple[Given, Outcome, event_store.Stored]:
+) -> tuple[WriteRequest, Outcome, event_store.Stored]:
     """Store what `make` gives for the record's attempt (1 where there is no record), if it is at one of `versions`. Commits.
 
     An event that is stored already is a duplicate whatever the version: the sender did not get the answer. Returns the event

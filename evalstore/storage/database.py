@@ -225,7 +225,7 @@ def probe(conn: Connection) -> None:
         driver(conn).execute(_PROBE)
 
 
-class Witness:
+class ControlConnection:
     """A connection that does nothing. Where another ended without a word, it tells what happened to both."""
 
     def __init__(self, engine: Engine) -> None:

@@ -19,7 +19,7 @@ from models.content import objects_named
 from models.errors import printable
 
 
-class Burial(NamedTuple):
+class DeadLetterInsert(NamedTuple):
     """A message that died, and of what. The same burial written twice is one."""
 
     id: UUID
@@ -52,7 +52,7 @@ WHERE dead_letters.last_at < excluded.last_at
 _MOST_ATTEMPTS: Final = 2**31 - 1
 
 
-def write(conn: Connection, burials: Sequence[Burial]) -> None:
+def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
     """Keep these, in one transaction, whatever their texts hold; those that were redriven have died again.
 
     Raises DatabaseOutage (retry).

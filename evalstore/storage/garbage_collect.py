@@ -23,7 +23,7 @@ _BATCH: Final = 1000
 
 
 @dataclass
-class Swept:
+class Collected:
     """What a sweep saw: `objects` in all, `removed` of them (or to be removed), and its `leftovers` of writes broken off."""
 
     objects: int = 0
@@ -64,7 +64,7 @@ def run_once(
     part: tuple[int, int] = (0, 1),
     remove: bool = True,
     watch: Callable[[Listed], None] = lambda _: None,
-) -> Swept:
+) -> Collected:
     """Remove what nothing refers to from a store.
 
     `needed` gives the SHA-256 of what waiting messages need, and the age of the oldest one in seconds; it is called only if
@@ -73,7 +73,7 @@ def run_once(
 
     Raises DatabaseOutage, ObjectStoreOutage, and what `needed` raises (run again).
     """
-    done = Swept()
+    done = Collected()
     before = now - grace
     waiting: set[bytes] | None = None
     for batch in _batches(_part_of(target.store, part)):
@@ -91,7 +91,7 @@ def run_once(
             if not remove or target.store.delete(one.key, unmodified_since=before):
                 done.removed, done.bytes = done.removed + 1, done.bytes + one.size
                 watch(one)
-    done.leftovers = len(target.store.leftovers(before, remove=remove))
+    done.leftovers = len(target.store.orphans(before, remove=remove))
     return done
 
 

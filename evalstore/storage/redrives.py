@@ -33,7 +33,7 @@ class Pace(NamedTuple):
     canary: int | None = None
 
 
-class Letter(NamedTuple):
+class DeadLetterRef(NamedTuple):
     """A letter to put in its queue."""
 
     id: UUID
@@ -77,7 +77,7 @@ _SENT: Final = "UPDATE dead_letters SET sent_at = clock_timestamp(), redrives = 
 _COUNT_SENT: Final = "UPDATE redrives SET sent = sent + %s, paced_until = %s WHERE id = %s"
 
 
-def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[Letter]], object]) -> Step:
+def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetterRef]], object]) -> Step:
     """Hand the next letters to `send`, as many as the pace allows now, and note that they were sent; commits.
 
     While `send` runs the letters are locked, so that nothing that comes of them is written before this is. Where `send` raises,
@@ -104,7 +104,7 @@ def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[Letter]], 
         if not found or not most:
             return Step(0, wait_s if found else None)
         taken = cursor.execute(_TAKE, [_within(found, _CHUNK_BYTES), redrive_id]).fetchall()
-        send([Letter(**row) for row in taken])
+        send([DeadLetterRef(**row) for row in taken])
         cursor.execute(_SENT, [[row["id"] for row in taken]])
         cursor.execute(_COUNT_SENT, [len(taken), paced_until(len(taken)), redrive_id])
         return Step(len(taken), 0)

@@ -24,7 +24,7 @@ from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outag
 from models.jobs import JOBS
 from models.metrics import BY_NAME, REASONS
 from models.settings import Settings
-from tasks.broker import Broker
+from tasks.broker import SendingBroker
 
 T = TypeVar("T")
 Numbers = dict[Series, float]
@@ -37,7 +37,7 @@ _MOST_REASONS: Final = 30
 _CONTENTS: Final = ("evalstore_evaluations_open", "evalstore_contents", "evalstore_content_bytes")
 
 
-class Reading(Generic[T]):
+class CachedProbe(Generic[T]):
     """What `read` gives, read by one thread for all who ask. `stale`: give what was read before, while it takes long."""
 
     def __init__(self, read: Callable[[], T], patience_s: float, *, stale: bool = False) -> None:
@@ -79,29 +79,29 @@ class Reading(Generic[T]):
                 self._fresh_until = now + (max(_KEEP_S, usual_s / _SHARE) if self._stale and value else _KEEP_S)
 
 
-class Answers(NamedTuple):
+class BackendStatus(NamedTuple):
     """What the servers said. `errors`: what keeps one from being used, under `redis`, `postgresql` or `schema`. They are
     the servers' words, which name hosts and users: not for strangers.
     """
 
-    redis: queues.Standing | None
+    redis: queues.QueueStats | None
     database: tuple[SchemaMismatch | None, stored.Numbers] | None
     errors: dict[str, EvalstoreError]
 
 
-class Standing:
+class BackendStats:
     """For one process that is asked for metrics and health."""
 
     def __init__(self, settings: Settings, patience_s: float = 2.0) -> None:
         self._settings = settings
         self._watch = database.Watch()
-        self._broker = Broker(url=settings.redis_url.get_secret_value(), timeout_s=3)
+        self._broker = SendingBroker(url=settings.redis_url.get_secret_value(), timeout_s=3)
         self._patience_s = patience_s
         self._had_schema = False
-        self.redis = Reading(lambda: queues.look(self._broker), patience_s)
-        self.database = Reading(lambda: self._bounded(self._server), patience_s)
-        self.letters = self.reading(stored.letters)
-        self.contents = self.reading(self._all_contents)
+        self.redis = CachedProbe(lambda: queues.snapshot(self._broker), patience_s)
+        self.database = CachedProbe(lambda: self._bounded(self._server), patience_s)
+        self.letters = self.probe(stored.letters)
+        self.contents = self.probe(self._all_contents)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -115,9 +115,9 @@ class Standing:
         except InvalidSettings:
             return None
 
-    def reading(self, read: Callable[[Connection], T]) -> Reading[T]:
+    def probe(self, read: Callable[[Connection], T]) -> CachedProbe[T]:
         """Of something in the database that may take its time."""
-        return Reading(lambda: self._bounded(read), self._patience_s, stale=True)
+        return CachedProbe(lambda: self._bounded(read), self._patience_s, stale=True)
 
     def _bounded(self, read: Callable[[Connection], T]) -> T:
         try:
@@ -147,7 +147,7 @@ class Standing:
         if "_archive" in self.__dict__ and self._archive:
             self._archive.close()
 
-    def answers(self) -> Answers:
+    def status(self) -> BackendStatus:
         """What both servers say now. Raises InvalidSettings for an address that only libpq can judge."""
         seen, answer = self.redis.get(), self.database.get()
         found: dict[str, EvalstoreError] = {}
@@ -159,11 +159,11 @@ class Standing:
                 raise found["postgresql"]
         elif answer[0] is not None:
             found["schema"] = answer[0]
-        return Answers(seen, answer, found)
+        return BackendStatus(seen, answer, found)
 
     def ready(self) -> dict[str, str]:
         """What keeps this from working, by server, for anyone to know; nothing where all is well."""
-        found = self.answers().errors
+        found = self.status().errors
         return {name: str(error) if name == "schema" else "cannot be used" for name, error in found.items()}
 
     def numbers(self) -> Numbers:
@@ -215,7 +215,7 @@ def _letter_numbers(letters: Iterable[tuple[str, str, str, int, float]]) -> Numb
     return found
 
 
-def _queue_numbers(seen: queues.Standing, letters: Iterable[tuple[str, str, str, int, float]] | None) -> Numbers:
+def _queue_numbers(seen: queues.QueueStats, letters: Iterable[tuple[str, str, str, int, float]] | None) -> Numbers:
     found: Numbers = {}
     for queue in seen.queues:
         for state, count in queue.messages.items():
@@ -230,7 +230,7 @@ def _queue_numbers(seen: queues.Standing, letters: Iterable[tuple[str, str, str,
     return found
 
 
-def _job_numbers(seen: queues.Standing) -> Numbers:
+def _job_numbers(seen: queues.QueueStats) -> Numbers:
     found: Numbers = {}
     for job in JOBS:
         last: dict[str, Any] = seen.jobs.get(job.name, {})

@@ -11,7 +11,7 @@ from evalstore.telemetry import queues
 from models.content import objects_named
 from models.errors import RedisOutage
 from tasks.actor import QUEUE
-from tasks.broker import Broker
+from tasks.broker import SendingBroker
 from tasks.spool import Spool
 
 
@@ -32,7 +32,7 @@ _SOON_S: Final = 300
 _SENT: Final = msgspec.json.Decoder(_Sent)
 
 
-def oldest_age_s(broker: Broker, queue: str) -> float:
+def oldest_age_s(broker: SendingBroker, queue: str) -> float:
     """For how long the oldest message of a queue has waited, in seconds; infinite where that cannot be told.
 
     A few short requests. Raises RedisOutage (retry).
@@ -41,7 +41,7 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
     try:
         if client.llen(keys.suspects):
             return float("inf")
-        ids = queues.firsts(broker, queue, redriven=True)
+        ids = queues.oldest_messages(broker, queue, redriven=True)
         # Those that wait for an object or a lock come again and again, in no order of age.
         now_s: int = client.time()[0]
         ids += client.zrangebyscore(keys.delayed, "-inf", (now_s + _SOON_S) * 1000, start=0, num=_MOST_DELAYED)
@@ -50,7 +50,7 @@ def oldest_age_s(broker: Broker, queue: str) -> float:
         raise RedisOutage(str(error)) from error
 
 
-def look(broker: Broker, spool: Spool | None, *, longest_s: float) -> Backlog:
+def snapshot(broker: SendingBroker, spool: Spool | None, *, longest_s: float) -> Backlog:
     """All that waits: in the spool, in the queue or delayed, being worked on, or dead and not yet in the database.
 
     Reads every message, unless one has waited for longer than `longest_s` where that is quickly seen. One that moves on

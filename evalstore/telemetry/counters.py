@@ -35,26 +35,26 @@ def counted_by(role: str) -> list[Metric]:
     return [metric for metric in METRICS if metric.source == role or metric.name in _COUNTED_BY_ALL]
 
 
-class Layout:
+class Schema:
     """The place of each number. `values`: of the labels that `models.metrics` leaves open, by metric and label, or by label."""
 
     def __init__(self, metrics: Iterable[Metric], values: Mapping[str, Sequence[str]]) -> None:
         self.metrics = {metric.name: metric for metric in metrics}
-        self.places: dict[Series, int] = {}
+        self.offsets: dict[Series, int] = {}
         self.is_gauge, self.is_largest = bytearray(), bytearray()
         self.size = 0
         for metric in self.metrics.values():
             for labels in product(*(known or values[label] for label, known in metric.labels.items())):
-                self.places[metric.name, labels] = self.size
+                self.offsets[metric.name, labels] = self.size
                 # Of a histogram: a count for each bucket and for what is above them all, and the sum.
                 width = len(metric.buckets) + 2 if metric.kind == "histogram" else 1
                 self.is_gauge += bytes([metric.kind == "gauge"]) * width
                 self.is_largest += bytes([metric.across == "max"]) * width
                 self.size += width
         self._series: dict[str, list[tuple[Series, int]]] = {name: [] for name in self.metrics}
-        for key, place in self.places.items():
+        for key, place in self.offsets.items():
             self._series[key[0]].append((key, place))
-        described = repr([(name, labels, self.metrics[name][1:]) for name, labels in self.places])
+        described = repr([(name, labels, self.metrics[name][1:]) for name, labels in self.offsets])
         self.mark = _MAGIC + b"%08x" % crc32(described.encode())
         self.start = _HEAD_BYTES + _LOOPS * _LOOP.size
         self.bytes = self.start + 8 * self.size
@@ -63,7 +63,7 @@ class Layout:
         """The series of a metric, and their places."""
         return self._series[name]
 
-    def holds(self, data: bytes) -> bool:
+    def matches(self, data: bytes) -> bool:
         """Whether `data` is of this layout: that of another release, or a file that was cut short, is not."""
         return len(data) == self.bytes and data.startswith(self.mark)
 
@@ -80,7 +80,7 @@ class Loop(NamedTuple):
     """A loop of a process, and by when, on this machine's monotonic clock, it is to have made progress."""
 
     name: str
-    due: float
+    deadline: float
 
 
 def loops(data: bytes) -> Iterator[Loop]:
@@ -93,29 +93,29 @@ def loops(data: bytes) -> Iterator[Loop]:
             yield Loop(name.rstrip(b"\0").decode(errors="replace"), due)
 
 
-class Ledger:
+class Counters:
     """The numbers of this process. For use by many threads."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Schema) -> None:
+        self.schema = layout
         self._lock = threading.Lock()
         self._here = threading.local()
-        self._resting = False
+        self._deadlines_disabled = False
         self._free = list(range(_LOOPS - 1, -1, -1))
         self._memory: bytearray | mmap.mmap = bytearray(layout.data([0.0] * layout.size))
         self._numbers = self._view()
 
     def _view(self) -> "memoryview[float]":
-        return memoryview(self._memory)[self.layout.start :].cast("d")
+        return memoryview(self._memory)[self.schema.start :].cast("d")
 
     def keep_in(self, path: Path) -> None:
         """From now on, count in the file `path`, which is made. Raises OSError."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Room for all of it: a page that the disk has none for when it is first written to would end the process.
-            os.posix_fallocate(file, 0, self.layout.bytes)
+            os.posix_fallocate(file, 0, self.schema.bytes)
             with self._lock:
-                memory = mmap.mmap(file, self.layout.bytes)
+                memory = mmap.mmap(file, self.schema.bytes)
                 memory[:] = bytes(self._memory)
                 self._memory = memory
                 self._numbers = self._view()
@@ -132,17 +132,17 @@ class Ledger:
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
         """Count."""
-        place = self.layout.places[name, labels]
+        place = self.schema.offsets[name, labels]
         with self._lock:
             self._numbers[place] += by
 
     def set(self, name: str, *labels: str, to: float) -> None:
         """Set a gauge."""
-        self._numbers[self.layout.places[name, labels]] = to
+        self._numbers[self.schema.offsets[name, labels]] = to
 
     def get(self, name: str, *labels: str) -> float:
         """What was counted or set."""
-        return self._numbers[self.layout.places[name, labels]]
+        return self._numbers[self.schema.offsets[name, labels]]
 
     def observe(self, name: str, *labels: str, value: float) -> None:
         """Put a value into a histogram."""
@@ -150,7 +150,7 @@ class Ledger:
 
     def observe_all(self, name: str, *labels: str, values: Sequence[float], times: float = 1) -> None:
         """Put values into a histogram, each as often as it was seen."""
-        place, buckets = self.layout.places[name, labels], self.layout.metrics[name].buckets
+        place, buckets = self.schema.offsets[name, labels], self.schema.metrics[name].buckets
         with self._lock:
             numbers = self._numbers
             for value in values:
@@ -164,24 +164,24 @@ class Ledger:
                 self._here.place = self._free.pop()
                 _LOOP.pack_into(self._memory, self._offset(), 0.0, name.encode(errors="replace")[:40])
 
-    def due(self, within_s: float | None) -> None:
+    def set_deadline(self, within_s: float | None) -> None:
         """The calling thread calls this again within so many seconds, or is stuck. None: it waits, for however long."""
         if getattr(self._here, "place", None) is not None:
-            until = 0.0 if within_s is None or self._resting else time.monotonic() + within_s
+            until = 0.0 if within_s is None or self._deadlines_disabled else time.monotonic() + within_s
             with self._lock:
                 struct.pack_into("d", self._memory, self._offset(), until)
 
     def leave_thread(self) -> None:
         """The calling thread ends, as it should."""
-        self.due(None)
+        self.set_deadline(None)
         with self._lock:
             if (place := self._here.__dict__.pop("place", None)) is not None:
                 self._free.append(place)
 
-    def rest(self) -> None:
+    def disable_deadlines(self) -> None:
         """No thread is to make progress any more: something else sees to it that the process ends in time."""
         with self._lock:
-            self._resting = True
+            self._deadlines_disabled = True
             for place in range(_LOOPS):
                 struct.pack_into("d", self._memory, _HEAD_BYTES + place * _LOOP.size, 0.0)
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from evalstore.telemetry.backend_stats import Reading
+from evalstore.telemetry.backend_stats import CachedProbe
 from evalstore.telemetry.counters import Series
 from models.settings import Settings, parse_store_url
 
@@ -23,7 +23,7 @@ class Disks:
             "spool": settings.spool_dir,
         }
         # Each by itself: a mount whose server is away answers nobody, for as long as it is away.
-        self._readings = {name: Reading(partial(room, at), _PATIENCE_S) for name, at in folders.items() if at}
+        self._readings = {name: CachedProbe(partial(free_and_total, at), _PATIENCE_S) for name, at in folders.items() if at}
 
     def numbers(self) -> dict[Series, float]:
         """Of the folders that can be read now."""
@@ -34,7 +34,7 @@ class Disks:
         return found
 
 
-def room(folder: Path) -> tuple[int, int] | None:
+def free_and_total(folder: Path) -> tuple[int, int] | None:
     """What is free there and what there is, in bytes; None where no such folder is, or not yet.
 
     As df has it: what the file system keeps for root counts as neither.

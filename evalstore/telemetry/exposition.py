@@ -17,8 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from evalstore.telemetry.backend_stats import Standing
-from evalstore.telemetry.counters import Layout, Series
+from evalstore.telemetry.backend_stats import BackendStats
+from evalstore.telemetry.counters import Schema, Series
 from evalstore.telemetry.disks import Disks
 from evalstore.telemetry.process_registry import Group
 from models.metrics import METRICS, Metric
@@ -41,10 +41,10 @@ class Exposition(Collector):
     def __init__(
         self,
         role: str,
-        layout: Layout,
+        layout: Schema,
         totals: Callable[[], Sequence[float]],
         group: Group | None,
-        standing: Standing | None = None,
+        standing: BackendStats | None = None,
         always: frozenset[Series] = frozenset(),
     ) -> None:
         self._role, self._layout, self._totals, self._group = role, layout, totals, group
@@ -150,7 +150,7 @@ def live(group: Group | None) -> Answer:
     return Answer(503, {"status": "stuck" if stuck else "nothing runs", "stuck": stuck})
 
 
-def ready(standing: Standing) -> Answer:
+def ready(standing: BackendStats) -> Answer:
     """Whether Redis and PostgreSQL answer, and the schema is that of this release."""
     found = standing.ready()
     return Answer(503, {"status": "not ready", **found}) if found else Answer(200, {"status": "ready"})
@@ -159,8 +159,8 @@ def ready(standing: Standing) -> Answer:
 class Endpoint:
     """Answers `/metrics`, `/health/live` and `/health/ready`, each request in a thread of its own."""
 
-    def __init__(self, role: str, group: Group, layout: Layout, host: str, port: int) -> None:
-        standing = Standing(settings())
+    def __init__(self, role: str, group: Group, layout: Schema, host: str, port: int) -> None:
+        standing = BackendStats(settings())
         text = Exposition(role, layout, lambda: group.totals(layout), group, standing).text
         answers: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: live(group),
@@ -195,7 +195,7 @@ class Endpoint:
         self.server.daemon_threads = True
 
 
-def start(role: str, group: Group, layout: Layout, port: int) -> None:
+def start(role: str, group: Group, layout: Schema, port: int) -> None:
     """Answer from a thread of this process. A port that is taken is a warning, until it is free: whom a new release takes the
     place of may still have it."""
 

@@ -17,7 +17,7 @@ _LONGEST: Final = 4_000
 _CONTROLS: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def take_over() -> None:
+def replace_formatters() -> None:
     """Replace the form that Dramatiq's or periodiq's command line gave to the lines of this process; elsewhere, nothing."""
     handlers = logging.getLogger().handlers
     for handler in handlers:

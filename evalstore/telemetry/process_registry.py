@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from evalstore.telemetry.counters import Layout, Ledger, loops
+from evalstore.telemetry.counters import Counters, Schema, loops
 from models.errors import EvalstoreError
 from models.settings import settings
 
@@ -28,11 +28,11 @@ _PAST: Final = "past;"
 _FORGOTTEN_AFTER_S: Final = 60.0
 
 
-class Unshared(EvalstoreError):
+class RegistryUnavailable(EvalstoreError):
     """The folder for running processes cannot be used."""
 
 
-def place() -> tuple[str, str]:
+def host_id() -> tuple[str, str]:
     """This machine's boot and this container's process numbers: only within both does a pid mean anything."""
     boot, pids = "?", "?"
     with contextlib.suppress(OSError):
@@ -41,7 +41,7 @@ def place() -> tuple[str, str]:
     return boot, pids
 
 
-def started(pid: int) -> str | None:
+def start_ticks(pid: int) -> str | None:
     """When the process started, in ticks since boot; None if there is none, or only its remains."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -64,22 +64,22 @@ def exists(pid: int) -> bool:
 
 def name_of(pid: int) -> str:
     """A name that no other process of this machine has or had."""
-    return ";".join([*place(), str(pid), started(pid) or "?"])
+    return ";".join([*host_id(), str(pid), start_ticks(pid) or "?"])
 
 
 def _state(name: str) -> Literal["alive", "gone", "elsewhere"]:
     """Whether the process of that name runs; or it is of a container whose processes do not show here."""
     boot, pids, pid, ticks = [*name.split(";"), "", "", ""][:4]
-    here = place()
+    here = host_id()
     if boot != here[0]:
         return "gone"
     if pids != here[1] or "?" in here:
         return "elsewhere"
-    now = started(int(pid)) if pid.isdigit() else None
+    now = start_ticks(int(pid)) if pid.isdigit() else None
     return "alive" if now == ticks or (now is None and pid.isdigit() and exists(int(pid))) else "gone"
 
 
-class Process(NamedTuple):
+class RegisteredProcess(NamedTuple):
     """One that has a ledger. `stuck`: its loops that should have made progress by now, and did not."""
 
     name: str
@@ -100,23 +100,23 @@ class Group:
     def role(self) -> str:
         return self.folder.name.partition(";")[0]
 
-    def processes(self) -> Iterator[Process]:
+    def processes(self) -> Iterator[RegisteredProcess]:
         """Those that run."""
-        for path in _ledgers(self.folder):
+        for path in _counter_files(self.folder):
             if _state(path.name) == "alive":
                 data, now = path.read_bytes(), time.monotonic()
-                yield Process(path.name, [loop.name for loop in loops(data) if now > loop.due])
+                yield RegisteredProcess(path.name, [loop.name for loop in loops(data) if now > loop.deadline])
 
-    def totals(self, layout: Layout) -> list[float]:
+    def totals(self, layout: Schema) -> list[float]:
         """What its processes counted, with what they took over. Gauges are those of the processes that run."""
         return _totals(self.folder, layout, running=[process.name for process in self.processes()])
 
     def has_ended(self) -> bool:
         """Whether none of its processes runs any more."""
-        ledgers = _ledgers(self.folder)
+        ledgers = _counter_files(self.folder)
         states = {_state(name) for name in (self.folder.name.partition(";")[2], *(path.name for path in ledgers))}
         if states == {"elsewhere"}:
-            dues = [loop.due for path in ledgers for loop in loops(path.read_bytes())]
+            dues = [loop.deadline for path in ledgers for loop in loops(path.read_bytes())]
             return time.monotonic() > max(dues, default=0.0) + _FORGOTTEN_AFTER_S
         return states == {"gone"}
 
@@ -127,9 +127,9 @@ def runtime() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise Unshared(f"{folder} belongs to another user")
+            raise RegistryUnavailable(f"{folder} belongs to another user")
     except OSError as error:
-        raise Unshared(f"{folder} cannot be used: {error.strerror}") from error
+        raise RegistryUnavailable(f"{folder} cannot be used: {error.strerror}") from error
     return folder
 
 
@@ -139,7 +139,7 @@ def groups() -> list[Group]:
     return [group for group in found if next(group.processes(), None)]
 
 
-def join(role: Role, ledger: Ledger) -> Group:
+def join(role: Role, ledger: Counters) -> Group:
     """Keep this process's ledger where the others of its group do, and take over from groups that ended. Raises Unshared."""
     parent = multiprocessing.parent_process()
     group = Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
@@ -148,14 +148,14 @@ def join(role: Role, ledger: Ledger) -> Group:
             group.folder.mkdir(mode=0o700, exist_ok=True)
             for folder in runtime().glob(f"{role};*"):
                 if folder != group.folder and Group(folder).has_ended():
-                    _take_over(folder, group.folder, ledger.layout)
+                    _adopt(folder, group.folder, ledger.schema)
             ledger.keep_in(group.folder / name_of(os.getpid()))
     except OSError as error:
-        raise Unshared(f"{group.folder} cannot be used: {error.strerror}") from error
+        raise RegistryUnavailable(f"{group.folder} cannot be used: {error.strerror}") from error
     return group
 
 
-def _ledgers(folder: Path) -> list[Path]:
+def _counter_files(folder: Path) -> list[Path]:
     """Those of its processes, also of those that ended."""
     return [path for path in _files(folder) if path.name.count(";") == 3]
 
@@ -166,12 +166,12 @@ def _files(folder: Path) -> list[Path]:
     return []
 
 
-def _totals(folder: Path, layout: Layout, running: Collection[str]) -> list[float]:
+def _totals(folder: Path, layout: Schema, running: Collection[str]) -> list[float]:
     """The sum over the files of a folder, or where the metric says so the largest, with what was taken over added."""
     total, most = [0.0] * layout.size, [0.0] * layout.size
     for path in _files(folder):
         data = path.read_bytes()
-        if path.name == _TOTAL or not layout.holds(data):
+        if path.name == _TOTAL or not layout.matches(data):
             continue
         is_running, is_past = path.name in running, path.name.startswith(_PAST)
         for at, number in enumerate(layout.numbers(data)):
@@ -183,7 +183,7 @@ def _totals(folder: Path, layout: Layout, running: Collection[str]) -> list[floa
     return [one + other for one, other in zip(total, most, strict=True)]
 
 
-def _take_over(ended: Path, heir: Path, layout: Layout) -> None:
+def _adopt(ended: Path, heir: Path, layout: Schema) -> None:
     """Move what a group had counted to another one: each step may be the last, and nothing is counted twice or lost."""
     total = ended / _TOTAL
     if _files(ended) and not total.exists():

@@ -9,7 +9,7 @@ import redis
 from models.errors import RedisOutage
 from models.jobs import last_runs_key, last_successes_key
 from models.metrics import QUEUES
-from tasks.broker import Broker
+from tasks.broker import SendingBroker
 from tasks.redrives import REDRIVEN
 
 # A worker tells of itself every two seconds (worker/heartbeat.py).
@@ -25,7 +25,7 @@ class Queue(NamedTuple):
     consumers: int
 
 
-class Standing(NamedTuple):
+class QueueStats(NamedTuple):
     """What Redis knew at one moment. `workers`: what each tells of itself, by its name. `jobs`: the last run of each, and when
     one ended well. The memory is 0 where nobody may ask for it."""
 
@@ -37,7 +37,7 @@ class Standing(NamedTuple):
     memory_limit_bytes: int
 
 
-def look(broker: Broker) -> Standing:
+def snapshot(broker: SendingBroker) -> QueueStats:
     """How things stand. Raises RedisOutage."""
     client: Any = broker.client
     try:
@@ -45,7 +45,7 @@ def look(broker: Broker) -> Standing:
         workers: dict[str, dict[str, Any]] = {}
         queues = []
         for name in QUEUES:
-            living = _living(client.hgetall(broker.keys(name).workers), seconds + micros / 1e6)
+            living = _live_workers(client.hgetall(broker.keys(name).workers), seconds + micros / 1e6)
             workers |= living
             queues.append(Queue(name, broker.counts(name), oldest_age_s(broker, name), len(living)))
         memory = _memory(client)
@@ -53,7 +53,7 @@ def look(broker: Broker) -> Standing:
         successes = client.hgetall(last_successes_key(broker.namespace))
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
-    return Standing(
+    return QueueStats(
         queues,
         workers,
         {name.decode(): msgspec.json.decode(one) for name, one in told.items()},
@@ -70,7 +70,7 @@ def _memory(client: Any) -> dict[str, Any]:
         return {}
 
 
-def _living(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
+def _live_workers(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
     """Those that told of themselves a moment ago, by Redis's own clock."""
     found = {}
     for name, line in told.items():
@@ -80,13 +80,13 @@ def _living(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
     return found
 
 
-def oldest_age_s(broker: Broker, queue: str) -> float:
+def oldest_age_s(broker: SendingBroker, queue: str) -> float:
     """For how long the oldest message of a queue has waited. What an operator sent again counts for nothing: it was sent long
     ago, and has not waited for long. Raises what redis raises."""
-    return waited_s(broker, queue, firsts(broker, queue, redriven=False))
+    return waited_s(broker, queue, oldest_messages(broker, queue, redriven=False))
 
 
-def firsts(broker: Broker, queue: str, *, redriven: bool) -> list[Any]:
+def oldest_messages(broker: SendingBroker, queue: str, *, redriven: bool) -> list[Any]:
     """The ids that stand first wherever messages stand in the order in which they were sent: in the queue, and with each
     process. `redriven`: also of what an operator sent again. Raises what redis raises."""
     keys, client = broker.keys(queue), broker.client
@@ -97,7 +97,7 @@ def firsts(broker: Broker, queue: str, *, redriven: bool) -> list[Any]:
     return [one for place in waiting for one in place[:1]]
 
 
-def waited_s(broker: Broker, queue: str, ids: list[Any]) -> float:
+def waited_s(broker: SendingBroker, queue: str, ids: list[Any]) -> float:
     """For how long the oldest of these messages has waited, by its own word; 0 without one. Raises what redis raises."""
     found = [0.0]
     for start in range(0, len(ids), 50):  # as each is looked through in Redis, which does nothing else meanwhile

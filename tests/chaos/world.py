@@ -23,7 +23,7 @@ from dramatiq import Message
 from evalstore.local import processes, supervisor
 from models.errors import RedisOutage
 from tasks.actor import QUEUE, store_evaluation
-from tasks.broker import Broker, Keys
+from tasks.broker import Keys, SendingBroker
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 
@@ -98,7 +98,7 @@ class Workers:
     def kill(self) -> None:
         """SIGKILL every process at once."""
         if self._guard:
-            processes.hurry(self._guard)
+            processes.kill_now(self._guard)
             self._guard.wait(timeout=20)
 
     def freeze(self) -> None:
@@ -147,7 +147,7 @@ class World:
     def __init__(self, database_url: str, redis_url: str, folder: Path) -> None:
         self.database_url, self.redis_url, self.folder = database_url, redis_url, folder
         self.fleet: list[Workers] = []
-        self.broker = Broker(url=redis_url, middleware=[])
+        self.broker = SendingBroker(url=redis_url, middleware=[])
         self.client: Any = redis.Redis.from_url(redis_url, socket_timeout=10)  # its types know nothing of decode_responses
         self.sent: dict[str, dict[str, Any]] = {}
 

@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
 from evalstore.storage import dead_letters
-from evalstore.storage.dead_letters import Burial
+from evalstore.storage.dead_letters import DeadLetterInsert
 from tasks.broker import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
@@ -137,7 +137,7 @@ def body(world: World, given: object, **changes: Any) -> bytes:
 def bury(engine: Engine, world: World, number: int, *, events: Sequence[Json] | None = None) -> list[UUID]:
     """That many dead letters, without a worker that buried them."""
     burials = [
-        Burial(
+        DeadLetterInsert(
             id=uuid4(),
             queue="evaluations",
             actor="store_evaluation",

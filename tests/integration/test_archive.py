@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from uuid_utils.compat import uuid4
 
 from evalstore.objects import object_store
-from evalstore.objects.directory import FileStore
+from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.object_store import Stores
 from evalstore.storage import archive, content_reader, database, event_store
 from evalstore.storage.archive import Archive, Row
@@ -154,7 +154,7 @@ def test_content_moves_from_a_directory_to_an_archive_elsewhere_and_its_copy_is_
     apart = settings.model_copy(
         update={"object_store_url": f"file://{tmp_path}/near", "archive_url": settings.object_store_url}
     )
-    near = FileStore(tmp_path / "near")
+    near = DirectoryStore(tmp_path / "near")
     output, other = os.urandom(THRESHOLD + 1), os.urandom(1000)
     finish(conn, "e", object_store.put(near, output).reference)
     finish(conn, "small", object_store.put(near, other).reference)

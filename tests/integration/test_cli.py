@@ -22,7 +22,7 @@ from sqlalchemy import Connection, text
 
 from evalstore.cli.output import escaped, to_json
 from evalstore.storage import database, dead_letters, event_store
-from evalstore.storage.dead_letters import Burial
+from evalstore.storage.dead_letters import DeadLetterInsert
 from models.events import parse
 from tasks.broker import Keys
 from tests.integration.commands import python
@@ -413,7 +413,7 @@ def message(one: Json) -> bytes:
 def bury(database_url: str, one: Json) -> None:
     """Keep `one` as a dead letter."""
     now = datetime.now(UTC)
-    letter = Burial(
+    letter = DeadLetterInsert(
         uuid4(), "evaluations", "store_evaluation", one["eval_id"], UUID(one["event_id"]), message(one),
         "InvalidEvent", "code: \ud800\0", "", "", 10**30, now, None, None,
     )  # fmt: skip

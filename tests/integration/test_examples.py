@@ -20,7 +20,7 @@ import redis
 from evalstore.cli.demo import read_back
 from evalstore.local import processes
 from evalstore.local.servers import Valkey
-from evalstore.local.stack import Local, commands
+from evalstore.local.stack import LocalStack, commands
 from evalstore.objects.object_store import Stores
 from evalstore.storage import database, event_store
 from examples.platform.gateway import as_content
@@ -322,7 +322,7 @@ def test_the_demo_brings_up_everything_stores_everything_and_takes_everything_do
 
 def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with Local(folder, commands(1, 2)) as local:
+    with LocalStack(folder, commands(1, 2)) as local:
         shown = demo(folder, "--limit", "3")
         assert shown.returncode == 0, shown.stderr
         assert local.postgres.running
@@ -343,7 +343,7 @@ def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -
 
 def test_the_demo_fails_where_nothing_is_stored(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with Local(folder, {}):
+    with LocalStack(folder, {}):
         shown = demo(folder, "--limit", "3", "--patience", "8")
     assert shown.returncode == 1
     assert shown.stdout.splitlines()[-1] == "demo: 0 evaluations, 9 events sent, 0 applied, 0 missing, 0 dead"
@@ -351,7 +351,7 @@ def test_the_demo_fails_where_nothing_is_stored(tmp_path: Path) -> None:
 
 def test_the_demo_fails_where_events_are_lost(tmp_path: Path, eventually: Eventually) -> None:
     folder = tmp_path / "data"
-    with Local(folder, {}) as local:
+    with LocalStack(folder, {}) as local:
         command = [*DEMO, "--dir", str(folder), "--limit", "3", "--patience", "4"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
             eventually(lambda: any(len(entries(file)) == 9 for file in (folder / "demo").glob("*.jsonl")), within_s=30)

@@ -127,7 +127,7 @@ def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, b
         broker.client.zadd(broker.unacked(QUEUE, "another"), {redis_id: 1})
         broker.client.hset(keys.processes, "another", "working:1")
         if place == "to come again later":
-            broker.run("postpone", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
+            broker.run("retry_later", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
 
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 0, "held_back": 1}
     assert status(conn) == "running"
@@ -142,9 +142,9 @@ def test_thousands_of_overdue_ones_are_given_up_in_one_run_or_as_many_as_its_tur
 
     assert lost.run_once(conn, broker, LIMITS, go_on=lambda: False) == {"lost": 1000, "more": 1}
     counted = "evalstore_events_total", "applied", "evaluation:lost"
-    assert broker.metrics.ledger.get(*counted) == 1000  # also where the next thousand ends in an outage
+    assert broker.metrics.counters.get(*counted) == 1000  # also where the next thousand ends in an outage
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 2000}
-    assert broker.metrics.ledger.get(*counted) == 3000
+    assert broker.metrics.counters.get(*counted) == 3000
 
 
 def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_gives_up_evaluations(broker: Broker) -> None:

@@ -89,7 +89,7 @@ def test_what_goes_wrong_once_is_done_again(store: S3Store, relay: S3Relay, cont
     relay.fail(is_read, fault, times=1)
     assert read(store, reference) == content
     assert len(list(store.objects())) == 1
-    assert store.leftovers(datetime.now(UTC) + LATER) == []
+    assert store.orphans(datetime.now(UTC) + LATER) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS[:5], ids=str)
@@ -102,7 +102,7 @@ def test_what_stays_away_is_an_outage_that_leaves_nothing_behind(
         object_store.put(store, content)
     relay.heal()
     assert list(behind.objects()) == []
-    assert behind.leftovers(datetime.now(UTC) + LATER) == []
+    assert behind.orphans(datetime.now(UTC) + LATER) == []
     reference, new = object_store.put(store, content)
     assert new
     relay.fail(is_read, fault)
@@ -124,7 +124,7 @@ def test_a_server_that_is_gone_is_an_outage_until_it_is_back(s3_url: str, s3_ser
         lambda: nobody.delete("0" * 64),
         lambda: nobody.touch("0" * 64),
         lambda: list(nobody.objects()),
-        lambda: nobody.leftovers(datetime.now(UTC)),
+        lambda: nobody.orphans(datetime.now(UTC)),
     ):
         with pytest.raises(ObjectStoreOutage, match="cannot"):
             act()
@@ -177,7 +177,7 @@ def test_bytes_that_arrive_wrong_are_not_stored(store: S3Store, behind: S3Store,
     with pytest.raises(ObjectStoreOutage):
         object_store.put(store, content)
     assert list(behind.objects()) == []
-    assert behind.leftovers(datetime.now(UTC) + LATER) == []
+    assert behind.orphans(datetime.now(UTC) + LATER) == []
 
 
 def test_an_upload_that_broke_off_and_could_not_be_given_up_is_found_and_removed(store: S3Store, relay: S3Relay) -> None:
@@ -186,10 +186,10 @@ def test_an_upload_that_broke_off_and_could_not_be_given_up_is_found_and_removed
         object_store.put(store, PARTS)
     relay.heal()
     now = datetime.now(UTC)
-    assert store.leftovers(now - LATER, remove=True) == []
-    assert len(store.leftovers(now + LATER)) == 1
-    assert len(store.leftovers(now + LATER, remove=True)) == 1
-    assert store.leftovers(now + LATER) == []
+    assert store.orphans(now - LATER, remove=True) == []
+    assert len(store.orphans(now + LATER)) == 1
+    assert len(store.orphans(now + LATER, remove=True)) == 1
+    assert store.orphans(now + LATER) == []
 
 
 @pytest.mark.parametrize("content", [SMALL, PARTS], ids=["small", "in parts"])

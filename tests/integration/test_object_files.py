@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from evalstore.objects import object_store
-from evalstore.objects.directory import FileStore
+from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.frames import Encoder, _pack, read_index
 from evalstore.objects.object_store import Reference
 from models.content import FRAME_BYTES
@@ -33,29 +33,29 @@ objects.put(objects.open_store(sys.argv[1], Settings()), parts())
 
 
 def test_a_writer_killed_midway_leaves_a_temporary_file_at_worst(tmp_path: Path, eventually: Callable[..., None]) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     writer = subprocess.Popen([sys.executable, "-c", WRITER, f"file://{tmp_path}/objects"])
     eventually(lambda: any(path.stat().st_size for path in tmp_path.glob("objects/tmp/*")))
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert list(store.objects()) == []
     now = datetime.now(UTC)
-    assert store.leftovers(now - LATER, remove=True) == []
-    assert len(store.leftovers(now + LATER)) == 1
-    assert len(store.leftovers(now + LATER, remove=True)) == 1
+    assert store.orphans(now - LATER, remove=True) == []
+    assert len(store.orphans(now + LATER)) == 1
+    assert len(store.orphans(now + LATER, remove=True)) == 1
     assert list((tmp_path / "objects/tmp").iterdir()) == []
 
 
 def test_an_object_whose_deletion_a_crash_cut_short_is_there_again_after_the_leftovers_are_removed(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     store._path(reference.key).rename(tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef")
-    store.leftovers(datetime.now(UTC) + LATER, remove=True)
+    store.orphans(datetime.now(UTC) + LATER, remove=True)
     assert b"".join(object_store.read(store, reference)) == SMALL
 
 
 def test_one_that_is_too_young_to_be_deleted_is_not_even_moved(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     before = store._path(reference.key).stat().st_ctime_ns
     assert not store.delete(reference.key, unmodified_since=datetime.now(UTC) - LATER)
@@ -63,7 +63,7 @@ def test_one_that_is_too_young_to_be_deleted_is_not_even_moved(tmp_path: Path) -
 
 
 def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     path = store._path(reference.key)
     stop, was_read = threading.Event(), threading.Event()
@@ -91,21 +91,21 @@ def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -
 
 
 def test_of_an_object_put_back_and_one_stored_anew_meanwhile_the_newer_stays(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     path, aside = store._path(reference.key), tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef"
     os.utime(path, (0, 0))
     path.rename(aside)
     now = datetime.now(UTC)
-    assert store.leftovers(now - LATER, remove=True) == []  # a moment ago: whoever did that is at work
+    assert store.orphans(now - LATER, remove=True) == []  # a moment ago: whoever did that is at work
     assert object_store.put(store, SMALL, touch_before=now - LATER).new
     store._put_back(aside)
     assert object_store.head(store, reference).modified_at >= now - LATER
-    assert store.leftovers(now + LATER) == []
+    assert store.orphans(now + LATER) == []
 
 
 def test_files_and_folders_are_the_owner_s_alone(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     found = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
     first, second = reference.key[:2], reference.key[2:4]
@@ -114,7 +114,7 @@ def test_files_and_folders_are_the_owner_s_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_an_outage_and_not_an_empty_store(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "mount" / "objects")
+    store = DirectoryStore(tmp_path / "mount" / "objects")
     for act in (
         lambda: object_store.put(store, SMALL),
         lambda: object_store.head(store, Reference("0" * 64, 5, "identity")),
@@ -129,7 +129,7 @@ def test_a_folder_that_is_not_there_is_an_outage_and_not_an_empty_store(tmp_path
 
 @pytest.mark.parametrize("size", [50_000, 2 * FRAME_BYTES])
 def test_an_object_forged_with_right_checksums_of_wrong_bytes_is_never_given_as_a_whole(tmp_path: Path, size: int) -> None:
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, b"a" * size)
     encoder = Encoder(b"b" * size)
     *frames, end = [bytes(block) for block in encoder]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from evalstore.objects import object_store
-from evalstore.objects.directory import FileStore
+from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.object_store import Reference, Store
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing
@@ -138,7 +138,7 @@ def test_threads_that_store_the_same_content_at_once_all_succeed(store: Store) -
     assert len({reference for reference, _ in done}) == 1
     assert read(store, done[0].reference) == PARTS
     assert len(list(store.objects())) == 1
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 @pytest.mark.parametrize("nowhere", [NOWHERE, NOWHERE_ZST])
@@ -171,7 +171,7 @@ def test_content_that_breaks_off_while_it_is_given_is_not_stored(store: Store) -
         object_store.put(store, parts())
     object_store.put(store, SMALL)
     assert len(list(store.objects())) == 1
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 @pytest.mark.parametrize("content", [RANDOM, SMALL, LARGE_RANDOM, PARTS], ids=len)
@@ -243,11 +243,11 @@ def test_what_was_modified_since_is_not_deleted(store: Store) -> None:
     assert store.delete(reference.key, unmodified_since=now() + timedelta(hours=1))
     with pytest.raises(ObjectMissing):
         object_store.head(store, reference)
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 def test_objects_are_listed_in_order_from_anywhere_and_what_else_is_there_is_left_alone(place: Place) -> None:
-    if isinstance(place.store, FileStore):
+    if isinstance(place.store, DirectoryStore):
         (place.store.folder / "ab/cd").mkdir(parents=True)
         (place.store.folder / "ab/cd/notes.txt").touch()
         (place.store.folder / "no").touch()

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from evalstore.objects import object_store
-from evalstore.objects.directory import FileStore
+from evalstore.objects.directory import DirectoryStore
 from models import InvalidEvent
 from models.content import Reference, to_bytes
 from models.errors import ObjectStoreOutage
@@ -135,7 +135,7 @@ def test_identical_content_is_uploaded_once_and_made_young_again(
 
     sends_with(object_store_url=f"file://{tmp_path}/objects", sweep_grace_days="2")
     store_evaluation.send(event)
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     (listed,) = store.objects()
     for age, is_touched in ((timedelta(hours=23), False), (timedelta(hours=25), True)):
         then = datetime.now(UTC) - age

@@ -87,7 +87,7 @@ def test_a_job_that_failed_is_tried_again_however_late(broker: Broker, eventuall
         if len(runs) < 3:
             raise RuntimeError("not yet")
 
-    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", fails_twice)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", fails_twice)
     yesterday = pendulum.instance(datetime.now(UTC) - timedelta(days=1))
     broker.actors["relay_confirmations"].send_with_options(scheduled_at=str(yesterday))
     worker = dramatiq.Worker(broker, worker_threads=1)
@@ -105,7 +105,7 @@ def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eve
     def finds_nobody() -> None:
         raise DatabaseOutage("away")
 
-    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", finds_nobody)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", finds_nobody)
     broker.actors["relay_confirmations"].send()
     worker = dramatiq.Worker(broker, worker_threads=1)
     worker.start()
@@ -136,7 +136,7 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
         raise RuntimeError("no luck")
 
     with pytest.raises(RuntimeError):
-        schedule._told(broker, "relay_confirmations", fails)()
+        schedule._record_run(broker, "relay_confirmations", fails)()
 
     assert last_run(broker)["outcome"] == "failed"
     assert last_run(broker)["error"] == "RuntimeError: no luck"

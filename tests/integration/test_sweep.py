@@ -17,7 +17,7 @@ from evalstore.objects import object_store
 from evalstore.objects.s3 import S3Store
 from evalstore.storage import archive, database, event_store, garbage_collect, redrives
 from evalstore.storage.archive import Archive
-from evalstore.storage.garbage_collect import Swept, Target
+from evalstore.storage.garbage_collect import Collected, Target
 from evalstore.telemetry import backlog
 from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage, RedisOutage
@@ -25,7 +25,7 @@ from models.events import parse
 from models.settings import Settings
 from tasks.actor import QUEUE
 from tasks.spool import Spool
-from tasks.touch import Young
+from tasks.touch import ObjectToucher
 from tests.chaos.world import wait_until
 from worker import dead_letter_mover
 from worker.broker import Broker
@@ -73,13 +73,13 @@ class Sweeper:
     def __init__(self, conn: Connection, target: Target, broker: Broker, spool: Spool) -> None:
         self._given, self._broker, self._spool = (conn, target), broker, spool
 
-    def after(self, time: timedelta, **options: Any) -> Swept:
+    def after(self, time: timedelta, **options: Any) -> Collected:
         longest_s = garbage_collect.longest_wait(GRACE).total_seconds()
         return garbage_collect.run_once(
             *self._given,
             datetime.now(UTC) + time,
             GRACE,
-            lambda: backlog.look(self._broker, self._spool, longest_s=longest_s),
+            lambda: backlog.snapshot(self._broker, self._spool, longest_s=longest_s),
             **options,
         )
 
@@ -244,7 +244,7 @@ def test_the_spool_keeps_the_objects_young_that_its_events_need(tmp_path: Path, 
     content, other = put(target), put(target)
     long_ago = datetime.now(UTC)
     hurried = settings.model_copy(update={"sweep_grace_days": 1 / 86_400_000})  # at once half as old as that
-    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=Young(hurried))
+    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=ObjectToucher(hurried))
     spool.append(["an id", message(content).encode()])
     spool.append(["another", message(Reference("0" * 64, 5, "identity")).encode()])
 
@@ -290,7 +290,7 @@ def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
     sender.join()
     assert is_there == [True]
     assert object_store.head(sending, reference).size == 2000
-    assert sending.leftovers(datetime.now(UTC) + MONTH) == []
+    assert sending.orphans(datetime.now(UTC) + MONTH) == []
 
 
 def test_a_deletion_that_never_ends_is_an_outage_for_a_while_and_its_mark_a_leftover(
@@ -305,5 +305,5 @@ def test_a_deletion_that_never_ends_is_an_outage_for_a_while_and_its_mark_a_left
         store.touch(reference.key)
     monkeypatch.setattr("evalstore.objects.s3._MARK_S", 0)
     store.touch(reference.key)
-    assert len(store.leftovers(datetime.now(UTC) + MONTH, remove=True)) == 1
-    assert store.leftovers(datetime.now(UTC) + MONTH) == []
+    assert len(store.orphans(datetime.now(UTC) + MONTH, remove=True)) == 1
+    assert store.orphans(datetime.now(UTC) + MONTH) == []

@@ -20,7 +20,7 @@ from evalstore.objects import object_store
 from models.content import Reference
 from models.settings import Settings
 from tasks.actor import QUEUE
-from tasks.broker import Broker
+from tasks.broker import SendingBroker
 from tests.integration.s3_relay import Fault, S3Relay
 from tests.seaweedfs import SeaweedFS
 
@@ -52,7 +52,7 @@ def start_worker(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[
         print(log.read_text(errors="replace")[-6000:])
 
 
-def send(broker: Broker, reference: Reference | None = None, *, waited_s: float = 0) -> str:
+def send(broker: SendingBroker, reference: Reference | None = None, *, waited_s: float = 0) -> str:
     """Put an event in the queue, as a sender of `waited_s` ago did; returns its id."""
     event_id = str(uuid4())
     event: Json = {"type": "evaluation:failed", "eval_id": f"e-{event_id}", "event_id": event_id, "exit_code": 1}
@@ -84,7 +84,7 @@ def file_store(tmp_path: Path) -> tuple[object_store.Store, str]:
 
 
 def test_a_missing_object_is_waited_for_until_the_grace_is_over(
-    broker: Broker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+    broker: SendingBroker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
 ) -> None:
     store, url = file_store(tmp_path)
     there, _ = object_store.put(store, b"there")
@@ -142,7 +142,7 @@ def outage(request: Any, tmp_path: Path) -> Iterator[Outage]:
 
 def test_while_the_object_store_is_away_only_events_that_need_it_wait(
     outage: Outage,
-    broker: Broker,
+    broker: SendingBroker,
     database_url: str,
     start_worker: StartWorker,
     eventually: Eventually,
@@ -168,7 +168,7 @@ def test_while_the_object_store_is_away_only_events_that_need_it_wait(
 
 
 def test_an_event_that_waits_is_kept_as_it_was_sent(
-    broker: Broker, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+    broker: SendingBroker, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
 ) -> None:
     store, url = file_store(tmp_path)
     object_store.put(store, b"")

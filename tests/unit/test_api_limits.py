@@ -20,7 +20,7 @@ from evalstore.api import (
     record_routes,
     upload_routes,
 )
-from evalstore.api.limits import Guard
+from evalstore.api.limits import RequestLimitsMiddleware
 
 Exchange = tuple[list[Message], list[int]]
 
@@ -38,7 +38,9 @@ def exchange(app: ASGIApp, body: list[bytes] | None = None, headers: list[tuple[
         sent.append(message)
 
     scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": headers or [(b"transfer-encoding", b"chunked")]}
-    guard = Guard(app, max_request_bytes=lambda: 100, observe=lambda _scope, status, _seconds: statuses.append(status))
+    guard = RequestLimitsMiddleware(
+        app, max_request_bytes=lambda: 100, observe=lambda _scope, status, _seconds: statuses.append(status)
+    )
     asyncio.run(guard(scope, receive, send))
     return sent, statuses
 

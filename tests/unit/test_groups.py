@@ -12,29 +12,29 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 import pytest
 
 from evalstore.telemetry import process_registry
-from evalstore.telemetry.counters import Layout, Ledger, counted_by
+from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.settings import settings
 from worker.metrics import Outages
 
-LAYOUT = Layout(counted_by("worker"), {"job_name": ["a"]})
+LAYOUT = Schema(counted_by("worker"), {"job_name": ["a"]})
 APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
 
 # A process that counts, and beats until it is killed; `after` says what it does when it has begun.
 _PROCESS = """
 import sys, threading, time
 from evalstore.telemetry import process_registry as groups
-from evalstore.telemetry.counters import Layout, Ledger, counted_by
-ledger = Ledger(Layout(counted_by("worker"), {"job_name": ["a"]}))
+from evalstore.telemetry.counters import Counters, Schema, counted_by
+ledger = Counters(Schema(counted_by("worker"), {"job_name": ["a"]}))
 ledger.add("evalstore_events_total", "applied", "evaluation:queued", by=int(sys.argv[1]))
 groups.join("worker", ledger)
 ledger.add("evalstore_outage_seconds_total", "redis", by=int(sys.argv[1]))
 ledger.set("evalstore_breaker_open", to=1)
 ledger.watch_thread("main")
-ledger.due(0.5)
+ledger.set_deadline(0.5)
 print("ready", flush=True)
 while True:
     time.sleep(0.05)
-    ledger.due(0.5)
+    ledger.set_deadline(0.5)
 """
 
 
@@ -64,7 +64,7 @@ def start() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
 
 
 def counted(group: process_registry.Group, *key: str) -> float:
-    return group.totals(LAYOUT)[LAYOUT.places[key[0], key[1:]]]
+    return group.totals(LAYOUT)[LAYOUT.offsets[key[0], key[1:]]]
 
 
 def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
@@ -132,20 +132,20 @@ def test_a_frozen_process_is_stuck_until_it_goes_on(
 
 
 def test_a_thread_that_is_stuck_shows_and_one_that_waits_does_not(eventually: Callable[..., None]) -> None:
-    ledger = Ledger(LAYOUT)
+    ledger = Counters(LAYOUT)
     group = process_registry.join("worker", ledger)
     ledger.watch_thread("batches")
 
-    ledger.due(None)
+    ledger.set_deadline(None)
     assert [process.stuck for process in group.processes()] == [[]]
-    ledger.due(0.01)
+    ledger.set_deadline(0.01)
     eventually(lambda: [process.stuck for process in group.processes()] == [["batches"]], what="the verdict")
     ledger.leave_thread()
     assert [process.stuck for process in group.processes()] == [[]]
 
 
 def test_counts_of_another_release_are_dropped(runtime: Path, start: Callable[[int], subprocess.Popen[bytes]]) -> None:
-    other = Layout(counted_by("api"), {"method": [], "route": [], "status": []})
+    other = Schema(counted_by("api"), {"method": [], "route": [], "status": []})
     ended = runtime / f"worker;{process_registry.name_of(2**22 - 1)}"
     ended.mkdir(parents=True)
     (ended / process_registry.name_of(2**22 - 1)).write_bytes(other.data([9.0] * other.size))
@@ -166,8 +166,8 @@ def test_a_full_disk_hides_who_begins_then_and_nobody_else(
     on_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(process_registry.Unshared):
-            process_registry.join("worker", Ledger(LAYOUT))
+        with pytest.raises(process_registry.RegistryUnavailable):
+            process_registry.join("worker", Counters(LAYOUT))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, on_signal)
@@ -180,12 +180,12 @@ def test_a_full_disk_hides_who_begins_then_and_nobody_else(
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(process_registry.Unshared, match="another user"):
+    with pytest.raises(process_registry.RegistryUnavailable, match="another user"):
         process_registry.runtime()
 
 
 def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(eventually: Callable[..., None]) -> None:
-    ledger = Ledger(LAYOUT)
+    ledger = Counters(LAYOUT)
     outages = Outages(ledger, heard_for_s=0.2)
     for server in ("objects", "redis"):
         outages.away(server, "somebody")
@@ -196,9 +196,9 @@ def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(event
 
 
 def test_histograms_count_each_value_in_its_bucket() -> None:
-    ledger = Ledger(LAYOUT)
+    ledger = Counters(LAYOUT)
     for value in (1, 2, 3, 20_000):
         ledger.observe("evalstore_batch_events", value=value)
-    place = LAYOUT.places["evalstore_batch_events", ()]
+    place = LAYOUT.offsets["evalstore_batch_events", ()]
     numbers = LAYOUT.numbers(ledger.data())[place : place + 15]
     assert numbers == [1, 1, 1, *[0] * 10, 1, 20_006]

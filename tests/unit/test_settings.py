@@ -11,7 +11,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from evalstore.local import processes
 from models import InvalidSettings
-from models.settings import Settings, misspelt
+from models.settings import Settings, unknown_settings
 
 ADDRESS = "postgresql://user:hunter2@db/evalstore"
 
@@ -147,7 +147,7 @@ def test_secrets_never_print() -> None:
 
 
 def test_a_variable_that_is_spelt_like_a_setting_is_told_with_it_and_no_other_is() -> None:
-    told = misspelt(
+    told = unknown_settings(
         {
             "EVALSTORE_SPOOLDIR": "/var/spool/evalstore",
             "EVALSTORE_DATABASE_URI": "",
@@ -171,7 +171,9 @@ def test_a_variable_that_is_spelt_like_a_setting_is_told_with_it_and_no_other_is
 
 def test_no_name_that_processes_find_in_their_environment_is_taken_for_a_misspelling() -> None:
     assert (
-        misspelt({**os.environ, processes.MARK: "/data", **{f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}})
+        unknown_settings(
+            {**os.environ, processes.MARK: "/data", **{f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}}
+        )
         == []
     )
 
