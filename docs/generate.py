@@ -15,9 +15,10 @@ from pydantic import SecretStr
 from evalstore.cli.app import application
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidEvent
-from models.events import ENDINGS, MAX_METADATA_BYTES, Event, check
+from models.events import ENDINGS, Event, check
 from models.logs import LOGS
 from models.metrics import METRICS, Metric
+from models.plain import MAX_METADATA_BYTES
 from models.record import Record
 from models.settings import Settings
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from models.plain import plain_scalar
+
 MAX_CONTENT_BYTES = 100 * 1024 * 1024
 # Content is checked and compressed in frames of this size; below one, it is kept as it is where compression does not help.
 FRAME_BYTES = 4 * 1024 * 1024
@@ -18,6 +20,7 @@ FRAME_BYTES = 4 * 1024 * 1024
 # The two halves of a pair, each encoded by itself: no string encodes to this, because a pair is the character it stands for.
 _SPLIT_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 
+_SIZES = range(2**63)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NAMED = re.compile(rb'"sha256"\s*:\s*"([0-9a-f]{64})"')
 
@@ -41,11 +44,11 @@ def reference(value: Any) -> Reference:
         value = value._asdict()
     if not isinstance(value, Mapping) or value.keys() != set(Reference._fields):
         raise ValueError("expected an object of sha256, size and encoding, and of nothing else")
-    sha256, size, encoding = value["sha256"], value["size"], value["encoding"]
+    sha256, size, encoding = (plain_scalar(value[name]) for name in Reference._fields)
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise ValueError("sha256: expected 64 of 0-9 a-f")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError("size: expected an integer, 0 or more: the bytes of the content before compression")
+    if not isinstance(size, int) or isinstance(size, bool) or size not in _SIZES:
+        raise ValueError("size: expected a 64-bit integer, 0 or more: the bytes of the content before compression")
     if encoding not in ("identity", "zstd"):
         raise ValueError("encoding: expected identity or zstd")
     if encoding == "identity" and size >= FRAME_BYTES:

@@ -31,14 +31,10 @@ from pydantic import (
 
 from models import content
 from models.errors import Fault, InvalidEvent, printable
+from models.plain import INT64, SURROGATE, plain_metadata, plain_scalar
 from models.validation_errors import did_you_mean, format_error
 
-MAX_METADATA_BYTES = 64 * 1024
-MAX_METADATA_DEPTH = 100
 MAX_EXTRA_DEPTH = 500  # of an unknown field; Python's JSON gives up on some depth below 1,000
-_INT64 = range(-(2**63), 2**63)
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
 UUID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 # As nearly every time is written: nothing to truncate or to convert, and no year before 1970 where it does not begin with 1.
@@ -82,43 +78,19 @@ def _occurred_at(value: Any) -> datetime | None:
             raise ValueError(f"expected a date that exists: {error}") from None
     if not isinstance(value, datetime) or value.utcoffset() is None:
         raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z")
-    try:
-        moment = value.astimezone(UTC)
-    except OverflowError:
-        moment = datetime.min.replace(tzinfo=UTC)
+    moment = _in_utc(value)
     if moment.year < 1970:
         raise ValueError("expected a year from 1970 to 9999 in UTC")
     return moment
 
 
-def _json_fault(value: Any, path: str, depth: int) -> str | None:
-    """What keeps `value` from being exact in PostgreSQL's jsonb and in other languages' JSON, or None."""
-    if isinstance(value, dict | list):
-        if depth == MAX_METADATA_DEPTH:
-            return f"{path}: nested deeper than {MAX_METADATA_DEPTH} levels"
-        if isinstance(value, list):
-            faults = (_json_fault(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))
-        else:
-            faults = (_member_fault(key, item, path, depth) for key, item in value.items())
-        return next(filter(None, faults), None)
-    match value:
-        case str() if "\0" in value:
-            return f"{path}: NUL is not allowed"
-        case str() if not value.isascii() and _SURROGATE.search(value):
-            return f"{path}: lone surrogates are not allowed"
-        case int() if value not in _INT64:
-            return f"{path}: expected a 64-bit integer"
-        case float() if not math.isfinite(value):
-            return f"{path}: expected a finite number"
-        case None | str() | int() | float():  # bool is an int
-            return None
-    return f"{path}: {type(value).__name__} is not JSON"
-
-
-def _member_fault(key: object, item: Any, path: str, depth: int) -> str | None:
-    if not isinstance(key, str):
-        return f"{path}: expected text as keys, not {type(key).__name__}"
-    return _json_fault(key, f"{path}, key {key!a}", depth) or _json_fault(item, f"{path}.{key}", depth + 1)
+def _in_utc(at: datetime) -> datetime:
+    """Convert `at` to UTC and to `datetime` itself: pandas' Timestamp writes nanoseconds, and its NaT is no time."""
+    try:
+        moment = at.astimezone(UTC)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
 
 
 def _metadata(value: Any) -> dict[str, Any] | None:
@@ -126,21 +98,7 @@ def _metadata(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic turns only ValueError into a fault
-    if fault := metadata_fault(value):
-        raise ValueError(fault)
-    return value
-
-
-def metadata_fault(value: dict[str, Any]) -> str | None:
-    """What is wrong with an event's metadata, or None."""
-    if fault := _json_fault(value, "metadata", 0):
-        where, _, what = fault.rpartition(": ")
-        return f"{where if len(where) <= 200 else f'{where[:100]}…{where[-100:]}'}: {what}"
-    try:
-        size = len(msgspec.json.encode(value))
-    except TypeError as error:  # of a subclass of a JSON type, like numpy's float64
-        return f"expected JSON alone: {error}"
-    return None if size <= MAX_METADATA_BYTES else f"expected at most {MAX_METADATA_BYTES:,} bytes of JSON"
+    return plain_metadata(value)
 
 
 def _b64(value: str) -> str:
@@ -166,7 +124,7 @@ Ref = Annotated[
     PlainSerializer(lambda found: found and found._asdict(), return_type=dict | None),
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Int64 = Annotated[int, Field(ge=_INT64.start, le=_INT64.stop - 1)]
+Int64 = Annotated[int, Field(ge=INT64.start, le=INT64.stop - 1)]
 
 
 class _Event(BaseModel):
@@ -307,7 +265,7 @@ def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     except ValidationError as error:
         # pydantic takes no names with lone surrogates, and unknown fields may have any.
         given: dict[Any, Any] = data if isinstance(data, dict) else {}
-        odd = {name: value for name, value in given.items() if isinstance(name, str) and _SURROGATE.search(name)}
+        odd = {name: value for name, value in given.items() if isinstance(name, str) and SURROGATE.search(name)}
         if not odd:
             raise InvalidEvent(_faults(data, error, max_content_bytes)) from None
         event = parse({name: value for name, value in given.items() if name not in odd}, max_content_bytes=max_content_bytes)
@@ -373,17 +331,20 @@ def identity(event: Mapping[str, Any]) -> tuple[str | None, UUID | None]:
 def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
     """The event that a sender gives, as a JSON object or as one of the models: no unknown fields, no system events.
 
-    Raises InvalidEvent, which names every wrong field.
+    Its fields have JSON's own types, or those of the models. Raises InvalidEvent, which names every wrong field.
     """
     faults: list[Fault] = []
     if isinstance(data, _Event):
         data = dict(data)
     if isinstance(data, Mapping):
-        data = {name: value for name, value in data.items() if value is not None}
+        faults += [
+            Fault("event", f"expected text as names, not {type(name).__name__}") for name in data if not isinstance(name, str)
+        ]
+        data = {name: plain_scalar(value) for name, value in data.items() if value is not None and isinstance(name, str)}
         model = _MODELS.get(data["type"]) if isinstance(data.get("type"), str) else None
         known = _FIELDS[model] if model else data.keys()
         if not data.keys() <= known:
-            faults += [_unknown(str(name), data["type"], known) for name in data if name not in known]
+            faults += [_unknown(name, data["type"], known) for name in data if name not in known]
         if model is EvaluationLost:
             faults.append(Fault("type", "evaluation:lost is written by the system alone"))
     try:

@@ -14,7 +14,7 @@ from uuid_utils import uuid7
 
 from models import content
 from models.errors import Fault, InvalidEvent
-from models.events import CONTENT_FIELDS, Event, check
+from models.events import CONTENT_FIELDS, Event, check, identity
 from models.fast_decode import look_at
 from models.record import rfc3339
 from models.settings import settings
@@ -96,18 +96,28 @@ def _completed(data: Mapping[str, Any] | Event) -> tuple[dict[str, Any], bytes |
                 travelling["occurred_at"] = rfc3339(at)
             elif len(written) <= min(_SMALL, read.inline_limit_bytes):
                 return travelling, written
+            if metadata := travelling.get("metadata"):
+                # A generator may fill the same object for its next event before this event is encoded.
+                travelling["metadata"] = metadata.copy()
             return travelling, None
         data = travelling
     event = check(data, max_content_bytes=most)
-    given = data if isinstance(data, Mapping) else event.model_dump()
-    travelling = {name: value for name, value in given.items() if value is not None}
+    # The checked values, not the given ones: an encoder writes a Decimal as text.
+    travelling = {
+        name: value._asdict() if isinstance(value, content.Reference) else value
+        for name, value in event.__dict__.items()
+        if name in event.model_fields_set
+    }
     travelling["event_id"] = str(event.event_id or uuid7())
     travelling["occurred_at"] = rfc3339(event.occurred_at or datetime.now(UTC))
-    for name in CONTENT_FIELDS[event.type]:
-        if (reference := travelling.get(f"{name}_ref")) is not None:
-            travelling[f"{name}_ref"] = content.reference(reference)._asdict()
     uploads.check_sizes(travelling)
     return travelling, None
+
+
+def _named(event: object) -> str:
+    """The end of a fault's text: the evaluation of an event that may be wrong in any way."""
+    eval_id, _ = identity(event if isinstance(event, Mapping) else getattr(event, "__dict__", {}))
+    return "" if eval_id is None else f" (eval_id {eval_id})"
 
 
 def _is_ours(at: str) -> bool:
@@ -134,19 +144,20 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: b
     holds their large content before any is sent. With `durable` this returns only when the append-only file is on disk or a
     replica has it.
 
-    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`), ObjectStoreOutage (none was sent), or
-    RedisOutage: then none was sent, or, where only the answer was lost, all were; the same events may be sent again, as each is
-    stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this returns; SpoolFull if
-    it has no room. What is `durable` is never kept there; NotDurable where Redis alone has it.
+    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`) and its `eval_id`, ObjectStoreOutage
+    (none was sent), or RedisOutage: then none was sent, or, where only the answer was lost, all were; the same events may be
+    sent again, as each is stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this
+    returns; SpoolFull if it has no room. What is `durable` is never kept there; NotDurable where Redis alone has it.
     """
-    if isinstance(events, str | Mapping | BaseModel):
+    if not isinstance(events, Iterable) or isinstance(events, str | Mapping | BaseModel):
         raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
     travelling, written, faults = [], [], []
     for position, event in enumerate(events):
         try:
             one, text = _completed(event)
         except InvalidEvent as error:
-            faults += [Fault(f"[{position}].{fault.field}", fault.problem) for fault in error.faults]
+            of = _named(event)
+            faults += [Fault(f"[{position}].{fault.field}", fault.problem + of) for fault in error.faults]
         else:
             travelling.append(one)
             written.append(text)

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from models.content import MAX_CONTENT_BYTES
-from models.events import MAX_METADATA_BYTES
+from models.plain import MAX_METADATA_BYTES
 
 Schema = dict[str, Any]
 

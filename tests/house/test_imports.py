@@ -40,6 +40,7 @@ def test_importing_tasks_loads_no_server_side_package() -> None:
         "botocore",
         "periodiq",
         "opentelemetry",
+        "numpy",
         "rich",
         "typer",
         "evalstore.storage",

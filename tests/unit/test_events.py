@@ -486,7 +486,7 @@ def test_nothing_is_nested_so_deeply_that_it_cannot_be_stored(name: str) -> None
 
 @pytest.mark.parametrize("key", [1, None, b"x", ("a",), True])
 def test_names_are_text(key: Any) -> None:
-    assert str(key) in faults_of({**QUEUED, key: 1})
+    assert faults_of({**QUEUED, key: 1}) == {"event": f"expected text as names, not {type(key).__name__}"}
     with pytest.raises(InvalidEvent):
         parse({**QUEUED, key: 1})
     assert list(faults_of({**QUEUED, "metadata": {key: 1}})) == ["metadata"]
@@ -538,7 +538,6 @@ def test_metadata_is_an_object_of_json(event: dict[str, Any]) -> None:
         {"a": datetime(2026, 1, 1, tzinfo=UTC)},
         {"a": UUID(ID)},
         {"a": Ellipsis},
-        {"a": type("Float64", (float,), {})(1)},
     ],
     ids=ascii,
 )
