@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.validation_errors import did_you_mean, format_error
+from models.validation_errors import did_you_mean
 
 log = logging.getLogger("evalstore.settings")
 
@@ -23,6 +23,11 @@ _PREFIX = "EVALSTORE_"
 _BESIDE = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
 # What Kubernetes sets for each service, here for one whose name begins with evalstore.
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Upper limits that no deployment needs, and that time functions, Redis and PostgreSQL can still compute with.
+_DAY_S: Final = 86_400
+_CENTURY_DAYS: Final = 36_500
+_PEBIBYTE: Final = 1024**5
 _BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
 
 
@@ -56,7 +61,7 @@ def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
 class Settings(BaseModel):
     """Every field is the environment variable `EVALSTORE_<FIELD>`. Addresses may hold passwords and never print."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, defer_build=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
 
     database_url: Annotated[SecretStr, Field(description="PostgreSQL, as a libpq address; read by worker, API, CLI")] = (
         SecretStr("postgresql://localhost/evalstore")
@@ -64,26 +69,35 @@ class Settings(BaseModel):
     redis_url: Annotated[SecretStr, Field(description="Redis or Valkey: redis://, rediss:// or unix://; read by all")] = (
         SecretStr("redis://localhost:6379/0")
     )
-    send_timeout_s: Annotated[float, Field(gt=0, description="seconds until `send` gives up on Redis; read by senders")] = 2
+    send_timeout_s: Annotated[
+        float, Field(gt=0, le=_DAY_S, description="seconds until `send` gives up on Redis; read by senders")
+    ] = 2
     batch_events: Annotated[int, Field(ge=1, le=65536, description="the most events stored together; read by workers")] = 2000
     batch_bytes: Annotated[
-        int, Field(ge=1, description="bytes of messages fetched together, above the first; read by workers")
+        int, Field(ge=1, le=_PEBIBYTE, description="bytes of messages fetched together, above the first; read by workers")
     ] = 8 * 1024 * 1024
     max_deaths: Annotated[
-        int, Field(ge=1, description="processes a message may kill, alone in each, before it is a dead letter; read by workers")
+        int,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="processes a message may kill, alone in each, before it is a dead letter; read by workers",
+        ),
     ] = 5
-    breaker_messages: Annotated[int, Field(ge=1, description="the fewest messages that open the breaker; read by workers")] = (
-        500
-    )
+    breaker_messages: Annotated[
+        int, Field(ge=1, le=1_000_000_000, description="the fewest messages that open the breaker; read by workers")
+    ] = 500
     breaker_share: Annotated[
         float, Field(gt=0, le=1, description="the share of bad messages that opens the breaker; read by workers")
     ] = 0.5
-    breaker_window_s: Annotated[float, Field(gt=0, description="seconds over which the breaker counts; read by workers")] = 60
+    breaker_window_s: Annotated[
+        float, Field(gt=0, le=_DAY_S, description="seconds over which the breaker counts; read by workers")
+    ] = 60
     breaker_probe_s: Annotated[
-        float, Field(gt=0, description="seconds between messages tried while the breaker is open; read by workers")
+        float, Field(gt=0, le=_DAY_S, description="seconds between messages tried while the breaker is open; read by workers")
     ] = 30
     lost_grace_s: Annotated[
-        float, Field(ge=1, description="seconds beyond its limit until an evaluation is given up; read by workers")
+        float, Field(ge=1, le=1e9, description="seconds beyond its limit until an evaluation is given up; read by workers")
     ] = 60
     running_limit_s: Annotated[
         float, Field(gt=0, le=1e9, description="seconds an evaluation may run that has no timeout_s; read by workers")
@@ -118,23 +132,33 @@ class Settings(BaseModel):
         str | None, Field(description="where large content goes: file:///folder or s3://bucket/prefix; read by all")
     ] = None
     inline_limit_bytes: Annotated[
-        int, Field(ge=0, description="content above it goes to the object store, if there is one; read by senders")
+        int,
+        Field(ge=0, le=_PEBIBYTE, description="content above it goes to the object store, if there is one; read by senders"),
     ] = 64 * 1024
     object_grace_s: Annotated[
-        float, Field(ge=0, description="seconds an event waits for an object that is missing; read by workers")
+        float, Field(ge=0, le=1e9, description="seconds an event waits for an object that is missing; read by workers")
     ] = 3600
     sweep_grace_days: Annotated[
-        float, Field(gt=0, description="days until an object that nothing names is removed; read by senders and workers")
+        float,
+        Field(
+            gt=0,
+            le=_CENTURY_DAYS,
+            description="days until an object that nothing names is removed; read by senders and workers",
+        ),
     ] = 7
     archive_url: Annotated[
         str | None, Field(description="where archived content goes; unset: the object store; read by worker, API, CLI")
     ] = None
     archive_threshold_bytes: Annotated[
-        int, Field(ge=1, description="content above it leaves PostgreSQL for the archive; read by workers")
+        int, Field(ge=1, le=_PEBIBYTE, description="content above it leaves PostgreSQL for the archive; read by workers")
     ] = 1_000_000
     archive_after_days: Annotated[
         float | None,
-        Field(ge=0, description="days after an evaluation's end until all its content does; unset: never; read by workers"),
+        Field(
+            ge=0,
+            le=_CENTURY_DAYS,
+            description="days after an evaluation's end until all its content does; unset: never; read by workers",
+        ),
     ] = None
     s3_endpoint_url: Annotated[
         str | None, Field(description="an S3-compatible server, as http(s)://host:port; unset: AWS; read by all")
@@ -152,7 +176,9 @@ class Settings(BaseModel):
     spool_dir: Annotated[
         Path | None, Field(description="a local folder that keeps events while Redis is away; read by senders")
     ] = None
-    spool_max_bytes: Annotated[int, Field(ge=1, description="the most that folder may hold; read by senders")] = 1024**3
+    spool_max_bytes: Annotated[int, Field(ge=1, le=_PEBIBYTE, description="the most that folder may hold; read by senders")] = (
+        1024**3
+    )
 
     @field_validator("spool_dir", "runtime_dir")
     @classmethod
@@ -180,7 +206,9 @@ class Settings(BaseModel):
     cache_ttl_s: Annotated[
         int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
     ] = 300
-    max_request_bytes: Annotated[int, Field(ge=1, description="the most a request may hold; read by the API")] = 104_857_600
+    max_request_bytes: Annotated[int, Field(ge=1, le=_PEBIBYTE, description="the most a request may hold; read by the API")] = (
+        104_857_600
+    )
 
     @field_validator("read_api_keys", "write_api_keys")
     @classmethod
@@ -234,20 +262,27 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Read the variables; an empty one counts as unset.
+        """Read the variables, without the white space around their values; an empty one counts as unset.
 
         Raises InvalidSettings, which names every variable at fault.
         """
         given = {
-            name.removeprefix(_PREFIX).lower(): value
+            name.removeprefix(_PREFIX).lower(): stripped
             for name, value in environment.items()
-            if name.startswith(_PREFIX) and value
+            if name.startswith(_PREFIX) and (stripped := value.strip())
         }
+        given = {name: value for name, value in given.items() if name in cls.model_fields}
+        faults = {name: "control characters are not allowed" for name, value in given.items() if _CONTROLS.search(value)}
         try:
-            return cls.model_validate(given)
+            read = cls.model_validate(given)
         except ValidationError as error:
-            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {format_error(fault)}" for fault in error.errors()]
-            raise InvalidSettings("; ".join(faults)) from None
+            for fault in error.errors():
+                faults.setdefault(str(fault["loc"][0]), in_words(fault))
+        if faults:
+            raise InvalidSettings(
+                "; ".join(f"{_PREFIX}{name.upper()}: {faults[name]}" for name in cls.model_fields if name in faults)
+            )
+        return read
 
 
 def unknown_settings(environment: Mapping[str, str]) -> list[str]:

@@ -48,7 +48,7 @@ class _File:
             state = self._path.stat()
             seen = (state.st_mtime_ns, state.st_ino, state.st_size)
             if seen != self._seen:
-                self.keys = _split(self._path.read_text(encoding="utf-8"))
+                self.keys = _split(self._path.read_text(encoding="utf-8-sig"))
                 self._seen = seen
             self._failing = False
         except (OSError, UnicodeDecodeError) as error:

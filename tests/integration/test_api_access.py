@@ -127,6 +127,14 @@ def test_a_file_of_keys_is_read_again_when_it_changes(
     assert works("third")
 
 
+def test_a_file_of_keys_may_come_from_another_editor(start_api: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n second ,\tthird\r\n\r\n")  # a mark of UTF-8, and lines of Windows
+    api = start_api(EVALSTORE_READ_API_KEYS_FILE=f"{path}\n")
+    for key in ("first", "second", "third"):
+        assert api.nobody.get(E, headers={"X-API-Key": key}).status_code == 200, key
+
+
 def test_a_key_works_soon_after_it_was_made_and_no_longer_once_it_is_revoked(
     api: Any, engine: Engine, eventually: Callable[..., None]
 ) -> None:

@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 import pytest
 import redis
@@ -111,6 +114,57 @@ def test_a_bad_database_address_is_named_and_not_repeated(address: str) -> None:
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", "many", "1e3", str(2**40)])
 def test_a_bad_number_is_named(number: str) -> None:
     assert refused(EVALSTORE_MAX_CONTENT_BYTES=number).startswith("EVALSTORE_MAX_CONTENT_BYTES: ")
+
+
+@pytest.mark.parametrize("around", ["\n", "\r\n", " ", "\t", "\u00a0"])
+def test_white_space_around_a_value_does_not_count(around: str) -> None:
+    given = {
+        "EVALSTORE_DATABASE_URL": ADDRESS,
+        "EVALSTORE_REDIS_URL": "redis://h:1/0",
+        "EVALSTORE_OBJECT_STORE_URL": "file:///data/objects",
+        "EVALSTORE_S3_ENDPOINT_URL": "http://h:1",
+        "EVALSTORE_SPOOL_DIR": "/var/spool",
+        "EVALSTORE_METRICS_HOST": "::1",
+        "EVALSTORE_LOG_FORMAT": "json",
+        "EVALSTORE_MAX_CONTENT_BYTES": "5",
+    }
+    spaced = {name: around + value + around for name, value in given.items()}
+    assert Settings.from_environment(spaced) == Settings.from_environment(given)
+    assert Settings.from_environment({"EVALSTORE_OBJECT_STORE_URL": around}).object_store_url is None
+
+
+@pytest.mark.parametrize("control", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85"])
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_a_control_character_inside_any_value_is_refused(name: str, control: str) -> None:
+    field = f"EVALSTORE_{name.upper()}"
+    assert refused(**{field: f"/a{control}b"}) == f"{field}: control characters are not allowed"
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1e400", "infinity"])
+def test_an_infinite_number_or_none_is_refused_for_every_setting(number: str) -> None:
+    names = [f"EVALSTORE_{name.upper()}" for name in numbers()]
+    assert all(f"{name}: expected a" in refused(**{name: number}) for name in names)
+
+
+def numbers() -> dict[str, list[float]]:
+    """The upper limits of each setting that is a number."""
+    fields = Settings.model_fields.items()
+    return {
+        name: [limit.le for limit in field.metadata if hasattr(limit, "le")]
+        for name, field in fields
+        if {int, float} & {field.annotation, *get_args(field.annotation)}
+    }
+
+
+def test_every_number_has_an_upper_limit_that_clocks_can_reach() -> None:
+    assert len(numbers()) > 15
+    for name, limits in numbers().items():
+        assert len(limits) == 1, name
+        if name.endswith("_s"):
+            assert limits[0] < threading.TIMEOUT_MAX / 2
+            assert datetime.now(UTC) - timedelta(seconds=2 * limits[0])
+        if name.endswith("_days"):
+            assert datetime.now(UTC) - timedelta(days=2 * limits[0])
 
 
 def test_all_faults_are_reported_together() -> None:
