@@ -1,5 +1,8 @@
-"""The addresses of PostgreSQL and Redis: what each may hold. Nothing of one is ever repeated, as it may hold a password."""
+"""The addresses of PostgreSQL and Redis: what each may hold. Nothing of one is ever repeated, as it may hold a password.
 
+And of hosts that this process listens on."""
+
+import ipaddress
 import re
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
@@ -68,3 +71,25 @@ def check_redis_url(url: str) -> None:
             raise ValueError(f"expected no options but {known}{did_you_mean(name, options)}")
         if not re.fullmatch(options[name], value, re.ASCII):
             raise ValueError(f"not a value that the option {name} can have")
+
+
+def check_host(host: str) -> str:
+    """Return the name or address of a host to listen on, an IPv6 address without brackets. Raises ValueError."""
+    bare = host[1:-1] if re.fullmatch(r"\[.*:.*\]", host) else host
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", bare, re.ASCII):
+            raise ValueError("expected a host name, or an IPv4 or IPv6 address, without a port") from None
+    return bare
+
+
+def url_of(host: str, port: int | str) -> str:
+    """Return the URL under which a program on this machine reaches a server that listens there."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{authority(reached, port)}"
+
+
+def authority(host: str, port: int | str) -> str:
+    """Return `host:port` as URLs have it (RFC 3986, 3.2.2): an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -81,7 +81,7 @@ LOGS: Final = (
     ),
     Entry("sweep_postponed", "warning", "the sweep of the object store is left to another time: %s", ("error",)),
     # Metrics and traces.
-    Entry("metrics_port_taken", "warning", "no metrics at %s:%d: %s", ("host", "port", "error")),
+    Entry("metrics_not_served", "warning", "no metrics at %s: %s", ("address", "error")),
     Entry("metrics_ended", "warning", "the endpoint for metrics ended with status %d, and begins again", ("status",)),
     Entry("metrics_unshared", "warning", "metrics are of this process alone: %s", ("error",)),
     Entry("not_shown", "warning", "what this process counts is not shown, nor that it lives: %s", ("error",)),

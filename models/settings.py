@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from models.addresses import check_database_url, check_redis_url
+from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.validation_errors import did_you_mean
@@ -105,9 +105,9 @@ class Settings(BaseModel):
     queued_limit_s: Annotated[
         float, Field(gt=0, le=1e9, description="seconds an evaluation may be queued; read by workers")
     ] = 86_400
-    metrics_host: Annotated[str, Field(description="where metrics and health are answered; read by worker, scheduler")] = (
-        "127.0.0.1"
-    )
+    metrics_host: Annotated[
+        str, Field(description="where metrics and health are answered, a host name or an address; read by worker, scheduler")
+    ] = "127.0.0.1"
     metrics_port: Annotated[
         int, Field(ge=0, le=65535, description="one port for a worker and all its processes, 0 for none; read by worker")
     ] = 9191
@@ -199,7 +199,9 @@ class Settings(BaseModel):
     write_api_keys_file: Annotated[
         Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
     ] = None
-    api_host: Annotated[str, Field(description="where `python -m evalstore.api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
+    api_host: Annotated[
+        str, Field(description="where `python -m evalstore.api` listens, a host name or an address; read by the API")
+    ] = "0.0.0.0"  # noqa: S104
     api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
         8086
     )
@@ -217,6 +219,11 @@ class Settings(BaseModel):
         if not all(re.fullmatch(r"[!-~]*", key, re.ASCII) for key in keys):
             raise ValueError("expected keys of printable ASCII without spaces, separated by commas")
         return value
+
+    @field_validator("metrics_host", "api_host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        return check_host(value)
 
     @field_validator("database_url")
     @classmethod
@@ -277,7 +284,7 @@ class Settings(BaseModel):
             read = cls.model_validate(given)
         except ValidationError as error:
             for fault in error.errors():
-                faults.setdefault(str(fault["loc"][0]), in_words(fault))
+                faults.setdefault(str(fault["loc"][0]), format_error(fault))
         if faults:
             raise InvalidSettings(
                 "; ".join(f"{_PREFIX}{name.upper()}: {faults[name]}" for name in cls.model_fields if name in faults)

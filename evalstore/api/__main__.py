@@ -16,7 +16,7 @@ def main() -> None:
     uvicorn.run(
         "evalstore.api.app:app",
         http="evalstore.api.protocol:Protocol",
-        host=chosen.api_host,
+        host="" if chosen.api_host == "::" else chosen.api_host,  # asyncio would serve IPv6 alone on `::`
         port=chosen.api_port,
         timeout_graceful_shutdown=GRACE_S,
         access_log=False,

@@ -13,6 +13,7 @@ import typer
 
 from evalstore.cli.output import escaped
 from evalstore.local.stack import LocalStack, commands
+from models.addresses import url_of
 from models.errors import EvalstoreError
 
 COLOURS = (36, 33, 32, 35, 34)
@@ -28,7 +29,8 @@ def up(
     """Run everything on this machine: PostgreSQL, a Redis-compatible server, worker, scheduler and
     HTTP service, until Ctrl-C.
 
-    The servers come with the package and listen on 127.0.0.1 only. Data stay in the folder, and so do ports and
+    The servers come with the package and listen on 127.0.0.1 only; so do HTTP service and metrics, unless
+    EVALSTORE_API_HOST or EVALSTORE_METRICS_HOST is set. Data stay in the folder, and so do ports and
     passwords: PATH/environment holds them for other shells.
     """
     raise typer.Exit(serve(folder, commands(processes, threads), workers=processes))
@@ -97,7 +99,10 @@ def _summary(local: LocalStack) -> list[str]:
     rows = [
         ("PostgreSQL", f"127.0.0.1:{local.postgres.port}, log {local.postgres.log}"),
         ("Valkey", f"127.0.0.1:{local.valkey.port}, log {local.valkey.log}"),
-        ("metrics", f"http://127.0.0.1:{local.environment['EVALSTORE_METRICS_PORT']}/metrics"),
+        (
+            "metrics",
+            f"{url_of(local.environment['EVALSTORE_METRICS_HOST'], local.environment['EVALSTORE_METRICS_PORT'])}/metrics",
+        ),
         ("objects", str(local.objects)),
         ("archive", str(local.archive)),
         ("processes", ", ".join(process.name for process in local.processes)),

@@ -27,7 +27,7 @@ def workers(environment: Mapping[str, str], since: float) -> int:
 
 def answers(environment: Mapping[str, str]) -> bool:
     """Whether the HTTP service does."""
-    url = f"{environment['EVALSTORE_API_URL']}/health/live"
+    url = f"{environment['EVALSTORE_API_URL'].rstrip('/')}/health/live"
     with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=_PATIENCE_S) as answer:  # noqa: S310
         return bool(answer.status == 200)
     return False

@@ -44,20 +44,20 @@ def write_private(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def free_port(preferred: int | None = None) -> int:
-    """A port of 127.0.0.1 to listen on. Not an ephemeral one: while the server is down, a client's attempts to connect
+def free_port(preferred: int | None = None, host: str = "127.0.0.1") -> int:
+    """A port of `host` to listen on. Not an ephemeral one: while the server is down, a client's attempts to connect
     could take such a port themselves (a TCP connection to oneself), and the server would not get it back."""
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     top = first_ephemeral if first_ephemeral > 12000 else 65536
     for port in [*([preferred] if preferred else []), *(random.randrange(10000, top) for _ in range(200))]:  # noqa: S311
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return port
-    raise ServerError("no free port on 127.0.0.1")
+    raise ServerError(f"no free port on {host}")
 
 
 class Server(ABC):

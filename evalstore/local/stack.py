@@ -22,7 +22,9 @@ from urllib.parse import quote
 
 from evalstore.local import processes, readiness
 from evalstore.local.servers import Postgres, Server, ServerError, Valkey, free_port, write_private
+from models.addresses import url_of
 from models.errors import EvalstoreError
+from models.settings import Settings
 
 Show = Callable[[str, str], None]  # the name of a process, and a line of its
 
@@ -52,25 +54,28 @@ def _service(folder: Path) -> dict[str, str]:
     """Where the HTTP service listens and its keys, the same at every start where they can be."""
     kept = folder / "api"
     port, read, write = kept.read_text().split() if kept.exists() else ("8086", secrets.token_hex(24), secrets.token_hex(24))
-    port = str(free_port(int(port)))
+    chosen = Settings.from_environment(os.environ)
+    host = chosen.api_host if "api_host" in chosen.model_fields_set else "127.0.0.1"
+    port = str(free_port(int(port), host))
     write_private(kept, f"{port}\n{read}\n{write}\n")
     return {
-        "EVALSTORE_API_HOST": "127.0.0.1",
+        "EVALSTORE_API_HOST": host,
         "EVALSTORE_API_PORT": port,
-        "EVALSTORE_API_URL": f"http://127.0.0.1:{port}",
+        "EVALSTORE_API_URL": url_of(host, port),
         "EVALSTORE_READ_API_KEYS": read,
         "EVALSTORE_WRITE_API_KEYS": write,
     }
 
 
-def _metrics_ports(folder: Path) -> dict[str, str]:
+def _metrics(folder: Path) -> dict[str, str]:
     """Where metrics are answered: at the usual ports, or those of before, if they are free and nothing else was asked for."""
+    host = Settings.from_environment(os.environ).metrics_host
     kept = folder / "metrics"
     ports = kept.read_text().split() if kept.exists() else ["9191", "9192"]
     names = ("EVALSTORE_METRICS_PORT", "EVALSTORE_SCHEDULER_METRICS_PORT")
-    found = {name: os.environ.get(name) or str(free_port(int(port))) for name, port in zip(names, ports, strict=True)}
+    found = {name: os.environ.get(name) or str(free_port(int(port), host)) for name, port in zip(names, ports, strict=True)}
     write_private(kept, " ".join(found.values()))
-    return found
+    return found | {"EVALSTORE_METRICS_HOST": host}
 
 
 def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
@@ -162,7 +167,7 @@ class LocalStack:
             "EVALSTORE_DATABASE_URL": self.postgres.url(),
             "EVALSTORE_REDIS_URL": self.valkey.url(),
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
-            **_metrics_ports(self.folder),
+            **_metrics(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
             "EVALSTORE_ARCHIVE_URL": f"file://{quote(str(self.archive))}",
         }

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -21,6 +23,7 @@ from evalstore.telemetry.backend_stats import BackendStats
 from evalstore.telemetry.counters import Schema, Series
 from evalstore.telemetry.disks import Disks
 from evalstore.telemetry.process_registry import Group
+from models.addresses import authority
 from models.metrics import METRICS, Metric
 from models.settings import settings
 from tasks.spool import Spool
@@ -156,6 +159,23 @@ def ready(standing: BackendStats) -> Answer:
     return Answer(503, {"status": "not ready", **found}) if found else Answer(200, {"status": "ready"})
 
 
+class _Server(ThreadingHTTPServer):
+    """Serves each request in a thread of its own, over IPv4 or IPv6; on `::` over both. Raises OSError."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name may stand for both. IPv4 goes first, as most who scrape localhost ask for 127.0.0.1.
+        self.address_family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        super().__init__(address, handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)  # HTTPServer also looks the host's name up, which may take seconds
+
+
 class Endpoint:
     """Answers `/metrics`, `/health/live` and `/health/ready`, each request in a thread of its own."""
 
@@ -191,13 +211,12 @@ class Endpoint:
             def log_message(self, *given: object) -> None:
                 """Nothing: whoever scrapes comes every few seconds."""
 
-        self.server = ThreadingHTTPServer((host, port), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(host, port, Handler)
 
 
-def start(role: str, group: Group, layout: Schema, port: int) -> None:
-    """Answer from a thread of this process. A port that is taken is a warning, until it is free: whom a new release takes the
-    place of may still have it."""
+def start(role: str, group: Group, layout: Layout, port: int) -> None:
+    """Answer from a thread of this process. Where it cannot listen, warn once and try again: the process of the last release
+    may still have the port."""
 
     def serve() -> None:
         warned = False
@@ -206,7 +225,7 @@ def start(role: str, group: Group, layout: Schema, port: int) -> None:
                 server = Endpoint(role, group, layout, settings().metrics_host, port).server
             except OSError as error:
                 if not warned:
-                    log.warning("no metrics at %s:%d: %s", settings().metrics_host, port, error.strerror)
+                    log.warning("no metrics at %s: %s", authority(settings().metrics_host, port), error.strerror)
                 warned = True
                 time.sleep(_AGAIN_S)
             else:
