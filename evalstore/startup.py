@@ -4,14 +4,19 @@ import sys
 
 from evalstore.storage import database
 from models.errors import InvalidSettings
+from models.extras import require
 from models.settings import Settings, settings
+from tasks import tracing
 
 
 def load_or_exit() -> Settings:
     """Return this process's settings, or print each fault to stderr and exit with status 2.
 
-    A worker that went on with wrong settings would make a dead letter of each event.
+    A worker that went on with wrong settings would make a dead letter of each event. Traces that are asked for without the
+    extra `otel` are such a fault.
     """
+    if tracing.is_asked_for():
+        require("otel")
     try:
         loaded = settings()
         database.parse(loaded.database_url.get_secret_value())

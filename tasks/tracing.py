@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dramatiq import Message
 
@@ -33,25 +33,28 @@ _OFF: Final = nullcontext()
 
 def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether OpenTelemetry's variables ask for traces, and in a way that we know."""
+    return _asked(environment) == "otlp"
 
+
+def _asked(environment: Mapping[str, str]) -> Literal["nothing", "otlp", "unsupported"]:
     def read(*names: str) -> str:
         return next((value.lower() for name in names if (value := environment.get(name, "").strip())), "")
 
     exporter = read("OTEL_TRACES_EXPORTER")
     endpoint = read("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     if read("OTEL_SDK_DISABLED") == "true" or exporter == "none" or not (exporter or endpoint):
-        return False
+        return "nothing"
     protocol = read("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    if exporter not in {"", "otlp"} or protocol not in {"", "http/protobuf"}:
-        log.warning("no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf")
-        return False
-    return True
+    return "otlp" if exporter in {"", "otlp"} and protocol in {"", "http/protobuf"} else "unsupported"
 
 
 @cache
 def provider(service: str | None = None) -> "TracerProvider | None":
     """What makes and sends this process's spans, if they are asked for. `service`: its name, where the environment has none."""
-    if not is_asked_for():
+    asked = _asked(os.environ)
+    if asked == "unsupported":
+        log.warning("no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf")
+    if asked != "otlp":
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -1,5 +1,9 @@
 """Start-up of a worker: `dramatiq worker.tasks` and `periodiq worker.tasks` import this."""
 
+from models.extras import require
+
+require("worker")
+
 import dramatiq
 from dramatiq.middleware import Retries
 

@@ -3,6 +3,10 @@
 `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol` runs the same, with uvicorn's own options.
 """
 
+from models.extras import require
+
+require("api")
+
 import uvicorn
 
 from evalstore.startup import load_or_exit

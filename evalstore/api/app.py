@@ -3,6 +3,10 @@
 Without `--http` uvicorn waits without end for the head of a request, and no application has a say in that: protocol.py.
 """
 
+from models.extras import require
+
+require("api")
+
 from evalstore.api.application import build
 from evalstore.startup import load_or_exit
 

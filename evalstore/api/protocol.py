@@ -6,6 +6,10 @@ Uvicorn waits without end for the head of a request, so that a few hundred conne
 any key, take every file descriptor there is. And what is no request at all it answers in words, where all else is a problem.
 """
 
+from models.extras import require
+
+require("api")
+
 import asyncio
 from typing import Any, Final
 from uuid import uuid4

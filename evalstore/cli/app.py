@@ -5,37 +5,24 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
-from evalstore.cli.output import notice
+from evalstore.cli.commands import COMMANDS, asked_for
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
-from models.settings import warn_unknown_env
-from tasks.tracing import release
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
-_COMMANDS: Final = {
-    "up": "up",
-    "demo": "demo",
-    "send": "send_get",
-    "get": "send_get",
-    "audit": "audit",
-    "status": "status",
-    "health": "health",
-    "migrate": "migrate",
-}
-_GROUPS: Final = ("archive", "cron", "dlq", "spool", "keys")
 
 
-def application(words: Sequence[str] = ()) -> typer.Typer:
-    """The command, with no more than `words` ask for: to load all of it takes most of a second of a processor, and a container
-    asks for its health every half a minute. With all of it where they ask for nothing that it knows.
+def application(words: list[str] | None = None) -> typer.Typer:
+    """The command, with the one that `words` ask for; the others are there by name and help alone. Without `words`, with all.
+
+    To load all of it takes most of a second of a processor, and a container asks for its health every half a minute.
     """
-    asked = next((word for word in words if not word.startswith("-")), "")
+    asked = asked_for(words) if words is not None else None
     made = typer.Typer(
         help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
         "`evalstore up` runs, its servers are found by themselves.\n\n"
@@ -48,19 +35,34 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
         rich_markup_mode=None,
     )
     made.callback()(_find_local_servers)
-    is_known = asked in _COMMANDS or asked in _GROUPS
-    for name, module in _COMMANDS.items():
-        if asked == name or not is_known:
-            made.command()(getattr(import_module(f"evalstore.cli.{module}"), name))
-    for name in _GROUPS:
-        if asked == name or not is_known:
-            made.add_typer(import_module(f"evalstore.cli.{name}").app, name=name)
+    for name, command in COMMANDS.items():
+        if words is not None and name != asked:
+            made.command(name, help=command.help)(_is_not_loaded)
+            continue
+        module, _, attribute = command.target.partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            made.add_typer(found, name=name)
+        else:
+            made.command(name)(found)
     return made
+
+
+def _is_not_loaded() -> None:
+    raise AssertionError("the words name a command that is not loaded")
+
+
+def _words() -> list[str]:
+    """Of the command line; where a shell asks what may follow, those typed so far."""
+    if any(name.endswith("_COMPLETE") for name in os.environ):
+        typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+        return typed.split()[1:]
+    return sys.argv[1:]
 
 
 def _print_release(is_asked: bool) -> None:
     if is_asked:
-        sys.stdout.write(f"evalstore {release()}\n")
+        sys.stdout.write(f"evalstore {metadata.version('evalstore')}\n")
         raise typer.Exit
 
 
@@ -70,6 +72,8 @@ def _find_local_servers(
     ] = False,
 ) -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
+    from evalstore.startup import warn_unknown_env  # noqa: PLC0415 - `--help` and `--version` do without
+
     warn_unknown_env()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
         return
@@ -97,24 +101,29 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
-    is_completion = any(name.endswith("_COMPLETE") for name in os.environ)  # a shell asks what there is
     try:
         try:
-            application(() if is_completion else sys.argv[1:])()
+            application(_words())()
         finally:
             sys.stdout.flush()
     except InvalidSettings as error:
-        notice(str(error), "red")
+        _notice(str(error))
         sys.exit(2)
     except Outage as error:
-        notice(_in_a_sentence(error), "red")
+        _notice(_in_a_sentence(error))
         sys.exit(7)
     except EvalstoreError as error:
-        notice(f"{type(error).__name__}: {error}", "red")
+        _notice(f"{type(error).__name__}: {error}")
         sys.exit(1)
     except OSError as error:
         _report_unwritten(error)
         sys.exit(1)
+
+
+def _notice(message: str) -> None:
+    from evalstore.cli.output import notice  # noqa: PLC0415 - `--help` and `--version` do without
+
+    notice(message, "red")
 
 
 def _report_unwritten(error: OSError) -> None:
@@ -122,7 +131,7 @@ def _report_unwritten(error: OSError) -> None:
     if error.filename is None and error.errno not in _OF_WRITING:
         raise error
     if error.errno != errno.EPIPE:
-        notice(f"{error.filename or 'standard output'}: {error.strerror}", "red")
+        _notice(f"{error.filename or 'standard output'}: {error.strerror}")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -8,7 +8,13 @@ def main() -> None:
     """The console script. Exit status 130 after Ctrl-C, as a shell has it."""
     _open_streams()
     try:
-        from evalstore.cli.app import main as run  # noqa: PLC0415  what takes long, so that Ctrl-C may come meanwhile
+        # Imported here because that takes long, and Ctrl-C may come meanwhile.
+        from evalstore.cli.commands import COMMANDS, asked_for  # noqa: PLC0415
+        from models.extras import require  # noqa: PLC0415
+
+        command = asked_for(sys.argv[1:])
+        require(COMMANDS[command].extra if command else "worker")
+        from evalstore.cli.app import main as run  # noqa: PLC0415
 
         run()
     except KeyboardInterrupt:

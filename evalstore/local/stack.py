@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -41,13 +40,11 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
     """What runs beside the servers. periodiq has no `python -m`, and its script may be missing from the path."""
     python = sys.executable
     size = ["--processes", str(worker_processes), "--threads", str(worker_threads)]
-    found = {
+    return {
         "worker": [python, "-m", "dramatiq", "worker.tasks", *size],
         "scheduler": [python, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"],
+        "api": [python, "-m", "evalstore.api"],
     }
-    if find_spec("fastapi") and find_spec("uvicorn"):
-        found["api"] = [python, "-m", "evalstore.api"]
-    return found
 
 
 def _service(folder: Path) -> dict[str, str]:

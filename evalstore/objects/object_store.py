@@ -15,6 +15,7 @@ from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.frames import Content, Encoder, Hasher, Index, Listed, State, index_bytes, read_index
 from models.content import FRAME_BYTES, Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
+from models.extras import how_to_install
 from models.settings import Settings, parse_store_url
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def open_store(url: str, settings: Settings, *, threads: int = 8, in_a_hurry: bo
     try:
         from evalstore.objects.s3 import S3Store  # noqa: PLC0415  a gateway that uses a directory does without boto3
     except ModuleNotFoundError as error:
-        raise InvalidSettings(f"an object store on S3 needs {error.name}: install evalstore[s3]") from None
+        raise InvalidSettings(how_to_install("s3")) from error
     if in_a_hurry:
         return S3Store(place, prefix, settings, threads=threads, attempts=2, connect_timeout_s=2, read_timeout_s=10)
     return S3Store(place, prefix, settings, threads=threads)

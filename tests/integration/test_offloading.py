@@ -226,4 +226,4 @@ def test_a_sender_to_a_folder_needs_no_boto3_and_one_to_s3_is_told_how_to_get_it
         if url.startswith("file"):
             assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
         else:
-            assert "InvalidSettings: an object store on S3 needs boto3: install evalstore[s3]" in done.stderr
+            assert 'InvalidSettings: evalstore needs the extra "s3"' in done.stderr
