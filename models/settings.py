@@ -28,6 +28,7 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DAY_S: Final = 86_400
 _CENTURY_DAYS: Final = 36_500
 _PEBIBYTE: Final = 1024**5
+_API_PATHS: Final = {"storage", "health", "metrics", "docs", "openapi.json", "console"}
 _BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
 
 
@@ -205,6 +206,13 @@ class Settings(BaseModel):
     api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
         8086
     )
+    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
+        8086
+    )
+    api_root_path: Annotated[
+        str | None,
+        Field(description="the path below which a proxy offers the service, like /evalstore, kept or removed; read by the API"),
+    ] = None
     cache_ttl_s: Annotated[
         int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
     ] = 300
@@ -219,6 +227,16 @@ class Settings(BaseModel):
         if not all(re.fullmatch(r"[!-~]*", key, re.ASCII) for key in keys):
             raise ValueError("expected keys of printable ASCII without spaces, separated by commas")
         return value
+
+    @field_validator("api_root_path")
+    @classmethod
+    def _is_root_path(cls, value: str | None) -> str | None:
+        path = (value or "").rstrip("/")
+        if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*", path, re.ASCII):
+            raise ValueError("expected a path like /evalstore, of A-Z a-z 0-9 . _ ~ - between its slashes")
+        if path.split("/")[1:2] and path.split("/")[1] in _API_PATHS:
+            raise ValueError("expected a path that does not begin like one of the service's own")
+        return path or None
 
     @field_validator("metrics_host", "api_host")
     @classmethod

@@ -23,13 +23,12 @@ from evalstore.api import (
     record_routes,
     upload_routes,
 )
-from evalstore.api.fast_reads import FastReadMiddleware
-from evalstore.api.limits import RequestLimitsMiddleware
 from evalstore.api.metrics import ApiMetrics
 from evalstore.api.openapi import document, methods
+from evalstore.api.prefix import Prefix
 from evalstore.api.rendering import json_response
 from evalstore.api.service import Service
-from evalstore.api.tracing import SERVICE, TracingMiddleware
+from evalstore.api.tracing import SERVICE
 from evalstore.telemetry import log_setup
 from models.settings import settings, warn_unknown_env
 from tasks import tracing
@@ -92,11 +91,14 @@ def build() -> ASGIApp:
 
     problems.install(app, lambda path: methods(made(), path))
 
-    async def openapi(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
-        return json_response(made())
+    def served(request: Request) -> Mapping[str, Any]:
+        return {**made(), "servers": [{"url": request.scope.get("root_path") or "/"}]}
 
-    async def docs(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
-        return HTMLResponse(documentation.page(made()), headers=documentation.HEADERS)
+    async def openapi(request: Request) -> Response:
+        return json_response(served(request))
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(documentation.page(served(request)), headers=documentation.HEADERS)
 
     app.add_route("/openapi.json", openapi)
     app.add_route("/docs", docs)
@@ -111,8 +113,5 @@ def build() -> ASGIApp:
                 "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
             )
 
-    return TracingMiddleware(
-        RequestLimitsMiddleware(
-            FastReadMiddleware(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe
-        )
-    )
+    guarded = Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
+    return Prefix(Traced(guarded), lambda: settings().api_root_path or "")

@@ -22,8 +22,12 @@ HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'uns
 def page(document: Mapping[str, Any]) -> str:
     """The page of an OpenAPI document."""
     info, schemas = document["info"], document["components"]["schemas"]
+    prefix = document["servers"][0]["url"].rstrip("/")
+    address = escape(f"{prefix}/openapi.json")
     operations = [
-        (path, method, operation) for path, methods in document["paths"].items() for method, operation in methods.items()
+        (prefix + path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
     ]
     links = "".join(
         f'<a href="#{escape(operation["operationId"])}">{escape(operation["summary"])}</a> ' for *_, operation in operations
@@ -32,7 +36,7 @@ def page(document: Mapping[str, Any]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{_STYLE}</style><h1>{title} {release}</h1>"
-        f'{_text(info["description"])}<p><a href="/openapi.json">/openapi.json</a></p><nav>{links}</nav><h2>Requests</h2>'
+        f'{_text(info["description"])}<p><a href="{address}">{address}</a></p><nav>{links}</nav><h2>Requests</h2>'
         + "".join(_operation(path, method, operation) for path, method, operation in operations)
         + "<h2>Shapes</h2>"
         + "".join(_schema(name, schema) for name, schema in schemas.items())

@@ -162,7 +162,7 @@ async def read(
     found = await service.run(lambda conn: records.log(conn, eval_id, limit=limit + 1, after=after))
     if not found and after is None:
         raise not_found(eval_id)
-    events = [logged(eval_id, event) for event in found[:limit]]
+    events = [logged(eval_id, event, request.scope.get("root_path", "")) for event in found[:limit]]
     following = _cursor(found[limit - 1].fields) if len(found) > limit else None
     return json_response({"events": events, "next": following})
 

@@ -142,7 +142,7 @@ def install(app: FastAPI, methods: Callable[[str], list[str]]) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         problem = of(error)
         if problem.status == 405:  # Starlette names those of one route alone
-            problem.headers["Allow"] = ", ".join(methods(request.url.path))
+            problem.headers["Allow"] = ", ".join(methods(request.scope["path"]))
         return response(problem, request.state.request_id)
 
     for kind in (*_OURS, RequestValidationError, ClientDisconnect, HTTPException):

@@ -13,7 +13,7 @@ from evalstore.api.access import Caller
 from evalstore.api.cache import Rendered
 from evalstore.api.openapi import EVAL_ID_PARAMETER, answers, header, json_body
 from evalstore.api.problems import not_found
-from evalstore.api.rendering import json_response, rendered, url
+from evalstore.api.rendering import below, json_response, rendered, url
 from evalstore.api.service import Service, service_of
 from evalstore.storage import conditional
 from evalstore.storage.conditional import WriteRequest
@@ -58,8 +58,8 @@ async def record(request: Request, eval_id: str) -> Response:
     answer = Response(status_code=304 if is_same else 200)
     answer.raw_headers = [(b"etag", etag.encode()), *_HEADERS]  # as they are: to look at each again takes longer than to read
     if not is_same:
-        answer.body = found.body
-        answer.raw_headers += [(b"content-length", b"%d" % len(found.body)), (b"content-type", b"application/json")]
+        answer.body = body = below(request.scope.get("root_path", ""), found.body)
+        answer.raw_headers += [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
     return answer
 
 
@@ -92,7 +92,7 @@ async def create(request: Request) -> Response:
             return given.event, service.write(1, lambda conn, trace: conditional.create(conn, given, trace))
 
         event, outcome = await service.thread(work)
-    return await _written(service, caller, event, outcome, 201)
+    return await _written(request, caller, event, outcome, 201)
 
 
 @router.put(
@@ -130,7 +130,7 @@ async def update(request: Request, eval_id: str) -> Response:
         given, outcome, stored = await service.thread(work)
         service.metrics.conflicts(stored.conflicting_results)
         is_new = any(one.type == "storage:evaluation:created" for one in stored.confirmations)
-    return await _written(service, caller, given.event, outcome, 201 if is_new else 200)
+    return await _written(request, caller, given.event, outcome, 201 if is_new else 200)
 
 
 def _check_references(service: Service, caller: Caller, event: Event | Fact) -> None:
@@ -143,7 +143,8 @@ async def _attempt(service: Service, eval_id: str) -> int:
     return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
 
 
-async def _written(service: Service, caller: Caller, event: Event | Fact, outcome: Outcome, status: int) -> Response:
+async def _written(request: Request, caller: Caller, event: Event | Fact, outcome: Outcome, status: int) -> Response:
+    service = service_of(request)
     service.metrics.events(outcome)
     if outcome == "reused":
         raise EventIdReused(event.eval_id, event.event_id)
@@ -153,7 +154,8 @@ async def _written(service: Service, caller: Caller, event: Event | Fact, outcom
     made = rendered(record)
     headers = {"ETag": _etag(made), "Location": url(event.eval_id)}
     if "read" in caller.scopes:
-        return Response(made.body, status, headers=headers, media_type="application/json")
+        body = below(request.scope.get("root_path", ""), made.body)
+        return Response(body, status, headers=headers, media_type="application/json")
     return json_response({name: record.fields[name] for name in ("eval_id", "version", "status")}, status, headers)
 
 

@@ -58,13 +58,24 @@ def rendered(record: RecordView) -> Rendered:
     return Rendered(record.stamp, to_json(fields))
 
 
-def logged(eval_id: str, event: RecordView) -> dict[str, Any]:
+def below(prefix: str, body: bytes) -> bytes:
+    """A rendered record whose addresses begin with `prefix`: the cache, which several services share, has them without."""
+    if not prefix or b'_url":"/storage/' not in body:
+        return body
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    for kind in CONTENTS:
+        if (address := fields.get(f"{kind}_url")) is not None:
+            fields[f"{kind}_url"] = msgspec.Raw(b'"' + prefix.encode() + bytes(address)[1:])
+    return msgspec.json.encode(fields)
+
+
+def logged(eval_id: str, event: Shown, prefix: str) -> dict[str, Any]:
     """An event of the log as it is answered, without what it does not have."""
     fields = {name: value for name, value in event.fields.items() if value is not None}
     if isinstance(extra := fields.pop("extra", None), str):
         fields["extra"] = json.loads(extra)
     for kind, part in event.contents.items():
-        fields |= _content(kind, part, f"{url(eval_id)}/{kind}?event_id={fields['event_id']}")
+        fields |= _content(kind, part, f"{prefix}{url(eval_id)}/{kind}?event_id={fields['event_id']}")
     return fields
 
 

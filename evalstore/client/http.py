@@ -52,8 +52,9 @@ class StorageClient:
         retry_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        if not re.match(r"https?://[^/]", url):
-            raise ValueError("expected an address like http://host:8086")
+        url, key = url.strip(), key.strip()
+        if not re.fullmatch(r"https?://[^/?#\s][^?#\s]*", url):
+            raise ValueError("expected an address like http://host:8086 or https://host/path")
         if not re.fullmatch(r"[!-~]+", key, re.ASCII):
             raise ValueError("expected a key of printable ASCII without spaces")
         self._retry_s = retry_s

@@ -116,7 +116,18 @@ def test_a_gateway_without_s3_is_told_which_extra_it_lacks(tmp_path: Path) -> No
 def test_what_pip_installs_without_extras_names_the_extra(tmp_path: Path) -> None:
     """With the project itself built and installed; what it depends on comes from here."""
     target = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "--target", target]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        target,
+    ]
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
         pip = ["uv", "pip", "install", "-q", "--offline", "--no-deps", "--no-build-isolation", "--target", target]
         pip += ["--python", sys.executable]

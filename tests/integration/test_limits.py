@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from models.settings import Settings
-from tests.chaos.world import ROOT, Workers
+from tests.chaos.relay import ROOT
+from tests.chaos.world import Workers
 
 _SEND = """
 from tasks import store_evaluation

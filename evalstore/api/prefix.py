@@ -1,0 +1,42 @@
+"""The path below which a proxy offers the service, like `/evalstore`: EVALSTORE_API_ROOT_PATH, or uvicorn's `--root-path`."""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Prefix:
+    """The outermost application. Requests arrive with the prefix or without it, as proxies keep or remove it.
+
+    What is inside sees `path` and `raw_path` without the prefix, and the prefix as `root_path`.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: Callable[[], str]) -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = (scope.get("root_path") or self._prefix()).rstrip("/") if scope["type"] == "http" else ""
+        if not prefix:
+            await self._app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    (name, prefix.encode() + value if name == b"location" and value.startswith(b"/") else value)
+                    for name, value in message.get("headers", ())
+                ]
+            await send(message)
+
+        await self._app(_without(prefix, scope), receive, sending)
+
+
+def _without(prefix: str, scope: Scope) -> MutableMapping[str, Any]:
+    path, raw_path, raw_prefix = scope["path"], scope.get("raw_path") or b"", prefix.encode()
+    for _ in range(2):  # uvicorn adds `--root-path` also to a path that has it already
+        if path == prefix or path.startswith(f"{prefix}/"):
+            path = path[len(prefix) :] or "/"
+        if raw_path == raw_prefix or raw_path.startswith(raw_prefix + b"/"):
+            raw_path = raw_path[len(raw_prefix) :] or b"/"
+    return {**scope, "path": path, "raw_path": raw_path, "root_path": prefix}
