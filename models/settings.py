@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.validation_errors import did_you_mean
+from models.validation_errors import did_you_mean, format_error
 
 log = logging.getLogger("evalstore.settings")
 
@@ -203,9 +203,6 @@ class Settings(BaseModel):
     api_host: Annotated[
         str, Field(description="where `python -m evalstore.api` listens, a host name or an address; read by the API")
     ] = "0.0.0.0"  # noqa: S104
-    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
-        8086
-    )
     api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
         8086
     )

@@ -69,7 +69,7 @@ def below(prefix: str, body: bytes) -> bytes:
     return msgspec.json.encode(fields)
 
 
-def logged(eval_id: str, event: Shown, prefix: str) -> dict[str, Any]:
+def logged(eval_id: str, event: RecordView, prefix: str) -> dict[str, Any]:
     """An event of the log as it is answered, without what it does not have."""
     fields = {name: value for name, value in event.fields.items() if value is not None}
     if isinstance(extra := fields.pop("extra", None), str):

@@ -72,7 +72,7 @@ def _find_local_servers(
     ] = False,
 ) -> None:
     """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
-    from evalstore.startup import warn_unknown_env  # noqa: PLC0415 - `--help` and `--version` do without
+    from models.settings import warn_unknown_env  # noqa: PLC0415 - `--help` and `--version` do without
 
     warn_unknown_env()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:

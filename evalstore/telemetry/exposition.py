@@ -214,7 +214,7 @@ class Endpoint:
         self.server = _Server(host, port, Handler)
 
 
-def start(role: str, group: Group, layout: Layout, port: int) -> None:
+def start(role: str, group: Group, layout: Schema, port: int) -> None:
     """Answer from a thread of this process. Where it cannot listen, warn once and try again: the process of the last release
     may still have the port."""
 
