@@ -9,6 +9,7 @@ from models.errors import (
     InvalidSettings,
     Outage,
     RedisOutage,
+    SendRefused,
 )
 from models.events import (
     EvaluationCancelled,
@@ -40,5 +41,6 @@ __all__ = [
     "Outage",
     "Record",
     "RedisOutage",
+    "SendRefused",
     "merge",
 ]

@@ -5,8 +5,9 @@ EvalstoreError
 │   ├── DatabaseOutage
 │   ├── RedisOutage
 │   │   └── SpoolFull     … and the spool cannot take it either
-│   └── ObjectStoreOutage
-│       └── ObjectUnavailable   … of this one object: others can be read and written
+│   ├── ObjectStoreOutage
+│   │   └── ObjectUnavailable   … of this one object: others can be read and written
+│   └── SendRefused       a signal handler interrupted another send, or the interpreter ends
 ├── BadMessage            give up: the same message would fail the same way again
 │   ├── InvalidEvent      a field is missing, wrong or unknown
 │   └── EventIdReused     this event_id is stored with another body
@@ -67,6 +68,13 @@ class ObjectUnavailable(ObjectStoreOutage):
     def __init__(self, message: str, *, needs_operator: bool = False) -> None:
         super().__init__(message)
         self.needs_operator = needs_operator
+
+
+class SendRefused(Outage):
+    """This thread cannot send now: a signal handler or finalizer interrupted another send, or the interpreter ends.
+
+    Nothing was sent. Send the event again after the handler has returned, or from another process.
+    """
 
 
 class ObjectMissing(EvalstoreError):

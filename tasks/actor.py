@@ -2,10 +2,12 @@
 
 import base64
 import json
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dramatiq import Actor, Broker, Message
 from dramatiq.logging import get_logger
@@ -13,12 +15,16 @@ from pydantic import BaseModel
 from uuid_utils import uuid7
 
 from models import content
-from models.errors import Fault, InvalidEvent
+from models.errors import Fault, InvalidEvent, SendRefused
 from models.events import CONTENT_FIELDS, Event, check, identity
 from models.fast_decode import look_at
 from models.record import rfc3339
 from models.settings import settings
+from models.threads import once_at_a_time, raise_if_ending
 from tasks import uploads
+
+if TYPE_CHECKING:
+    from tasks.broker import SendingBroker as SendingBroker
 
 QUEUE = "evaluations"
 ACTOR = "store_evaluation"
@@ -42,9 +48,16 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
 
     @property
     def broker(self) -> Broker:  # type: ignore[override]
-        from tasks.broker import broker
+        return _broker()
 
-        return broker()
+    def send_with_options(self, **given: Any) -> Message[None]:
+        """Send one event. Raises what `message_with_options` and `Broker.enqueue` raise, and SendRefused."""
+        _refuse_if_too_late()
+        try:
+            return super().send_with_options(**given)
+        except BaseException as error:  # Pydantic raises no Exception where it can import nothing more
+            raise_if_ending(error)
+            raise
 
     def message_with_options(
         self, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, **options: Any
@@ -69,6 +82,24 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
         at_ms = int(time.time() * 1000) if at_ms is None else at_ms
         # The message goes by the event's id, as an event without one goes by its message's.
         return Message(self.queue_name, self.actor_name, (event,), {}, options or {}, event["event_id"], at_ms)
+
+
+@cache
+def _loaded() -> "Callable[[], SendingBroker]":
+    """Import redis. Raises SendRefused if this thread is importing it, or cannot any more."""
+    with once_at_a_time("load redis"):
+        from tasks.broker import broker
+    return broker
+
+
+def _refuse_if_too_late() -> None:
+    """Raise SendRefused for a first event after the interpreter took its modules apart: pydantic would panic."""
+    if sys.is_finalizing() and not _loaded.cache_info().currsize:
+        raise SendRefused("the interpreter has ended: send the first event earlier, or from another process")
+
+
+def _broker() -> "SendingBroker":
+    return _loaded()()
 
 
 def _not_here(_event: object) -> NoReturn:
@@ -151,6 +182,7 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: b
     """
     if not isinstance(events, Iterable) or isinstance(events, str | Mapping | BaseModel):
         raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
+    _refuse_if_too_late()
     travelling, written, faults = [], [], []
     for position, event in enumerate(events):
         try:
@@ -163,13 +195,15 @@ def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: b
             written.append(text)
     if faults:
         raise InvalidEvent(faults)
-    uploads.offload(travelling)
-    now_ms = int(time.time() * 1000)
-    messages = [
-        store_evaluation.message_of(one, at_ms=now_ms, is_small=text is not None)
-        for one, text in zip(travelling, written, strict=True)
-    ]
-    from tasks.broker import broker
-
-    broker().enqueue_many(messages, events=written, durable=durable)
+    try:
+        uploads.offload(travelling)
+        now_ms = int(time.time() * 1000)
+        messages = [
+            store_evaluation.message_of(one, at_ms=now_ms, is_small=text is not None)
+            for one, text in zip(travelling, written, strict=True)
+        ]
+        _broker().enqueue_many(messages, events=written, durable=durable)
+    except BaseException as error:
+        raise_if_ending(error)
+        raise
     return messages

@@ -5,6 +5,8 @@ that any Dramatiq client can send to our workers. All other keys lie outside the
 and hold it in their name, so that a namespace like `{dramatiq}` keeps all of them in one slot of a cluster.
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -263,6 +265,10 @@ class SendingBroker(RedisBroker):
                 time.sleep(0.02)
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
+            except Exception as error:
+                if sys.is_finalizing():  # a codec, say, can be loaded no more: the spool needs none
+                    raise RedisOutage(f"the interpreter ends: {error}") from error
+                raise
             else:
                 return
 
@@ -386,3 +392,7 @@ def broker() -> SendingBroker:
     made = SendingBroker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)
     return made
+
+
+# A thread of the parent may have held a lock of the pool.
+os.register_at_fork(after_in_child=broker.cache_clear)

@@ -11,6 +11,8 @@ from typing import Any
 from redis import ResponseError
 from redis.connection import AbstractConnection
 
+from models import threads
+
 
 class _Time(threading.local):
     until = math.inf
@@ -26,11 +28,12 @@ _time = _Time()
 @contextmanager
 def deadline(timeout_s: float, more_s: float) -> Iterator[None]:
     """Whatever this thread waits for on its connections ends after both together; each step may take that much more."""
+    before = _time.until, _time.more_s  # of a send that a signal handler interrupted
     _time.until, _time.more_s = time.monotonic() + timeout_s + more_s, more_s
     try:
         yield
     finally:
-        _time.until, _time.more_s = math.inf, 0.0
+        _time.until, _time.more_s = before
 
 
 class DeadlineConnection(AbstractConnection):
@@ -42,7 +45,8 @@ class DeadlineConnection(AbstractConnection):
         if _time.until == math.inf:
             return connect()
         connected: Future[Any] = Future()
-        threading.Thread(target=_settle, args=(connected, connect), daemon=True).start()
+        if threads.start(_settle, connected, connect) is None:
+            return connect()
         try:
             return connected.result(timeout=_time.left_s())
         except TimeoutError:

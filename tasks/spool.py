@@ -26,6 +26,7 @@ from dramatiq.logging import get_logger
 
 from evalstore.objects import permissions
 from models.errors import RedisOutage, SpoolFull
+from models.threads import once_at_a_time
 
 Send = Callable[[list[str | bytes]], None]
 
@@ -103,7 +104,10 @@ class Spool:
         return False
 
     def append(self, arguments: Sequence[str | bytes]) -> None:
-        """Keep messages, given as id, body, id, body, …: on disk when this returns. All or, with SpoolFull, none."""
+        """Keep messages, given as id, body, id, body, …: on disk when this returns. All or, with SpoolFull, none.
+
+        Raises SendRefused, and keeps none, in a signal handler that interrupted an append.
+        """
         at_ms = time.time_ns() // 1_000_000
         ids_and_bodies = [part.encode() if isinstance(part, str) else part for part in arguments]
         pairs = zip(ids_and_bodies[::2], ids_and_bodies[1::2], strict=True)
@@ -113,7 +117,7 @@ class Spool:
                 permissions.make_folder(self.folder, parents=True)
                 with suppress(OSError):  # one may write to a folder that one may not read
                     _sync(self.folder.parent)
-            with self._locked("append.lock"):
+            with self._locked_for_append():
                 segment = self._write(data)
             # After the lock, so that what several processes wrote goes to the disk together.
             try:
@@ -243,7 +247,7 @@ class Spool:
             offset, damaged = self._progress(path.name, os.fstat(file.fileno()).st_size)
             damaged_before = damaged
             while True:
-                with self._locked("append.lock"):  # so nobody writes: what ends without a line break is torn, or whole
+                with self._locked_for_append():  # so nobody writes: what ends without a line break is torn, or whole
                     size = os.fstat(file.fileno()).st_size
                     if offset == size:
                         os.ftruncate(progress, 0)
@@ -301,6 +305,12 @@ class Spool:
                     return
 
     @contextmanager
+    def _locked_for_append(self) -> Iterator[None]:
+        """Raises SendRefused if this thread holds the lock: flock(2) would wait for ever."""
+        with once_at_a_time("write to the spool"), self._locked("append.lock"):
+            yield
+
+    @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
         """The lock file's descriptor. Opened anew each time, as flock(2) excludes open files, not threads."""
         lock = permissions.create_file(self.folder / name, os.O_RDWR)
@@ -322,14 +332,14 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
-_starting = threading.Lock()
+_starting = threading.RLock()  # a signal handler may come back here
 _open_locks: set[int] = set()
 
 
 def _forget_locks() -> None:
     """In a forked child, where the threads that hold them are not: with its copies it would keep others out."""
     global _starting  # noqa: PLW0603
-    _starting = threading.Lock()
+    _starting = threading.RLock()
     while _open_locks:
         os.close(_open_locks.pop())
 

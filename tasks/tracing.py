@@ -10,7 +10,6 @@ stock clients neither need nor mind.
 import logging
 import os
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dramatiq import Message
 
+from models import threads
+from models.errors import SendRefused
 from tasks.actor import QUEUE
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ log = logging.getLogger("evalstore")
 
 NAME: Final = "evalstore"
 _OFF: Final = nullcontext()
+_SPAN: Final = "make a span"
 
 
 def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
@@ -51,11 +53,22 @@ def _asked(environment: Mapping[str, str]) -> Literal["nothing", "otlp", "unsupp
 @cache
 def provider(service: str | None = None) -> "TracerProvider | None":
     """What makes and sends this process's spans, if they are asked for. `service`: its name, where the environment has none."""
+    if threads.is_within(_SPAN):  # a signal handler interrupted the work below
+        return None
     asked = _asked(os.environ)
     if asked == "unsupported":
         log.warning("no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf")
     if asked != "otlp":
         return None
+    try:
+        with threads.once_at_a_time(_SPAN):
+            return _provider(service)
+    except (SendRefused, RuntimeError) as error:  # the interpreter ends
+        log.warning("no traces: %s", error)
+        return None
+
+
+def _provider(service: str | None) -> "TracerProvider | None":
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -86,9 +99,9 @@ def start(service: str) -> "TracerProvider | None":
 def flush(what: Any, within_s: float = 2.0) -> None:
     """Send what waits to be sent, before the process ends. What is not taken within that time is given up."""
     if what is not None:
-        flushing = threading.Thread(target=what.force_flush, daemon=True)
-        flushing.start()
-        flushing.join(within_s)
+        flushing = threads.start(what.force_flush)
+        if flushing is not None:
+            flushing.join(within_s)
 
 
 def tracer() -> "Tracer | None":
@@ -115,7 +128,9 @@ def release() -> str:
 def sending(queue: str, messages: Sequence[Message[Any]]) -> AbstractContextManager[None]:
     """The span of sending these; they carry its context from the beginning of the block."""
     found = tracer()
-    return _OFF if found is None or queue != QUEUE else _sending(found, queue, messages)
+    if found is None or queue != QUEUE or threads.is_within(_SPAN):  # a signal handler must not wait for the SDK's locks
+        return _OFF
+    return _sending(found, queue, messages)
 
 
 @contextmanager
@@ -128,7 +143,10 @@ def _sending(found: "Tracer", queue: str, messages: Sequence[Message[Any]]) -> I
         attributes |= {"messaging.message.id": messages[0].message_id} | _named(*messages[0].args[:1])
     else:
         attributes["messaging.batch.message_count"] = len(messages)
-    with found.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes):
+    with (
+        threads.once_at_a_time(_SPAN),
+        found.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes),
+    ):
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier)
         for message in messages:

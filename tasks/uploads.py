@@ -5,17 +5,23 @@ What that needs is imported at the first large content: a sender of small events
 
 import base64
 import os
-import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from models import content
-from models.errors import Fault, InvalidEvent, ObjectStoreOutage, ObjectUnavailable
+from models.errors import Fault, InvalidEvent, ObjectStoreOutage, ObjectUnavailable, SendRefused
 from models.events import CONTENT_FIELDS
 from models.settings import settings
+from models.threads import in_threads, once_at_a_time
+
+with suppress(RuntimeError):  # the interpreter ends
+    # Boto3 and redis import this. Python refuses that once the main thread has ended.
+    import concurrent.futures.thread  # noqa: F401
 
 if TYPE_CHECKING:
     from models.content import Reference
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 # The most that travels through Redis where there is no object store, or none that can be reached.
 INLINE_MOST_BYTES: Final = 1024 * 1024
 _UPLOADS_AT_ONCE: Final = 4
+_UPLOAD: Final = "put content into the object store"
 # A store that was away is tried again after so long; meanwhile nobody waits for it.
 _REST_S: Final = 2.0
 
@@ -51,24 +58,20 @@ def offload(events: Sequence[Travelling]) -> None:
     large = [(event, name, size) for event in events for name, size in _sizes(event, settings().inline_limit_bytes)]
     if not large:
         return
-    objects = _objects()
 
     def put(one: tuple[Travelling, str, int]) -> "Reference | None":
         event, name, size = one
         try:
-            return objects.put(_bytes(event, name))
-        except ObjectStoreOutage:
+            with once_at_a_time(_UPLOAD):
+                return _objects().put(_bytes(event, name))
+        except (ObjectStoreOutage, SendRefused):
             if size > INLINE_MOST_BYTES:
                 raise
             return None
 
-    if len(large) == 1:
-        references = [put(large[0])]
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(min(_UPLOADS_AT_ONCE, len(large))) as threads:
-            references = list(threads.map(put, large))
+    with suppress(ObjectStoreOutage, SendRefused), once_at_a_time(_UPLOAD):
+        _objects()  # by this thread, before several ask for it
+    references = in_threads(put, large, _UPLOADS_AT_ONCE)
     for (event, name, _), reference in zip(large, references, strict=True):
         if reference is not None:
             event.pop(name, None)
@@ -105,31 +108,31 @@ class _Objects:
         self._store = Stores(settings(), threads=_UPLOADS_AT_ONCE, in_a_hurry=True)["objects"]
         # What is half as old as a sweep would take may be gone by the time that its event is stored.
         self._fresh = timedelta(days=settings().sweep_grace_days / 2)
-        self._lock = threading.Lock()
-        self._outage: ObjectStoreOutage | None = None
-        self._rests_until = 0.0
+        self._outage: tuple[ObjectStoreOutage, float] | None = None  # and until when the store rests
 
     def put(self, data: bytes) -> "Reference":
         """Raises ObjectStoreOutage."""
-        with self._lock:
-            if self._outage is not None and time.monotonic() < self._rests_until:
-                raise ObjectStoreOutage(str(self._outage)) from self._outage
+        if (outage := self._outage) is not None and time.monotonic() < outage[1]:
+            raise ObjectStoreOutage(str(outage[0])) from outage[0]
         try:
             found = self._put(self._store, data, touch_before=datetime.now(UTC) - self._fresh)
         except ObjectUnavailable:
             raise  # other objects can be put
         except ObjectStoreOutage as error:
-            with self._lock:
-                self._outage, self._rests_until = error, time.monotonic() + _REST_S
+            self._outage = error, time.monotonic() + _REST_S
             raise
-        with self._lock:
-            self._outage = None
+        self._outage = None
         return found.reference
 
 
 @cache
 def _objects() -> _Objects:
     return _Objects()
+
+
+# An exit function that sends must run before the finalizers of urllib3's connections. The first finalizer of a process
+# decides when they all run: this one, as the exit function is registered later.
+weakref.finalize(_Objects, lambda: None)
 
 
 def forget() -> None:

@@ -113,5 +113,7 @@ def build() -> ASGIApp:
                 "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
             )
 
-    guarded = Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe)
-    return Prefix(Traced(guarded), lambda: settings().api_root_path or "")
+    guarded = RequestLimitsMiddleware(
+        FastReadMiddleware(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe
+    )
+    return Prefix(TracingMiddleware(guarded), lambda: settings().api_root_path or "")

@@ -17,8 +17,8 @@ import hashlib
 import re
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import accumulate, pairwise
@@ -26,6 +26,7 @@ from typing import BinaryIO, Literal, NamedTuple, Protocol, Self
 
 import xxhash
 
+from models import threads
 from models.content import FRAME_BYTES, Reference
 from models.errors import ObjectDamaged, ObjectStoreOutage
 
@@ -132,24 +133,21 @@ class Hasher:
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
-        self._pool: ThreadPoolExecutor | None = None
-        self._begun: Future[None] | None = None
+        self._hashing: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._wait()
 
     def update(self, piece: bytes | memoryview) -> None:
         """The next piece, which stays as it is."""
         self._wait()
-        if len(piece) < FRAME_BYTES:
+        if len(piece) >= FRAME_BYTES:
+            self._hashing = threads.start(self._sha256.update, piece)
+        if self._hashing is None:
             self._sha256.update(piece)
-            return
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="evalstore-hash")
-        self._begun = self._pool.submit(self._sha256.update, piece)
 
     def hexdigest(self) -> str:
         """Of all pieces so far."""
@@ -157,9 +155,9 @@ class Hasher:
         return self._sha256.hexdigest()
 
     def _wait(self) -> None:
-        if self._begun is not None:
-            self._begun.result()
-            self._begun = None
+        if self._hashing is not None:
+            self._hashing.join()
+            self._hashing = None
 
 
 def _compress(piece: bytes | memoryview) -> bytes:

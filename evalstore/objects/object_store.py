@@ -6,7 +6,6 @@ is not set up: wait and repeat the step. Every step may be repeated, and done by
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -86,7 +85,7 @@ class Stores:
 
     def __init__(self, settings: Settings, *, threads: int = 8, in_a_hurry: bool = False) -> None:
         self._settings, self._threads, self._in_a_hurry = settings, threads, in_a_hurry
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come back here
         self._open: dict[str, Store] = {}
 
     def url(self, name: Place) -> str | None:
@@ -254,6 +253,8 @@ def _frames(store: Store, index: Index, begun: _Begun, number: int, end: int) ->
         else:
             yield chunk
             return
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  not loadable at the interpreter's end, where senders write
+
     longest = max((offsets[n + 1] - offsets[n] for n in range(number, end)), default=0)
     buffers = [bytearray(longest) for _ in range(min(2, end - number))]
     while number < end:

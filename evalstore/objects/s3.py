@@ -9,7 +9,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -27,6 +26,7 @@ from evalstore.objects.frames import Encoder, Listed, Stream, is_key
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 from models.settings import Settings
+from models.threads import in_threads
 
 MULTIPART_BYTES = 16 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024
@@ -231,21 +231,17 @@ class S3Store:
             checksum = {"ChecksumCRC32": answer["ChecksumCRC32"]} if "ChecksumCRC32" in answer else {}
             return {"PartNumber": number, "ETag": s3_answers.field(answer, "ETag", self._name(key)), **checksum}
 
-        pool = ThreadPoolExecutor(PARTS_AT_ONCE)
         try:
-            parts = list(pool.map(put_part, range(1, -(-size // PART_BYTES) + 1)))
+            parts = in_threads(put_part, range(1, -(-size // PART_BYTES) + 1), PARTS_AT_ONCE)
             self._adapting(
                 lambda: self._s3.complete_multipart_upload(
                     **upload, **self._condition(replace), MultipartUpload={"Parts": parts}
                 )
             )
         except BaseException:
-            pool.shutdown(cancel_futures=True)
             with suppress(ClientError, BotoCoreError):  # `leftovers` finds what stays
                 self._s3.abort_multipart_upload(**upload)
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
         """Delete it, unless it was modified since that time; whether it was, or could have been, there to delete.

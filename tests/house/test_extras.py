@@ -108,7 +108,11 @@ def test_with_its_extra_alone_a_process_finds_nothing_missing(tmp_path: Path) ->
 
 
 def test_a_gateway_without_s3_is_told_which_extra_it_lacks(tmp_path: Path) -> None:
-    opens = "from models.settings import settings; from evalstore.objects.object_store import open_store; open_store('s3://bucket', settings())"
+    opens = (
+        "from models.settings import settings\n"
+        "from evalstore.objects.object_store import open_store\n"
+        "open_store('s3://bucket', settings())"
+    )
     done = run(tmp_path, packages("s3"), "-c", opens)
     assert done.stderr.splitlines()[-1].endswith("evalstore needs the extra \"s3\": pip install 'evalstore[s3]'")
 
