@@ -24,7 +24,7 @@ from models.threads import once_at_a_time, raise_if_ending
 from tasks import uploads
 
 if TYPE_CHECKING:
-    from tasks.broker import SendingBroker as SendingBroker
+    from tasks.broker import SendingBroker
 
 QUEUE = "evaluations"
 ACTOR = "store_evaluation"

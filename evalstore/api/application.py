@@ -23,12 +23,14 @@ from evalstore.api import (
     record_routes,
     upload_routes,
 )
+from evalstore.api.fast_reads import FastReadMiddleware
+from evalstore.api.limits import RequestLimitsMiddleware
 from evalstore.api.metrics import ApiMetrics
 from evalstore.api.openapi import document, methods
 from evalstore.api.prefix import Prefix
 from evalstore.api.rendering import json_response
 from evalstore.api.service import Service
-from evalstore.api.tracing import SERVICE
+from evalstore.api.tracing import SERVICE, TracingMiddleware
 from evalstore.telemetry import log_setup
 from models.settings import settings, warn_unknown_env
 from tasks import tracing
