@@ -21,6 +21,7 @@ from typing import IO, Self
 from urllib.parse import quote
 
 from models.errors import EvalstoreError
+from models.settings import DEFAULT_REDIS_NAMESPACE
 from ops import processes, readiness
 from ops.servers import Postgres, Server, ServerError, Valkey, free_port, write_private
 
@@ -161,6 +162,7 @@ class Local:
         self.environment = {
             "EVALSTORE_DATABASE_URL": self.postgres.url(),
             "EVALSTORE_REDIS_URL": self.valkey.url(),
+            "EVALSTORE_REDIS_NAMESPACE": os.environ.get("EVALSTORE_REDIS_NAMESPACE") or DEFAULT_REDIS_NAMESPACE,
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
             **_metrics_ports(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",

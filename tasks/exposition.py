@@ -22,7 +22,7 @@ from models.settings import settings
 from tasks.disks import Disks
 from tasks.groups import Group
 from tasks.ledger import Layout, Series
-from tasks.spool import Spool
+from tasks.spool import Spool, folder_of
 from tasks.standing import Standing
 from tasks.tracing import release
 
@@ -124,7 +124,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _spool() -> dict[Series, float]:
-    folder = settings().spool_dir
+    folder = folder_of(settings())
     if folder is None:
         return {}
     try:

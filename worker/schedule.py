@@ -19,7 +19,7 @@ from models.errors import PASSING
 from models.settings import settings
 from storage import confirmations as stored_confirmations
 from tasks.broker import encode
-from tasks.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
+from tasks.jobs import JOBS, QUEUE
 from worker import archive, confirmations, dead_letters, lost, redrives
 from worker.broker import Broker, turn
 from worker.evaluations import engine
@@ -62,7 +62,7 @@ class _TickActor(Actor[[], None]):
         message = self.message_with_options(redis_message_id=redis_id, **options)
         broker: Any = self.broker
         keys = broker.keys(self.queue_name)
-        tick = f"evalstore:{broker.namespace}:tick:{self.actor_name}:{minute}"
+        tick = broker.names.tick(self.actor_name, minute)
         try:
             broker.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
         except redis.RedisError as error:
@@ -139,9 +139,9 @@ def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], No
             told["seconds"] = round(time.time() - started, 3)
             broker.metrics.ledger.add("evalstore_job_runs_total", name, str(told["outcome"]))
             try:
-                broker.client.hset(last_runs_key(broker.namespace), name, msgspec.json.encode(told))
+                broker.client.hset(broker.names.last_runs, name, msgspec.json.encode(told))
                 if told["outcome"] == "ok":
-                    broker.client.hset(last_successes_key(broker.namespace), name, time.time())
+                    broker.client.hset(broker.names.last_successes, name, time.time())
             except redis.RedisError as error:
                 log.warning("could not tell of job %s: %s", name, error)
 

@@ -17,6 +17,7 @@ logs.take_over()
 environment.tell_misspelt()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
+    namespace=settings().redis_namespace,
     # For the periodic jobs; events are not retried one by one.
     middleware=[Retries(max_retries=20, min_backoff=1_000, max_backoff=60_000)],
     max_deaths=settings().max_deaths,

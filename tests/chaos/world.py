@@ -22,8 +22,9 @@ from dramatiq import Message
 
 from models.errors import RedisOutage
 from ops import guard, processes
-from tasks.broker import Broker, Keys
+from tasks.broker import Broker
 from tasks.evaluations import QUEUE, store_evaluation
+from tasks.keys import Keys
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 

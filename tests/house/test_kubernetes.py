@@ -11,8 +11,8 @@ import yaml  # type: ignore[import-untyped]
 
 from api import health
 from api.__main__ import GRACE_S
-from tasks.broker import Keys
 from tasks.evaluations import QUEUE
+from tasks.keys import Keys
 from tests.house.test_watching import faults_of, records
 from worker.vitals import STOP_WITHIN_S
 

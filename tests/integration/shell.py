@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from storage import dead_letters
 from storage.dead_letters import Burial
-from tasks.broker import Keys
+from tasks.keys import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
 from tests.integration.commands import python

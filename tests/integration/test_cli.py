@@ -24,7 +24,7 @@ from models.events import parse
 from ops.output import escaped, to_json
 from storage import database, dead_letters, evaluations
 from storage.dead_letters import Burial
-from tasks.broker import Keys
+from tasks.keys import Keys
 from tests.integration.commands import python
 
 Json = dict[str, Any]

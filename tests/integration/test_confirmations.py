@@ -16,7 +16,8 @@ from models.settings import settings
 from ops.servers import Valkey
 from storage import confirmations as outbox
 from storage import evaluations
-from tasks.confirmations import STREAM, Confirmations
+from tasks.confirmations import Confirmations
+from tasks.keys import Names
 from tests.chaos.world import wait_until
 from worker import confirmations
 from worker.background import Background
@@ -24,6 +25,7 @@ from worker.broker import Broker
 from worker.evaluations import engine
 
 AT = "2026-01-01T00:00:00Z"
+STREAM = Names("dramatiq").stream
 
 
 def store(conn: Connection, eval_id: str, *numbers: int) -> None:
@@ -149,6 +151,16 @@ def test_however_many_there_are_each_is_published_to_whoever_listens(conn: Conne
         confirmations.relay(conn, broker)
 
         assert heard(listening) == [fields[b"confirmation"] for _, fields in entries(broker)]
+
+
+def test_many_are_published_on_the_channel_of_a_namespace(conn: Connection, redis_url: str) -> None:
+    broker = Broker(url=redis_url, namespace="team", middleware=[])
+    store_many(conn)
+    with broker.client.pubsub() as listening:
+        subscribed(listening, "team:storage:evaluation:created")
+        confirmations.relay(conn, broker)
+        assert len(heard(listening)) == 100
+    broker.client.close()
 
 
 def test_whoever_listens_to_a_replica_hears_them_too(
