@@ -64,7 +64,7 @@ class Evalstore:
         sender.enqueue(store_evaluation.message(queued(ours)))
         sender.enqueue_many([store_evaluation.message(queued(durable))], durable=True)
         sender.close()
-        others = RedisBroker(url=self.redis_url, namespace=self.namespace)  # type: ignore[no-untyped-call]
+        others = RedisBroker(url=self.redis_url, namespace=self.namespace)
         others.enqueue(dramatiq.Message("evaluations", "store_evaluation", (queued(stock),), {}, {}))
         others.enqueue(dramatiq.Message("evaluations", "store_evaluation", ({"eval_id": "bad"},), {}, {}))
         others.close()
