@@ -1,6 +1,6 @@
 """The log events: one closed list. Every line that evalstore logs is one of these; docs/reference/logs.md is made from it.
 
-Code logs with the standard library, by the texts below; the names and fields are for machines (tasks/logs.py). No line holds
+Code logs with the standard library, by the texts below; the names and fields are for machines (log_setup.py). No line holds
 content or a secret. What else is in a log comes from libraries, and its event is `library`.
 """
 
@@ -99,7 +99,7 @@ LOGS: Final = (
     Entry(
         "heads_unbounded",
         "warning",
-        "any client may take as long as it likes for the head of a request: start with --http api.protocol:Protocol",
+        "any client may take as long as it likes for the head of a request: use --http evalstore.api.protocol:Protocol",
     ),
     Entry(
         "request",

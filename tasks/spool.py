@@ -47,7 +47,7 @@ def folder_of(settings: Settings) -> Path | None:
     return settings.spool_dir / f"{settings.redis_namespace}.namespace"
 
 
-class Record(NamedTuple):
+class SpoolRecord(NamedTuple):
     """One message as it is kept."""
 
     at_ms: int
@@ -60,7 +60,7 @@ class Record(NamedTuple):
         return b"%08x %b\n" % (zlib.crc32(rest), rest)
 
     @classmethod
-    def of(cls, line: bytes) -> "Record | None":
+    def of(cls, line: bytes) -> "SpoolRecord | None":
         """The record that `line` is, or None if it is damaged. It is whole without its line break too."""
         crc, _, rest = line.removesuffix(b"\n").partition(b" ")
         if crc != b"%08x" % zlib.crc32(rest) or rest.count(b" ", 0, 100) < 2:
@@ -114,7 +114,7 @@ class Spool:
         at_ms = time.time_ns() // 1_000_000
         ids_and_bodies = [part.encode() if isinstance(part, str) else part for part in arguments]
         pairs = zip(ids_and_bodies[::2], ids_and_bodies[1::2], strict=True)
-        data = b"".join(Record(at_ms, redis_id, body).line() for redis_id, body in pairs)
+        data = b"".join(SpoolRecord(at_ms, redis_id, body).line() for redis_id, body in pairs)
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -166,13 +166,13 @@ class Spool:
                 offset, _ = self._progress(path.name, segment_bytes)
                 file.seek(offset)
                 for line in file:
-                    record = Record.of(line)
+                    record = SpoolRecord.of(line)
                     messages += record is not None
                     oldest_ms = record.at_ms if record and oldest_ms is None else oldest_ms
                 size += segment_bytes - offset
         for path in self.folder.glob("*.bad"):
             with path.open("rb") as file:
-                damaged += sum(line != b"\n" and Record.of(line) is None for line in file)
+                damaged += sum(line != b"\n" and SpoolRecord.of(line) is None for line in file)
         age_s = None if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000)
         return Status(messages, size, age_s, damaged)
 
@@ -182,7 +182,7 @@ class Spool:
             with suppress(FileNotFoundError), path.open("rb") as file:  # it may be forwarded meanwhile
                 file.seek(self._progress(path.name, size)[0])
                 for line in file:
-                    record = Record.of(line)
+                    record = SpoolRecord.of(line)
                     yield record.at_ms if record else None, line
         for path in self.folder.glob("*.bad"):
             with path.open("rb") as file:
@@ -263,7 +263,7 @@ class Spool:
                     start, arguments = offset, list[str | bytes]()
                     while offset < size and offset - start < _BATCH_BYTES and len(arguments) < 2 * _BATCH_RECORDS:
                         line = file.readline(size - offset)
-                        record = Record.of(line)
+                        record = SpoolRecord.of(line)
                         if record:
                             arguments += [record.redis_id, record.body]
                         elif line != b"\n":

@@ -16,11 +16,11 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import Retries
 from periodiq import Scheduler
 
+from evalstore.local.servers import Postgres
 from models.errors import InvalidSettings
 from models.settings import Settings
-from ops.servers import Postgres
 from tasks import store_evaluation
-from tasks.broker import Broker as SendingBroker
+from tasks.broker import SendingBroker
 from tasks.confirmations import Confirmations
 from tasks.keys import Keys, Names
 from tasks.spool import folder_of
@@ -53,7 +53,9 @@ class Evalstore:
 
     def command(self, *words: str) -> Any:
         env = {**os.environ, **self.environment}
-        done = subprocess.run([*python(), "-m", "ops.cli", *words], env=env, cwd=ROOT, capture_output=True, check=False)
+        done = subprocess.run(
+            [*python(), "-m", "evalstore.cli.app", *words], env=env, cwd=ROOT, capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout) if done.stdout else None
 

@@ -1,0 +1,220 @@
+"""The schema's versions, and the two things done with them: bring a database up to date, and check that it is.
+
+A migration must leave the database usable by workers of the release before it: they run on while it is applied.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from psycopg import errors as pg
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from evalstore.storage import database
+from evalstore.storage.migrations import version
+from models.errors import DatabaseOutage, SchemaMismatch
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+# The advisory lock under which releases up to revision 0008 migrate, the same in every schema.
+_OLD_LOCK: Final = 0x65766173
+# A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
+_LOCK_S: Final = 0.5
+_PAUSE_S: Final = 2.0
+_LOOK_S: Final = 0.1
+
+
+@cache
+def revisions() -> tuple[str, ...]:
+    """This release's, the first to the last, as the names of their files say. Alembic, which reads them, takes its time."""
+    found = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
+    if not found:
+        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
+    return tuple(found)
+
+
+def upgrade(url: str, tell: Callable[[str], object] = lambda _: None) -> tuple[str | None, str]:
+    """Bring the database at `url` to this release's schema; returns the revisions before and after.
+
+    One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
+    call from several processes at once; the later ones wait and find nothing to do.
+
+    `tell` receives notices for the operator: which process the migration waits for, once that takes longer than a moment, and
+    what is left to do by hand.
+
+    Raises DatabaseOutage (retry); SchemaMismatch where a newer release migrated before, where the database cannot hold all
+    text, or where a name of ours is taken by something else.
+    """
+    try:
+        return _upgrade(url, tell)
+    except DatabaseOutage as error:
+        if not error.is_lock:
+            raise
+    with _alone(url) as aside:
+        onlooker = _Onlooker(aside, tell)
+        while True:
+            time.sleep(_PAUSE_S)
+            try:
+                return _upgrade(url, tell, onlooker)
+            except DatabaseOutage as error:
+                if not error.is_lock:
+                    raise
+
+
+def _upgrade(url: str, tell: Callable[[str], object], onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
+    with _alone(url) as conn:
+        with onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
+            _lock(conn, lock_key(version.schema_of(conn)))
+            if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
+                how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
+                raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
+            recorded = version.recorded(conn)
+            _refuse_newer(recorded)
+            moved = _move_over(conn) if recorded is None else None
+            left = moved if moved and version.is_in_shared_table(conn, moved) else None
+            _apply(conn)
+        if left:
+            tell(
+                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {left} for processes of the release"
+                f" before. When none of them runs any more: DELETE FROM alembic_version WHERE version_num = '{left}'"
+            )
+        return recorded or moved, revisions()[-1]
+
+
+def lock_key(schema: str) -> int:
+    """Return the number of the advisory lock under which evalstore migrates this schema."""
+    return int.from_bytes(hashlib.sha256(f"evalstore:migrate:{schema}".encode()).digest()[:8], signed=True)
+
+
+def _lock(conn: Connection, key: int) -> None:
+    conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _move_over(conn: Connection) -> str | None:
+    """Record the revision of an installation that has our tables and no version table of ours; returns the revision.
+
+    Leaves `alembic_version` as it is: processes of the release before read it, and other rows belong to others.
+    """
+    from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
+
+    if version.recognised(conn) is None:
+        return None
+    _lock(conn, _OLD_LOCK)  # an old release may be migrating just now
+    if (found := version.recognised(conn)) is not None:
+        command.stamp(config(conn), found)
+    return found
+
+
+def _apply(conn: Connection) -> None:
+    from alembic import command  # noqa: PLC0415 - as above
+
+    try:
+        command.upgrade(config(conn), "head")
+    except DBAPIError as error:
+        if isinstance(error.orig, (pg.DuplicateTable, pg.DuplicateObject)):
+            raise SchemaMismatch(
+                f"{error.orig.diag.message_primary}, and is not evalstore's: nothing was changed. Give evalstore a schema"
+                " of its own: EVALSTORE_DATABASE_SCHEMA"
+            ) from error
+        raise
+
+
+_HOLDERS: Final = """
+SELECT waits.wait_event = 'advisory', holder, other.usename, other.application_name,
+    extract(epoch FROM now() - other.xact_start)
+FROM pg_stat_activity waits CROSS JOIN unnest(pg_blocking_pids(waits.pid)) holder LEFT JOIN pg_stat_activity other
+ON other.pid = holder WHERE waits.pid = %s ORDER BY holder
+"""
+
+
+class _Onlooker:
+    """Sees, on a connection of its own, whom another one waits for: a server tells that only while it waits."""
+
+    def __init__(self, conn: Connection, tell: Callable[[str], object]) -> None:
+        self._conn, self._tell = database.driver(conn), tell
+        self._conn.autocommit = True
+        self._told: list[int] = []
+
+    @contextmanager
+    def looking(self, conn: Connection) -> Iterator[None]:
+        """Until the block ends."""
+        done, pid = threading.Event(), database.driver(conn).info.backend_pid
+        thread = threading.Thread(target=self._run, args=(done, pid), name="evalstore-onlooker", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=1)
+
+    def _run(self, done: threading.Event, pid: int) -> None:
+        # Whoever migrates is told what is wrong, or goes on without being told this.
+        with suppress(DatabaseOutage), database.errors():
+            while not done.wait(_LOOK_S):
+                found = self._conn.execute(_HOLDERS, [pid]).fetchall()
+                pids = [one[1] for one in found]
+                if found and pids != self._told:
+                    self._told = pids
+                    self._tell(f"waits for {' and '.join(_holder(*one) for one in found)}")
+
+
+def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None, seconds: float | None) -> str:
+    if pid == 0:
+        return "a prepared transaction, which SELECT * FROM pg_prepared_xacts shows"
+    since = None if seconds is None else f"in its transaction for {seconds:.0f} s"
+    who = ", ".join(filter(None, [program, user and f"user {user}", since]))
+    what = "which migrates" if is_migrating else "which uses a table that changes"
+    return f"process {pid} of PostgreSQL ({who}), {what}"
+
+
+def config(conn: Connection) -> "Config":
+    """Alembic's, for a connection."""
+    from alembic.config import Config  # noqa: PLC0415 - as above
+
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent))
+    made.set_main_option("path_separator", "os")
+    made.attributes["connection"] = conn
+    return made
+
+
+@contextmanager
+def _alone(url: str) -> Iterator[Connection]:
+    """A connection whose statements may take as long as they take, and which is closed at the end."""
+    engine = database.engine(url, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
+    try:
+        with engine.connect() as conn:
+            yield conn
+    finally:
+        engine.dispose()
+
+
+def check(conn: Connection, *, or_newer: bool = False) -> None:
+    """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing.
+
+    `or_newer`: for a process that found its schema before. The next release's migration comes first, and leaves it to work on.
+    """
+    with database.errors(), conn.begin():
+        current = _current(conn)
+    if or_newer and current is not None and current not in revisions():
+        return
+    _refuse_newer(current)
+    if current != (head := revisions()[-1]):
+        found = f"is at revision {current}" if current else "has no evalstore tables yet"
+        raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
+
+
+def _current(conn: Connection) -> str | None:
+    return version.recorded(conn) or version.recognised(conn)
+
+
+def _refuse_newer(revision: str | None) -> None:
+    if revision is not None and revision not in revisions():
+        raise SchemaMismatch(f"the database is at revision {revision}, which this release does not know: deploy a newer one")
