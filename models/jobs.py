@@ -20,13 +20,3 @@ JOBS: Final = (
     Job("sweep_objects", "*/30 * * * *", "removes objects that nothing refers to: each is looked at once a day"),
     Job("move_dead_letters", "* * * * *", "moves dead letters that were left in Redis to the database"),
 )
-
-
-def last_successes_key(namespace: str) -> str:
-    """The hash in Redis that tells when each job last ended well, in seconds since 1970."""
-    return f"evalstore:{namespace}:jobs:last_successes"
-
-
-def last_runs_key(namespace: str) -> str:
-    """The hash in Redis that tells of each job's last run, as JSON."""
-    return f"evalstore:{namespace}:jobs:last_runs"

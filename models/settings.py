@@ -19,6 +19,8 @@ from models.validation_errors import did_you_mean, format_error
 log = logging.getLogger("evalstore.settings")
 
 _PREFIX = "EVALSTORE_"
+DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
+_NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-]*(?:\{[\w.:~@+=-]+\}[\w.:~@+=-]*)?", re.ASCII)
 # Read by a command each, and so no settings of a process.
 _BESIDE = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
 # What Kubernetes sets for each service, here for one whose name begins with evalstore.
@@ -70,6 +72,13 @@ class Settings(BaseModel):
     redis_url: Annotated[SecretStr, Field(description="Redis or Valkey: redis://, rediss:// or unix://; read by all")] = (
         SecretStr("redis://localhost:6379/0")
     )
+    redis_namespace: Annotated[
+        str,
+        Field(
+            description="the prefix of the queue's keys, which Dramatiq calls `namespace`. With any but the default, all other "
+            "keys and channels hold it, too; read by all"
+        ),
+    ] = DEFAULT_REDIS_NAMESPACE
     send_timeout_s: Annotated[
         float, Field(gt=0, le=_DAY_S, description="seconds until `send` gives up on Redis; read by senders")
     ] = 2
@@ -250,6 +259,16 @@ class Settings(BaseModel):
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
         check_redis_url(value.get_secret_value())
+        return value
+
+    @field_validator("redis_namespace")
+    @classmethod
+    def _is_a_namespace(cls, value: str) -> str:
+        if not _NAMESPACE.fullmatch(value):
+            raise ValueError(
+                "expected 1 to 64 of A-Z a-z 0-9 . _ : ~ @ + = -, a letter, digit or { first, without `evalstore:`, and with "
+                "at most one part in braces, like {dramatiq}"
+            )
         return value
 
     @field_validator("object_store_url", "archive_url")

@@ -1,18 +1,13 @@
-"""The sending half of the broker. Imported at the first send: it imports redis.
-
-What a sender touches has the layout of Dramatiq's own Redis broker, `<namespace>:<queue>` and `<namespace>:<queue>.msgs`, so
-that any Dramatiq client can send to our workers. All other keys lie outside the namespace, where stock clients never clean up,
-and hold it in their name, so that a namespace like `{dramatiq}` keeps all of them in one slot of a cluster.
-"""
+"""The sending half of the broker. Imported at the first send: it imports redis."""
 
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import msgspec
 import redis
@@ -27,7 +22,8 @@ from models.settings import settings, warn_unknown_env
 from tasks import tracing
 from tasks.actor import QUEUE
 from tasks.connections import DeadlineConnection, deadline, packed, transact
-from tasks.spool import Spool
+from tasks.keys import Keys, Names, fence
+from tasks.spool import Spool, folder_of
 from tasks.touch import ObjectToucher
 
 Queued = Literal["queued", "dead"]
@@ -38,48 +34,6 @@ _SLOWEST_BYTES_PER_S: Final = 10_000_000
 _USUAL_BYTES: Final = 256 * 1024
 # Of fewer messages the script takes no longer than the transaction, which has a round trip more; of which so many go together.
 _MANY, _TOGETHER = 64, 100
-
-
-class Keys(NamedTuple):
-    """Where the messages of a queue are."""
-
-    queue: str
-    woken: str
-    bodies: str
-    resent: str
-    stock_delayed: str
-    stock_delayed_bodies: str
-    delayed: str
-    suspects: str
-    deaths: str
-    processes: str
-    workers: str
-    dead: str
-    dead_bodies: str
-    causes: str
-    unacked_prefix: str
-
-    @classmethod
-    @cache
-    def of(cls, namespace: str, queue: str) -> "Keys":
-        stock, ours = f"{namespace}:{queue}", f"evalstore:{namespace}:{queue}"
-        return cls(
-            queue=stock,
-            woken=f"{ours}:woken",
-            bodies=f"{stock}.msgs",
-            resent=f"{ours}:resent",
-            stock_delayed=f"{stock}.DQ",
-            stock_delayed_bodies=f"{stock}.DQ.msgs",
-            delayed=f"{ours}:delayed",
-            suspects=f"{ours}:suspects",
-            deaths=f"{ours}:deaths",
-            processes=f"{ours}:processes",
-            workers=f"{ours}:workers",
-            dead=f"{ours}:dead",
-            dead_bodies=f"{ours}:dead:msgs",
-            causes=f"{ours}:dead:causes",
-            unacked_prefix=f"{ours}:unacked:",
-        )
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -160,6 +114,11 @@ class SendingBroker(RedisBroker):
     def keys(self, queue: str) -> Keys:
         """The keys of a queue."""
         return Keys.of(self.namespace, queue)
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of all else in Redis."""
+        return Names(self.namespace)
 
     def declare_queue(self, queue_name: str) -> None:
         """Declare a queue. There is no second queue for its delayed messages."""
@@ -322,10 +281,10 @@ class SendingBroker(RedisBroker):
                 script(keys=keys, args=arguments, client=pipeline)
                 # On a new connection, after the answer was lost, the script finds its messages there and writes nothing, and
                 # there would be nothing to wait for. This is a write, and later than theirs.
-                pipeline.set(f"evalstore:{keys[0]}:fence", 1, ex=60)
+                pipeline.set(fence(keys[0]), 1, ex=60)
                 pipeline.execute_command(*wait)
-                sent, fence, confirmed = pipeline.execute(raise_on_error=False)
-            for answer in (sent, fence):
+                sent, fenced, confirmed = pipeline.execute(raise_on_error=False)
+            for answer in (sent, fenced):
                 if isinstance(answer, Exception):
                     raise answer
             if not isinstance(confirmed, Exception) and (confirmed[0] if isinstance(confirmed, list) else confirmed) >= 1:
@@ -388,8 +347,15 @@ def broker() -> SendingBroker:
 
     read = settings()
     warn_unknown_env()
-    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=ObjectToucher(read)) if read.spool_dir else None
-    made = SendingBroker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
+    folder = folder_of(read)
+    spool = Spool(folder, max_bytes=read.spool_max_bytes, in_outage=ObjectToucher(read)) if folder else None
+    made = SendingBroker(
+        url=read.redis_url.get_secret_value(),
+        namespace=read.redis_namespace,
+        timeout_s=read.send_timeout_s,
+        spool=spool,
+        middleware=[],
+    )
     made.declare_actor(store_evaluation)
     return made
 

@@ -14,11 +14,11 @@ import msgspec
 import redis
 
 from models.errors import RedisOutage
+from models.settings import settings
 from tasks import tracing
 from tasks.broker import broker
 from tasks.connections import as_bytes
-
-STREAM: Final = "evalstore:confirmations"
+from tasks.keys import Names
 
 # For longer than confirmations can be relayed again.
 _REMEMBER_S: Final = 3600
@@ -28,10 +28,14 @@ class Confirmations:
     """The confirmations for one service, in order of version for each evaluation.
 
     Let one process at a time read as `group`: two would each see a part, and the order only of that part. Iterating blocks
-    for the next; with `idle_s` it ends when none came for that long. Raises RedisOutage: iterate again to go on.
+    for the next; with `idle_s` it ends when none came for that long.
+    `namespace` is by default EVALSTORE_REDIS_NAMESPACE. Raises RedisOutage: iterate again to go on.
     """
 
-    def __init__(self, group: str, *, client: redis.Redis | None = None, idle_s: float | None = None) -> None:
+    def __init__(
+        self, group: str, *, client: redis.Redis | None = None, namespace: str = "", idle_s: float | None = None
+    ) -> None:
+        self._names = Names(namespace or settings().redis_namespace)
         self.group, self.idle_s = group, idle_s
         self._client: Any = client or broker().client
         # Shorter than the client waits for any answer.
@@ -41,7 +45,7 @@ class Confirmations:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             try:
-                self._client.xgroup_create(STREAM, self.group, id="0", mkstream=True)
+                self._client.xgroup_create(self._names.stream, self.group, id="0", mkstream=True)
             except redis.ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
@@ -54,7 +58,7 @@ class Confirmations:
         waited_s = 0.0
         while True:
             block_ms = int(self._block_s * 1000)
-            found = self._client.xreadgroup(self.group, "evalstore", {STREAM: position}, count=100, block=block_ms)
+            found = self._client.xreadgroup(self.group, "evalstore", {self._names.stream: position}, count=100, block=block_ms)
             entries = _entries(found)
             if not entries:
                 waited_s += self._block_s
@@ -71,15 +75,15 @@ class Confirmations:
         for (entry_id, fields), key, confirmation in zip(entries, keys, read, strict=True):
             with self._client.pipeline(transaction=True) as pipeline:
                 if confirmation and int(seen[key] or 0) < confirmation["version"]:
-                    with tracing.receiving(STREAM, self.group, fields, confirmation):
+                    with tracing.receiving(self._names.stream, self.group, fields, confirmation):
                         yield confirmation
                     seen[key] = confirmation["version"]
                     pipeline.set(key, confirmation["version"], ex=_REMEMBER_S)
-                pipeline.xack(STREAM, self.group, entry_id)
+                pipeline.xack(self._names.stream, self.group, entry_id)
                 pipeline.execute()
 
     def _key(self, confirmation: dict[str, Any]) -> str:
-        return f"{STREAM}:{self.group}:{confirmation['eval_id']}"
+        return self._names.seen_version(self.group, confirmation["eval_id"])
 
 
 def _entries(found: Any) -> list[tuple[Any, dict[bytes, bytes]]]:

@@ -26,6 +26,7 @@ from dramatiq.logging import get_logger
 
 from evalstore.objects import permissions
 from models.errors import RedisOutage, SpoolFull
+from models.settings import DEFAULT_REDIS_NAMESPACE, Settings
 from models.threads import once_at_a_time
 
 Send = Callable[[list[str | bytes]], None]
@@ -39,6 +40,13 @@ _PROGRESS: Final = re.compile(rb"(\d{20}\.spool) (\d{20}) (\d{20})\n")
 _AT: Final = re.compile(rb"[0-9a-f]{8} (\d+) ")
 
 _logger = get_logger("tasks", "spool")
+
+
+def folder_of(settings: Settings) -> Path | None:
+    """Return the folder of the spool: below EVALSTORE_SPOOL_DIR with a namespace of its own, so that several may share that."""
+    if settings.spool_dir is None or settings.redis_namespace == DEFAULT_REDIS_NAMESPACE:
+        return settings.spool_dir
+    return settings.spool_dir / f"{settings.redis_namespace}.namespace"
 
 
 class SpoolRecord(NamedTuple):

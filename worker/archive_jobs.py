@@ -16,7 +16,7 @@ from evalstore.storage.archive import Archive
 from evalstore.telemetry import backlog
 from models.errors import InvalidSettings, ObjectStoreOutage
 from models.settings import settings
-from tasks.spool import Spool
+from tasks.spool import Spool, folder_of
 from worker.broker import Broker
 
 log = logging.getLogger("evalstore.worker")
@@ -81,7 +81,8 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
     Raises DatabaseOutage, RedisOutage (retry).
     """
     read, now = settings(), datetime.now(UTC)
-    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes) if read.spool_dir else None
+    folder = folder_of(read)
+    spool = Spool(folder, max_bytes=read.spool_max_bytes) if folder else None
     grace = timedelta(days=read.sweep_grace_days)
     told: dict[str, Any] = {"objects": 0, "removed": 0, "bytes": 0}
     for target in sweeping.targets(read):

@@ -9,7 +9,6 @@ from sqlalchemy import Connection
 from evalstore.storage import outbox
 from evalstore.storage.outbox import Commit, Relayed, StreamId
 from models.errors import RedisOutage
-from tasks.confirmations import STREAM
 from worker import tracing
 from worker.broker import Broker
 
@@ -24,11 +23,15 @@ def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambd
     Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
     """
 
+    names = broker.names
+
     def publish(known: StreamId, commits: Sequence[Commit]) -> Relayed:
         try:
             for lines, traces in _parts(commits):
-                with tracing.publishing(STREAM, traces) as traceparents:
-                    ms, seq, done = broker.run("confirm", [STREAM], *known, KEEP_S * 1000, lines, traceparents)
+                with tracing.publishing(names.stream, traces) as traceparents:
+                    ms, seq, done = broker.run(
+                        "confirm", [names.stream], *known, KEEP_S * 1000, lines, traceparents, names.prefix
+                    )
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import outbox as stored_confirmations
 from models.errors import PASSING
-from models.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
+from models.jobs import JOBS, QUEUE
 from models.settings import settings
 from tasks.broker import encode
 from worker import archive_jobs, confirmation_relay, dead_letter_mover, lost, redrive_job
@@ -62,7 +62,7 @@ class _TickActor(Actor[[], None]):
         message = self.message_with_options(redis_message_id=redis_id, **options)
         broker: Any = self.broker
         keys = broker.keys(self.queue_name)
-        tick = f"evalstore:{broker.namespace}:tick:{self.actor_name}:{minute}"
+        tick = broker.names.tick(self.actor_name, minute)
         try:
             broker.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
         except redis.RedisError as error:
@@ -142,9 +142,9 @@ def _record_run(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[
             told["seconds"] = round(time.time() - started, 3)
             broker.metrics.counters.add("evalstore_job_runs_total", name, str(told["outcome"]))
             try:
-                broker.client.hset(last_runs_key(broker.namespace), name, msgspec.json.encode(told))
+                broker.client.hset(broker.names.last_runs, name, msgspec.json.encode(told))
                 if told["outcome"] == "ok":
-                    broker.client.hset(last_successes_key(broker.namespace), name, time.time())
+                    broker.client.hset(broker.names.last_successes, name, time.time())
             except redis.RedisError as error:
                 log.warning("could not tell of job %s: %s", name, error)
 

@@ -22,6 +22,7 @@ log_setup.replace_formatters()
 warn_unknown_env()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
+    namespace=settings().redis_namespace,
     # For the periodic jobs; events are not retried one by one.
     middleware=[Retries(max_retries=20, min_backoff=1_000, max_backoff=60_000)],
     max_deaths=settings().max_deaths,

@@ -17,6 +17,8 @@ from typing import Any, Final, NamedTuple
 
 import redis
 
+from tasks.keys import Names
+
 log = logging.getLogger("evalstore.api")
 
 MEMORY_BYTES: Final = 64 * 1024 * 1024
@@ -42,20 +44,20 @@ class Rendered(NamedTuple):
 class SharedCache:
     """The cache in Redis. One entry for each evaluation: its stamp, a line break, its JSON."""
 
-    def __init__(self, client: redis.Redis, ttl_s: int) -> None:
-        self._client, self._ttl_s = client, ttl_s
+    def __init__(self, client: redis.Redis, names: Names, ttl_s: int) -> None:
+        self._client, self._names, self._ttl_s = client, names, ttl_s
         self._closed_until = 0.0
 
     def get(self, eval_id: str, stamp: str) -> Rendered | None:
         """What is cached under exactly this stamp."""
-        entry = self._try(lambda: self._client.get(_key(eval_id)))
+        entry = self._try(lambda: self._client.get(self._names.cached_record(eval_id)))
         found, _, body = entry.partition(b"\n") if isinstance(entry, bytes) else (b"", b"", b"")
         return Rendered(stamp, body) if found == stamp.encode() else None
 
     def put(self, eval_id: str, record: Rendered) -> None:
         if len(record.body) <= _LARGEST:
             value = record.stamp.encode() + b"\n" + record.body
-            self._try(lambda: self._client.set(_key(eval_id), value, ex=self._ttl_s))
+            self._try(lambda: self._client.set(self._names.cached_record(eval_id), value, ex=self._ttl_s))
 
     def _try(self, work: Callable[[], Any]) -> Any:
         if not self._ttl_s or time.monotonic() < self._closed_until:
@@ -66,10 +68,6 @@ class SharedCache:
             self._closed_until = time.monotonic() + _PAUSE_S
             log.warning("the cache is left alone for %g s: %s", _PAUSE_S, error)
             return None
-
-
-def _key(eval_id: str) -> str:
-    return f"evalstore:record:{eval_id}"
 
 
 class _Memory:

@@ -34,6 +34,7 @@ from models.events import Event
 from models.record import Fact
 from models.settings import Settings
 from tasks import tracing
+from tasks.keys import Names
 
 # Each thread holds at most one connection. Few are enough: what they wait for is PostgreSQL, and that has no more cores.
 THREADS: Final = 12
@@ -80,13 +81,14 @@ class Service:
         self._stamp_conn: Connection | None = None
         self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
         self._objects_rest_until = self._log_rests_until = self._redis_rests_until = 0.0
+        self._names = Names(settings.redis_namespace)
         self.redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(),
             socket_timeout=0.25,
             socket_connect_timeout=0.25,
             retry=Retry(NoBackoff(), 0),
         )
-        shared = SharedCache(self.redis, settings.cache_ttl_s)
+        shared = SharedCache(self.redis, self._names, settings.cache_ttl_s)
         self.access = Access(settings, lambda: self.run(api_keys.usable))
 
         async def stamps(eval_ids: Sequence[str]) -> dict[str, str]:
@@ -162,7 +164,7 @@ class Service:
 
     def remembered_time(self, eval_id: str, event_id: str, now: datetime) -> datetime:
         """The time this event was first given with, or else `now`, remembered for a day. Raises RedisOutage."""
-        key = _given_key(eval_id, event_id)
+        key = self._names.given_time(eval_id, event_id)
         try:
             pipeline: Any = self.redis.pipeline(transaction=True)
             pipeline.set(key, now.isoformat(), nx=True, ex=86_400)
@@ -177,7 +179,7 @@ class Service:
         if not events or time.monotonic() < self._redis_rests_until:
             return {}
         try:
-            found: Any = self.redis.mget([_given_key(event.eval_id, str(event.event_id)) for event in events])
+            found: Any = self.redis.mget([self._names.given_time(event.eval_id, str(event.event_id)) for event in events])
         except redis.RedisError as error:
             self._redis_rests_until = time.monotonic() + _REST_S
             log.warning("what is stored at once is not looked for in what was sent before: %s", error)
@@ -268,10 +270,6 @@ class Service:
             self.objects.close()
         self.export_engine.dispose()
         self.redis.close()
-
-
-def _given_key(eval_id: str, event_id: str) -> str:
-    return f"evalstore:given:{eval_id}:{event_id}"
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from periodiq import cron as cron_line
 
 from evalstore.cli.output import Format, OutputOption, age, ago, failed, notice, show
 from models.errors import RedisOutage
-from models.jobs import JOBS, QUEUE, last_runs_key
+from models.jobs import JOBS, QUEUE
 from models.record import rfc3339
 from tasks.broker import broker
 
@@ -80,7 +80,7 @@ def _in_words(result: object) -> object:
 
 def _last_runs() -> dict[str, dict[str, Any]]:
     try:
-        found = broker().client.hgetall(last_runs_key(broker().namespace))
+        found = broker().client.hgetall(broker().names.last_runs)
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
     return {name.decode(): msgspec.json.decode(told) for name, told in dict(found).items()}

@@ -10,14 +10,14 @@ import msgspec
 import redis
 
 from tasks.actor import QUEUE
-from tasks.broker import Keys
+from tasks.keys import Keys
 
 _PATIENCE_S = 2.0
 
 
 def workers(environment: Mapping[str, str], since: float) -> int:
     """How many worker processes that were started `since` then take events; 0 while Redis does not answer."""
-    keys = Keys.of("dramatiq", QUEUE)
+    keys = Keys.of(environment["EVALSTORE_REDIS_NAMESPACE"], QUEUE)
     client: Any = redis.Redis.from_url(environment["EVALSTORE_REDIS_URL"], socket_timeout=_PATIENCE_S)
     with contextlib.closing(client), contextlib.suppress(redis.RedisError):
         told = [msgspec.json.decode(line.partition(b" ")[2]) for line in client.hvals(keys.workers)]

@@ -23,7 +23,7 @@ from evalstore.local import processes, readiness
 from evalstore.local.servers import Postgres, Server, ServerError, Valkey, free_port, write_private
 from models.addresses import url_of
 from models.errors import EvalstoreError
-from models.settings import Settings
+from models.settings import DEFAULT_REDIS_NAMESPACE, Settings
 
 Show = Callable[[str, str], None]  # the name of a process, and a line of its
 
@@ -163,6 +163,7 @@ class LocalStack:
         self.environment = {
             "EVALSTORE_DATABASE_URL": self.postgres.url(),
             "EVALSTORE_REDIS_URL": self.valkey.url(),
+            "EVALSTORE_REDIS_NAMESPACE": os.environ.get("EVALSTORE_REDIS_NAMESPACE") or DEFAULT_REDIS_NAMESPACE,
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
             **_metrics(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",

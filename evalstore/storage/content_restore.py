@@ -46,11 +46,11 @@ def count(conn: Connection, eval_ids: list[str] | None) -> tuple[int, int]:
     return int(contents), int(size)
 
 
-_STAGE: Final = "CREATE TEMPORARY TABLE stage_restored (data bytea) ON COMMIT DROP"
-_COPY: Final = "COPY stage_restored FROM STDIN (FORMAT BINARY)"
+_STAGE: Final = "CREATE TEMPORARY TABLE evalstore_stage_restored (data bytea) ON COMMIT DROP"
+_COPY: Final = "COPY evalstore_stage_restored FROM STDIN (FORMAT BINARY)"
 _POINT: Final = """
 UPDATE contents c SET data = s.data, store = NULL, encoding = NULL, failures = 0, failure = NULL, retry_at = %s
-FROM stage_restored s
+FROM evalstore_stage_restored s
 WHERE c.eval_id = %s AND c.event_id = %s AND c.kind = %s AND c.store = %s AND c.sha256 = %s AND sha256(s.data) = c.sha256
 """
 

@@ -142,13 +142,20 @@ class Many(_Way):
 
     def compare(self, facts: dict[int, Fact]) -> Compared:
         """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes."""
-        self._stage("stage_events", _FACT_TYPES)
-        _copy(self._cursor, "stage_events", {"number": "int4"} | _FACT_TYPES, ((number, *one) for number, one in facts.items()))
+        self._stage("evalstore_stage_events", _FACT_TYPES)
+        _copy(
+            self._cursor,
+            "evalstore_stage_events",
+            {"number": "int4"} | _FACT_TYPES,
+            ((number, *one) for number, one in facts.items()),
+        )
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
     def _stage_records(self, number: int, states: Iterable[State]) -> None:
-        self._stage("stage_records", _STATE_TYPES)
-        _copy(self._cursor, "stage_records", {"number": "int4"} | _STATE_TYPES, ((number, *state) for state in states))
+        self._stage("evalstore_stage_records", _STATE_TYPES)
+        _copy(
+            self._cursor, "evalstore_stage_records", {"number": "int4"} | _STATE_TYPES, ((number, *state) for state in states)
+        )
 
     def _stage(self, name: str, types: dict[str, str]) -> None:
         if name not in self._staged:
@@ -160,17 +167,17 @@ class Many(_Way):
 
 
 _CREATE: Final = f"""
-{_INTO_RECORDS} SELECT {columns(State._fields)} FROM stage_records WHERE number = 0 ORDER BY eval_id
+{_INTO_RECORDS} SELECT {columns(State._fields)} FROM evalstore_stage_records WHERE number = 0 ORDER BY eval_id
 ON CONFLICT DO NOTHING RETURNING eval_id
 """
 # The time of the statement, not of the transaction: that may have begun before another one created the record.
 _UPDATE: Final = f"""
 UPDATE evaluations e SET ({columns(_CHANGED)}, updated_at) = ROW({columns(_CHANGED, "s.{}")}, statement_timestamp())
-FROM stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
+FROM evalstore_stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
 _COMPARE: Final = f"""
 SELECT s.number, ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({columns(_COMPARED, "s.{}")}), {_HASHES}
-FROM stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
+FROM evalstore_stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
 """
 _CONFIRM: Final = "INSERT INTO confirmations (count, body, traceparents) VALUES (%s, %s, %s)"
 

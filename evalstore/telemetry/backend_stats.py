@@ -95,7 +95,7 @@ class BackendStats:
     def __init__(self, settings: Settings, patience_s: float = 2.0) -> None:
         self._settings = settings
         self._watch = database.Watch()
-        self._broker = SendingBroker(url=settings.redis_url.get_secret_value(), timeout_s=3)
+        self._broker = SendingBroker(url=settings.redis_url.get_secret_value(), namespace=settings.redis_namespace, timeout_s=3)
         self._patience_s = patience_s
         self._had_schema = False
         self.redis = CachedProbe(lambda: queues.snapshot(self._broker), patience_s)

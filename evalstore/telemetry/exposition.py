@@ -26,7 +26,7 @@ from evalstore.telemetry.process_registry import Group
 from models.addresses import authority
 from models.metrics import METRICS, Metric
 from models.settings import settings
-from tasks.spool import Spool
+from tasks.spool import Spool, folder_of
 from tasks.tracing import release
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -127,7 +127,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _spool() -> dict[Series, float]:
-    folder = settings().spool_dir
+    folder = folder_of(settings())
     if folder is None:
         return {}
     try:

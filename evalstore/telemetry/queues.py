@@ -7,7 +7,6 @@ import msgspec
 import redis
 
 from models.errors import RedisOutage
-from models.jobs import last_runs_key, last_successes_key
 from models.metrics import QUEUES
 from tasks.broker import SendingBroker
 from tasks.redrives import REDRIVEN
@@ -49,8 +48,8 @@ def snapshot(broker: SendingBroker) -> QueueStats:
             workers |= living
             queues.append(Queue(name, broker.counts(name), oldest_age_s(broker, name), len(living)))
         memory = _memory(client)
-        told = client.hgetall(last_runs_key(broker.namespace))
-        successes = client.hgetall(last_successes_key(broker.namespace))
+        told = client.hgetall(broker.names.last_runs)
+        successes = client.hgetall(broker.names.last_successes)
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
     return QueueStats(

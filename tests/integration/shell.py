@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from evalstore.storage import dead_letters
 from evalstore.storage.dead_letters import DeadLetterInsert
-from tasks.broker import Keys
+from tasks.keys import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
 from tests.integration.commands import python

@@ -176,10 +176,12 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
     world.client.config_set("maxmemory", 0)
 
     with psycopg.connect(world.database_url) as conn:
-        ((head,),) = conn.execute("UPDATE alembic_version SET version_num = '0001' RETURNING old.version_num").fetchall()
+        ((head,),) = conn.execute(
+            "UPDATE evalstore_schema_version SET version_num = '0001' RETURNING old.version_num"
+        ).fetchall()
     watched.comes_to("EvalstoreSchemaMismatch", besides=early)
     with psycopg.connect(world.database_url) as conn:
-        conn.execute("UPDATE alembic_version SET version_num = %s", [head])
+        conn.execute("UPDATE evalstore_schema_version SET version_num = %s", [head])
 
     watched.comes_to(within_s=150)  # the scheduler tells, too, by now
     # Where a threshold hides what is well, or the HTTP service or a folder would tell, nothing may come.

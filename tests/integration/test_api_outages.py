@@ -63,7 +63,7 @@ def test_a_service_stays_ready_when_the_next_release_migrates_and_one_that_start
     old = start_api()
     assert old.nobody.get("/health/ready").status_code == 200
     with psycopg.connect(database_url) as conn:
-        conn.execute("UPDATE alembic_version SET version_num = 'next'")
+        conn.execute("UPDATE evalstore_schema_version SET version_num = 'next'")
     assert old.nobody.get("/health/ready").json()["status"] == "ready"
     late = start_api().nobody.get("/health/ready")
     assert (late.status_code, "deploy a newer one" in late.json()["database"]) == (503, True)

@@ -24,7 +24,7 @@ from evalstore.cli.output import escaped, to_json
 from evalstore.storage import database, dead_letters, event_store
 from evalstore.storage.dead_letters import DeadLetterInsert
 from models.events import parse
-from tasks.broker import Keys
+from tasks.keys import Keys
 from tests.integration.commands import python
 
 Json = dict[str, Any]
@@ -234,7 +234,7 @@ def test_what_is_not_ready_says_why_in_the_servers_words(
 
 def test_a_schema_of_another_release_is_told_as_what_it_is(evalstore: Evalstore, database_url: str) -> None:
     with connected(database_url) as conn, conn.begin():
-        conn.execute(text("UPDATE alembic_version SET version_num = 'future'"))
+        conn.execute(text("UPDATE evalstore_schema_version SET version_num = 'future'"))
     ready, status = evalstore("health", "--ready", "-o", "json"), evalstore("status")
     assert (ready.returncode, status.returncode) == (1, 1)
     assert "at revision future, which this release does not know: deploy a newer one" in ready.stdout.decode()

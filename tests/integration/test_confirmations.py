@@ -15,7 +15,8 @@ from evalstore.storage import event_store, outbox
 from models.errors import RedisOutage
 from models.events import parse
 from models.settings import settings
-from tasks.confirmations import STREAM, Confirmations
+from tasks.confirmations import Confirmations
+from tasks.keys import Names
 from tests.chaos.world import wait_until
 from worker import confirmation_relay
 from worker.background import Background
@@ -23,6 +24,7 @@ from worker.broker import Broker
 from worker.handler import engine
 
 AT = "2026-01-01T00:00:00Z"
+STREAM = Names("dramatiq").stream
 
 
 def store(conn: Connection, eval_id: str, *numbers: int) -> None:
@@ -148,6 +150,16 @@ def test_however_many_there_are_each_is_published_to_whoever_listens(conn: Conne
         confirmation_relay.relay(conn, broker)
 
         assert heard(listening) == [fields[b"confirmation"] for _, fields in entries(broker)]
+
+
+def test_many_are_published_on_the_channel_of_a_namespace(conn: Connection, redis_url: str) -> None:
+    broker = Broker(url=redis_url, namespace="team", middleware=[])
+    store_many(conn)
+    with broker.client.pubsub() as listening:
+        subscribed(listening, "team:storage:evaluation:created")
+        confirmation_relay.relay(conn, broker)
+        assert len(heard(listening)) == 100
+    broker.client.close()
 
 
 def test_whoever_listens_to_a_replica_hears_them_too(

@@ -20,6 +20,7 @@ from sqlalchemy import Engine, text
 from evalstore.local import processes
 from evalstore.local.servers import Postgres
 from evalstore.storage import database, migrations
+from evalstore.storage.migrations.version import VERSION_TABLE
 from evalstore.storage.tables import metadata
 from models.errors import DatabaseOutage, SchemaMismatch
 from tests.integration.commands import python
@@ -58,7 +59,7 @@ def evalstore(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
 def test_the_tables_are_those_that_the_migrations_make(database_url: str) -> None:
     made = database.engine(database_url)
     with made.connect() as conn:
-        options = {"compare_type": True, "compare_server_default": True}
+        options = {"compare_type": True, "compare_server_default": True, "version_table": VERSION_TABLE}
         assert compare_metadata(MigrationContext.configure(conn, opts=options), metadata) == []
     made.dispose()
 
@@ -93,7 +94,9 @@ def test_several_processes_may_migrate_at_once(empty_database_url: str) -> None:
 
 def test_a_migration_that_fails_changes_nothing(empty_database_url: str) -> None:
     run("CREATE TABLE contents (in_the_way int)", empty_database_url)
-    with pytest.raises(Exception, match='relation "contents" already exists'):
+    with pytest.raises(
+        Exception, match=r'relation "contents" already exists, and is not evalstore.s: .*EVALSTORE_DATABASE_SCHEMA'
+    ):
         migrations.upgrade(empty_database_url)
     assert run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", empty_database_url) == [("contents",)]
     run("DROP TABLE contents", empty_database_url)
@@ -115,10 +118,10 @@ def test_the_check_says_what_to_do_and_changes_nothing(engine: Engine, empty_dat
         migrations.upgrade(empty_database_url)
         migrations.check(conn)
         for revision in revisions()[:-1]:
-            run(f"UPDATE alembic_version SET version_num = '{revision}'", empty_database_url)
+            run(f"UPDATE evalstore_schema_version SET version_num = '{revision}'", empty_database_url)
             with pytest.raises(SchemaMismatch, match=f"at revision {revision}, .*run `evalstore migrate`"):
                 migrations.check(conn)
-        run("UPDATE alembic_version SET version_num = 'future'", empty_database_url)
+        run("UPDATE evalstore_schema_version SET version_num = 'future'", empty_database_url)
         with pytest.raises(SchemaMismatch, match="at revision future, which this release does not know: deploy a newer one"):
             migrations.check(conn)
     with pytest.raises(SchemaMismatch, match="deploy a newer one"):
@@ -165,7 +168,9 @@ def test_a_migration_that_waits_says_for_whom(empty_database_url: str, eventuall
         command.upgrade(migrations.config(conn), "0007")
     made.dispose()
     told: list[str] = []
-    statement = "SELECT * FROM confirmations" if holds == "a table" else f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"
+    statement = (
+        "SELECT * FROM confirmations" if holds == "a table" else f"SELECT pg_advisory_lock({migrations.lock_key('public')})"
+    )
     with ThreadPoolExecutor(1) as thread, psycopg.connect(empty_database_url, application_name="export") as other:
         other.execute(statement)
         holder = other.info.backend_pid
@@ -176,6 +181,128 @@ def test_a_migration_that_waits_says_for_whom(empty_database_url: str, eventuall
         other.close()
         assert upgraded.result(timeout=30) == ("0007", revisions()[-1])
     assert len(told) == 1
+
+
+def previous_release(url: str, revision: str = "0008") -> None:
+    """Make the schema as releases did that kept their revision in `alembic_version`."""
+    from alembic import command  # noqa: PLC0415 - only here
+
+    made = database.engine(url)
+    with made.begin() as conn:
+        command.upgrade(migrations.config(conn), revision)
+    made.dispose()
+    run("ALTER TABLE evalstore_schema_version RENAME TO alembic_version", url)
+    run("ALTER INDEX evalstore_schema_version_pkc RENAME TO alembic_version_pkc", url)
+
+
+def revision_of_others(url: str, *found: str) -> None:
+    """Write the version table of another application's Alembic."""
+    run("CREATE TABLE IF NOT EXISTS alembic_version (version_num varchar(32) PRIMARY KEY)", url)
+    for one in found:
+        run(f"INSERT INTO alembic_version VALUES ('{one}')", url)
+
+
+@pytest.mark.parametrize("theirs", [("0008",), ("a1b2c3",), ("0003", "zzz")])
+def test_the_version_of_another_application_is_never_taken_for_ours(
+    engine: Engine, empty_database_url: str, theirs: tuple[str, ...]
+) -> None:
+    revision_of_others(empty_database_url, *theirs)
+    with engine.connect() as conn, pytest.raises(SchemaMismatch, match="no evalstore tables yet"):
+        migrations.check(conn)
+    assert migrations.upgrade(empty_database_url) == (None, revisions()[-1])
+    assert run("SELECT version_num FROM alembic_version ORDER BY 1", empty_database_url) == [(one,) for one in theirs]
+    assert run("SELECT count(*) FROM evaluations", empty_database_url) == [(0,)]
+
+
+@pytest.mark.parametrize("theirs", [(), ("a1b2c3",), ("0009", "zzz")])
+def test_an_installation_that_shares_a_version_table_moves_to_its_own(
+    engine: Engine, empty_database_url: str, theirs: tuple[str, ...]
+) -> None:
+    previous_release(empty_database_url)
+    revision_of_others(empty_database_url, *theirs)
+    told: list[str] = []
+    assert migrations.upgrade(empty_database_url, told.append) == ("0008", revisions()[-1])
+    assert run("SELECT version_num FROM evalstore_schema_version", empty_database_url) == [(revisions()[-1],)]
+    # Processes of the release before read it.
+    assert run("SELECT version_num FROM alembic_version ORDER BY 1", empty_database_url) == [
+        ("0008",),
+        *((one,) for one in theirs),
+    ]
+    assert len(told) == 1
+    assert "DELETE FROM alembic_version WHERE version_num = '0008'" in told[0]
+    assert migrations.upgrade(empty_database_url, told.append) == (revisions()[-1], revisions()[-1])
+    assert len(told) == 1
+    with engine.connect() as conn:
+        migrations.check(conn)
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006", "0007"])
+def test_older_installations_move_over_from_the_revision_that_their_tables_have(
+    engine: Engine, empty_database_url: str, revision: str
+) -> None:
+    previous_release(empty_database_url, revision)
+    with engine.connect() as conn, pytest.raises(SchemaMismatch, match=f"at revision {revision}, .*run `evalstore migrate`"):
+        migrations.check(conn)
+    assert migrations.upgrade(empty_database_url) == (revision, revisions()[-1])
+    assert run("SELECT version_num FROM alembic_version", empty_database_url) == [(revision,)]
+
+
+def test_our_tables_are_known_after_others_wrote_over_our_version(empty_database_url: str) -> None:
+    previous_release(empty_database_url)
+    run("UPDATE alembic_version SET version_num = '0012'", empty_database_url)
+    told: list[str] = []
+    assert migrations.upgrade(empty_database_url, told.append) == ("0008", revisions()[-1])
+    assert told == []
+
+
+def test_an_installation_moves_over_while_the_old_release_migrates_it(empty_database_url: str, eventually: Eventually) -> None:
+    previous_release(empty_database_url, "0007")
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(empty_database_url) as old:
+        old.execute("SELECT pg_advisory_xact_lock(%s)", [migrations._OLD_LOCK])
+        old.execute("ALTER TABLE confirmations ADD COLUMN traceparents text")
+        upgraded = thread.submit(migrations.upgrade, empty_database_url)
+        waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        eventually(lambda: run(waits, empty_database_url), what="that it waits")
+        old.commit()
+        assert upgraded.result(timeout=30) == ("0008", revisions()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [
+        ("evaluations", "CREATE TABLE evaluations (id int PRIMARY KEY, status text, score float8)"),
+        ("evaluations", "CREATE VIEW evaluations AS SELECT 1 AS eval_id"),
+        ("probes", "CREATE TYPE probes AS ENUM ('a')"),
+        ("dead_letters_by_time", "CREATE TABLE jobs (at int); CREATE INDEX dead_letters_by_time ON jobs (at)"),
+    ],
+)
+def test_a_name_that_is_taken_is_told_and_nothing_is_changed(empty_database_url: str, name: str, statement: str) -> None:
+    run(statement, empty_database_url)
+    revision_of_others(empty_database_url, "0008")
+    before = run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url)
+    done = evalstore("migrate", url=empty_database_url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f'"{name}" already exists' in done.stderr
+    assert "EVALSTORE_DATABASE_SCHEMA" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url) == before
+
+
+def test_two_schemas_of_a_database_hold_an_evalstore_each(empty_database_url: str) -> None:
+    run("CREATE SCHEMA one; CREATE SCHEMA two; CREATE TABLE evaluations (id int)", empty_database_url)
+    one, two = (f"{empty_database_url}?options=-c%20search_path%3D{name},public" for name in ("one", "two"))
+    assert migrations.lock_key("one") != migrations.lock_key("two")
+    assert migrations.upgrade(one) == (None, revisions()[-1])
+    made = database.engine(two)
+    with made.connect() as conn, pytest.raises(SchemaMismatch, match="no evalstore tables yet"):
+        migrations.check(conn)
+    made.dispose()
+    assert migrations.upgrade(two) == (None, revisions()[-1])
+
+
+def test_a_search_path_without_a_schema_is_told(empty_database_url: str) -> None:
+    with pytest.raises(SchemaMismatch, match="search_path names no schema"):
+        migrations.upgrade(f"{empty_database_url}?options=-c%20search_path%3Dnowhere")
 
 
 def test_without_a_server_migrating_and_checking_is_an_outage() -> None:
@@ -197,7 +324,7 @@ def test_a_worker_on_another_schema_refuses_and_says_what_to_run(
     if revision is not None:
         migrations.upgrade(empty_database_url)
         number = revisions()[0] if revision == "first" else revision
-        run(f"UPDATE alembic_version SET version_num = '{number}'", empty_database_url)
+        run(f"UPDATE evalstore_schema_version SET version_num = '{number}'", empty_database_url)
     before = run("SELECT relname FROM pg_class ORDER BY 1", empty_database_url)
     log = tmp_path / "worker.log"
     environment = {**os.environ, "EVALSTORE_DATABASE_URL": empty_database_url, "EVALSTORE_REDIS_URL": redis_url}

@@ -17,7 +17,7 @@ from periodiq import Scheduler, cron
 
 from evalstore.local.servers import Valkey
 from models.errors import DatabaseOutage
-from models.jobs import JOBS, QUEUE, last_runs_key
+from models.jobs import JOBS, QUEUE
 from tasks.redrives import ACTOR
 from tests.integration.commands import python
 from worker import schedule
@@ -127,7 +127,7 @@ def test_a_job_that_can_never_run_is_a_dead_letter(broker: Broker, eventually: C
 
 
 def last_run(broker: Broker) -> dict[str, Any]:
-    told = broker.client.hget(last_runs_key(broker.namespace), "relay_confirmations")
+    told = broker.client.hget(broker.names.last_runs, "relay_confirmations")
     return dict(msgspec.json.decode(told)) if told else {"outcome": None}
 
 

@@ -134,13 +134,15 @@ def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoev
         closing(BackendStats(given, patience_s=30)) as later,
     ):
         assert before.ready() == {}
-        ((head,),) = conn.execute("UPDATE alembic_version SET version_num = 'next' RETURNING old.version_num").fetchall()
+        ((head,),) = conn.execute(
+            "UPDATE evalstore_schema_version SET version_num = 'next' RETURNING old.version_num"
+        ).fetchall()
         assert before.ready() == {}
         assert before.numbers()[fits] == 1
         assert shown in before.numbers()
         assert "schema" in later.ready()
         assert later.numbers()[fits] == 0
-        conn.execute("UPDATE alembic_version SET version_num = %s", [f"{int(head) - 1:04}"])
+        conn.execute("UPDATE evalstore_schema_version SET version_num = %s", [f"{int(head) - 1:04}"])
         assert "schema" in before.ready()  # a database of the release before, in the place of the one there was
 
 

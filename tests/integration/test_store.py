@@ -637,3 +637,14 @@ def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engin
             assert event_store.store(conn, [event("started", number)]).outcomes == ["applied"]
             database.driver(conn).execute("DISCARD TEMP")
             conn.rollback()
+
+
+def test_temporary_tables_of_others_in_our_session_are_left_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pooler hands one session to several applications in turn."""
+    monkeypatch.setattr(event_writer, "_FEW", 0)
+    with engine.connect() as conn:
+        for name in ("stage_records", "stage_events", "stage_restored"):
+            database.driver(conn).execute(f"CREATE TEMPORARY TABLE {name} (theirs int)".encode())
+        conn.commit()
+        assert event_store.store(conn, [event("queued", 1)]).outcomes == ["applied"]
+        assert event_store.store(conn, [event("queued", 1)]).outcomes == ["duplicate"]

@@ -1,8 +1,9 @@
 -- Append confirmations to the stream, and publish each on the channel of its type where anybody may be listening.
 --
--- KEYS  1 stream   evalstore:confirmations
+-- KEYS  1 stream   evalstore:confirmations, behind the prefix in ARGV 6
 -- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 how long to keep entries, ms; 4 a line of JSON each;
---       5 empty, or 55 characters each: a traceparent to become a field of its own, or spaces
+--       5 empty, or 55 characters each: a traceparent to become a field of its own, or spaces;
+--       6 empty, or what the names of the channels begin with: <namespace>:
 -- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
 -- the entry it is known to have had: the server lost what it had confirmed.
 
@@ -27,7 +28,7 @@ local function may_be_heard()
         local info = redis.pcall("INFO", section)
         return type(info) == "string" and string.find(info, line .. "\r\n", 1, true)
     end
-    local channels = redis.pcall("PUBSUB", "NUMSUB", "storage:evaluation:created", "storage:evaluation:updated")
+    local channels = redis.pcall("PUBSUB", "NUMSUB", ARGV[6] .. "storage:evaluation:created", ARGV[6] .. "storage:evaluation:updated")
     local nobody = channels[2] == 0 and channels[4] == 0 and redis.pcall("PUBSUB", "NUMPAT") == 0
     return not (nobody and says("replication", "connected_slaves:0") and says("cluster", "cluster_enabled:0"))
 end
@@ -53,7 +54,7 @@ while at <= #ARGV[4] do
         id = redis.call("XADD", KEYS[1], "*", "confirmation", line)
     end
     if is_heard then
-        redis.call("PUBLISH", string.match(line, '"type":"([^"]+)"'), line)
+        redis.call("PUBLISH", ARGV[6] .. string.match(line, '"type":"([^"]+)"'), line)
     end
     trace_at = trace_at + 55
 end

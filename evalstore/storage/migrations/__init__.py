@@ -3,6 +3,7 @@
 A migration must leave the database usable by workers of the release before it: they run on while it is applied.
 """
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from psycopg import errors as pg
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from evalstore.storage import database
+from evalstore.storage.migrations import version
 from models.errors import DatabaseOutage, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-# Any constant will do, as long as every evalstore that ever migrates this database uses the same.
-_ADVISORY_LOCK = 0x65766173
+# The advisory lock under which releases up to revision 0008 migrate, the same in every schema.
+_OLD_LOCK: Final = 0x65766173
 # A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
 _LOCK_S: Final = 0.5
 _PAUSE_S: Final = 2.0
@@ -36,44 +40,90 @@ def revisions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def upgrade(url: str, waiting: Callable[[str], object] = lambda _: None) -> tuple[str | None, str]:
+def upgrade(url: str, tell: Callable[[str], object] = lambda _: None) -> tuple[str | None, str]:
     """Bring the database at `url` to this release's schema; returns the revisions before and after.
 
     One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
-    call from several processes at once; the later ones wait and find nothing to do. `waiting` is told for whom it waits once
-    that is for longer than a moment, and again when that is another.
+    call from several processes at once; the later ones wait and find nothing to do.
 
-    Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or where the database cannot hold all
-    text.
+    `tell` receives notices for the operator: which process the migration waits for, once that takes longer than a moment, and
+    what is left to do by hand.
+
+    Raises DatabaseOutage (retry); SchemaMismatch where a newer release migrated before, where the database cannot hold all
+    text, or where a name of ours is taken by something else.
     """
     try:
-        return _upgrade(url)
+        return _upgrade(url, tell)
     except DatabaseOutage as error:
         if not error.is_lock:
             raise
     with _alone(url) as aside:
-        onlooker = _Onlooker(aside, waiting)
+        onlooker = _Onlooker(aside, tell)
         while True:
             time.sleep(_PAUSE_S)
             try:
-                return _upgrade(url, onlooker)
+                return _upgrade(url, tell, onlooker)
             except DatabaseOutage as error:
                 if not error.is_lock:
                     raise
 
 
-def _upgrade(url: str, onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
+def _upgrade(url: str, tell: Callable[[str], object], onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
+    with _alone(url) as conn:
+        with onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
+            _lock(conn, lock_key(version.schema_of(conn)))
+            if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
+                how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
+                raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
+            recorded = version.recorded(conn)
+            _refuse_newer(recorded)
+            moved = _move_over(conn) if recorded is None else None
+            left = moved if moved and version.is_in_shared_table(conn, moved) else None
+            _apply(conn)
+        if left:
+            tell(
+                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {left} for processes of the release"
+                f" before. When none of them runs any more: DELETE FROM alembic_version WHERE version_num = '{left}'"
+            )
+        return recorded or moved, revisions()[-1]
+
+
+def lock_key(schema: str) -> int:
+    """Return the number of the advisory lock under which evalstore migrates this schema."""
+    return int.from_bytes(hashlib.sha256(f"evalstore:migrate:{schema}".encode()).digest()[:8], signed=True)
+
+
+def _lock(conn: Connection, key: int) -> None:
+    conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _move_over(conn: Connection) -> str | None:
+    """Record the revision of an installation that has our tables and no version table of ours; returns the revision.
+
+    Leaves `alembic_version` as it is: processes of the release before read it, and other rows belong to others.
+    """
     from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
 
-    with _alone(url) as conn, onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
-        conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-        if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
-            how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
-            raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
-        before = _current(conn)
-        _refuse_newer(before)
+    if version.recognised(conn) is None:
+        return None
+    _lock(conn, _OLD_LOCK)  # an old release may be migrating just now
+    if (found := version.recognised(conn)) is not None:
+        command.stamp(config(conn), found)
+    return found
+
+
+def _apply(conn: Connection) -> None:
+    from alembic import command  # noqa: PLC0415 - as above
+
+    try:
         command.upgrade(config(conn), "head")
-        return before, revisions()[-1]
+    except DBAPIError as error:
+        if isinstance(error.orig, (pg.DuplicateTable, pg.DuplicateObject)):
+            raise SchemaMismatch(
+                f"{error.orig.diag.message_primary}, and is not evalstore's: nothing was changed. Give evalstore a schema"
+                " of its own: EVALSTORE_DATABASE_SCHEMA"
+            ) from error
+        raise
 
 
 _HOLDERS: Final = """
@@ -161,17 +211,8 @@ def check(conn: Connection, *, or_newer: bool = False) -> None:
         raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
 
 
-_THERE: Final = "SELECT to_regclass('alembic_version') IS NOT NULL"
-_CURRENT: Final = "SELECT max(version_num) FROM alembic_version"
-
-
 def _current(conn: Connection) -> str | None:
-    with database.driver(conn).cursor() as cursor:
-        ((is_there,),) = cursor.execute(_THERE).fetchall()
-        if not is_there:
-            return None
-        ((found,),) = cursor.execute(_CURRENT).fetchall()
-        return None if found is None else str(found)
+    return version.recorded(conn) or version.recognised(conn)
 
 
 def _refuse_newer(revision: str | None) -> None:

@@ -1,8 +1,15 @@
-"""Alembic's entry: runs the migrations on the connection that `evalstore.storage.migrations.upgrade` hands over."""
+"""Alembic's entry: run the migrations on the connection that `evalstore.storage.migrations.upgrade` hands over."""
 
 from alembic import context
 
+from evalstore.storage.migrations.version import VERSION_TABLE, schema_of
 from evalstore.storage.tables import metadata
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=metadata,
+    version_table=VERSION_TABLE,
+    version_table_schema=schema_of(connection),
+)
 context.run_migrations()
