@@ -1,6 +1,7 @@
 """The application: routes, errors, limits and documentation around one Service."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -21,7 +22,9 @@ from api.reads import Reads
 from api.rendering import json_response
 from api.service import Service
 from api.tracing import SERVICE, Traced
+from models.errors import Outage
 from models.settings import settings
+from storage import durability
 from tasks import logs, tracing
 from tasks.environment import tell_misspelt
 
@@ -49,10 +52,12 @@ def build() -> ASGIApp:
         metrics.share()
         service = app.state.service = Service(settings(), metrics)
         beat = asyncio.create_task(metrics.beat(service))
+        doubts = asyncio.create_task(_log_doubts(service))
         try:
             yield
         finally:
             beat.cancel()
+            doubts.cancel()
             metrics.ledger.rest()
             service.close()
             tracing.flush(traces)
@@ -103,3 +108,9 @@ def build() -> ASGIApp:
             )
 
     return Traced(Guard(Reads(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe))
+
+
+async def _log_doubts(service: Service) -> None:
+    with contextlib.suppress(Outage, problems.Problem):
+        for doubt in await service.run(durability.doubts):
+            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)

@@ -52,7 +52,8 @@ def _tell_live(of: str | None, form: Format) -> None:
 def _tell_ready(form: Format) -> None:
     from tasks.standing import Standing  # noqa: PLC0415 - whoever asks for --live, often, is spared it
 
-    errors = Standing(settings(), patience_s=_PATIENCE_S).answers().errors
+    standing = Standing(settings(), patience_s=_PATIENCE_S)
+    errors = standing.answers().errors
     found = {name: " ".join(str(error).split()) for name, error in errors.items()}
     show(
         [
@@ -62,6 +63,8 @@ def _tell_ready(form: Format) -> None:
         ["server", "state"],
         form,
     )
+    for doubt in standing.doubts.get() or [] if "postgresql" not in found else []:
+        notice(f"PostgreSQL is not set up to keep what it commits: {doubt}", "yellow")
     if found:
         raise failed("not ready", 1 if set(found) == {"schema"} else 7)
     notice("ready", "green")

@@ -2,12 +2,18 @@
 
 from models.settings import settings
 from ops.output import notice
-from storage import migrations
+from storage import database, durability, migrations
 
 
 def migrate() -> None:
     """Bring the database's tables to this release. Safe while workers run, and from several places at once."""
-    before, after = migrations.upgrade(settings().database_url.get_secret_value(), waiting=lambda why: notice(why, "yellow"))
+    url = settings().database_url.get_secret_value()
+    before, after = migrations.upgrade(url, waiting=lambda why: notice(why, "yellow"))
+    engine = database.engine(url)
+    with engine.connect() as conn:
+        for doubt in durability.doubts(conn):
+            notice(f"PostgreSQL is not set up to keep what it commits: {doubt}", "yellow")
+    engine.dispose()
     if before == after:
         notice(f"the schema is at {after} already")
     else:

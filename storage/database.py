@@ -21,6 +21,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import DatabaseOutage, InvalidSettings
 from models.record import jsonb
+from storage.sessions import Session, set_up, split_options
 
 # What passes by itself, or once an operator has mended the server: no message is to blame for it.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -66,17 +67,18 @@ def engine(
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
     Raises InvalidSettings where `url` is no address.
     """
-    own_options = parse(url).get("options") or ""
-    options = (
-        f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
-        f" -c idle_in_transaction_session_timeout={int(idle_timeout_s * 1000)} -c tcp_user_timeout=10000"
-        " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
-        f" -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed {own_options}"
-    )
+    own_settings, own_options = split_options(parse(url).get("options") or "")
+    wanted = {
+        "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "lock_timeout": str(int(lock_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(int(idle_timeout_s * 1000)),
+        **own_settings,
+    }
+    watch = Watch()
 
     def connect() -> psycopg.Connection[tuple[Any, ...]]:
         with errors():  # here, because callers connect before they are within `errors` themselves
-            conn = psycopg.connect(
+            conn = Session.connect(
                 url,
                 connect_timeout=3,
                 tcp_user_timeout=8000,
@@ -85,9 +87,15 @@ def engine(
                 keepalives_count=3,
                 application_name="evalstore",
                 client_encoding="utf8",  # or else the environment's, or that of the database
-                options=options,
+                options=own_options,  # or else PGOPTIONS
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
+            try:
+                with watch.bounded_driver(conn, _PING_S):  # a pooler accepts while its server is away
+                    set_up(conn, wanted)
+            except BaseException:
+                conn.close()
+                raise
         set_json_dumps(jsonb, conn)
         conn.add_notice_handler(_note_end)
         return conn
@@ -100,7 +108,7 @@ def engine(
         pool_timeout=10,
     )
     if pre_ping:
-        event.listen(made, "checkout", _trying_out(Watch()))
+        event.listen(made, "checkout", _trying_out(watch))
     event.listen(made, "checkin", _leave_refused)
     return made
 

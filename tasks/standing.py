@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine
 from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage, SchemaMismatch
 from models.metrics import BY_NAME, REASONS
 from models.settings import Settings
-from storage import database, migrations
+from storage import database, durability, migrations
 from storage import standing as stored
 from storage.archive import Archive
 from tasks import queues
@@ -102,6 +102,7 @@ class Standing:
         self.database = Reading(lambda: self._bounded(self._server), patience_s)
         self.letters = self.reading(stored.letters)
         self.contents = self.reading(self._all_contents)
+        self.doubts = self.reading(durability.doubts)
 
     @cached_property
     def _engine(self) -> Engine:

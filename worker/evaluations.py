@@ -15,7 +15,7 @@ from models.events import identified, parse
 from models.record import Fact, fact
 from models.settings import settings
 from models.wire import read_fact
-from storage import database, evaluations, migrations
+from storage import database, durability, evaluations, migrations
 from storage.objects import Stores
 from storage.presence import Presence
 from tasks.evaluations import ACTOR, QUEUE
@@ -41,6 +41,8 @@ def engine() -> Engine:
     connections = database.engine(settings().database_url.get_secret_value(), idle_timeout_s=15, pre_ping=False)
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
+        for doubt in durability.doubts(conn):
+            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)
     return connections
 
 
