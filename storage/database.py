@@ -21,6 +21,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import DatabaseOutage, InvalidSettings
 from models.record import jsonb
+from models.settings import Settings
 from storage.sessions import Session, set_up, split_options
 
 # What passes by itself, or once an operator has mended the server: no message is to blame for it.
@@ -51,13 +52,16 @@ _shares_sessions = threading.Event()  # such a pooler was noticed: nothing is pr
 def engine(
     url: str,
     *,
+    schema: str | None = None,
     pool_size: int = 5,
     statement_timeout_s: float = 60,
     lock_timeout_s: float = 5,
     idle_timeout_s: float = 0,
     pre_ping: bool = True,
 ) -> Engine:
-    """A pool of connections to `url` (any libpq address), opened as they are asked for.
+    """A pool of connections to `url` (any libpq address), opened as they are asked for, whose tables are those in `schema`.
+
+    Without `schema` they are in the connection's first schema. The defaults of role, database and environment do not count.
 
     The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
     locks keep nobody waiting for longer than that.
@@ -92,7 +96,7 @@ def engine(
             )
             try:
                 with watch.bounded_driver(conn, _PING_S):  # a pooler accepts while its server is away
-                    set_up(conn, wanted)
+                    set_up(conn, wanted, schema)
             except BaseException:
                 conn.close()
                 raise
@@ -111,6 +115,11 @@ def engine(
         event.listen(made, "checkout", _trying_out(watch))
     event.listen(made, "checkin", _leave_refused)
     return made
+
+
+def connect(settings: Settings, **options: Any) -> Engine:
+    """The engine for the database and schema that `settings` name; `options` are those of `engine`."""
+    return engine(settings.database_url.get_secret_value(), schema=settings.database_schema, **options)
 
 
 def parse(url: str) -> dict[str, Any]:

@@ -59,10 +59,11 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
                     raise psycopg.errors.error_from_result(result, encoding="utf-8")
 
 
-def set_up(raw: Session, wanted: Mapping[str, str]) -> None:
+def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -> None:
     """Set the session, or each of its transactions where a pooler is between, to _SETTINGS and what is `wanted`.
 
-    One statement. Without `search_path` it is fixed to the schema that is the connection's first. Raises what psycopg raises.
+    One statement. The search path is `schema` alone, or else the connection's first schema alone: nothing is found, and nothing
+    is created, in another. Raises what psycopg raises.
     """
     version = raw.info.server_version
     unbounded = {name: "0" for name, since in _UNBOUNDED.items() if version >= since}
@@ -71,23 +72,18 @@ def set_up(raw: Session, wanted: Mapping[str, str]) -> None:
     settings.pop("synchronous_commit", None)
     # A pooler has no process of PostgreSQL to name when a client connects, and makes up a number.
     is_pooled = sql.SQL("pg_backend_pid() <> {}").format(raw.info.backend_pid)
-    schema = sql.SQL("coalesce(quote_ident(current_schema()), current_setting('search_path'))")
-    choose = [_set("search_path", path, is_pooled)] if path is not None else []
+    first = sql.SQL("coalesce(quote_ident(current_schema()), current_setting('search_path'))")
+    fixed = first if schema is None else sql.SQL("quote_ident({})").format(schema)
+    columns = [
+        is_pooled,
+        *(_set(name, value, is_pooled) for name, value in {**_SOCKET, **settings}.items()),
+        sql.SQL(DURABLE).format(is_pooled),
+        *([] if path is None else [_set("search_path", path, is_pooled)]),
+        sql.SQL("set_config('search_path', {}, {})").format(fixed, is_pooled),
+    ]
     raw.autocommit = True
-    ((pooled, *_, search_path),) = raw.execute(
-        sql.SQL("SELECT {}").format(
-            sql.SQL(", ").join(
-                [
-                    is_pooled,
-                    *(_set(name, value, is_pooled) for name, value in {**_SOCKET, **settings}.items()),
-                    sql.SQL(DURABLE).format(is_pooled),
-                    *choose,
-                    sql.SQL("set_config('search_path', {}, {})").format(schema, is_pooled),
-                ]
-            )
-        ),
-        prepare=False,
-    ).fetchall()
+    query = sql.SQL("SELECT {}").format(sql.SQL(", ").join(columns))
+    ((pooled, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
     raw.autocommit = False
     # Not by the setting above: that is of the session, and a transaction cannot change its own after its first statement.
     raw.isolation_level = psycopg.IsolationLevel.READ_COMMITTED

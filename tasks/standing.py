@@ -106,8 +106,7 @@ class Standing:
 
     @cached_property
     def _engine(self) -> Engine:
-        url = self._settings.database_url.get_secret_value()
-        return database.engine(url, pool_size=3, pre_ping=False, statement_timeout_s=_LONGEST_S)
+        return database.connect(self._settings, pool_size=3, pre_ping=False, statement_timeout_s=_LONGEST_S)
 
     @cached_property
     def _archive(self) -> Archive | None:

@@ -38,7 +38,7 @@ _STOP_GRACE_S = 2.0
 @cache
 def engine() -> Engine:
     """This process's connections, once the database is known to have the right schema. Raises SchemaMismatch, Outage."""
-    connections = database.engine(settings().database_url.get_secret_value(), idle_timeout_s=15, pre_ping=False)
+    connections = database.connect(settings(), idle_timeout_s=15, pre_ping=False)
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
         for doubt in durability.doubts(conn):
