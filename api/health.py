@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from api.rendering import json_response
 from api.service import service_of
-from models.errors import Outage, SchemaMismatch
+from models.errors import DatabaseMisconfigured, Outage, SchemaMismatch
 from storage import migrations
 from tasks.exposition import Answer
 from tasks.exposition import live as liveness
@@ -35,6 +35,8 @@ async def ready(request: Request) -> Response:
     try:
         await service.run(lambda conn: migrations.check(conn, or_newer=service.had_schema))
         service.had_schema = True
+    except DatabaseMisconfigured:
+        found["database"] = "cannot be reached: mistake in settings"
     except Outage:
         found["database"] = "cannot be reached"
     except SchemaMismatch as error:

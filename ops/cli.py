@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
+from models.errors import DatabaseMisconfigured, DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
 from ops.output import notice
 from tasks.environment import tell_misspelt
 from tasks.tracing import release
@@ -105,6 +105,9 @@ def main() -> None:
             sys.stdout.flush()
     except InvalidSettings as error:
         notice(str(error), "red")
+        sys.exit(2)
+    except DatabaseMisconfigured as error:
+        notice(_in_a_sentence(error), "red")
         sys.exit(2)
     except Outage as error:
         notice(_in_a_sentence(error), "red")

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from models.errors import DatabaseMisconfigured, SchemaMismatch
 from models.settings import settings
 from ops.output import Format, OutputOption, failed, notice, show
 from tasks.groups import ROLES, groups
@@ -19,7 +20,7 @@ def health(
 ) -> None:
     """Say whether things work. --live asks no server, and looks at what runs on this machine (in this container).
 
-    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables), 7 a server cannot be used.
+    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables or settings), 7 a server cannot be used.
     """
     if live == ready:
         raise typer.BadParameter("expected one of --live and --ready")
@@ -66,5 +67,6 @@ def _tell_ready(form: Format) -> None:
     for doubt in standing.doubts.get() or [] if "postgresql" not in found else []:
         notice(f"PostgreSQL is not set up to keep what it commits: {doubt}", "yellow")
     if found:
-        raise failed("not ready", 1 if set(found) == {"schema"} else 7)
+        lasting = {name for name, error in errors.items() if isinstance(error, SchemaMismatch | DatabaseMisconfigured)}
+        raise failed("not ready", 1 if set(found) == lasting else 7)
     notice("ready", "green")

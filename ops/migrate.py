@@ -8,7 +8,7 @@ from storage import database, durability, migrations
 def migrate() -> None:
     """Bring the database's tables to this release. Safe while workers run, and from several places at once."""
     url = settings().database_url.get_secret_value()
-    before, after = migrations.upgrade(url, settings().database_schema, waiting=lambda why: notice(why, "yellow"))
+    before, after = migrations.upgrade(url, waiting=lambda why: notice(why, "yellow"), schema=settings().database_schema)
     engine = database.connect(settings())
     with engine.connect() as conn:
         for doubt in durability.doubts(conn):

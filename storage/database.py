@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from models.errors import DatabaseOutage, InvalidSettings
+from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
 from models.record import jsonb
 from models.settings import Settings
 from storage.sessions import Session, set_up, split_options
@@ -35,6 +36,12 @@ _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
+# No such database; role, password or host refused.
+_MISTAKES: Final = ("3D000", "28000", "28P01")
+_MISTAKE: Final = re.compile(
+    r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
+    r"|.*authentication failed|no such (database|user))|no password supplied"
+)
 _PING_S: Final = 5.0
 _MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
@@ -122,6 +129,12 @@ def connect(settings: Settings, **options: Any) -> Engine:
     return engine(settings.database_url.get_secret_value(), schema=settings.database_schema, **options)
 
 
+def check_access(url: str) -> None:
+    """Connect once. Raises DatabaseOutage; DatabaseMisconfigured where the server refuses the database, role or password."""
+    with errors():
+        psycopg.connect(url, connect_timeout=2, options=split_options(parse(url).get("options") or "")[1]).close()
+
+
 def parse(url: str) -> dict[str, Any]:
     """What an address says, by libpq's names for it. Connects to nothing. Raises InvalidSettings where it is none."""
     try:
@@ -207,6 +220,8 @@ def errors() -> Iterator[None]:
             _shares_sessions.set()
         # The connection it came from goes back to its pool next.
         _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
+        if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
+            raise DatabaseMisconfigured(str(cause).strip()) from error
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             raise DatabaseOutage(
                 str(cause).strip() or type(cause).__name__,
@@ -225,6 +240,14 @@ def _reason(error: BaseException | None, before: BaseException | None) -> BaseEx
             break
         error = inner
     return error
+
+
+def _is_misconfigured(error: psycopg.Error) -> bool:
+    if error.sqlstate is not None:
+        return error.sqlstate in _MISTAKES
+    # libpq tells no SQLSTATE of an attempt to connect. Another host's failure may be an outage.
+    reasons = re.findall(r"failed: (.+)", str(error))
+    return bool(reasons) and all(_MISTAKE.search(reason) for reason in reasons)
 
 
 def _is_outage(error: psycopg.Error) -> bool:

@@ -15,7 +15,15 @@ import pendulum
 from periodiq import cron
 from sqlalchemy import Connection, Engine
 
-from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage, SchemaMismatch
+from models.errors import (
+    DatabaseMisconfigured,
+    DatabaseOutage,
+    EvalstoreError,
+    InvalidSettings,
+    Outage,
+    RedisOutage,
+    SchemaMismatch,
+)
 from models.metrics import BY_NAME, REASONS
 from models.settings import Settings
 from storage import database, durability, migrations
@@ -164,7 +172,7 @@ class Standing:
     def ready(self) -> dict[str, str]:
         """What keeps this from working, by server, for anyone to know; nothing where all is well."""
         found = self.answers().errors
-        return {name: str(error) if name == "schema" else "cannot be used" for name, error in found.items()}
+        return {name: str(error) if name == "schema" else _for_anyone(error) for name, error in found.items()}
 
     def numbers(self) -> Numbers:
         """All that can be told now."""
@@ -188,6 +196,10 @@ class Standing:
             found["evalstore_redis_memory_bytes", ()] = seen.memory_bytes
             found["evalstore_redis_memory_limit_bytes", ()] = seen.memory_limit_bytes
         return found
+
+
+def _for_anyone(error: EvalstoreError) -> str:
+    return "cannot be used: mistake in settings" if isinstance(error, DatabaseMisconfigured) else "cannot be used"
 
 
 def _zeros(*names: str) -> Numbers:

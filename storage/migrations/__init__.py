@@ -39,7 +39,7 @@ def revisions() -> tuple[str, ...]:
 
 
 def upgrade(
-    url: str, schema: str | None = None, *, waiting: Callable[[str], object] = lambda _: None
+    url: str, waiting: Callable[[str], object] = lambda _: None, *, schema: str | None = None
 ) -> tuple[str | None, str]:
     """Bring the tables of the database at `url` to this release; returns the revisions before and after.
 

@@ -1,6 +1,8 @@
 """Defaults of a role, a database, a server, the environment or a pooler change nothing that is stored, shown or done."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +13,11 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Engine
 
 from models import Event
+from models.errors import DatabaseMisconfigured, DatabaseOutage
 from models.events import parse
 from ops.servers import Postgres
 from storage import database, dead_letters, durability, evaluations, keys, operator_actions
@@ -214,13 +218,15 @@ def pooler(open_folder: Path) -> Iterator[Callable[..., PgBouncer]]:
 def test_no_default_of_role_or_environment_changes_what_is_stored_shown_or_done(
     world: World, operator: Operator, tmp_path: Path
 ) -> None:
-    env = ENVIRONMENT | {
+    env: dict[str, Any] = ENVIRONMENT | {
         "EVALSTORE_DATABASE_SCHEMA": "public",
         "EVALSTORE_OBJECT_STORE_URL": f"file://{tmp_path}/objects",
         "EVALSTORE_ARCHIVE_THRESHOLD_BYTES": "100",
     }
     operator.env |= env
-    operator.database_url += "?options=-c%20search_path%3Dpublic%20-c%20timezone%3DUTC%20-c%20datestyle%3DISO"  # by which this test looks
+    operator.database_url += (
+        "?options=-c%20search_path%3Dpublic%20-c%20timezone%3DUTC%20-c%20datestyle%3DISO"  # by which this test looks
+    )
     last = "9999-12-31T23:59:59Z"
     events = [shell.event(number, occurred_at=last, metadata={"é": "雪"}, output="x" * 5000) for number in range(3)]
     set_defaults(world.database_url)
@@ -232,14 +238,15 @@ def test_no_default_of_role_or_environment_changes_what_is_stored_shown_or_done(
     assert {one["first_at"][-1] for one in found.json} == {"Z"}
     redriven = operator.dlq("redrive", "--error-class", "InvalidEvent", "--yes", "-o", "json")
     assert (redriven.status, redriven.json["stored"]) == (0, 3), redriven.err
-    assert operator.evalstore("archive", "run").status == 0
+    archived = operator.evalstore("archive", "run")
+    assert (archived.status, archived.err) == (0, "3 contents moved, 15,000 bytes\n")
     record = operator.evalstore("get", "run-0", "-o", "json")
     assert record.status == 0, record.err
     assert (record.json["finished_at"], record.json["metadata"]) == (last, {"é": "雪"})
     assert record.json["output"] == "x" * 5000
     status = operator.evalstore("status", "-o", "json")
     assert status.status == 0, status.err
-    assert status.json["contents"]["archive"]["count"] == 3
+    assert status.json["contents"]["objects"]["count"] == 3
     ready = operator.evalstore("health", "--ready")
     assert ready.status == 0, ready.err
 
@@ -255,7 +262,7 @@ def test_behind_a_pooler_all_tables_and_events_are_in_the_chosen_schema(
     pooler: Callable[..., PgBouncer], empty_database_url: str
 ) -> None:
     between = pooler(empty_database_url)
-    upgrade(between.url, "evals")
+    upgrade(between.url, schema="evals")
     assert set(tables(empty_database_url)) == {"evals"}
     made = database.engine(between.url, schema="evals")
     with psycopg.connect(between.url, autocommit=True) as other:  # it leaves the pool's sessions with another path
@@ -311,6 +318,67 @@ def test_behind_a_pooler_what_is_committed_outlives_a_crash(pooler: Callable[...
     with psycopg.connect(careless.url()) as conn:
         for table in ("evaluations", "dead_letters", "api_keys", "operator_actions"):
             assert conn.execute(sql.SQL("SELECT count(*) > 0 FROM {}").format(sql.Identifier(table))).fetchall() == [(True,)]
+
+
+def wrong(url: str) -> list[str]:
+    """Addresses of no database, no role, and with a wrong password."""
+    parts = {name: str(value) for name, value in conninfo_to_dict(url).items()}
+    place = f"{parts['host']}:{parts['port']}"
+    user = f"{parts['user']}:{parts['password']}"
+    return [
+        f"postgresql://{user}@{place}/nowhere",
+        f"postgresql://nobody:x@{place}/x",
+        f"postgresql://evalstore:hunter2@{place}/x",
+    ]
+
+
+def test_a_database_role_or_password_that_is_refused_is_a_mistake_in_settings(database_url: str) -> None:
+    for url in wrong(database_url):
+        with pytest.raises(DatabaseMisconfigured, match=r"^mistake in settings: ") as raised:
+            database.engine(url).connect()
+        assert not raised.value.may_be_the_work
+        assert "hunter2" not in str(raised.value)
+    other = wrong(database_url)[0].replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:")  # a host that may be back
+    with pytest.raises(DatabaseOutage) as waits:
+        database.engine(other).connect()
+    assert not isinstance(waits.value, DatabaseMisconfigured)
+
+
+def test_behind_a_pooler_a_database_that_is_not_there_is_a_mistake_in_settings(
+    pooler: Callable[..., PgBouncer], database_url: str
+) -> None:
+    between = pooler(database_url)
+    with pytest.raises(DatabaseMisconfigured, match="nowhere"):
+        database.engine(f"{between.url.rpartition('/')[0]}/nowhere").connect()
+
+
+def test_a_process_that_starts_with_a_mistake_in_settings_says_so_and_ends(operator: Operator) -> None:
+    operator.env["EVALSTORE_DATABASE_URL"] = wrong(operator.database_url)[0]
+    for command in ("import worker.tasks", "import api.app"):
+        done = subprocess.run([sys.executable, "-c", command], env=operator.env, capture_output=True, text=True, check=False)
+        assert (done.returncode, "EVALSTORE_DATABASE_URL: mistake in settings: " in done.stderr) == (2, True), done.stderr
+    for words, status in ((("status",), 2), (("migrate",), 2), (("health", "--ready"), 1)):
+        told = operator.evalstore(*words)
+        assert (told.status, "mistake in settings: " in told.out + told.err) == (status, True), told
+
+
+def test_a_worker_keeps_its_events_while_its_database_is_not_there(world: World, eventually: Callable[..., None]) -> None:
+    workers = world.workers()
+    workers.start()
+    there, away = (world.database_url.rpartition("/")[2] + more for more in ("", "_away"))
+    rename = "ALTER DATABASE {} RENAME TO {}"
+    at = world.database_url.rpartition("/")[0] + "/postgres"
+    with psycopg.connect(at, autocommit=True) as conn:
+        conn.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [there])
+        conn.execute(sql.SQL(rename).format(sql.Identifier(there), sql.Identifier(away)))
+        try:
+            world.send([shell.event(1)])
+            held = "DatabaseMisconfigured, holding 1 events until it is over: mistake in settings: "
+            eventually(lambda: held in workers.log.read_text(), within_s=30, what="that the worker waits")
+        finally:
+            conn.execute(sql.SQL(rename).format(sql.Identifier(away), sql.Identifier(there)))
+    eventually(lambda: world.applied() == 1, within_s=30, what="that it is stored")
+    assert world.dead() == []
 
 
 @pytest.mark.parametrize(
