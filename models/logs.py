@@ -32,6 +32,7 @@ LOGS: Final = (
     Entry(
         "objects_outage", "warning", "events that need an object wait until this is over, all others are stored: %s", ("error",)
     ),
+    Entry("object_refused", "error", "the object store refuses an object, its events wait: %s", ("error",)),
     Entry("objects_back", "warning", "the object store is back"),
     Entry(
         "evaluations_locked",

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from dramatiq.logging import get_logger
 
+from evalstore.objects import permissions
 from models.errors import RedisOutage, SpoolFull
 
 Send = Callable[[list[str | bytes]], None]
@@ -109,7 +110,7 @@ class Spool:
         data = b"".join(SpoolRecord(at_ms, redis_id, body).line() for redis_id, body in pairs)
         try:
             if not self.folder.is_dir():
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                permissions.make_folder(self.folder, parents=True)
                 with suppress(OSError):  # one may write to a folder that one may not read
                     _sync(self.folder.parent)
             with self._locked("append.lock"):
@@ -120,7 +121,10 @@ class Spool:
             finally:
                 os.close(segment)
         except OSError as error:
-            raise SpoolFull(f"Redis is away, and the spool {self.folder} cannot be written: {error.strerror}") from error
+            why = f"{error.strerror}"
+            if isinstance(error, PermissionError):
+                why += f": {permissions.explain(Path(error.filename or self.folder))}"
+            raise SpoolFull(f"Redis is away, and the spool {self.folder} cannot be written: {why}") from error
 
     def forward(self, send: Send) -> Forwarded:
         """Send everything on, in the order in which it was appended, after any other forwarder is done.
@@ -214,7 +218,7 @@ class Spool:
             # A number that was never used before, also after all segments are gone: what forward.lock says is of one file only.
             last = int(path.stem) if segments else 0
             path = self.folder / f"{max(time.time_ns(), last + 1):020d}.spool"
-        segment = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        segment = permissions.create_file(path, os.O_RDWR | os.O_APPEND)
         size = os.fstat(segment).st_size
         try:
             if size and os.pread(segment, 1, size - 1) != b"\n":  # somebody died in the middle of a write
@@ -299,7 +303,7 @@ class Spool:
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
         """The lock file's descriptor. Opened anew each time, as flock(2) excludes open files, not threads."""
-        lock = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = permissions.create_file(self.folder / name, os.O_RDWR)
         _open_locks.add(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from dramatiq.logging import get_logger
 
 from models.content import objects_named
-from models.errors import InvalidSettings, ObjectMissing, ObjectStoreOutage
+from models.errors import InvalidSettings, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 from models.settings import Settings
 
 if TYPE_CHECKING:
@@ -61,5 +61,8 @@ class ObjectToucher:
                 found = True
             except ObjectMissing:
                 continue
+            except ObjectUnavailable as error:
+                _logger.warning("the objects of events in the spool could not be looked after: %s", error)
+                found = True
         if not found:
             _logger.error("object %s, which an event in the spool needs, is gone", sha256)

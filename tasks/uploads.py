@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from models import content
-from models.errors import Fault, InvalidEvent, ObjectStoreOutage
+from models.errors import Fault, InvalidEvent, ObjectStoreOutage, ObjectUnavailable
 from models.events import CONTENT_FIELDS
 from models.settings import settings
 
@@ -116,6 +116,8 @@ class _Objects:
                 raise ObjectStoreOutage(str(self._outage)) from self._outage
         try:
             found = self._put(self._store, data, touch_before=datetime.now(UTC) - self._fresh)
+        except ObjectUnavailable:
+            raise  # other objects can be put
         except ObjectStoreOutage as error:
             with self._lock:
                 self._outage, self._rests_until = error, time.monotonic() + _REST_S

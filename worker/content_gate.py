@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from evalstore.objects.existence_cache import ExistenceCache
-from models.errors import ObjectStoreOutage
+from evalstore.objects.existence_cache import Absence, Presence
+from models.errors import ObjectStoreOutage, ObjectUnavailable
 from models.record import Fact
 from models.settings import settings
 from worker.batches import Batch, Delivery, cause, read
@@ -21,6 +21,7 @@ _OUTAGE_S: Final = 5.0
 _OUTAGE_LATEST_S: Final = 300.0
 # What waits for the store comes by again and again; no faster than this, so that it leaves room for all that needs no object.
 _ROUNDS_PER_S: Final = 5_000
+_WARN_EVERY_S: Final = 60.0
 
 Pair = tuple[Delivery, Fact]
 
@@ -33,6 +34,7 @@ class ContentGate:
         self._lock = threading.Lock()
         self._away = False
         self._next_due = 0.0
+        self._next_warning = 0.0
 
     def is_ready(self, fact: Fact) -> bool:
         """Whether it needs no object, or none that was not seen a short time ago."""
@@ -50,13 +52,22 @@ class ContentGate:
             if not absences:
                 found.append((delivery, fact))
                 continue
-            missing = next((one for one in absences if not isinstance(one, ObjectStoreOutage)), None)
+            self._warn_refused(absences)
+            missing = next((one for one in absences if _ends_with_grace(one)), None)
             wait_s = self._outage_s() if missing is None else _missing_s(delivery)
             if missing is not None and wait_s is None:
                 bad[delivery.redis_id] = cause(missing)
             else:
                 batch.later[delivery.redis_id] = int((wait_s or 0) * 1000)
         return found
+
+    def _warn_refused(self, absences: list[Absence]) -> None:
+        refused = next((one for one in absences if isinstance(one, ObjectUnavailable)), None)
+        with self._lock:
+            if refused is None or time.monotonic() < self._next_warning:
+                return
+            self._next_warning = time.monotonic() + _WARN_EVERY_S
+        log.error("the object store refuses an object, its events wait: %s", refused)
 
     def _outage_s(self) -> float:
         with self._lock:
@@ -79,6 +90,11 @@ class ContentGate:
             log.warning("events that need an object wait until this is over, all others are stored: %s", outage)
         elif changed:
             log.warning("the object store is back")
+
+
+def _ends_with_grace(absence: Absence) -> bool:
+    """Whether the event becomes a dead letter if this lasts for longer than the grace."""
+    return absence.needs_operator if isinstance(absence, ObjectUnavailable) else not isinstance(absence, ObjectStoreOutage)
 
 
 def _missing_s(delivery: Delivery) -> float | None:

@@ -3,20 +3,21 @@
     folder/ab/cd/abcd….zst    the objects, below the first digits of their names
     folder/tmp/               what is being written, and what a crash left of it
 
-A file gets its name only once all of it is on disk, so that whatever has a name is whole. Modes are 0600 and 0700.
+A file gets its name only once all of it is on disk, so that whatever has a name is whole. Files and folders take the group of
+their folder; their modes follow the umask and give other users nothing (permissions.py).
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from evalstore.objects import permissions
 from evalstore.objects.frames import Encoder, Listed, State, Stream, is_key
 from models.content import Reference
-from models.errors import ObjectMissing, ObjectStoreOutage
+from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 
 _ASIDE_DIGITS = 16  # what follows the name of an object that is put aside: unlike that of any other
 
@@ -48,8 +49,8 @@ class DirectoryStore:
         if encoder.reference is not None and look(encoder.reference) == "intact":
             return False
         with self._errors("write to", str(self.folder)):
-            handle, name = tempfile.mkstemp(dir=self._temporary)  # mode 0600
-            temporary = Path(name)
+            temporary = self._temporary / f"tmp{os.urandom(8).hex()}"
+            handle, name = permissions.create_file(temporary, os.O_WRONLY | os.O_EXCL), str(temporary)
         try:
             with os.fdopen(handle, "wb", buffering=0) as file:
                 for block in encoder:
@@ -61,7 +62,7 @@ class DirectoryStore:
                 with self._errors("write to", name):
                     os.fsync(file.fileno())
             path = self._path(reference.key)
-            with self._errors("write", str(path)):
+            with self._errors("write", reference.key):
                 self._make(path.parent)
                 temporary.replace(path)  # in place of a damaged one, or of the same that another wrote meanwhile
                 _sync(path.parent)
@@ -170,7 +171,7 @@ class DirectoryStore:
         if not folder.is_dir():
             if folder != self.folder:
                 self._make(folder.parent)
-            folder.mkdir(mode=0o700, exist_ok=True)
+            permissions.make_folder(folder)
             _sync(folder.parent)
 
     @contextmanager
@@ -181,7 +182,20 @@ class DirectoryStore:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and is_key(what) and self.folder.is_dir():
                 raise ObjectMissing(f"object {what} is not in {self.folder}") from None
-            raise ObjectStoreOutage(f"cannot {verb} {what} in {self.folder}: {error.strerror or error}") from error
+            said = f"cannot {verb} {what} in {self.folder}: {error.strerror or error}"
+            if isinstance(error, PermissionError):
+                said += f": {permissions.explain(self._path(what) if is_key(what) else Path(error.filename or self.folder))}"
+            if is_key(what) and self._is_about_one(error, self._path(what)):
+                raise ObjectUnavailable(said, needs_operator=True) from error
+            raise ObjectStoreOutage(said) from error
+
+    def _is_about_one(self, error: OSError, path: Path) -> bool:
+        """Whether the store can be used, and only what lies below one of its subfolders cannot."""
+        if isinstance(error, PermissionError):
+            return permissions.blocking_path(path).is_relative_to(self.folder.absolute()) and os.access(
+                self.folder, os.R_OK | os.X_OK, effective_ids=True
+            )
+        return isinstance(error, IsADirectoryError | NotADirectoryError) and self.folder.is_dir()
 
 
 def _time(stat: os.stat_result) -> datetime:

@@ -4,12 +4,12 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final
+from typing import Final, TypeGuard
 
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Stores
 from models.content import Reference
-from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
+from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 
 _THREADS: Final = 8
 # How long, and of how many, it is taken for granted that what was there still is: a sweep leaves what is young for days.
@@ -43,8 +43,8 @@ class ExistenceCache:
         """Whether it was there a short time ago."""
         return self._seen.get(reference, 0.0) > time.monotonic() - _KEEP_S
 
-    def missing(self, references: Iterable[Reference], *, within_s: float = 10) -> dict[Reference, Absence]:
-        """Those that are missing or not what they are said to be, or of which that is not known because the store is away.
+    def absent(self, references: Iterable[Reference], *, within_s: float = 10) -> dict[Reference, Absence]:
+        """Those that are missing, damaged or refused, and all of which nothing is known because the store is away.
 
         Takes about `within_s`, or as long as one request takes to fail; what was not seen by then counts as an outage. Then for
         some seconds the store is not asked again: who has anything else to do is not held up by it.
@@ -69,7 +69,7 @@ class ExistenceCache:
         for look, reference in looks.items():
             if (absence := _result(look)) is not None:
                 found[reference] = absence
-        outage = next((absence for absence in found.values() if isinstance(absence, ObjectStoreOutage)), None)
+        outage = next((absence for absence in found.values() if _is_of_all(absence)), None)
         with self._lock:
             self._outage = outage
             self._rests_until = time.monotonic() + _PAUSE_S if outage else 0.0
@@ -80,16 +80,20 @@ class ExistenceCache:
             return failed[0]
         try:
             object_store.head(self._stores["objects"], reference)
+        except (ObjectMissing, ObjectDamaged, ObjectUnavailable) as error:
+            return error
         except (ObjectStoreOutage, InvalidSettings) as error:
             failed.append(error if isinstance(error, ObjectStoreOutage) else ObjectStoreOutage(str(error)))
             return failed[0]
-        except (ObjectMissing, ObjectDamaged) as error:
-            return error
         with self._lock:
             if len(self._seen) >= _MAX_KEPT:
                 self._seen.clear()
             self._seen[reference] = time.monotonic()
         return None
+
+
+def _is_of_all(absence: Absence) -> TypeGuard[ObjectStoreOutage]:
+    return isinstance(absence, ObjectStoreOutage) and not isinstance(absence, ObjectUnavailable)
 
 
 def _result(look: "Future[Absence | None]") -> Absence | None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import os
+import random
 import tempfile
 import time
 import zlib
@@ -20,10 +21,11 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 from urllib3.exceptions import HTTPError
 
+from evalstore.objects import s3_answers
 from evalstore.objects.directory import Look
 from evalstore.objects.frames import Encoder, Listed, Stream, is_key
 from models.content import FRAME_BYTES
-from models.errors import ObjectMissing, ObjectStoreOutage
+from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 from models.settings import Settings
 
 MULTIPART_BYTES = 16 * 1024 * 1024
@@ -34,15 +36,11 @@ _READ_BYTES = 256 * 1024
 # For how long at most a mark says that an object is being deleted, and how long a `touch` waits for the end of that.
 _MARK_S = 600
 _PATIENCE_S = 10
+# A conflict over one key ends with the other request: about 3 s for all attempts, however many processes meet there.
+_CONFLICT_ATTEMPTS = 6
+_CONFLICT_WAIT_S = 0.1
 
 _T = TypeVar("_T")
-
-# What an operator can do about an answer that is no outage of the server; all others say enough.
-_ADVICE = {
-    "AccessDenied": "check the policy (for lack of s3:ListBucket, S3 says this of an object that does not exist, too)",
-    "InvalidObjectState": "the object was moved to a class that cannot be read at once: restore it",
-    "NoSuchBucket": "create the bucket, or correct the setting",
-}
 
 
 class S3Store:
@@ -80,25 +78,72 @@ class S3Store:
         kept = {"StorageClass": settings.s3_storage_class, "ServerSideEncryption": settings.s3_server_side_encryption}
         self._kept = {name: value for name, value in kept.items() if value}
         # Until the server answers that it knows no such thing.
-        self._knows_conditions = self._knows_checksums = True
+        self._knows_conditions = self._knows_checksums = self._knows_suffixes = True
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
         """Bytes `start` to `stop` as stored, or for a negative start that many at the end, or all there are."""
-        wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{'' if stop is None else stop - 1}"
         with self._errors("read", key):
+            answer = self._tail(key, start) if start < 0 else self._get(key, start, stop)
             try:
-                answer = self._s3.get_object(**self._at(key), Range=wanted)
+                return self._stream(key, answer, start, stop)
+            except BaseException:
+                answer["Body"].close()
+                raise
+
+    def _tail(self, key: str, start: int) -> dict[str, Any]:
+        """Ask for the last bytes; of a server that does not know this form of a range, by their position."""
+        if self._knows_suffixes:
+            try:
+                answer = self._get(key, start, None)
             except ClientError as error:
-                if _status(error) != 416:
+                if not s3_answers.is_unknown_range(error):
                     raise
-                answer = self._s3.get_object(**self._at(key))  # it is empty, so that no part of it can be asked for
-        length = int(answer["ContentLength"])
-        stored_size = int(answer.get("ContentRange", f"/{length}").rpartition("/")[2])
-        if start > 0 and "ContentRange" not in answer:
+            else:
+                found = s3_answers.extent(answer)
+                if found.size is None or found.begin == max(0, found.size + start):
+                    return answer
+                answer["Body"].close()  # it holds all, or the first bytes
+        size = self._size(key)
+        answer = self._get(key, max(0, size + start), size)
+        self._knows_suffixes = False
+        return answer
+
+    def _stream(self, key: str, answer: dict[str, Any], start: int, stop: int | None) -> Stream:
+        """The bytes that were asked for, out of an answer that may hold more: some servers do not know ranges."""
+        found = s3_answers.extent(answer)
+        size = found.size if found.size is not None else self._size(key)
+        begin = max(0, size + start) if start < 0 else start
+        length = (size if stop is None else stop) - begin
+        if length < 0 or begin + length > size:
+            raise ObjectDamaged(f"{self._name(key)}: {size:,} bytes, its index says more")
+        if found.begin > begin or (found.length is not None and found.begin + found.length < begin + length):
+            raise ObjectStoreOutage(f"{self._name(key)}: the server answers with another part than it was asked for")
+        listed = Listed(key, size, s3_answers.field(answer, "LastModified", self._name(key)))
+        skip_bytes = begin - found.begin
+        body = s3_answers.Skipping(answer["Body"], skip_bytes) if skip_bytes else answer["Body"]
+        return Stream(body, listed=listed, length=length, errors=self._errors)
+
+    def _get(self, key: str, start: int, stop: int | None) -> dict[str, Any]:
+        wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{'' if stop is None else stop - 1}"
+        try:
+            answer = self._s3.get_object(**self._at(key), **({} if start == stop else {"Range": wanted}))
+        except ClientError as error:
+            if s3_answers.status(error) != 416:
+                raise
+            answer = self._s3.get_object(**self._at(key))  # it is empty, so that no part of it can be asked for
+        return cast("dict[str, Any]", answer)
+
+    def _size(self, key: str) -> int:
+        """The size of an object, from a server that does not say it with the object. Raises ObjectMissing."""
+        try:
+            answer = self._s3.head_object(**self._at(key))
+        except ClientError as error:
+            if s3_answers.status(error) != 404:
+                raise
+            # An answer to HEAD has no body that says whether the object or the bucket is missing.
+            answer = self._s3.get_object(**self._at(key))
             answer["Body"].close()
-            raise ObjectStoreOutage(f"{self._name(key)}: the server does not answer for a part of an object")
-        listed = Listed(key, stored_size, answer["LastModified"])
-        return Stream(answer["Body"], listed=listed, length=length, errors=self._errors)
+        return int(s3_answers.field(answer, "ContentLength", self._name(key)))
 
     def write(self, encoder: Encoder, look: Look) -> bool:
         """Store what `encoder` yields, unless `look` says, once its name is known, that it is there; whether it was stored.
@@ -114,28 +159,51 @@ class S3Store:
             reference, size = encoder.reference, spool.tell()
             if reference is None or (found := look(reference)) == "intact":
                 return False
+            spool.flush()  # parts are read from the file beside it
             with self._errors("write", reference.key):
-                try:
-                    if size > MULTIPART_BYTES:
-                        spool.flush()  # and is in a file: parts are read beside it
-                        self._put_parts(reference.key, spool.fileno(), size, replace=found == "damaged")
-                    else:
-                        self._put(reference.key, cast("BinaryIO", spool), replace=found == "damaged")
-                except ClientError as error:
-                    if _status(error) == 412:  # another wrote the same meanwhile
-                        return False
-                    raise
+                if not self._write_once(reference.key, cast("BinaryIO", spool), size, replace=found == "damaged"):
+                    return False
             if found == "damaged":
                 self._verify_kept(reference.key)
             return True
 
-    def _verify_kept(self, key: str) -> None:
+    def _write_once(self, key: str, spool: BinaryIO, size: int, *, replace: bool) -> bool:
+        """Write, again after conflicts over this key; False if another wrote the same meanwhile. Raises ClientError.
+
+        S3 asks for an upload in parts to begin anew then: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+        """
+        for attempt in range(_CONFLICT_ATTEMPTS):
+            try:
+                if size > MULTIPART_BYTES:
+                    self._put_parts(key, spool.fileno(), size, replace=replace)
+                else:
+                    self._put(key, spool, replace=replace)
+            except ClientError as error:
+                if s3_answers.is_written_already(error):
+                    return False
+                if not s3_answers.is_conflict(error) or attempt + 1 == _CONFLICT_ATTEMPTS:
+                    raise
+                if not replace and self._is_stored(key, size):  # such as by this upload, whose answer was lost
+                    return False
+                _wait_after_conflict(attempt)
+            else:
+                return True
+        raise AssertionError("the last attempt returns or raises")
+
+    def _is_stored(self, key: str, size: int) -> bool:
+        try:
+            with self.open(key, -1) as stream:
+                return stream.listed.size == size
+        except ObjectMissing:
+            return False
+
+    def _see_it_stay(self, key: str) -> None:
         """A `delete` that looked at what was there before would take what replaced it."""
         with self._errors("write", key):
             try:
                 self._outlast_deletion(key)
             except ObjectMissing as error:
-                raise ObjectStoreOutage(f"{self._name(key)} was deleted while it was written") from error
+                raise ObjectUnavailable(f"{self._name(key)} was deleted while it was written") from error
 
     def _put(self, key: str, spool: BinaryIO, *, replace: bool) -> None:
         self._adapting(
@@ -161,7 +229,7 @@ class S3Store:
                 lambda: self._s3.upload_part(**upload, **self._checksum(part), PartNumber=number, Body=part)
             )
             checksum = {"ChecksumCRC32": answer["ChecksumCRC32"]} if "ChecksumCRC32" in answer else {}
-            return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+            return {"PartNumber": number, "ETag": s3_answers.field(answer, "ETag", self._name(key)), **checksum}
 
         pool = ThreadPoolExecutor(PARTS_AT_ONCE)
         try:
@@ -187,20 +255,20 @@ class S3Store:
         """
         with self._errors("delete", key):
             if unmodified_since is None:
-                self._s3.delete_object(**self._at(key))
+                _repeating(lambda: self._s3.delete_object(**self._at(key)))
                 return True
             begun, mark = time.monotonic(), self._mark(key)
-            self._s3.put_object(**mark, Body=b"")
+            _repeating(lambda: self._s3.put_object(**mark, Body=b""))
             try:
                 with self.open(key, -1) as stream:
                     is_old = stream.listed.modified_at <= unmodified_since
                 if is_old and time.monotonic() - begun < _MARK_S / 2:
-                    self._s3.delete_object(**self._at(key))
+                    _repeating(lambda: self._s3.delete_object(**self._at(key)))
                     return True
             except ObjectMissing:
                 pass
             finally:
-                self._s3.delete_object(**mark)
+                _repeating(lambda: self._s3.delete_object(**mark))
             return False
 
     def touch(self, key: str) -> None:
@@ -210,14 +278,14 @@ class S3Store:
         """
         with self._errors("touch", key):
             at = self._at(key)
-            self._s3.copy_object(**at, **self._as(key), CopySource=at, MetadataDirective="REPLACE")
+            _repeating(lambda: self._s3.copy_object(**at, **self._as(key), CopySource=at, MetadataDirective="REPLACE"))
             self._outlast_deletion(key)
 
     def _outlast_deletion(self, key: str) -> None:
         give_up = time.monotonic() + _PATIENCE_S
         while self._is_being_deleted(key):
             if time.monotonic() > give_up:
-                raise ObjectStoreOutage(f"{self._name(key)} is being deleted")
+                raise ObjectUnavailable(f"{self._name(key)} is being deleted")
             time.sleep(0.05)
         self.open(key, -1).__exit__()
 
@@ -225,11 +293,12 @@ class S3Store:
         try:
             answer = self._s3.head_object(**self._mark(key))
         except ClientError as error:
-            if _status(error) == 404:
+            if s3_answers.status(error) == 404:
                 return False
             raise
         # By the server's own clock. One older than that was left behind: its writer does not delete so late.
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        date = s3_answers.field(answer["ResponseMetadata"]["HTTPHeaders"], "date", self._name(key))
+        now = parsedate_to_datetime(date)
         return bool(now - answer["LastModified"] < timedelta(seconds=_MARK_S))
 
     def _mark(self, key: str) -> dict[str, str]:
@@ -311,7 +380,7 @@ class S3Store:
             except ClientError as error:
                 said = error.response.get("Error", {})
                 unknown = said.get("Code") == "InvalidArgument" and "header" in str(said.get("Message")).lower()
-                if not (_status(error) == 501 or unknown) or not any(tried):
+                if not (s3_answers.status(error) == 501 or unknown) or not any(tried):
                     raise
             if tried == (self._knows_conditions, self._knows_checksums):  # else another thread has learned it meanwhile
                 if self._knows_conditions:
@@ -325,12 +394,7 @@ class S3Store:
         try:
             yield
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            if code == "NoSuchKey":
-                raise ObjectMissing(f"object {self._name(key)} does not exist") from None
-            said = error.response.get("Error", {}).get("Message") or f"HTTP status {_status(error)}"
-            advice = f"; {_ADVICE[code]}" if code in _ADVICE else ""
-            raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {code}: {said}{advice}") from error
+            raise s3_answers.translate(error, verb, self._name(key), is_object=bool(key)) from error
         except (BotoCoreError, HTTPError, OSError) as error:
             raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {error}") from error
 
@@ -361,5 +425,19 @@ class _Part(io.RawIOBase):
         return data
 
 
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def _wait_after_conflict(attempt: int) -> None:
+    """Wait for a random time that doubles with each attempt, so that those who collided do not collide again."""
+    time.sleep(_CONFLICT_WAIT_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _repeating(call: Callable[[], object]) -> None:
+    """Do it again after conflicts over its key. Raises ClientError."""
+    for attempt in range(_CONFLICT_ATTEMPTS):
+        try:
+            call()
+        except ClientError as error:
+            if not s3_answers.is_conflict(error) or attempt + 1 == _CONFLICT_ATTEMPTS:
+                raise
+            _wait_after_conflict(attempt)
+        else:
+            return

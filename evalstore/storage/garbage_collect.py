@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from evalstore.objects.frames import Listed
 from evalstore.objects.object_store import Place, Store, is_same, open_store
 from evalstore.storage import database
+from models.errors import ObjectUnavailable
 from models.settings import Settings
 
 _BATCH: Final = 1000
@@ -71,11 +72,14 @@ def run_once(
     there is something to remove. While that age is above a quarter of the grace, nothing is removed. `part` (3, 48) looks at
     the fourth of 48 parts alone. Without `remove` this only looks. `watch` is given each object that goes.
 
+    An object that the store refuses to remove, such as a locked one, is passed over. ObjectUnavailable reports it at the end.
+
     Raises DatabaseOutage, ObjectStoreOutage, and what `needed` raises (run again).
     """
     done = Collected()
     before = now - grace
     waiting: set[bytes] | None = None
+    refused: ObjectUnavailable | None = None
     for batch in _batches(_part_of(target.store, part)):
         done.objects += len(batch)
         old = _unnamed(conn, target.places, [one for one in batch if one.modified_at < before])
@@ -88,10 +92,17 @@ def run_once(
                 return done
         old = _unnamed(conn, target.places, [one for one in old if _sha256(one) not in waiting])
         for one in old:
-            if not remove or target.store.delete(one.key, unmodified_since=before):
+            try:
+                is_gone = not remove or target.store.delete(one.key, unmodified_since=before)
+            except ObjectUnavailable as error:
+                refused = refused or error
+                continue
+            if is_gone:
                 done.removed, done.bytes = done.removed + 1, done.bytes + one.size
                 watch(one)
-    done.leftovers = len(target.store.orphans(before, remove=remove))
+    done.leftovers = len(target.store.leftovers(before, remove=remove))
+    if refused is not None:
+        raise refused
     return done
 
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from evalstore.telemetry.counters import Counters, Schema, loops
+from evalstore.objects import permissions
+from evalstore.telemetry.counters import Layout, Ledger, loops
 from models.errors import EvalstoreError
 from models.settings import settings
 
@@ -127,7 +128,10 @@ def runtime() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise RegistryUnavailable(f"{folder} belongs to another user")
+            why = permissions.explain(folder)
+            raise Unshared(f"{folder} belongs to another user: {why}: give each user an EVALSTORE_RUNTIME_DIR of its own")
+    except PermissionError as error:
+        raise Unshared(f"{folder} cannot be used: {error.strerror}: {permissions.explain(folder)}") from error
     except OSError as error:
         raise RegistryUnavailable(f"{folder} cannot be used: {error.strerror}") from error
     return folder

@@ -104,13 +104,18 @@ def test_of_an_object_put_back_and_one_stored_anew_meanwhile_the_newer_stays(tmp
     assert store.orphans(now + LATER) == []
 
 
-def test_files_and_folders_are_the_owner_s_alone(tmp_path: Path) -> None:
-    store = DirectoryStore(tmp_path / "objects")
-    reference, _ = object_store.put(store, SMALL)
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0), (0o022, 0o50), (0o002, 0o70), (0, 0o70)])
+def test_modes_follow_the_umask_and_give_others_nothing(tmp_path: Path, umask: int, mode: int) -> None:
+    store = FileStore(tmp_path / "objects")
+    before = os.umask(umask)
+    try:
+        reference, _ = object_store.put(store, SMALL)
+    finally:
+        os.umask(before)
     found = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
     first, second = reference.key[:2], reference.key[2:4]
-    folders = dict.fromkeys(["objects", "objects/tmp", f"objects/{first}", f"objects/{first}/{second}"], "0o700")
-    assert found == folders | {f"objects/{first}/{second}/{reference.key}": "0o600"}
+    folders = dict.fromkeys(["objects", "objects/tmp", f"objects/{first}", f"objects/{first}/{second}"], oct(0o700 | mode))
+    assert found == folders | {f"objects/{first}/{second}/{reference.key}": oct(0o600 | (mode & 0o60))}
 
 
 def test_a_folder_that_is_not_there_is_an_outage_and_not_an_empty_store(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from evalstore.storage.archive import Archive
 from evalstore.storage.garbage_collect import Collected, Target
 from evalstore.telemetry import backlog
 from models.content import Reference
-from models.errors import ObjectMissing, ObjectStoreOutage, RedisOutage
+from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable, RedisOutage
 from models.events import parse
 from models.settings import Settings
 from tasks.actor import QUEUE
 from tasks.spool import Spool
 from tasks.touch import ObjectToucher
 from tests.chaos.world import wait_until
+from tests.integration.s3_relay import Fault, S3Relay
 from worker import dead_letter_mover
 from worker.broker import Broker
 
@@ -121,6 +122,23 @@ def test_what_nothing_names_goes_once_it_is_older_than_the_grace(sweeper: Sweepe
     for orphan in orphans:
         with pytest.raises(ObjectMissing):
             object_store.head(target.store, orphan)
+
+
+def test_an_object_that_the_store_keeps_does_not_keep_the_others(
+    conn: Connection, broker: Broker, spool: Spool, s3_url: str, s3_server: Any
+) -> None:
+    with S3Relay(s3_server.port) as relay:
+        settings = Settings(object_store_url=s3_url, s3_endpoint_url=relay.endpoint)
+        (target,) = garbage_collect.targets(settings)
+        locked = min((put(target) for _ in range(3)), key=lambda reference: reference.key)  # the first of the listing
+        path = f"{s3_url.rpartition('/')[2]}/{locked.key}"
+        relay.fail(
+            lambda request: request.method == "DELETE" and request.path.endswith(path), Fault("answer", (403, "AccessDenied"))
+        )
+        with pytest.raises(ObjectUnavailable, match=locked.key):
+            Sweeper(conn, target, broker, spool).after(timedelta(days=8))
+        assert keys(target) == {locked.key}
+        target.store.close()
 
 
 def test_what_a_message_a_dead_letter_or_a_row_names_stays(

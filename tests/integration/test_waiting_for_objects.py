@@ -107,6 +107,27 @@ def test_a_missing_object_is_waited_for_until_the_grace_is_over(
     assert broker.counts(QUEUE) == {"ready": 0, "inflight": 0, "delayed": 0, "dead": 0}
 
 
+def test_a_refused_object_holds_up_no_other_and_is_a_dead_letter_when_the_grace_is_over(
+    broker: Broker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+) -> None:
+    store, url = file_store(tmp_path)
+    there, refused = object_store.put(store, b"there").reference, object_store.put(store, b"refused").reference
+    path = tmp_path / "mount/objects" / refused.key[:2] / refused.key[2:4] / refused.key
+    path.unlink()
+    path.mkdir()  # which no user can read as a file
+    waits, expired, good = send(broker, refused), send(broker, refused, waited_s=9999), send(broker, there)
+    log = start_worker(EVALSTORE_OBJECT_STORE_URL=url, EVALSTORE_OBJECT_GRACE_S="600")
+    eventually(lambda: applied(database_url) == {good}, within_s=20)
+    eventually(
+        lambda: [(found[0], found[1]) for found in letters(database_url)] == [(expired, "ObjectUnavailable")], within_s=20
+    )
+    assert refused.key in letters(database_url)[0][2]
+    assert log.read_text().count("the object store refuses an object") == 1
+    path.rmdir()
+    object_store.put(store, b"refused")
+    eventually(lambda: applied(database_url) == {good, waits}, within_s=40)
+
+
 def fill(store: object_store.Store) -> list[Reference]:
     return [object_store.put(store, f"content {number}".encode()).reference for number in range(20)]
 

@@ -222,10 +222,15 @@ def test_a_spool_that_never_was_holds_nothing(spool: Spool) -> None:
     assert spool.forward(Sent()) == (0, 0)
 
 
-def test_only_its_owner_may_read_it(spool: Spool) -> None:
-    keep(spool, "secret")
-    assert spool.folder.stat().st_mode & 0o777 == 0o700
-    assert segments(spool)[0].stat().st_mode & 0o777 == 0o600
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o077, 0o700, 0o600), (0o022, 0o750, 0o640), (0o002, 0o770, 0o660)])
+def test_modes_follow_the_umask_and_give_others_nothing(spool: Spool, umask: int, folder: int, file: int) -> None:
+    before = os.umask(umask)
+    try:
+        keep(spool, "secret")
+    finally:
+        os.umask(before)
+    assert spool.folder.stat().st_mode & 0o777 == folder
+    assert {path.stat().st_mode & 0o777 for path in spool.folder.iterdir()} == {file}
 
 
 def test_what_is_kept_while_a_torn_end_is_looked_at_is_forwarded_too(spool: Spool) -> None:
