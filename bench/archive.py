@@ -17,10 +17,10 @@ from typing import NamedTuple
 import psycopg
 from sqlalchemy import Engine
 
+from evalstore.local.servers import Postgres
+from evalstore.storage import archive, database, migrations
+from evalstore.storage.archive import Archive
 from models.settings import Settings
-from ops.servers import Postgres
-from storage import archive, database, migrations
-from storage.archive import Archive
 
 _FILL = """
 INSERT INTO evaluations (eval_id, status, attempt, version, metadata, finished_at, result_event_id)

@@ -27,7 +27,7 @@ from starlette.responses import Response
 
 from bench.events import events
 from bench.place import Place
-from ops.servers import free_port
+from evalstore.local.servers import free_port
 
 _KEY: Final = "benchmark"
 _RECORDS: Final = 300
@@ -116,7 +116,7 @@ def compare(place: Place, rounds: int, seconds: int) -> None:
     }
     headers = {"Authorization": f"Bearer {_KEY}"}
     found: dict[str, list[float]] = {"constant": [], "records": []}
-    with running(["-m", "api"], **servers):
+    with running(["-m", "evalstore.api"], **servers):
         wait_for(f"{api}/health/live")
         sent: list[dict[str, Any]] = list(events(_RECORDS * 3))
         body = b"\n".join(json.dumps(event).encode() for event in sent)

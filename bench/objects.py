@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from evalstore.objects import object_store
+from evalstore.objects.object_store import Store
 from models.settings import Settings
-from storage import objects
-from storage.objects import Store
 from tests.seaweedfs import SeaweedFS
 
 
@@ -68,11 +68,11 @@ def one_round(store: Store, server: SeaweedFS, folder: Path, data: bytes, number
     """What each took, with the same new content, from a file and to a file, as boto3 has it."""
     client, source, target, key = server.client(), folder / "source", folder / "target", f"plain-{number}"
     source.write_bytes(data)
-    kept: list[objects.Put] = []
+    kept: list[object_store.Put] = []
 
     def put() -> None:
         with source.open("rb") as file:
-            kept.append(objects.put(store, file))
+            kept.append(object_store.put(store, file))
 
     acts: dict[str, Callable[[], object]] = {
         "SHA-256": lambda: digest(source),
@@ -80,7 +80,7 @@ def one_round(store: Store, server: SeaweedFS, folder: Path, data: bytes, number
         "put": put,
         "put again": put,
         "download_file": lambda: client.download_file(server.bucket, key, str(target)),
-        "read": lambda: drain(objects.read(store, kept[0].reference), target),
+        "read": lambda: drain(object_store.read(store, kept[0].reference), target),
     }
     writing, reading = ["upload_file", "put", "put again"], ["download_file", "read"]
     if number % 2:
@@ -119,8 +119,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp") as name, SeaweedFS(Path(name)) as server:
         os.environ.update(server.environment)
-        store = objects.open_store(f"s3://{server.bucket}/bench", Settings(s3_endpoint_url=server.endpoint))
-        warm = objects.put(store, os.urandom(1000))
+        store = object_store.open_store(f"s3://{server.bucket}/bench", Settings(s3_endpoint_url=server.endpoint))
+        warm = object_store.put(store, os.urandom(1000))
         print(f"warmed up with {warm.reference.size} bytes")
         for kind, make in kinds.items():
             print(f"{given.mb} MB of {kind}, median of {given.rounds}, S3 by SeaweedFS on this machine")

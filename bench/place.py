@@ -19,9 +19,9 @@ import psycopg
 import redis
 
 from bench.sides import Shape, Side
-from ops import processes
-from ops.servers import Postgres, Valkey
-from storage import migrations
+from evalstore.local import processes
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage import migrations
 
 ROOT: Final = Path(__file__).parents[1]
 _MIGRATED: Final = "evalstore_migrated"

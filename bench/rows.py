@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
-from models.tables import confirmations, evaluation_events, evaluations
+from evalstore.storage.tables import confirmations, evaluation_events, evaluations
 
 if TYPE_CHECKING:  # it needs greenlet, which only the peers' environment has
     from sqlalchemy.ext.asyncio import AsyncConnection

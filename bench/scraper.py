@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ops.servers import free_port
+from evalstore.local.servers import free_port
 
 
 @contextmanager

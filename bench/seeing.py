@@ -23,7 +23,7 @@ import psutil
 from bench.collector import collecting
 from bench.events import events
 from bench.place import ROOT, Place
-from ops.servers import free_port
+from evalstore.local.servers import free_port
 
 _EVENTS: Final = 1998
 _ROUNDS: Final = 30
@@ -83,9 +83,9 @@ def _cpu_ms(process: psutil.Process) -> float:
 
 def _store(place: Place, environment: dict[str, str]) -> None:
     os.environ.update(place.environment() | environment)
-    from worker import confirmations, tracing  # noqa: PLC0415 - they read the environment
+    from worker import confirmation_relay, tracing  # noqa: PLC0415 - they read the environment
     from worker.batches import Batch, Delivery  # noqa: PLC0415
-    from worker.evaluations import engine  # noqa: PLC0415
+    from worker.handler import engine  # noqa: PLC0415
     from worker.tasks import broker, store  # noqa: PLC0415
 
     traces = tracing.traces()
@@ -101,7 +101,7 @@ def _store(place: Place, environment: dict[str, str]) -> None:
             store(batch)
             stored = time.thread_time()
             with engine().connect() as conn:
-                confirmations.relay(conn, broker)
+                confirmation_relay.relay(conn, broker)
             relayed, sending = time.thread_time(), time.process_time()
             if traces and name != "off":
                 traces.flush()

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 import typer
 from pydantic import SecretStr
 
+from evalstore.cli.app import application
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidEvent
 from models.events import ENDINGS, MAX_METADATA_BYTES, Event, check
@@ -19,7 +20,6 @@ from models.logs import LOGS
 from models.metrics import METRICS, Metric
 from models.record import Record
 from models.settings import Settings
-from ops.cli import application
 
 _DOCS: Final = Path(__file__).parent
 _BLOCK: Final = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)

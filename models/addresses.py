@@ -4,7 +4,7 @@ import re
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
-from models.faults import did_you_mean
+from models.validation_errors import did_you_mean
 
 _DATABASE: Final = r"\d{1,5}"
 _ANY: Final = r"(?s).+"

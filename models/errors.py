@@ -7,6 +7,7 @@ EvalstoreError
 │   ├── RedisOutage
 │   │   └── SpoolFull     … and the spool cannot take it either
 │   └── ObjectStoreOutage
+│       └── ObjectUnavailable   … of this one object: others can be read and written
 ├── BadMessage            give up: the same message would fail the same way again
 │   ├── InvalidEvent      a field is missing, wrong or unknown
 │   └── EventIdReused     this event_id is stored with another body
@@ -63,6 +64,17 @@ class SpoolFull(RedisOutage):
 
 class ObjectStoreOutage(Outage):
     """The object store is away, slow or refuses work."""
+
+
+class ObjectUnavailable(ObjectStoreOutage):
+    """The object store answers, and refuses this one object. Other objects may fare better: do not make them wait.
+
+    `needs_operator`: waiting does not end the refusal.
+    """
+
+    def __init__(self, message: str, *, needs_operator: bool = False) -> None:
+        super().__init__(message)
+        self.needs_operator = needs_operator
 
 
 class ObjectMissing(EvalstoreError):

@@ -31,7 +31,7 @@ from pydantic import (
 
 from models import content
 from models.errors import Fault, InvalidEvent, printable
-from models.faults import did_you_mean, in_words
+from models.validation_errors import did_you_mean, format_error
 
 MAX_METADATA_BYTES = 64 * 1024
 MAX_METADATA_DEPTH = 100
@@ -446,5 +446,5 @@ def _faults(data: object, error: ValidationError, max_content_bytes: int) -> lis
         faults += _content_faults(type_, data, max_content_bytes)
     for fault in error.errors(include_url=False):
         path = ".".join(str(part) for part in fault["loc"] if part not in _MODELS) or "event"
-        faults.append(Fault(path, in_words(fault)))
+        faults.append(Fault(path, format_error(fault)))
     return faults

@@ -1,6 +1,6 @@
 """The log events: one closed list. Every line that evalstore logs is one of these; docs/reference/logs.md is made from it.
 
-Code logs with the standard library, by the texts below; the names and fields are for machines (tasks/logs.py). No line holds
+Code logs with the standard library, by the texts below; the names and fields are for machines (log_setup.py). No line holds
 content or a secret. What else is in a log comes from libraries, and its event is `library`.
 """
 
@@ -33,6 +33,7 @@ LOGS: Final = (
     Entry(
         "objects_outage", "warning", "events that need an object wait until this is over, all others are stored: %s", ("error",)
     ),
+    Entry("object_refused", "error", "the object store refuses an object, its events wait: %s", ("error",)),
     Entry("objects_back", "warning", "the object store is back"),
     Entry(
         "evaluations_locked",
@@ -100,7 +101,7 @@ LOGS: Final = (
     Entry(
         "heads_unbounded",
         "warning",
-        "any client may take as long as it likes for the head of a request: start with --http api.protocol:Protocol",
+        "any client may take as long as it likes for the head of a request: use --http evalstore.api.protocol:Protocol",
     ),
     Entry(
         "request",

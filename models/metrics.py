@@ -36,7 +36,8 @@ TYPES: Final = (
 )
 # Classes of errors of which there is always a series, so that the first dead letter of a kind is a step from 0 to 1.
 REASONS: Final = (
-    *("ActorNotFound", "BadMessage", "EventIdReused", "InvalidEvent", "ObjectDamaged", "ObjectMissing", "WorkerDied"),
+    *("ActorNotFound", "BadMessage", "EventIdReused", "InvalidEvent", "ObjectDamaged", "ObjectMissing"),
+    *("ObjectUnavailable", "WorkerDied"),
     "other",
 )
 QUEUES: Final = ("evaluations", "jobs")

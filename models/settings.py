@@ -1,5 +1,6 @@
 """The settings: one declared table, read once from environment variables."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
-from models.faults import did_you_mean, in_words
+from models.validation_errors import did_you_mean, format_error
+
+log = logging.getLogger("evalstore.settings")
 
 _PREFIX = "EVALSTORE_"
 # Read by a command each, and so no settings of a process.
@@ -178,8 +181,10 @@ class Settings(BaseModel):
     write_api_keys_file: Annotated[
         Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
     ] = None
-    api_host: Annotated[str, Field(description="where `python -m api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
-    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m api` listens; read by the API")] = 8086
+    api_host: Annotated[str, Field(description="where `python -m evalstore.api` listens; read by the API")] = "0.0.0.0"  # noqa: S104
+    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
+        8086
+    )
     cache_ttl_s: Annotated[
         int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
     ] = 300
@@ -249,11 +254,11 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {in_words(fault)}" for fault in error.errors()]
+            faults = [f"{_PREFIX}{str(fault['loc'][0]).upper()}: {format_error(fault)}" for fault in error.errors()]
             raise InvalidSettings("; ".join(faults)) from None
 
 
-def misspelt(environment: Mapping[str, str]) -> list[str]:
+def unknown_settings(environment: Mapping[str, str]) -> list[str]:
     """A sentence of each variable that is no setting and spelt like one. No fault: a platform may have variables of its own,
     and an older release runs with the settings of a newer one."""
     known = [name.upper() for name in Settings.model_fields]
@@ -265,6 +270,16 @@ def misspelt(environment: Mapping[str, str]) -> list[str]:
             hint = did_you_mean(rest, known, prefix=_PREFIX)
             found += [f"{name} is no setting{hint}"] if hint else []
     return found
+
+
+@cache
+def warn_unknown_env() -> None:
+    """Log, once in a process, each variable that is no setting and is spelt like one.
+
+    A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
+    """
+    for problem in unknown_settings(os.environ):
+        log.warning("a variable of the environment does nothing: %s", problem)
 
 
 @cache

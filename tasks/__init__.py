@@ -5,6 +5,6 @@ from tasks import store_evaluation
 store_evaluation.send({"type": "evaluation:queued", "eval_id": "run-1", "code": "print(1)"})
 """
 
-from tasks.evaluations import store_evaluation, store_evaluations
+from tasks.actor import store_evaluation, store_evaluations
 
 __all__ = ["store_evaluation", "store_evaluations"]

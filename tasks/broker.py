@@ -21,13 +21,12 @@ from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
-from models.settings import settings
+from models.settings import settings, warn_unknown_env
 from tasks import tracing
-from tasks.connections import InTime, packed, transact, within
-from tasks.environment import tell_misspelt
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
+from tasks.connections import DeadlineConnection, deadline, packed, transact
 from tasks.spool import Spool
-from tasks.young import Young
+from tasks.touch import ObjectToucher
 
 Queued = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
@@ -114,7 +113,7 @@ def _fields(message: Message[Any]) -> dict[str, Any]:
     }
 
 
-class Broker(RedisBroker):
+class SendingBroker(RedisBroker):
     """Dramatiq's Redis broker, with sending that can be repeated, bulk sends, and durability on request.
 
     Takes what RedisBroker takes; of its maintenance nothing is left to set. `spool` keeps events while Redis takes none: those
@@ -140,7 +139,7 @@ class Broker(RedisBroker):
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
             pool = client.connection_pool
-            pool.connection_class = type("InTime", (InTime, pool.connection_class), {})
+            pool.connection_class = type("DeadlineConnection", (DeadlineConnection, pool.connection_class), {})
         super().__init__(client=client, **parameters)  # type: ignore[no-untyped-call]
         self.timeout_s, self.spool = timeout_s, spool
         self._enqueue = self.script(Path(__file__).parent / "lua" / "enqueue.lua")
@@ -151,7 +150,7 @@ class Broker(RedisBroker):
         """A script of ours; it is loaded at its first use."""
         return self.client.register_script(path.read_text(encoding="utf-8"))
 
-    def learn(self, error: redis.RedisError) -> None:
+    def reset_if_readonly(self, error: redis.RedisError) -> None:
         """Of a server that is no primary any more, leave it: behind the same name there may be another by now."""
         if isinstance(error, redis.ReadOnlyError):
             self.client.connection_pool.disconnect(inuse_connections=False)
@@ -247,27 +246,27 @@ class Broker(RedisBroker):
         """Run a sending script, again where that may help: it does nothing twice. `are_many`: first try what costs half."""
         size = sum(map(len, arguments))
         # To set a socket's patience anew is a call of the system.
-        with within(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
-            self._send_patiently(script, keys, arguments, durable, are_many)
+        with deadline(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
+            self._send_with_retries(script, keys, arguments, durable, are_many)
 
-    def _send_patiently(self, script: Any, keys: list[str], arguments: list[Any], durable: bool, are_many: bool) -> None:
+    def _send_with_retries(self, script: Any, keys: list[str], arguments: list[Any], durable: bool, are_many: bool) -> None:
         deadline = time.monotonic() + self.timeout_s / 2
         for attempt in count(1):
             try:
-                if attempt > 1 or not are_many or not self._put(keys, arguments):
+                if attempt > 1 or not are_many or not self._send_in_transaction(keys, arguments):
                     (self._send_durably if durable else self._call)(script, keys, arguments)
             except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
                 # Twice at least: the first connection may have been dead before.
                 if attempt > 1 and time.monotonic() > deadline:
                     raise RedisOutage(str(error)) from error
-                self.learn(error)
+                self.reset_if_readonly(error)
                 time.sleep(0.02)
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
             else:
                 return
 
-    def _put(self, keys: list[str], arguments: list[Any]) -> bool:
+    def _send_in_transaction(self, keys: list[str], arguments: list[Any]) -> bool:
         """Put messages that were never sent before at the tail of a queue; whether that is done.
 
         What enqueue.lua does, but without looking whether they are there, and without Lua, through which each is copied twice
@@ -377,13 +376,13 @@ class Broker(RedisBroker):
 
 
 @cache
-def broker() -> Broker:
+def broker() -> SendingBroker:
     """This process's broker for sending, made at the first call; no connection is opened before something is sent."""
-    from tasks.evaluations import store_evaluation
+    from tasks.actor import store_evaluation
 
     read = settings()
-    tell_misspelt()
-    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=Young(read)) if read.spool_dir else None
-    made = Broker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
+    warn_unknown_env()
+    spool = Spool(read.spool_dir, max_bytes=read.spool_max_bytes, in_outage=ObjectToucher(read)) if read.spool_dir else None
+    made = SendingBroker(url=read.redis_url.get_secret_value(), timeout_s=read.send_timeout_s, spool=spool, middleware=[])
     made.declare_actor(store_evaluation)
     return made

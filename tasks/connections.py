@@ -24,7 +24,7 @@ _time = _Time()
 
 
 @contextmanager
-def within(timeout_s: float, more_s: float) -> Iterator[None]:
+def deadline(timeout_s: float, more_s: float) -> Iterator[None]:
     """Whatever this thread waits for on its connections ends after both together; each step may take that much more."""
     _time.until, _time.more_s = time.monotonic() + timeout_s + more_s, more_s
     try:
@@ -33,7 +33,7 @@ def within(timeout_s: float, more_s: float) -> Iterator[None]:
         _time.until, _time.more_s = math.inf, 0.0
 
 
-class InTime(AbstractConnection):
+class DeadlineConnection(AbstractConnection):
     """What makes a connection keep to that. Redis's own time-outs are for each step: a slow server has many, and the look-up of
     its name has none."""
 

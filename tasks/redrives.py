@@ -8,8 +8,8 @@ import redis
 from dramatiq import Message
 
 from models.errors import RedisOutage
-from tasks.broker import Broker, encode
-from tasks.jobs import QUEUE
+from models.jobs import QUEUE
+from tasks.broker import SendingBroker, encode
 
 ACTOR: Final = "redrive_dead_letters"
 # How the id in Redis begins under which a dead letter is sent again.
@@ -22,7 +22,7 @@ def job_id(redrive_id: UUID) -> str:
     return f"redrive:{redrive_id}"
 
 
-def ask(broker: Broker, redrive_id: UUID) -> None:
+def ask(broker: SendingBroker, redrive_id: UUID) -> None:
     """Ask a worker to go on with a redrive, once however often this is called. Raises RedisOutage (the sweep asks again)."""
     options = {"redis_message_id": job_id(redrive_id)}
     message = Message[None](queue_name=QUEUE, actor_name=ACTOR, args=(str(redrive_id),), kwargs={}, options=options)

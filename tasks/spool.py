@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from dramatiq.logging import get_logger
 
+from evalstore.objects import permissions
 from models.errors import RedisOutage, SpoolFull
 
 Send = Callable[[list[str | bytes]], None]
@@ -39,7 +40,7 @@ _AT: Final = re.compile(rb"[0-9a-f]{8} (\d+) ")
 _logger = get_logger("tasks", "spool")
 
 
-class Record(NamedTuple):
+class SpoolRecord(NamedTuple):
     """One message as it is kept."""
 
     at_ms: int
@@ -52,7 +53,7 @@ class Record(NamedTuple):
         return b"%08x %b\n" % (zlib.crc32(rest), rest)
 
     @classmethod
-    def of(cls, line: bytes) -> "Record | None":
+    def of(cls, line: bytes) -> "SpoolRecord | None":
         """The record that `line` is, or None if it is damaged. It is whole without its line break too."""
         crc, _, rest = line.removesuffix(b"\n").partition(b" ")
         if crc != b"%08x" % zlib.crc32(rest) or rest.count(b" ", 0, 100) < 2:
@@ -106,10 +107,10 @@ class Spool:
         at_ms = time.time_ns() // 1_000_000
         ids_and_bodies = [part.encode() if isinstance(part, str) else part for part in arguments]
         pairs = zip(ids_and_bodies[::2], ids_and_bodies[1::2], strict=True)
-        data = b"".join(Record(at_ms, redis_id, body).line() for redis_id, body in pairs)
+        data = b"".join(SpoolRecord(at_ms, redis_id, body).line() for redis_id, body in pairs)
         try:
             if not self.folder.is_dir():
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                permissions.make_folder(self.folder, parents=True)
                 with suppress(OSError):  # one may write to a folder that one may not read
                     _sync(self.folder.parent)
             with self._locked("append.lock"):
@@ -120,7 +121,10 @@ class Spool:
             finally:
                 os.close(segment)
         except OSError as error:
-            raise SpoolFull(f"Redis is away, and the spool {self.folder} cannot be written: {error.strerror}") from error
+            why = f"{error.strerror}"
+            if isinstance(error, PermissionError):
+                why += f": {permissions.explain(Path(error.filename or self.folder))}"
+            raise SpoolFull(f"Redis is away, and the spool {self.folder} cannot be written: {why}") from error
 
     def forward(self, send: Send) -> Forwarded:
         """Send everything on, in the order in which it was appended, after any other forwarder is done.
@@ -158,13 +162,13 @@ class Spool:
                 offset, _ = self._progress(path.name, segment_bytes)
                 file.seek(offset)
                 for line in file:
-                    record = Record.of(line)
+                    record = SpoolRecord.of(line)
                     messages += record is not None
                     oldest_ms = record.at_ms if record and oldest_ms is None else oldest_ms
                 size += segment_bytes - offset
         for path in self.folder.glob("*.bad"):
             with path.open("rb") as file:
-                damaged += sum(line != b"\n" and Record.of(line) is None for line in file)
+                damaged += sum(line != b"\n" and SpoolRecord.of(line) is None for line in file)
         age_s = None if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000)
         return Status(messages, size, age_s, damaged)
 
@@ -174,7 +178,7 @@ class Spool:
             with suppress(FileNotFoundError), path.open("rb") as file:  # it may be forwarded meanwhile
                 file.seek(self._progress(path.name, size)[0])
                 for line in file:
-                    record = Record.of(line)
+                    record = SpoolRecord.of(line)
                     yield record.at_ms if record else None, line
         for path in self.folder.glob("*.bad"):
             with path.open("rb") as file:
@@ -214,7 +218,7 @@ class Spool:
             # A number that was never used before, also after all segments are gone: what forward.lock says is of one file only.
             last = int(path.stem) if segments else 0
             path = self.folder / f"{max(time.time_ns(), last + 1):020d}.spool"
-        segment = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        segment = permissions.create_file(path, os.O_RDWR | os.O_APPEND)
         size = os.fstat(segment).st_size
         try:
             if size and os.pread(segment, 1, size - 1) != b"\n":  # somebody died in the middle of a write
@@ -255,7 +259,7 @@ class Spool:
                     start, arguments = offset, list[str | bytes]()
                     while offset < size and offset - start < _BATCH_BYTES and len(arguments) < 2 * _BATCH_RECORDS:
                         line = file.readline(size - offset)
-                        record = Record.of(line)
+                        record = SpoolRecord.of(line)
                         if record:
                             arguments += [record.redis_id, record.body]
                         elif line != b"\n":
@@ -299,7 +303,7 @@ class Spool:
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
         """The lock file's descriptor. Opened anew each time, as flock(2) excludes open files, not threads."""
-        lock = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = permissions.create_file(self.folder / name, os.O_RDWR)
         _open_locks.add(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dramatiq import Message
 
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -18,7 +18,7 @@ import pytest
 import redis
 from psycopg import sql
 
-from ops.servers import Postgres, Valkey
+from evalstore.local.servers import Postgres, Valkey
 from tests.polling import looks
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 @pytest.fixture(scope="session")
 def migrated(shared_postgres: Postgres) -> str:
     """The name of a database with every migration applied, for cloning, to which nobody stays connected."""
-    from storage.migrations import upgrade  # noqa: PLC0415  a test of something else runs without storage
+    from evalstore.storage.migrations import upgrade  # noqa: PLC0415  a test of something else runs without storage
 
     _administer(shared_postgres, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(MIGRATED)))
     upgrade(shared_postgres.url(MIGRATED))
@@ -217,7 +217,7 @@ def for_anyone() -> Iterator[dict[str, str]]:
 
 def _runs_for_nobody(env: dict[str, str]) -> bool:
     with contextlib.suppress(PermissionError):
-        command = [env["PYTHON"], "-c", "import ops.local"]
+        command = [env["PYTHON"], "-c", "import evalstore.local.stack"]
         done = subprocess.run(command, env=env, cwd="/", user=65534, group=65534, check=False, capture_output=True)
         return done.returncode == 0
     return False

@@ -9,8 +9,8 @@ from typing import Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from ops import processes
-from ops.servers import free_port
+from evalstore.local import processes
+from evalstore.local.servers import free_port
 from tests.polling import looks
 
 _FETCHED: Final = Path(__file__).parents[1] / ".tools/pgbouncer"

@@ -11,8 +11,8 @@ import boto3  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
-from ops import processes
-from ops.servers import Answer, Server, free_port
+from evalstore.local import processes
+from evalstore.local.servers import Answer, Server, free_port
 
 _OTHER_PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 import dramatiq
 
+from evalstore.storage.database import Watch
 from models.errors import PASSING, Outage, SchemaMismatch
-from storage.database import Watch
-from worker import confirmations, dead_letters, tracing
-from worker.broker import TURN_S, Broker, turn
-from worker.evaluations import Store, engine
+from worker import confirmation_relay, dead_letter_mover, tracing
+from worker.broker import BUDGET_S, Broker, time_budget
+from worker.handler import Handler, engine
 from worker.metrics import WORK_S
 
 log = logging.getLogger("evalstore.worker")
@@ -24,7 +24,7 @@ _LONGEST_S: Final = 15.0
 class Background(threading.Thread):
     """Call `wake` when there is something to do. Each duty has a turn of `turn_s` at a time."""
 
-    def __init__(self, broker: Broker, *, turn_s: float = TURN_S) -> None:
+    def __init__(self, broker: Broker, *, turn_s: float = BUDGET_S) -> None:
         super().__init__(name="evalstore-background", daemon=True)
         self._broker, self._turn_s = broker, turn_s
         self._wanted = threading.Event()
@@ -37,9 +37,9 @@ class Background(threading.Thread):
         self._wanted.set()
 
     def run(self) -> None:
-        ledger = self._broker.metrics.ledger
+        ledger = self._broker.metrics.counters
         ledger.watch_thread(self.name)
-        ledger.due(WORK_S)
+        ledger.set_deadline(WORK_S)
         try:
             engine()
         except SchemaMismatch as error:
@@ -50,20 +50,20 @@ class Background(threading.Thread):
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
             self._count_connections()
-            ledger.due(WORK_S)
-            self._try("confirmations", confirmations.relay)
-            ledger.due(WORK_S)
-            self._try("dead letters", dead_letters.move)
+            ledger.set_deadline(WORK_S)
+            self._try("confirmations", confirmation_relay.relay)
+            ledger.set_deadline(WORK_S)
+            self._try("dead letters", dead_letter_mover.move)
 
     def _count_connections(self) -> None:
         if engine.cache_info().currsize:  # else it would connect
             pool: Any = engine().pool
             for state, count in (("used", pool.checkedout()), ("idle", pool.checkedin())):
-                self._broker.metrics.ledger.set("evalstore_database_connections", state, to=count)
+                self._broker.metrics.counters.set("evalstore_database_connections", state, to=count)
 
     def _try(self, what: str, work: Callable[..., int]) -> None:
         """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""
-        goes_on = turn(self._turn_s)
+        goes_on = time_budget(self._turn_s)
         try:
             with engine().connect() as conn, self._watch.bounded(conn, _LONGEST_S):
                 work(conn, self._broker, go_on=goes_on)
@@ -85,10 +85,10 @@ class Background(threading.Thread):
         self.join(timeout=1)
 
 
-class Beside(dramatiq.Middleware):
+class BackgroundMiddleware(dramatiq.Middleware):
     """Runs a Background beside each worker, and lets `store` know when that is to stop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Handler) -> None:
         self._store = store
         self.thread: Background | None = None
 

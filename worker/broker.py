@@ -14,20 +14,20 @@ from typing import Any, Final
 import dramatiq
 from dramatiq import Actor, Message, Worker
 
-from storage.database import Watch
-from tasks.broker import Broker as SendingBroker
+from evalstore.storage.database import Watch
+from tasks.broker import SendingBroker
 from worker.batches import Batch
-from worker.consumer import Consumer, Held
-from worker.hold import Hold
-from worker.metrics import WORK_S, Metrics
-from worker.vitals import Vitals, process_name
+from worker.consumer import Consumer, DeliveryHandle
+from worker.heartbeat import Heartbeat, process_name
+from worker.in_flight import InFlight
+from worker.metrics import WORK_S, WorkerMetrics
 
 _LUA: Final = Path(__file__).parent / "lua"
 # A thread is not kept longer than this by work of which there may be any amount: it goes on later, and other work has its turn.
-TURN_S: Final = 2.0
+BUDGET_S: Final = 2.0
 
 
-def turn(seconds: float = TURN_S) -> Callable[[], bool]:
+def time_budget(seconds: float = BUDGET_S) -> Callable[[], bool]:
     """What tells whether a turn that begins now goes on."""
     give_up = time.monotonic() + seconds
     return lambda: time.monotonic() < give_up
@@ -43,13 +43,13 @@ class Broker(SendingBroker):
         super().__init__(**given)
         self.max_deaths, self.batch_events, self.batch_bytes = max_deaths, batch_events, batch_bytes
         self.batched: dict[str, str] = {}
-        self.hold = Hold()
-        self.metrics = Metrics()
+        self.in_flight = InFlight()
+        self.metrics = WorkerMetrics()
         self.watch = Watch()
         self.fetches: dict[str, int] = defaultdict(int)
         self.process = process_name()
-        self._ours = {path.stem: self.script(path) for path in sorted(_LUA.glob("*.lua"))}
-        self._vitals: Vitals | None = None
+        self._scripts = {path.stem: self.script(path) for path in sorted(_LUA.glob("*.lua"))}
+        self._heartbeat: Heartbeat | None = None
         self.add_middleware(_Lifecycle())
 
     def declare_batch_actor(self, actor: Actor[..., None], run: Callable[[Batch], None]) -> None:
@@ -60,7 +60,7 @@ class Broker(SendingBroker):
 
     def run(self, name: str, keys: list[str], *args: Any) -> Any:
         """Run the script worker/lua/<name>.lua. Raises what redis raises; every script may be run again."""
-        return self._ours[name](keys=keys, args=args)
+        return self._scripts[name](keys=keys, args=args)
 
     def unacked(self, queue: str, process: str | None = None) -> str:
         """The key of what a process holds of a queue; without a name, this process."""
@@ -72,7 +72,7 @@ class Broker(SendingBroker):
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         """Send a message. A retry, which Dramatiq's middleware asks for in this way, is one step with the acknowledgement."""
-        if isinstance(message, Held):
+        if isinstance(message, DeliveryHandle):
             message.retry_ms = delay or 0
             return message
         return super().enqueue(message, delay=delay)
@@ -83,22 +83,22 @@ class Broker(SendingBroker):
         gc.freeze()
         gc.set_threshold(100_000, 10, 10)
         self.process = process_name()
-        self.hold.open()
-        self._vitals = Vitals(self, worker)
-        self._vitals.start()
+        self.in_flight.open()
+        self._heartbeat = Heartbeat(self, worker)
+        self._heartbeat.start()
 
     def stopping(self) -> None:
         """Take nothing more."""
-        self.hold.close()
-        self.metrics.ledger.rest()
-        if self._vitals:
-            self._vitals.stop_in_time()
+        self.in_flight.close()
+        self.metrics.counters.disable_deadlines()
+        if self._heartbeat:
+            self._heartbeat.stop_in_time()
 
     def stopped(self) -> None:
         """Leave nothing behind."""
-        if self._vitals:
-            self._vitals.stop()
-            self._vitals = None
+        if self._heartbeat:
+            self._heartbeat.stop()
+            self._heartbeat = None
 
 
 class _Lifecycle(dramatiq.Middleware):
@@ -108,13 +108,13 @@ class _Lifecycle(dramatiq.Middleware):
         broker.boot(worker)
 
     def after_consumer_thread_boot(self, broker: Any, thread: Any) -> None:
-        broker.metrics.ledger.watch_thread(f"consumer of {thread.queue_name}")
+        broker.metrics.counters.watch_thread(f"consumer of {thread.queue_name}")
 
     def after_worker_thread_boot(self, broker: Any, thread: Any) -> None:
-        broker.metrics.ledger.watch_thread(f"worker {thread.name}")
+        broker.metrics.counters.watch_thread(f"worker {thread.name}")
 
     def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
-        broker.metrics.ledger.due(WORK_S)
+        broker.metrics.counters.set_deadline(WORK_S)
 
     def before_worker_shutdown(self, broker: Any, worker: Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
         broker.stopping()

@@ -28,13 +28,13 @@ log = logging.getLogger("evalstore.worker")
 # Two: while one batch waits for PostgreSQL, the next is fetched and read.
 BATCHES: Final = 2
 # While few messages come, those that come during a batch go together in the next, and wait for it no longer than this.
-TOGETHER_S: Final = 0.02
+COALESCE_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
-_MOST_TOLD: Final = 20
+_MAX_LOGGED: Final = 20
 
 
-class Held(MessageProxy):
+class DeliveryHandle(MessageProxy):
     """A message, or a batch as the one argument of its actor, that is to be settled under `redis_ids`."""
 
     def __init__(self, message: Message[Any], redis_ids: list[bytes]) -> None:
@@ -60,22 +60,22 @@ class Consumer(DramatiqConsumer):
         self.keys = broker.keys(queue_name)
         self.unacked = broker.unacked(queue_name)
         self.outstanding_message_count = 0
-        self.turns = 0
+        self.loops = 0
         self._counting = threading.Lock()
-        self._ready: deque[Held] = deque()
-        self._suspects_wait = self._suspects_asked = self._is_empty = False
+        self._ready: deque[DeliveryHandle] = deque()
+        self._has_quarantined = self._is_asking_quarantine = self._is_empty = False
         self._next_due_s = self.timeout_s
         self._failures = 0
 
-    def __next__(self) -> Held | None:
+    def __next__(self) -> DeliveryHandle | None:
         """The next batch or message; None after a while without one."""
-        self.turns += 1
-        self.broker.metrics.ledger.due(LOOP_S)
+        self.loops += 1
+        self.broker.metrics.counters.set_deadline(LOOP_S)
         if not self._ready:
             try:
                 self._fill()
             except redis.RedisError as error:
-                self._wait_out(error)
+                self._wait_for_redis(error)
                 return None
             self._failures = 0
             self.broker.metrics.outages.back("redis", self.queue_name)
@@ -83,30 +83,30 @@ class Consumer(DramatiqConsumer):
 
     def _fill(self) -> None:
         """Fetch what there is, or wait a while for it."""
-        hold, is_batched = self.broker.hold, self.queue_name in self.broker.batched
+        in_flight, is_batched = self.broker.in_flight, self.queue_name in self.broker.batched
         # Once asked for they may be ours, whatever became of the answer: we stay alone and ask until there is one.
-        if self._suspects_asked or (self._suspects_wait and hold.be_alone()):
-            self._suspects_asked = True
-            suspects = self._fetch_suspects()
-            self._suspects_asked = False
+        if self._is_asking_quarantine or (self._has_quarantined and in_flight.enter_exclusive()):
+            self._is_asking_quarantine = True
+            suspects = self._fetch_quarantined()
+            self._is_asking_quarantine = False
             if not suspects:
-                self._suspects_wait = False
-                hold.not_alone()
+                self._has_quarantined = False
+                in_flight.leave_exclusive()
             self._hand_out(suspects)
             return
         room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
-        if room > 0 and self._is_empty and not self._suspects_wait and hold.may_fetch():
+        if room > 0 and self._is_empty and not self._has_quarantined and in_flight.may_fetch():
             if is_batched:
-                hold.wait_for(lambda: not self.outstanding_message_count, TOGETHER_S)
-            self._wait_for_one()
-        with hold.fetching() as may_fetch:
+                in_flight.wait_until(lambda: not self.outstanding_message_count, COALESCE_S)
+            self._wait_for_message()
+        with in_flight.fetching() as may_fetch:
             found = self._fetch(self.broker.batch_events if is_batched else room) if may_fetch and room > 0 else None
         if found is None:
-            hold.wait_for_change(min(self.timeout_s, 0.1))
+            in_flight.wait_for_change(min(self.timeout_s, 0.1))
             return
         self._hand_out(found)
 
-    def _wait_for_one(self) -> None:
+    def _wait_for_message(self) -> None:
         """Block until the queue has an element: woken at once, by any sender.
 
         The element is put aside where the next fetch, whosever it is, takes it from: so it wakes one of those who wait and not
@@ -118,7 +118,7 @@ class Consumer(DramatiqConsumer):
         try:
             self.broker.client.blmove(self.keys.queue, self.keys.woken, wait_s, "LEFT", "RIGHT")
         except (redis.OutOfMemoryError, redis.exceptions.NoPermissionError):
-            self.broker.hold.wait_out(0.05)
+            self.broker.in_flight.sleep_unless_stopping(0.05)
 
     def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:
         keys = self.keys
@@ -128,23 +128,23 @@ class Consumer(DramatiqConsumer):
         suspects, next_due_ms, left, ids, *along = self.broker.run(
             "fetch", places, number, most, self.broker.batch_bytes, process
         )
-        self._suspects_wait, self._is_empty = suspects > 0, left == 0
+        self._has_quarantined, self._is_empty = suspects > 0, left == 0
         self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
         bodies: list[Any] = along[0] if along else self.broker.client.hmget(keys.bodies, ids) if ids else []
         if gone := [redis_id for redis_id, body in zip(ids, bodies, strict=True) if body is None]:
             self.broker.run("settle", [self.unacked, keys.bodies, keys.deaths], *gone)
-        return self._taken(number, {one: body for one, body in zip(ids, bodies, strict=True) if body is not None})
+        return self._register(number, {one: body for one, body in zip(ids, bodies, strict=True) if body is not None})
 
-    def _fetch_suspects(self) -> list[tuple[bytes, bytes]]:
+    def _fetch_quarantined(self) -> list[tuple[bytes, bytes]]:
         places = [self.keys.suspects, self.keys.bodies, self.unacked, self.keys.processes]
         number = self.broker.fetches[self.queue_name] + 1
-        found = self.broker.run("fetch_suspects", places, number, self.broker.process)
-        return self._taken(number, dict(zip(found[::2], found[1::2], strict=True)))
+        found = self.broker.run("fetch_quarantined", places, number, self.broker.process)
+        return self._register(number, dict(zip(found[::2], found[1::2], strict=True)))
 
-    def _taken(self, number: int, found: dict[Any, Any]) -> list[tuple[bytes, bytes]]:
+    def _register(self, number: int, found: dict[Any, Any]) -> list[tuple[bytes, bytes]]:
         """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
         bodies = {as_bytes(redis_id): as_bytes(body) for redis_id, body in found.items()}
-        new = self.broker.hold.take(self.queue_name, bodies)
+        new = self.broker.in_flight.add(self.queue_name, bodies)
         self.broker.fetches[self.queue_name] = number
         return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
 
@@ -161,7 +161,7 @@ class Consumer(DramatiqConsumer):
             self._hand_out_singly(found)
         except BaseException:
             # Memory, say. Reconciling gives it back; held here, with nobody at work on it, it would stay for ever.
-            self.broker.hold.drop([redis_id for redis_id, _ in found])
+            self.broker.in_flight.remove([redis_id for redis_id, _ in found])
             raise
 
     def _hand_out_singly(self, found: list[tuple[bytes, bytes]]) -> None:
@@ -186,53 +186,53 @@ class Consumer(DramatiqConsumer):
     def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:
         with self._counting:
             self.outstanding_message_count += 1
-        self._ready.append(Held(message, redis_ids))
+        self._ready.append(DeliveryHandle(message, redis_ids))
 
     def ack(self, message: Any) -> None:
         """Settle what was worked on: done with, to be tried again, or dead, whichever its actor and middleware decided."""
         redis_ids, error = _ids(message), getattr(message, "_exception", None)
-        batch = message.batch if isinstance(message, Held) else None
+        batch = message.batch if isinstance(message, DeliveryHandle) else None
         try:
             if batch is not None and (batch.returned or isinstance(error, Outage)):
-                self._give_back(redis_ids)
+                self._requeue(redis_ids)
             elif batch is not None and error is not None and len(batch) > 1:
-                self._take_apart(message)
+                self._bisect(message)
             elif error is None:
                 self._acknowledge(redis_ids, batch)
             elif isinstance(error, PASSING):
                 # As it came: Dramatiq's middleware has counted this as a try, and an outage uses up none.
-                self._postpone(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
-            elif isinstance(message, Held) and message.retry_ms is not None:
+                self._retry_later(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
+            elif isinstance(message, DeliveryHandle) and message.retry_ms is not None:
                 self._retry(redis_ids[0], message, message.retry_ms)
             else:
-                self._bury(redis_ids, batch, error)
+                self._dead_letter(redis_ids, batch, error)
         except BaseException:
-            self.broker.hold.drop(redis_ids)  # reconciling gives it back
+            self.broker.in_flight.remove(redis_ids)  # reconciling gives it back
             raise
         finally:
             self._release()
-            self.broker.metrics.ledger.due(None)
+            self.broker.metrics.counters.set_deadline(None)
 
     def _acknowledge(self, redis_ids: list[bytes], batch: Batch | None) -> None:
         buried, later = (batch.buried, batch.later) if batch else ({}, {})
         started = time.perf_counter()
         self._settle([one for one in redis_ids if one not in buried and one not in later], buried)
-        self._postpone(later)
+        self._retry_later(later)
         if batch:
             seconds = time.perf_counter() - started
-            self.broker.metrics.ledger.observe("evalstore_store_duration_seconds", "acknowledge", value=seconds)
-            self._tell_buried(batch, buried)
+            self.broker.metrics.counters.observe("evalstore_store_duration_seconds", "acknowledge", value=seconds)
+            self._log_dead_letters(batch, buried)
 
-    def _bury(self, redis_ids: list[bytes], batch: Batch | None, error: BaseException) -> None:
+    def _dead_letter(self, redis_ids: list[bytes], batch: Batch | None, error: BaseException) -> None:
         why = dict.fromkeys(redis_ids, cause(error))
         self._settle([], why)
         if batch:
-            self._tell_buried(batch, why)
+            self._log_dead_letters(batch, why)
 
-    def _tell_buried(self, batch: Batch, buried: dict[bytes, bytes]) -> None:
+    def _log_dead_letters(self, batch: Batch, buried: dict[bytes, bytes]) -> None:
         bodies = {delivery.redis_id: delivery.body for delivery in batch if delivery.redis_id in buried}
         self.broker.metrics.buried(bodies.values())
-        for redis_id in list(bodies)[:_MOST_TOLD]:
+        for redis_id in list(bodies)[:_MAX_LOGGED]:
             event, error_class = named(bodies[redis_id]), json.loads(buried[redis_id])["error_class"]
             log.warning(
                 "dead letter: %s, eval_id %.200s, event_id %.40s, type %.40s",
@@ -241,10 +241,10 @@ class Consumer(DramatiqConsumer):
                 event.event_id,
                 event.type,
             )
-        if len(bodies) > _MOST_TOLD:
-            log.warning("and %d more dead letters of the same batch", len(bodies) - _MOST_TOLD)
+        if len(bodies) > _MAX_LOGGED:
+            log.warning("and %d more dead letters of the same batch", len(bodies) - _MAX_LOGGED)
 
-    def _take_apart(self, message: Held) -> None:
+    def _bisect(self, message: DeliveryHandle) -> None:
         """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""
         deliveries = message.batch.deliveries if message.batch else []
         middle = len(deliveries) // 2
@@ -262,28 +262,28 @@ class Consumer(DramatiqConsumer):
             self._settle([], dict.fromkeys(_ids(message), cause(error)))
         finally:
             self._release()
-            self.broker.metrics.ledger.due(None)
+            self.broker.metrics.counters.set_deadline(None)
 
     def requeue(self, messages: Iterable[Any]) -> None:
         """Put back, at the head of the queue, what was handed out and not begun."""
         left = list(messages)
         if left:
-            self._give_back([redis_id for message in left for redis_id in _ids(message)])
+            self._requeue([redis_id for message in left for redis_id in _ids(message)])
         for _ in left:
             self._release()
 
     def close(self) -> None:
         """Put back what was fetched and not handed out."""
-        if self._suspects_asked:
-            self._suspects_asked = False
-            self.broker.hold.not_alone()
+        if self._is_asking_quarantine:
+            self._is_asking_quarantine = False
+            self.broker.in_flight.leave_exclusive()
         self.requeue(list(self._ready))
         self._ready.clear()
 
     def _release(self) -> None:
         with self._counting:  # many threads do this, and what went uncounted would never be free again
             self.outstanding_message_count = max(0, self.outstanding_message_count - 1)
-        self.broker.hold.drop(())
+        self.broker.in_flight.remove(())
 
     def _settle(self, done: list[bytes], bad: dict[bytes, bytes]) -> None:
         keys = self.keys
@@ -293,7 +293,7 @@ class Consumer(DramatiqConsumer):
         if bad:
             places = [self.unacked, keys.bodies, keys.dead, keys.dead_bodies, keys.causes, keys.deaths]
             pairs = [part for pair in bad.items() for part in pair]
-            self._until_done(list(bad), lambda: self.broker.run("bury", places, *pairs))
+            self._until_done(list(bad), lambda: self.broker.run("dead_letter", places, *pairs))
 
     def _retry(self, redis_id: bytes, message: Any, retry_ms: int | None) -> None:
         keys = [self.unacked, self.keys.bodies, self.keys.delayed]
@@ -305,42 +305,42 @@ class Consumer(DramatiqConsumer):
         self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
         self.broker.metrics.retried(self.queue_name)
 
-    def _postpone(self, later: dict[bytes, int]) -> None:
+    def _retry_later(self, later: dict[bytes, int]) -> None:
         if later:
             pairs = [part for pair in later.items() for part in pair]
-            self._until_done(list(later), lambda: self.broker.run("postpone", [self.unacked, self.keys.delayed], *pairs))
+            self._until_done(list(later), lambda: self.broker.run("retry_later", [self.unacked, self.keys.delayed], *pairs))
             self.broker.metrics.retried(self.queue_name, len(later))
 
-    def _give_back(self, redis_ids: list[bytes]) -> None:
-        self._until_done(redis_ids, lambda: self.broker.run("give_back", [self.unacked, self.keys.queue], *redis_ids))
+    def _requeue(self, redis_ids: list[bytes]) -> None:
+        self._until_done(redis_ids, lambda: self.broker.run("requeue", [self.unacked, self.keys.queue], *redis_ids))
         self.broker.metrics.redelivered(self.queue_name, "stopped", len(redis_ids))
 
     def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
         """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""
-        hold = self.broker.hold
-        while not hold.abandoned:
-            self.broker.metrics.ledger.due(WORK_S)
+        in_flight = self.broker.in_flight
+        while not in_flight.abandoned:
+            self.broker.metrics.counters.set_deadline(WORK_S)
             try:
                 act()
             except redis.RedisError as error:
-                if not self._wait_out(error):
-                    hold.abandoned = True
+                if not self._wait_for_redis(error):
+                    in_flight.abandoned = True
             else:
-                self.broker.hold.drop(redis_ids)
+                self.broker.in_flight.remove(redis_ids)
                 self.broker.metrics.outages.back("redis", self.queue_name)
                 return
 
-    def _wait_out(self, error: redis.RedisError) -> bool:
+    def _wait_for_redis(self, error: redis.RedisError) -> bool:
         """Wait a moment, longer each time; say so once. Returns whether to go on."""
-        self.turns += 1
+        self.loops += 1
         self._failures += 1
         self.broker.metrics.outages.away("redis", self.queue_name)
-        self.broker.learn(error)
+        self.broker.reset_if_readonly(error)
         if self._failures == 1:
             log.warning("Redis refuses queue %s, trying again until it does not: %s", self.queue_name, error)
         longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(self._failures, 10))
-        return self.broker.hold.wait_out(longest_s * random.uniform(0.5, 1))  # noqa: S311
+        return self.broker.in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1))  # noqa: S311
 
 
 def _ids(message: Any) -> list[bytes]:
-    return message.redis_ids if isinstance(message, Held) else [as_bytes(message.options["redis_message_id"])]
+    return message.redis_ids if isinstance(message, DeliveryHandle) else [as_bytes(message.options["redis_message_id"])]

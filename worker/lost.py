@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
+from evalstore.storage import event_store, stalled
+from evalstore.telemetry.backlog import oldest_age_s
 from models.settings import Settings
-from storage import evaluations, overdue
-from tasks.backlog import oldest_age_s
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
 from worker.broker import Broker
 
 _MOST = 1000
@@ -21,7 +21,7 @@ def run_once(conn: Connection, broker: Broker, limits: Settings, *, go_on: Calla
     """
     marked = 0
     while oldest_age_s(broker, QUEUE) <= limits.lost_grace_s:
-        found = overdue.find(
+        found = stalled.find(
             conn,
             grace_s=limits.lost_grace_s,
             queued_limit_s=limits.queued_limit_s,
@@ -29,7 +29,7 @@ def run_once(conn: Connection, broker: Broker, limits: Settings, *, go_on: Calla
             limit=_MOST,
         )
         if found:
-            applied = evaluations.store(conn, found).outcomes.count("applied")
+            applied = event_store.store(conn, found).outcomes.count("applied")
             broker.metrics.lost(applied)
             marked += applied
         if len(found) < _MOST:

@@ -10,14 +10,14 @@ from typing import Any, Final
 
 import msgspec
 
+from evalstore.telemetry.counters import Counters, Schema, counted_by
+from models.jobs import JOBS
 from models.metrics import QUEUES, TYPES
 from models.record import Fact
-from tasks.jobs import JOBS
-from tasks.ledger import Layout, Ledger, counted_by
 from worker.batches import Delivery
 
-LAYOUT: Final = Layout(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
-# A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Ledger.due`.
+LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
+# A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Counters.set_deadline`.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0
 _HEARD_FOR_S: Final = 30.0
@@ -27,12 +27,12 @@ _RATE_OVER_S: Final = 10.0
 _SENT: Final = re.compile(rb'"message_timestamp":\s*(\d{1,16})')
 
 
-class Metrics:
+class WorkerMetrics:
     """Of one process. For use by many threads."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger(LAYOUT)
-        self.outages = Outages(self.ledger)
+        self.counters = Counters(LAYOUT)
+        self.outages = Outages(self.counters)
         self._events = Counter[str]()
         self._marks = deque([(time.monotonic(), 0)])
 
@@ -47,7 +47,7 @@ class Metrics:
             applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
             self._count(Counter(zip(outcomes, types, strict=True)))
         if conflicting_results:
-            self.ledger.add("evalstore_conflicting_results_total", by=conflicting_results)
+            self.counters.add("evalstore_conflicting_results_total", by=conflicting_results)
         if not applied:
             return
         size = min(len(applied), _SAMPLE)
@@ -55,16 +55,16 @@ class Metrics:
         ages = [max(0.0, (now - event.occurred_at).total_seconds()) for _, event in sample]
         ends = [_SENT.search(delivery.body, max(0, len(delivery.body) - 200)) for delivery, _ in sample]
         sent = [max(0.0, now.timestamp() - int(end[1]) / 1000) for end in ends if end]
-        self.ledger.observe_all(_LATENCY, "occurred", values=ages, times=len(applied) / size)
-        self.ledger.observe_all(_LATENCY, "sent", values=sent, times=len(applied) / size)
+        self.counters.observe_all(_LATENCY, "occurred", values=ages, times=len(applied) / size)
+        self.counters.observe_all(_LATENCY, "sent", values=sent, times=len(applied) / size)
 
     def retried(self, queue: str, count: int = 1) -> None:
         """Messages of a queue, or a batch, are tried once more."""
-        self.ledger.add("evalstore_retries_total", _queue(queue), by=count)
+        self.counters.add("evalstore_retries_total", _queue(queue), by=count)
 
     def redelivered(self, queue: str, reason: str, count: int) -> None:
         """Messages went back to their queue."""
-        self.ledger.add("evalstore_redeliveries_total", _queue(queue), reason, by=count)
+        self.counters.add("evalstore_redeliveries_total", _queue(queue), reason, by=count)
 
     def lost(self, count: int) -> None:
         """Evaluations were given up."""
@@ -72,9 +72,9 @@ class Metrics:
 
     def archived(self, moved: int, size: int, failed: int) -> None:
         """Contents moved to the archive, of so many bytes, or could not."""
-        self.ledger.add("evalstore_archived_contents_total", "archived", by=moved)
-        self.ledger.add("evalstore_archived_contents_total", "failed", by=failed)
-        self.ledger.add("evalstore_archived_bytes_total", by=size)
+        self.counters.add("evalstore_archived_contents_total", "archived", by=moved)
+        self.counters.add("evalstore_archived_contents_total", "failed", by=failed)
+        self.counters.add("evalstore_archived_bytes_total", by=size)
 
     def buried(self, bodies: Iterable[bytes | None]) -> None:
         """Messages turned out to be such that they can never be stored."""
@@ -83,10 +83,10 @@ class Metrics:
     def _count(self, events: Mapping[tuple[str, str], int]) -> None:
         for (outcome, type_), count in events.items():
             if outcome != "reused":  # it is buried, and counted then
-                self.ledger.add("evalstore_events_total", outcome, type_, by=count)
+                self.counters.add("evalstore_events_total", outcome, type_, by=count)
                 self._events[outcome] += count
 
-    def told(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """What others may know of this process: what it counted since it began, its rate, and what it waits for."""
         now, total = time.monotonic(), self._events.total()
         while len(self._marks) > 1 and self._marks[1][0] < now - _RATE_OVER_S:
@@ -94,7 +94,7 @@ class Metrics:
         then, before = self._marks[0]
         self._marks.append((now, total))
         rate = (total - before) / max(now - then, 1.0)
-        is_open = bool(self.ledger.get("evalstore_breaker_open"))
+        is_open = bool(self.counters.get("evalstore_breaker_open"))
         return {**self._events, "events_per_s": round(rate, 1), "away": self.outages.update(), "breaker_open": is_open}
 
 
@@ -134,7 +134,7 @@ def _type_of(body: bytes | None) -> str:
 class Outages:
     """For how long servers were away, as this process's threads noticed."""
 
-    def __init__(self, ledger: Ledger, *, heard_for_s: float = _HEARD_FOR_S) -> None:
+    def __init__(self, ledger: Counters, *, heard_for_s: float = _HEARD_FOR_S) -> None:
         self._ledger = ledger
         self._heard_for_s, self._heard = heard_for_s, 0.0
         self._lock = threading.Lock()

@@ -15,14 +15,14 @@ from dramatiq import Actor, Message
 from periodiq import cron
 from sqlalchemy import Connection
 
+from evalstore.storage import outbox as stored_confirmations
 from models.errors import PASSING
+from models.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
 from models.settings import settings
-from storage import confirmations as stored_confirmations
 from tasks.broker import encode
-from tasks.jobs import JOBS, QUEUE, last_runs_key, last_successes_key
-from worker import archive, confirmations, dead_letters, lost, redrives
-from worker.broker import Broker, turn
-from worker.evaluations import engine
+from worker import archive_jobs, confirmation_relay, dead_letter_mover, lost, redrive_job
+from worker.broker import Broker, time_budget
+from worker.handler import engine
 
 # Less than worker.metrics.WORK_S, with the time it takes to connect.
 _LONGEST_S: Final = 15.0
@@ -85,34 +85,37 @@ def declare(broker: Broker, *, on_tick: Callable[[], None] = lambda: None) -> No
         declared = dramatiq.actor(
             actor_name=job.name, actor_class=_TickActor, queue_name=QUEUE, broker=broker, periodic=cron(job.schedule)
         )
-        actor: Any = declared(_told(broker, job.name, work[job.name]))
+        actor: Any = declared(_record_run(broker, job.name, work[job.name]))
         actor.on_tick = on_tick
-    redrives.declare(broker, engine)
+    redrive_job.declare(broker, engine)
 
 
 def _relay_confirmations(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        return {"relayed": confirmations.relay(conn, broker, go_on=turn()), "forgotten": stored_confirmations.forget(conn)}
+        return {
+            "relayed": confirmation_relay.relay(conn, broker, go_on=time_budget()),
+            "forgotten": stored_confirmations.forget(conn),
+        }
 
 
 def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        return lost.run_once(conn, broker, settings(), go_on=turn(_LOST_TURN_S))
+        return lost.run_once(conn, broker, settings(), go_on=time_budget(_LOST_TURN_S))
 
 
 def _archive_large_outputs(broker: Broker) -> dict[str, Any]:
-    with archive.patient(broker, engine) as conn:
-        return archive.move(conn, broker)
+    with archive_jobs.long_running(broker, engine) as conn:
+        return archive_jobs.move(conn, broker)
 
 
 def _sweep_objects(broker: Broker) -> dict[str, Any]:
-    with archive.patient(broker, engine) as conn:
-        return archive.sweep(conn, broker)
+    with archive_jobs.long_running(broker, engine) as conn:
+        return archive_jobs.sweep(conn, broker)
 
 
 def _move_dead_letters(broker: Broker) -> dict[str, int]:
     with _connection(broker) as conn:
-        return {"moved": dead_letters.move(conn, broker, go_on=turn()), **redrives.sweep(conn, broker)}
+        return {"moved": dead_letter_mover.move(conn, broker, go_on=time_budget()), **redrive_job.sweep(conn, broker)}
 
 
 @contextmanager
@@ -122,7 +125,7 @@ def _connection(broker: Broker) -> Iterator[Connection]:
         yield conn
 
 
-def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:
+def _record_run(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:
     """`work`, told of in Redis: when it ran last, for how long, and how it went."""
 
     def run() -> None:
@@ -137,7 +140,7 @@ def _told(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], No
                 raise
         finally:
             told["seconds"] = round(time.time() - started, 3)
-            broker.metrics.ledger.add("evalstore_job_runs_total", name, str(told["outcome"]))
+            broker.metrics.counters.add("evalstore_job_runs_total", name, str(told["outcome"]))
             try:
                 broker.client.hset(last_runs_key(broker.namespace), name, msgspec.json.encode(told))
                 if told["outcome"] == "ok":

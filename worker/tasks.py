@@ -3,18 +3,19 @@
 import dramatiq
 from dramatiq.middleware import Retries
 
-from models.settings import settings
-from tasks import environment, logs
-from tasks.evaluations import store_evaluation
-from worker import exposition, schedule
-from worker.background import Beside
+from evalstore import startup
+from evalstore.telemetry import log_setup
+from models.settings import settings, warn_unknown_env
+from tasks.actor import store_evaluation
+from worker import metrics_endpoint, schedule
+from worker.background import BackgroundMiddleware
 from worker.breaker import BreakerLimits
 from worker.broker import Broker
-from worker.evaluations import Store
+from worker.handler import Handler
 
-environment.settings_or_end()
-logs.take_over()
-environment.tell_misspelt()
+startup.load_or_exit()
+log_setup.replace_formatters()
+warn_unknown_env()
 broker = Broker(
     url=settings().redis_url.get_secret_value(),
     # For the periodic jobs; events are not retried one by one.
@@ -24,14 +25,14 @@ broker = Broker(
     batch_bytes=settings().batch_bytes,
 )
 dramatiq.set_broker(broker)
-store = Store(
-    broker.hold,
+store = Handler(
+    broker.in_flight,
     BreakerLimits(
         settings().breaker_messages, settings().breaker_share, settings().breaker_window_s, settings().breaker_probe_s
     ),
     broker.metrics,
 )
-broker.add_middleware(Beside(store))
+broker.add_middleware(BackgroundMiddleware(store))
 broker.declare_batch_actor(store_evaluation, store)
-broker.add_middleware(exposition.Shared())
-schedule.declare(broker, on_tick=exposition.Scheduler().tick)
+broker.add_middleware(metrics_endpoint.MetricsMiddleware())
+schedule.declare(broker, on_tick=metrics_endpoint.Scheduler().tick)

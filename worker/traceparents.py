@@ -85,7 +85,7 @@ def below(traceparents: Sequence[str], ids: bytes) -> str:
     """
     given = joined(traceparents)
     lines = bytearray(given, "ascii")
-    weave(lines, LENGTH, Column(36, 16, ids.hex().encode(), 0, 16))
+    interleave(lines, LENGTH, FixedWidthColumn(36, 16, ids.hex().encode(), 0, 16))
     if len(kept := sampled(traceparents)) < len(traceparents):
         ours, lines = lines, bytearray(given, "ascii")
         for start in [LENGTH * at for at in kept]:
@@ -93,7 +93,7 @@ def below(traceparents: Sequence[str], ids: bytes) -> str:
     return lines.decode()
 
 
-class Column(NamedTuple):
+class FixedWidthColumn(NamedTuple):
     """So many bytes of each of many, from `start` of every so many of `source`, to be at `at` of each."""
 
     at: int
@@ -103,7 +103,7 @@ class Column(NamedTuple):
     every: int
 
 
-def weave(into: bytearray, length: int, *columns: Column) -> None:
+def interleave(into: bytearray, length: int, *columns: FixedWidthColumn) -> None:
     """Put columns into many of a length. A byte of all of them is one step, so it costs little where they are not wide."""
     for at, width, source, start, every in columns:
         for byte in range(width):

@@ -1,6 +1,6 @@
 """What a worker tells of its work to whoever follows traces. Where they are off, none of it does anything.
 
-How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/spans.py.
+How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/batch_spans.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,14 @@ from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from evalstore.storage.event_store import Outcome
 from models.record import Fact
-from storage.evaluations import Outcome
 from tasks.tracing import provider
 from worker import traceparents
 from worker.batches import Batch, Delivery
 
 if TYPE_CHECKING:
-    from worker.spans import BatchSpans, Traces
+    from worker.batch_spans import BatchSpans, Traces
 
 SERVICE: Final = "evalstore-worker"
 _OFF: Final = nullcontext()
@@ -29,7 +29,7 @@ def traces() -> "Traces | None":
     made = provider(SERVICE)
     if made is None:
         return None
-    from worker.spans import Traces  # noqa: PLC0415 - it imports OpenTelemetry
+    from worker.batch_spans import Traces  # noqa: PLC0415 - it imports OpenTelemetry
 
     return Traces(made)
 
@@ -50,7 +50,7 @@ def processing(batch: Batch) -> Iterator[None]:
         spans.end()
 
 
-def said() -> dict[bytes, Any] | None:
+def sender_traces() -> dict[bytes, Any] | None:
     """Where to put what each message of the batch says of its trace."""
     spans = _batch.get()
     return None if spans is None else spans.traceparents
@@ -68,7 +68,7 @@ def traces_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[Sequence[int
     return None if spans is None else spans.traces_of(events)
 
 
-def note(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
+def record_outcomes(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
     """Note what became of events."""
     if spans := _batch.get():
         spans.note(events, outcomes)

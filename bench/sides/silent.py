@@ -1,9 +1,9 @@
 """evalstore's worker without confirmations, to see what they cost: nothing is written to the outbox, and nothing relayed."""
 
 import worker.tasks
-from storage import evaluations
-from worker import confirmations
+from evalstore.storage import event_store
+from worker import confirmation_relay
 
-vars(evaluations)["_confirmations"] = lambda *_: list[evaluations.Confirmation]()
-vars(confirmations)["relay"] = lambda *_: 0
+vars(event_store)["_confirmations"] = lambda *_: list[event_store.Confirmation]()
+vars(confirmation_relay)["relay"] = lambda *_: 0
 broker = worker.tasks.broker

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from tasks.ledger import Ledger
-from worker.metrics import Metrics
+from evalstore.telemetry.counters import Counters
+from worker.metrics import WorkerMetrics
 
 
 def _nothing(*_given: Any, **_more: Any) -> None:
@@ -12,8 +12,8 @@ def _nothing(*_given: Any, **_more: Any) -> None:
 
 
 for _owner, _names in (
-    (Ledger, ("add", "set", "observe", "observe_all", "due", "watch_thread")),
-    (Metrics, ("stored", "buried", "lost")),
+    (Counters, ("add", "set", "observe", "observe_all", "due", "watch_thread")),
+    (WorkerMetrics, ("stored", "buried", "lost")),
 ):
     for _name in _names:
         setattr(_owner, _name, _nothing)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from ops.servers import Postgres, Valkey
+from evalstore.local.servers import Postgres, Valkey
 from tests.chaos.relay import DISPATCH, ROOT, Relay
 from tests.chaos.world import World, port_of
 
@@ -31,7 +31,7 @@ def own_world(worlds: Worlds, database_url: str, valkey_server: Valkey) -> World
 @pytest.fixture
 def own_postgres(postgres_server: Postgres) -> Postgres:
     """A PostgreSQL of its own, to kill, with our tables."""
-    from storage.migrations import upgrade  # noqa: PLC0415
+    from evalstore.storage.migrations import upgrade  # noqa: PLC0415
 
     upgrade(postgres_server.url())
     return postgres_server

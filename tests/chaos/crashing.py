@@ -23,13 +23,13 @@ from typing import Any, cast
 
 import dramatiq
 
+from evalstore.storage import event_store
 from models.events import Event
 from models.record import Fact
-from storage import evaluations
-from worker import vitals
+from worker import heartbeat
 from worker.consumer import Consumer
 
-_store, _hand_out = evaluations.store, Consumer._hand_out
+_store, _hand_out = event_store.store, Consumer._hand_out
 
 
 def store(conn: Any, events: Sequence[Event | Fact], *args: Any, **kwargs: Any) -> Any:
@@ -57,9 +57,9 @@ def hand_out(self: Consumer, found: list[tuple[bytes, bytes]]) -> None:
     _hand_out(self, found)
 
 
-evaluations.store = cast("Any", store)
+event_store.store = cast("Any", store)
 Consumer._hand_out = hand_out  # type: ignore[method-assign]
-vitals.WEDGED_AFTER_S = 4.0  # type: ignore[misc]
+heartbeat.WEDGED_AFTER_S = 4.0  # type: ignore[misc]
 
 from worker.tasks import broker
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import psycopg
 
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage.migrations import upgrade
 from models.errors import RedisOutage
-from ops.servers import Postgres, Valkey
-from storage.migrations import upgrade
 from tests.chaos.watcher import Watcher
 from tests.chaos.world import KEYS, Workers, World, evaluations, kill
 

@@ -15,9 +15,9 @@ import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 from sqlalchemy import Engine
 
+from evalstore.storage import database, event_store
 from models.events import parse
 from models.settings import settings
-from storage import database, evaluations
 
 broker = RedisBroker(url=settings().redis_url.get_secret_value())
 dramatiq.set_broker(broker)
@@ -39,7 +39,7 @@ def store_evaluation(event: dict[str, Any]) -> None:
     if kind == "slow":
         time.sleep(3)
     with database.errors(), engine().connect() as conn:
-        evaluations.store(conn, [parsed])
+        event_store.store(conn, [parsed])
     if kind == "late":
         mark = Path(os.environ["EVALSTORE_CHAOS_FOLDER"], parsed.eval_id)
         if not mark.exists():

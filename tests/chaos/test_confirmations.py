@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ops.servers import Valkey
+from evalstore.local.servers import Valkey
 from tests.chaos.relay import STOCK
 from tests.chaos.watcher import Watcher
 from tests.chaos.world import World

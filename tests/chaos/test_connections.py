@@ -7,13 +7,13 @@ import psycopg
 import pytest
 import redis
 
+from evalstore.local.servers import Valkey
 from models.errors import RedisOutage
-from ops.servers import Valkey
 from tests.chaos.conftest import Worlds
 from tests.chaos.relay import Loss, Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, port_of, through, wait_until
 
-SCRIPTS = ["fetch", "settle", "bury", "beat", "give_back"]
+SCRIPTS = ["fetch", "settle", "dead_letter", "heartbeat", "requeue"]
 
 
 @pytest.mark.parametrize("loss", ["request", "reply"])

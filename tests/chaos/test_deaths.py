@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from ops.servers import Postgres, Valkey
+from evalstore.local.servers import Postgres, Valkey
 from tests.chaos.conftest import Worlds
 from tests.chaos.relay import Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, kill, through, wait_until

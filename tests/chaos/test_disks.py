@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from ops.servers import Postgres
-from storage.migrations import upgrade
+from evalstore.local.servers import Postgres
+from evalstore.storage.migrations import upgrade
 from tests.chaos.conftest import Worlds
 from tests.chaos.namespaces import Disk, in_namespaces
 from tests.chaos.world import wait_until

@@ -10,15 +10,15 @@ from uuid import uuid4
 import dramatiq
 import pytest
 
-from tasks.evaluations import QUEUE, EventActor
+from tasks.actor import QUEUE, EventActor
 from tests.chaos.relay import Relay, script
 from tests.chaos.world import KEYS, through, wait_until
-from worker import batches, vitals
+from worker import batches, heartbeat
 from worker.batches import Batch
 from worker.broker import Broker
-from worker.consumer import Consumer, Held
-from worker.hold import Hold
-from worker.vitals import Vitals, is_gone, process_name
+from worker.consumer import Consumer, DeliveryHandle
+from worker.heartbeat import Heartbeat, is_gone, process_name
+from worker.in_flight import InFlight
 
 NAME = "store_evaluation"
 
@@ -44,7 +44,7 @@ def broker(redis_url: str) -> Iterator[Broker]:
 def observer(redis_url: str) -> Iterator[Callable[[], None]]:
     """Another process's heartbeat: each call is one."""
     made = make(redis_url, max_deaths=2)
-    beats = Vitals(made, dramatiq.Worker(made))
+    beats = Heartbeat(made, dramatiq.Worker(made))
     yield beats.run_once
     made.close()
 
@@ -61,7 +61,7 @@ def put(broker: Broker, number: int, queue: str = QUEUE) -> list[bytes]:
     return ids
 
 
-def take(consumer: Consumer, *, tries: int = 20) -> Held:
+def take(consumer: Consumer, *, tries: int = 20) -> DeliveryHandle:
     for _ in range(tries):
         if found := next(consumer):
             return found
@@ -91,10 +91,10 @@ def test_a_process_that_lost_redis_while_it_asked_for_suspects_goes_on(
     ids = leave_suspects(broker, observer, 2)
     behind = make(through(redis_url, relay.port))
     consumer = behind.consume(QUEUE, timeout=200)
-    relay.lose(script("fetch_suspects"), "reply", times=2)  # the second is redis-py's own repetition
+    relay.lose(script("fetch_quarantined"), "reply", times=2)  # the second is redis-py's own repetition
     seen = [take(consumer).redis_ids]
-    assert relay.lost(script("fetch_suspects")) == 2
-    consumer.ack(Held(dramatiq.Message(QUEUE, NAME, (), {}, {}), seen[0]))
+    assert relay.lost(script("fetch_quarantined")) == 2
+    consumer.ack(DeliveryHandle(dramatiq.Message(QUEUE, NAME, (), {}, {}), seen[0]))
     seen.append(take(consumer).redis_ids)
     assert seen == [[redis_id] for redis_id in ids]
     behind.close()
@@ -123,24 +123,24 @@ def test_many_threads_that_settle_at_once_leave_all_room_free(broker: Broker) ->
 
 
 def test_nothing_joins_a_suspect_while_it_is_being_fetched() -> None:
-    hold = Hold()
-    assert hold.be_alone()
-    hold.drop(())  # a thread that settled something before finishes late
-    assert not hold.may_fetch()
-    assert hold.take("evaluations", [b"suspect"])
-    hold.drop(())
-    assert not hold.may_fetch()
-    hold.drop([b"suspect"])
-    assert hold.may_fetch()
+    in_flight = InFlight()
+    assert in_flight.enter_exclusive()
+    in_flight.remove(())  # a thread that settled something before finishes late
+    assert not in_flight.may_fetch()
+    assert in_flight.add("evaluations", [b"suspect"])
+    in_flight.remove(())
+    assert not in_flight.may_fetch()
+    in_flight.remove([b"suspect"])
+    assert in_flight.may_fetch()
 
 
 def test_a_process_whose_fetch_is_under_way_is_not_alone() -> None:
-    hold = Hold()
-    with hold.fetching() as may:
+    in_flight = InFlight()
+    with in_flight.fetching() as may:
         assert may
-        assert not hold.be_alone()
-    assert hold.be_alone()
-    with hold.fetching() as may:
+        assert not in_flight.enter_exclusive()
+    assert in_flight.enter_exclusive()
+    with in_flight.fetching() as may:
         assert not may
 
 
@@ -200,9 +200,9 @@ def test_what_nobody_works_on_is_given_back(broker: Broker, monkeypatch: pytest.
     ids = put(broker, 3)
     held = take(broker.consume(QUEUE, timeout=200))
     assert held.redis_ids == ids
-    broker.hold.drop(ids[1:2])  # one gets lost within the process
-    beats = Vitals(broker, dramatiq.Worker(broker))
-    monkeypatch.setattr(vitals, "RECONCILE_S", 0)
+    broker.in_flight.remove(ids[1:2])  # one gets lost within the process
+    beats = Heartbeat(broker, dramatiq.Worker(broker))
+    monkeypatch.setattr(heartbeat, "RECONCILE_S", 0)
     beats.run_once()
     assert broker.client.lrange(KEYS.queue, 0, -1) == ids[1:2]
     assert broker.client.zrange(broker.unacked(QUEUE), 0, -1) == [ids[0], ids[2]]
@@ -225,7 +225,7 @@ def test_a_message_that_no_one_expected_to_be_unreadable_strands_nothing(
     if error is MemoryError:  # which is no fault of the message
         with pytest.raises(MemoryError):
             take(consumer)
-        assert not broker.hold.ids("jobs")  # so that reconciling gives them back
+        assert not broker.in_flight.ids("jobs")  # so that reconciling gives them back
     else:
         assert [take(consumer).redis_ids, take(consumer).redis_ids] == [[ids[0]], [ids[2]]]
         assert broker.client.zrange(broker.keys("jobs").dead, 0, -1) == [ids[1]]
@@ -245,7 +245,7 @@ def test_a_message_that_cannot_be_written_again_becomes_a_dead_letter(broker: Br
     broker.enqueue(held, delay=5)  # type: ignore[arg-type]
     consumer.ack(held)
     assert broker.client.zrange(keys.dead, 0, -1) == [b"big"]
-    assert not broker.hold.ids("jobs")
+    assert not broker.in_flight.ids("jobs")
 
 
 def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker: Broker) -> None:
@@ -261,8 +261,8 @@ def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker
 
 
 def test_where_a_process_cannot_be_told_apart_it_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vitals, "place", lambda: ("?", "?"))
-    monkeypatch.setattr(vitals, "started", _nothing)
+    monkeypatch.setattr(heartbeat, "place", lambda: ("?", "?"))
+    monkeypatch.setattr(heartbeat, "started", _nothing)
     assert not is_gone(process_name())
 
 
@@ -314,7 +314,7 @@ def test_long_jobs_leave_a_thread_to_the_events(redis_url: str) -> None:
 
 def test_a_message_wakes_one_of_those_who_wait(broker: Broker, redis_url: str) -> None:
     waiting, number = 3, 20
-    found: list[Held] = []
+    found: list[DeliveryHandle] = []
     others = [make(redis_url) for _ in range(waiting)]
     consumers = [other.consume(QUEUE) for other in others]
 
@@ -358,7 +358,7 @@ def test_a_message_whose_process_died_when_it_was_woken_comes_first(broker: Brok
 
 
 def test_while_a_batch_is_stored_the_few_that_come_gather_for_the_next(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.consumer.TOGETHER_S", 10.0)
+    monkeypatch.setattr("worker.consumer.COALESCE_S", 10.0)
     put(broker, 1)
     consumer = broker.consume(QUEUE, timeout=200)
     first = take(consumer)

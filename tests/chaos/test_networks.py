@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.servers import Postgres, Valkey
-from storage.migrations import upgrade
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage.migrations import upgrade
 from tests.chaos.conftest import Worlds
 from tests.chaos.namespaces import Network, in_namespaces
 from tests.chaos.relay import STOCK

@@ -36,13 +36,13 @@ def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(re
         work.send(name)
     assert begun.wait(timeout=20)
     wait_until(lambda: broker.counts("own")["inflight"] > 1, what="more is fetched than is begun")
-    broker.hold.close()
+    broker.in_flight.close()
     may_end.set()
     worker.stop()
 
     assert broker.counts("own")["dead"] == 0
     assert broker.counts("own")["ready"] >= 1
-    assert set(broker.hold.ids("own")) == set()
+    assert set(broker.in_flight.ids("own")) == set()
     broker.client.close()
 
 

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from evalstore.local.servers import Valkey
 from models.errors import NotDurable, RedisOutage
-from ops.servers import Valkey
-from tasks.broker import Broker
+from tasks.actor import store_evaluation
+from tasks.broker import SendingBroker
 from tasks.connections import packed, transact
-from tasks.evaluations import store_evaluation
 from tests.chaos.conftest import Worlds
 from tests.chaos.relay import Loss, Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, through
 
 
-def durable(broker: Broker, eval_id: str) -> None:
+def durable(broker: SendingBroker, eval_id: str) -> None:
     message = store_evaluation.message(evaluation(eval_id)[0])
     message.options["durable"] = True
     broker.enqueue(message)
@@ -48,7 +48,7 @@ def test_a_durable_send_whose_answer_was_lost_is_not_taken_for_confirmed(own_wor
     """A connection that wrote nothing itself is told at once that all it wrote is on disk."""
     own_world.client.config_set("appendfsync", "no")  # the disk is slow, say
     with Relay(own_world.client.connection_pool.connection_kwargs["port"]) as relay:
-        broker = Broker(url=through(own_world.redis_url, relay.port), middleware=[], timeout_s=2)
+        broker = SendingBroker(url=through(own_world.redis_url, relay.port), middleware=[], timeout_s=2)
         broker.enqueue(store_evaluation.message(evaluation("first")[0]))
         relay.lose(script("enqueue"), "reply", times=1)
         with pytest.raises(NotDurable):
@@ -94,7 +94,7 @@ def test_thousands_are_sent_in_one_transaction_or_not_at_all(own_world: World) -
 def test_many_are_in_the_queue_once_wherever_their_connection_broke(world: World, relay: Relay, at: str, loss: Loss) -> None:
     """Stock: some are in the queue twice."""
     messages = [store_evaluation.message(event) for event in evaluations(100)]
-    broker = Broker(url=through(world.redis_url, relay.port), middleware=[])
+    broker = SendingBroker(url=through(world.redis_url, relay.port), middleware=[])
     relay.lose(at.encode(), loss)
     broker.enqueue_many(messages)
     broker.close()
@@ -123,7 +123,7 @@ def test_what_redis_reads_long_after_it_was_sent_again_is_not_queued_twice(world
 def test_who_may_not_open_a_transaction_sends_many_all_the_same(own_world: World) -> None:
     """Stock: a round trip each."""
     own_world.client.acl_setuser("plain", enabled=True, nopass=True, commands=["+@all", "-@transaction"], keys=["*"])
-    broker = Broker(url=own_world.redis_url.replace("//default:", "//plain:"), middleware=[])
+    broker = SendingBroker(url=own_world.redis_url.replace("//default:", "//plain:"), middleware=[])
     broker.enqueue_many([store_evaluation.message(event) for event in evaluations(100)])
     broker.close()
     assert own_world.client.llen(KEYS.queue) == 300

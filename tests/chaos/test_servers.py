@@ -6,8 +6,8 @@ import time
 import pytest
 import redis
 
+from evalstore.local.servers import Postgres, Server, Valkey
 from models.errors import RedisOutage
-from ops.servers import Postgres, Server, Valkey
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from ops.servers import Postgres, ServerError
+from evalstore.local.servers import Postgres, ServerError
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import World, evaluations, wait_until
 from tests.conftest import FAST

@@ -13,15 +13,15 @@ import pytest
 import redis
 import trustme
 
+from evalstore.local.servers import Server, Valkey
+from evalstore.telemetry.queues import snapshot
 from models.errors import NotDurable, RedisOutage
-from ops.servers import Server, Valkey
 from tasks import store_evaluation
-from tasks.broker import Broker
+from tasks.broker import SendingBroker
 from tasks.confirmations import Confirmations
-from tasks.queues import look
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
-from worker.durability import doubts
+from worker.redis_config import redis_config_warnings
 
 # docs/how-to/choose-a-redis.md names them.
 BINARIES = {
@@ -92,7 +92,7 @@ def store_evaluation_to(world: World, event: dict[str, object], *, delay_ms: int
 
 
 def test_a_durable_send_is_confirmed_or_refused_with_any_version(server: Valkey) -> None:
-    broker = Broker(url=server.url(), middleware=[])
+    broker = SendingBroker(url=server.url(), middleware=[])
     message = store_evaluation.message_with_options(args=(evaluation("durable")[0],), durable=True)
     version = tuple(map(int, broker.client.info()["redis_version"].split(".")))
     if version >= (7, 2):  # WAITAOF
@@ -134,7 +134,7 @@ def test_a_user_who_may_do_nothing_dangerous_misses_nothing(worlds: Worlds, data
     log = works(world)
     assert "INFO is forbidden" in log
     assert "Redis is away" not in log
-    assert look(world.broker).memory_bytes == 0
+    assert snapshot(world.broker).memory_bytes == 0
 
 
 class TlsFront:
@@ -192,7 +192,7 @@ def test_a_server_is_reached_by_tls_and_its_certificate_is_checked(
 ) -> None:
     url = f"rediss://:{valkey_server.password}@127.0.0.1:{tls.port}/2"
     works(worlds(database_url, f"{url}?ssl_ca_certs={tmp_path}/ca.pem"))
-    distrustful = Broker(url=url, middleware=[], timeout_s=2)
+    distrustful = SendingBroker(url=url, middleware=[], timeout_s=2)
     with pytest.raises(RedisOutage, match="certificate"):
         distrustful.enqueue(store_evaluation.message(evaluation("refused")[0]))
     distrustful.close()
@@ -201,16 +201,16 @@ def test_a_server_is_reached_by_tls_and_its_certificate_is_checked(
 def test_what_could_lose_events_is_said_and_a_good_server_has_no_doubts(valkey_server: Valkey) -> None:
     bad = {"appendfsync": "no", "appendonly": "no", "maxmemory-policy": "allkeys-lru"}
     with redis.Redis.from_url(valkey_server.url()) as client:
-        assert doubts(client) == []
+        assert redis_config_warnings(client) == []
         for name, value in bad.items():
             [good] = client.config_get(name).values()
             client.config_set(name, value)
-            [doubt] = doubts(client)
+            [doubt] = redis_config_warnings(client)
             assert doubt.startswith(f"{name} is {'off' if name == 'appendonly' else value}")
             client.config_set(name, good)
         client.acl_setuser("guest", enabled=True, nopass=True, commands=["+info", "+select"], keys=["*"])
         with redis.Redis(port=valkey_server.port, username="guest", password="any") as guest:
-            assert doubts(guest) == []
+            assert redis_config_warnings(guest) == []
 
 
 def test_a_worker_says_once_what_could_lose_events(worlds: Worlds, database_url: str, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ import psycopg
 import redis
 from dramatiq import Message
 
+from evalstore.local import processes, supervisor
 from models.errors import RedisOutage
-from ops import guard, processes
-from tasks.broker import Broker, Keys
-from tasks.evaluations import QUEUE, store_evaluation
+from tasks.actor import QUEUE, store_evaluation
+from tasks.broker import Keys, SendingBroker
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 
@@ -93,12 +93,12 @@ class Workers:
     @property
     def pids(self) -> list[int]:
         """Of the processes that work; the first descendant is the one that watches over them."""
-        return guard.descendants(self._guard.pid)[1:] if self._guard else []
+        return supervisor.descendants(self._guard.pid)[1:] if self._guard else []
 
     def kill(self) -> None:
         """SIGKILL every process at once."""
         if self._guard:
-            processes.hurry(self._guard)
+            processes.kill_now(self._guard)
             self._guard.wait(timeout=20)
 
     def freeze(self) -> None:
@@ -147,7 +147,7 @@ class World:
     def __init__(self, database_url: str, redis_url: str, folder: Path) -> None:
         self.database_url, self.redis_url, self.folder = database_url, redis_url, folder
         self.fleet: list[Workers] = []
-        self.broker = Broker(url=redis_url, middleware=[])
+        self.broker = SendingBroker(url=redis_url, middleware=[])
         self.client: Any = redis.Redis.from_url(redis_url, socket_timeout=10)  # its types know nothing of decode_responses
         self.sent: dict[str, dict[str, Any]] = {}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import typer.main
 
+from evalstore.cli.app import application
+from models.jobs import JOBS
 from models.settings import Settings
-from ops.cli import application
-from tasks.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from ops import processes
+from evalstore.local import processes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 
 _LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
-_PATH = re.compile(r"`((?:models|storage|tasks|worker|api|ops|tests|docs|examples|deploy|bench)/[\w./-]+)`")
+_PATH = re.compile(r"`((?:evalstore|models|tasks|worker|tests|docs|examples|deploy|bench)/[\w./-]+)`")
 _BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```\n", re.DOTALL)
 
 

@@ -3,6 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+
+import evalstore
+from evalstore.client import StorageClient
+from tasks import store_evaluation, store_evaluations
+from tasks.confirmations import Confirmations
+
 IMPORT = """
 import sys, time
 before = time.process_time()
@@ -14,11 +21,12 @@ OURS = "from tasks import store_evaluation, store_evaluations"
 
 
 def imported(what: str = OURS) -> tuple[float, set[str]]:
-    """How long importing that takes a clean interpreter, in seconds of its own, and the packages that are loaded then."""
+    """How long importing that takes a clean interpreter, in seconds of its own, and the modules that are loaded then."""
     command = [sys.executable, "-I", "-c", IMPORT.format(what)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
     seconds, modules = done.stdout.splitlines()
-    return float(seconds), {name.partition(".")[0] for name in modules.split()}
+    loaded = set(modules.split())
+    return float(seconds), loaded | {name.partition(".")[0] for name in loaded}
 
 
 def test_importing_tasks_loads_no_server_side_package() -> None:
@@ -34,9 +42,9 @@ def test_importing_tasks_loads_no_server_side_package() -> None:
         "opentelemetry",
         "rich",
         "typer",
-        "storage",
+        "evalstore.storage",
         "worker",
-        "ops",
+        "evalstore.cli",
     }
 
 
@@ -51,3 +59,22 @@ def test_importing_tasks_takes_less_than_200_ms() -> None:
     others = min(imported("import dramatiq, pydantic")[0] for _ in range(10))
     assert others > 0.1, f"the best of {len(taken)} took {min(taken) * 1000:.0f} ms"
     assert min(taken) < 2 * others
+
+
+def test_importing_evalstore_offers_each_public_name_and_loads_none_of_them() -> None:
+    _, modules = imported("import evalstore")
+    assert not modules & {"tasks", "models", "dramatiq", "httpx", "redis"}
+    assert {name: getattr(evalstore, name) for name in evalstore.__all__} == {
+        "Confirmations": Confirmations,
+        "StorageClient": StorageClient,
+        "store_evaluation": store_evaluation,
+        "store_evaluations": store_evaluations,
+    }
+    with pytest.raises(AttributeError, match="no attribute 'store_event'"):
+        evalstore.store_event  # noqa: B018
+
+
+def test_sending_by_way_of_evalstore_loads_no_server_side_package() -> None:
+    _, modules = imported("from evalstore import store_evaluation, store_evaluations")
+    assert "tasks.actor" in modules
+    assert not modules & {"sqlalchemy", "psycopg", "boto3", "httpx", "evalstore.storage", "evalstore.telemetry", "worker"}

@@ -9,12 +9,12 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from api import health
-from api.__main__ import GRACE_S
+from evalstore.api import health_routes
+from evalstore.api.__main__ import GRACE_S
+from tasks.actor import QUEUE
 from tasks.broker import Keys
-from tasks.evaluations import QUEUE
 from tests.house.test_watching import faults_of, records
-from worker.vitals import STOP_WITHIN_S
+from worker.heartbeat import STOP_WITHIN_S
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
@@ -104,7 +104,7 @@ def test_a_pod_runs_what_there_is_with_few_rights(workload: Manifest) -> None:
     procfile = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
     role = workload["metadata"]["labels"]["app.kubernetes.io/component"]
     started = " ".join(one["args"])
-    expected = {"api": "python -m api", "migrate": "evalstore migrate"}.get(role) or procfile[role]
+    expected = {"api": "python -m evalstore.api", "migrate": "evalstore migrate"}.get(role) or procfile[role]
     assert started.startswith(expected)
 
 
@@ -123,8 +123,8 @@ def test_each_deployment_has_a_disruption_budget() -> None:
 @pytest.mark.parametrize("workload", of("Deployment"), ids=name)
 def test_probes_ask_what_there_is_to_ask(workload: Manifest) -> None:
     one = container(workload)
-    routes = {getattr(route, "path", "") for route in health.router.routes}
-    beside = (ROOT / "tasks/exposition.py").read_text()
+    routes = {getattr(route, "path", "") for route in health_routes.router.routes}
+    beside = (ROOT / "evalstore/telemetry/exposition.py").read_text()
     ports = {port["name"] for port in one["ports"]}
     for kind, asks in (("startupProbe", "live"), ("livenessProbe", "live"), ("readinessProbe", "ready")):
         asked = one[kind]["httpGet"]

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from evalstore.telemetry import log_setup
 from models.logs import BY_TEXT, LOGS
 from models.settings import settings
-from tasks import logs
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-ROOMS = ("models", "storage", "worker", "api", "ops", "tasks")
+ROOMS = ("evalstore", "models", "tasks", "worker")
 # Within a sender's program: its logging, and its words.
 SENDERS = {"tasks/spool.py"}
 
@@ -73,7 +73,7 @@ def test_a_line_is_json_for_machines_and_text_for_people(
 ) -> None:
     logger, stream = log
     monkeypatch.setenv("EVALSTORE_LOG_FORMAT", form)
-    logger.handlers[0].setFormatter(logs.formatter())
+    logger.handlers[0].setFormatter(log_setup.formatter())
 
     entry = next(entry for entry in LOGS if entry.name == "dead_letter")
     logger.warning(entry.text, "InvalidEvent", "e\x1b[31m\r\nfake", "id", "evaluation:queued")

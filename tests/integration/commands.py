@@ -1,4 +1,4 @@
-"""Python that has our libraries already: `[*python(), "-m", "ops.cli", "get", …]` does without the second or two of importing.
+"""Python that has our libraries already: `[*python(), "-m", "evalstore.cli.app", …]` saves a second or two of importing.
 
 That starts a small process which has the program, given by `-m` or `-c`, forked off one that has imported the libraries, with
 its own arguments, environment, folder and streams; it passes signals on, and ends as the program does. When it is killed, so
@@ -95,9 +95,9 @@ def _import_libraries() -> None:
     import rich.progress  # noqa: F401, PLC0415
     import typer.main  # noqa: F401, PLC0415
 
-    import storage.archive  # noqa: PLC0415
-    import storage.redrives  # noqa: F401, PLC0415
-    import tasks.standing  # noqa: F401, PLC0415
+    import evalstore.storage.archive  # noqa: PLC0415
+    import evalstore.storage.redrives  # noqa: PLC0415
+    import evalstore.telemetry.backend_stats  # noqa: F401, PLC0415
 
 
 def _run_watched(conn: socket.socket) -> None:

@@ -19,12 +19,12 @@ import pytest
 import redis
 from sqlalchemy import Connection, Engine
 
-from models.tables import metadata
-from ops import processes
-from ops.servers import Postgres, Valkey, free_port
-from storage import database
-from tasks import jobs
-from tasks.evaluations import QUEUE
+from evalstore.local import processes
+from evalstore.local.servers import Postgres, Valkey, free_port
+from evalstore.storage import database
+from evalstore.storage.tables import metadata
+from models import jobs
+from tasks.actor import QUEUE
 from tests.conftest import OF_SERVICE, new_database
 from tests.integration.shell import Operator
 from worker.broker import Broker
@@ -36,7 +36,7 @@ READ, WRITE, BOTH = "read-key-0001", "write-key-0001", "both-key-0001"
 class Api:
     """A running service; `read`, `write` and `both` speak to it with such a key, `nobody` with none."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], command: tuple[str, ...] = ("-m", "api")) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], command: tuple[str, ...] = ("-m", "evalstore.api")) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command
@@ -152,7 +152,7 @@ def start_api(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Cal
     """`start_api(NAME=value, …)`: a service with these settings besides the usual."""
     started: list[Api] = []
 
-    def start(*, command: tuple[str, ...] = ("-m", "api"), **environment: str) -> Api:
+    def start(*, command: tuple[str, ...] = ("-m", "evalstore.api"), **environment: str) -> Api:
         servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
         api = Api(tmp_path / f"api-{len(started)}", {**servers, **environment}, command)
         started.append(api)

@@ -9,14 +9,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-Action = Literal["answer", "hold", "cut", "spoil the answer", "spoil the request", "lose the answer", "reset"]
+import boto3  # type: ignore[import-untyped]
+from botocore.auth import S3SigV4Auth  # type: ignore[import-untyped]
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+
+Action = Literal[
+    "answer", "hold", "cut", "spoil the answer", "spoil the request", "lose the answer", "reset", "ignore", "strip"
+]
 
 
 class Fault(NamedTuple):
-    """`at`: of an answer, its status and code; of a body that is cut or spoiled, where, from its begin (or, below 0, end)."""
+    """`at`: of an answer, its status and code; of a body that is cut or spoiled, where, from its begin (or, below 0, end).
+
+    "ignore" drops the headers `names` from the request, "strip" from the answer; without Content-Length that is chunked.
+    """
 
     action: Action
     at: tuple[int, str] | int = 0
+    names: tuple[str, ...] = ()
 
 
 class Request(NamedTuple):
@@ -104,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault and fault.action == "spoil the request" and body:
             body[len(body) // 2] ^= 1
-        status, headers, data = self._forward(bytes(body))
+        status, headers, data = self._forward(bytes(body), fault.names if fault and fault.action == "ignore" else ())
         if fault and fault.action == "lose the answer":
             self.close_connection = True
             return
@@ -116,14 +126,22 @@ class _Handler(BaseHTTPRequestHandler):
             spoiled = bytearray(data)
             spoiled[at] ^= 1
             data = bytes(spoiled)
-        self._answer(status, headers, data, length)
+        self._answer(status, headers, data, length, fault.names if fault and fault.action == "strip" else ())
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _relay  # noqa: N815  names of http.server
 
-    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _signed_without(self, ignored: tuple[str, ...], body: bytes) -> dict[str, str]:
+        """The headers as of a client that did not send those."""
+        left_out = {*ignored, "authorization", "x-amz-date", "x-amz-content-sha256", "connection", "expect"}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
+        request = AWSRequest(self.command, f"http://{self.headers['Host']}{self.path}", headers, body)
+        S3SigV4Auth(boto3.session.Session().get_credentials(), "s3", "us-east-1").add_auth(request)
+        return dict(request.headers.items())
+
+    def _forward(self, body: bytes, ignored: tuple[str, ...] = ()) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
+        for name, value in (self._signed_without(ignored, body) if ignored else self.headers).items():
             if name.lower() not in {"expect", "connection"}:
                 connection.putheader(name, value)
         connection.endheaders(body)
@@ -132,12 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
         connection.close()
         return answer.status, answer.getheaders(), data
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, length: int) -> None:
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], data: bytes, length: int, stripped: tuple[str, ...] = ()
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
-            if name.lower() not in {"content-length", "transfer-encoding", "connection"}:
+            if name.lower() not in {"content-length", "transfer-encoding", "connection", *stripped}:
                 self.send_header(name, value)
         stated = dict(headers).get("Content-Length", str(length)) if self.command == "HEAD" else str(length)
-        self.send_header("Content-Length", stated)
+        is_chunked = "content-length" in stripped and self.command == "GET"
+        self.send_header(*(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", stated)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if is_chunked and data else data)

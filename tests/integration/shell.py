@@ -17,8 +17,8 @@ import psycopg
 from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
-from storage import dead_letters
-from storage.dead_letters import Burial
+from evalstore.storage import dead_letters
+from evalstore.storage.dead_letters import DeadLetterInsert
 from tasks.broker import Keys
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
@@ -79,7 +79,7 @@ class Operator:
         }
 
     def start(self, *words: object, group: tuple[str, ...] = ("dlq",), **given: Any) -> "subprocess.Popen[str]":
-        command = [*python(), "-m", "ops.cli", *group, *map(str, words)]
+        command = [*python(), "-m", "evalstore.cli.app", *group, *map(str, words)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | given
         return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **streams)
 
@@ -140,7 +140,7 @@ def body(world: World, given: object, **changes: Any) -> bytes:
 def bury(engine: Engine, world: World, number: int, *, events: Sequence[Json] | None = None) -> list[UUID]:
     """That many dead letters, without a worker that buried them."""
     burials = [
-        Burial(
+        DeadLetterInsert(
             id=uuid4(),
             queue="evaluations",
             actor="store_evaluation",

@@ -22,9 +22,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops import processes
-from ops.servers import Postgres, Valkey, free_port
-from storage import migrations
+from evalstore.local import processes
+from evalstore.local.servers import Postgres, Valkey, free_port
+from evalstore.storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import World, evaluations, wait_until
 from tests.house.test_watching import DASHBOARDS, RULES, promtool

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import Engine
 
-from storage import database, keys
+from evalstore.storage import api_keys, database
 from tests.integration.commands import python
 
 E = "/storage/evaluations"
@@ -52,13 +52,13 @@ def test_every_request_is_answered_as_its_key_allows(start_api: Callable[..., An
     past = datetime.now(UTC) - timedelta(seconds=1)
     with engine.connect() as conn:
         made = {
-            "table read": keys.create(conn, "r", ["read"], soon),
-            "table write": keys.create(conn, "w", ["write"]),
-            "table both": keys.create(conn, "b", ["read", "write"]),
-            "revoked": keys.create(conn, "x", ["read", "write"]),
-            "expired": keys.create(conn, "y", ["read", "write"], past),
+            "table read": api_keys.create(conn, "r", ["read"], soon),
+            "table write": api_keys.create(conn, "w", ["write"]),
+            "table both": api_keys.create(conn, "b", ["read", "write"]),
+            "revoked": api_keys.create(conn, "x", ["read", "write"]),
+            "expired": api_keys.create(conn, "y", ["read", "write"], past),
         }
-        keys.revoke(conn, [made["revoked"][1].key_id])
+        api_keys.revoke(conn, [made["revoked"][1].key_id])
     given: dict[str, tuple[str | None, set[str]]] = {
         "none": (None, set()),
         "unknown": ("wrong-key", set()),
@@ -131,18 +131,18 @@ def test_a_key_works_soon_after_it_was_made_and_no_longer_once_it_is_revoked(
     api: Any, engine: Engine, eventually: Callable[..., None]
 ) -> None:
     with engine.connect() as conn:
-        key, kept = keys.create(conn, "temporary", ["read"])
+        key, kept = api_keys.create(conn, "temporary", ["read"])
         client = api.client(key)
         eventually(lambda: client.get(E).status_code == 200, within_s=2)
-        keys.revoke(conn, [kept.key_id])
+        api_keys.revoke(conn, [kept.key_id])
         eventually(lambda: client.get(E).status_code == 401, within_s=2)
-        assert [one.name for one in keys.all_keys(conn)] == ["temporary"]
-        assert keys.usable(conn) == []
+        assert [one.name for one in api_keys.all_keys(conn)] == ["temporary"]
+        assert api_keys.usable(conn) == []
 
 
 def test_the_log_says_who_did_what_and_no_key(api: Any, engine: Engine, eventually: Callable[..., None]) -> None:
     with engine.connect() as conn:
-        key, kept = keys.create(conn, "w", ["write"])
+        key, kept = api_keys.create(conn, "w", ["write"])
     eventually(lambda: api.nobody.get(E, headers={"X-API-Key": key}).status_code == 403, what="the key is known")
     made = api.nobody.post(E, json={"eval_id": "e", "code": "c"}, headers={"X-API-Key": key, "X-Request-ID": "from-outside"})
     api.both.put(f"{E}/e", json={"status": "running"})
@@ -178,7 +178,7 @@ def run_evalstore(database_url: str, tmp_path: Path) -> Callable[..., Any]:
     env = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "COLUMNS": "80"}
 
     def run(*arguments: str, status: int = 0) -> Any:
-        command = [*python(), "-m", "ops.cli", *arguments]
+        command = [*python(), "-m", "evalstore.cli.app", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         assert done.returncode == status, done.stderr
         return done

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from api.client import Conflict, NotFound, ServiceError, ServiceOutage, StorageClient, VersionChanged
+from evalstore.client.http import Conflict, NotFound, ServiceError, ServiceOutage, StorageClient, VersionChanged
+from evalstore.local.servers import Postgres
+from evalstore.storage.migrations import upgrade
 from models import Outage
-from ops.servers import Postgres
-from storage.migrations import upgrade
 
 ROOT = Path(__file__).parents[2]
 
@@ -185,10 +185,20 @@ def test_the_client_waits_while_the_database_is_away(start_api: Callable[..., An
 
 
 def test_the_client_needs_nothing_of_the_service() -> None:
-    program = "import sys, api.client; print(*sys.modules)"
+    program = "import sys, evalstore.client; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"fastapi", "starlette", "uvicorn", "sqlalchemy", "psycopg", "redis", "dramatiq", "storage", "tasks"}
+    loaded = set(done.stdout.split())
+    assert not loaded & {
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "sqlalchemy",
+        "psycopg",
+        "redis",
+        "dramatiq",
+        "evalstore.storage",
+        "tasks",
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.contents import span_of
-from api.problems import Problem
+from evalstore.api.content_routes import span_of
+from evalstore.api.problems import Problem
+from evalstore.storage import database, event_store
 from models.events import parse
-from storage import database, evaluations
 
 E = "/storage/evaluations"
 SIZE = 24 * 1024 * 1024
@@ -32,7 +32,7 @@ def stored(api: Any) -> Iterator[Callable[..., None]]:
         fields = {f"{kind}_b64": base64.b64encode(data).decode() for kind, data in contents.items()}
         event = {"type": "evaluation:completed", "eval_id": eval_id, "exit_code": 0, "event_id": UUID(int=1)}
         with engine.connect() as conn:
-            evaluations.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z", **fields})])
+            event_store.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z", **fields})])
 
     yield store
     engine.dispose()

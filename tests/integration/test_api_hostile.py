@@ -17,8 +17,8 @@ E = "/storage/evaluations"
 KEY = b"X-API-Key: both-key-0001\r\n"
 # The same service with shorter patience: nobody waits for half a minute here.
 IMPATIENT = (
-    "import api.limits, api.protocol, api.__main__ as main\n"
-    "api.protocol.HEAD_S, api.limits.STEP_S, api.limits.PACE_BYTES_S = 0.5, 2.0, 1_000_000\n"
+    "import evalstore.api.limits, evalstore.api.protocol, evalstore.api.__main__ as main\n"
+    "evalstore.api.protocol.HEAD_S, evalstore.api.limits.STEP_S, evalstore.api.limits.PACE_BYTES_S = 0.5, 2.0, 1_000_000\n"
     "main.main()"
 )
 
@@ -161,12 +161,12 @@ def test_who_never_ends_the_head_of_a_request_is_cut_off(impatient: Any, eventua
 
 
 def test_a_service_whose_clients_may_hold_it_up_says_so(shared_api: Api, impatient: Api, tmp_path: Path) -> None:
-    plainly = "import os, uvicorn; uvicorn.run('api.app:app', port=int(os.environ['EVALSTORE_API_PORT']))"
+    plainly = "import os, uvicorn; uvicorn.run('evalstore.api.app:app', port=int(os.environ['EVALSTORE_API_PORT']))"
     servers = {"EVALSTORE_DATABASE_URL": shared_api.database_url, "EVALSTORE_REDIS_URL": shared_api.redis_url}
     plain = Api(tmp_path, servers, ("-c", plainly))
     plain.start()
     plain.stop()
-    assert [one.said.count("--http api.protocol:Protocol") for one in (plain, impatient)] == [1, 0]
+    assert [one.said.count("--http evalstore.api.protocol:Protocol") for one in (plain, impatient)] == [1, 0]
 
 
 def test_a_body_that_trickles_is_given_up(impatient: Any) -> None:

@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
+from evalstore.storage import database, event_store, listing
 from models.events import parse
-from storage import database, evaluations, listing
 
 E = "/storage/evaluations"
 COUNT = 60
@@ -36,10 +36,10 @@ def stored(engine: Engine) -> list[str]:
     """Sixty evaluations, made by twelve commits; the ids from oldest to newest."""
     with engine.connect() as conn:
         for start in range(0, COUNT, 5):
-            evaluations.store(conn, [parse(event(number)) for number in range(start, start + 5)])
+            event_store.store(conn, [parse(event(number)) for number in range(start, start + 5)])
         ended = {"event_id": str(UUID(int=2)), "occurred_at": "2026-01-01T00:00:01Z", "executor_id": "x", "exit_code": 0}
         for number in range(0, COUNT, 7):
-            evaluations.store(conn, [parse({**ended, "eval_id": f"e{number:03}", "type": "evaluation:completed"})])
+            event_store.store(conn, [parse({**ended, "eval_id": f"e{number:03}", "type": "evaluation:completed"})])
     return [f"e{number:03}" for number in range(COUNT)]
 
 
@@ -134,7 +134,9 @@ def test_a_list_that_takes_too_long_gives_what_it_found_and_where_to_go_on(
 
 
 def test_a_count_that_takes_too_long_costs_the_count_and_not_the_page(start_api: Callable[..., Any]) -> None:
-    impatient = "import storage.listing, api.__main__ as main\nstorage.listing.PATIENCE_S = 0.001\nmain.main()"
+    impatient = (
+        "import evalstore.storage.listing, evalstore.api.__main__ as main\nstorage.listing.PATIENCE_S = 0.001\nmain.main()"
+    )
     api = start_api(command=("-c", impatient))
     many = """INSERT INTO evaluations (eval_id, status, attempt, version, metadata, created_at)
         SELECT g, 'queued', 1, 1, '{}', now() FROM generate_series(1, 100000) g"""

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage import database, event_store
+from evalstore.storage.migrations import upgrade
 from models.events import parse
-from ops.servers import Postgres, Valkey
-from storage import database, evaluations
-from storage.migrations import upgrade
 
 E = "/storage/evaluations"
 
@@ -125,7 +125,7 @@ def test_what_was_committed_is_what_is_read_next_also_while_redis_dies_and_comes
         with engine.connect() as conn:
             for number in range(1, 121):
                 event = {"type": "evaluation:started", "eval_id": "a", "event_id": f"00000000-0000-4000-8000-{number:012}"}
-                evaluations.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z"})])
+                event_store.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z"})])
                 committed["a"] = number
                 if number in {40, 100}:
                     valkey_server.kill()
@@ -186,7 +186,7 @@ class Reads(RuleBasedStateMachine):
         event = {"type": "evaluation:started", "event_id": f"00000000-0000-4000-8000-{next(self.numbers):012}"}
         with self.engine.connect() as conn:
             fields = {**event, "eval_id": f"{self.run}-{name}", "occurred_at": "2026-01-01T00:00:00Z"}
-            evaluations.store(conn, [parse({**fields, "executor_id": str(next(self.numbers))})])
+            event_store.store(conn, [parse({**fields, "executor_id": str(next(self.numbers))})])
         self.versions[name] = self.versions.get(name, 0) + 1
 
     @rule(name=st.sampled_from("ab"))

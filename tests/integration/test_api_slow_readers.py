@@ -12,10 +12,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from evalstore.objects import object_store
+from evalstore.objects.object_store import Stores
+from evalstore.storage import database
 from models.content import FRAME_BYTES
 from models.settings import Settings
-from storage import database, objects
-from storage.objects import Stores
 from tests.integration.test_reading_objects import store
 
 E = "/storage/evaluations"
@@ -62,7 +63,12 @@ def test_a_hundred_clients_that_read_large_content_slowly_cost_little_and_keep_n
     api = start_api(**given)
     engine = database.engine(api.database_url)
     stores = Stores(Settings.from_environment(given))
-    store(engine, "e", output_ref=objects.put(stores["objects"], LARGE).reference, error_b64=base64.b64encode(PACKED).decode())
+    store(
+        engine,
+        "e",
+        output_ref=object_store.put(stores["objects"], LARGE).reference,
+        error_b64=base64.b64encode(PACKED).decode(),
+    )
     stores.close()
     engine.dispose()
     assert api.read.get(f"{E}/e/output").content == LARGE  # all is loaded that it takes

@@ -16,10 +16,11 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from evalstore.objects import object_store
+from evalstore.storage import archive, database
+from evalstore.storage.archive import Archive
 from models.content import Reference
 from models.settings import Settings
-from storage import archive, database, objects
-from storage.archive import Archive
 
 E, C = "/storage/evaluations", "/storage/content"
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -51,8 +52,8 @@ def test_what_is_uploaded_is_in_the_object_store_once_under_its_hash(api: Any, f
         assert first.json() == again.json()
         reference = Reference(**first.json())
         assert (reference.sha256, reference.size) == (digest.hexdigest(), len(data))
-        store = objects.open_store(folder.as_uri(), Settings())
-        assert b"".join(objects.read(store, reference)) == data
+        store = object_store.open_store(folder.as_uri(), Settings())
+        assert b"".join(object_store.read(store, reference)) == data
     assert len(stored(folder)) == len(contents)
 
 
@@ -60,8 +61,8 @@ def test_the_same_is_uploaded_to_a_bucket(start_api: Callable[..., Any], s3_serv
     api = start_api(EVALSTORE_OBJECT_STORE_URL=s3_url, EVALSTORE_S3_ENDPOINT_URL=s3_server.endpoint)
     data = os.urandom(MIB) * 20
     reference = Reference(**api.write.post(C, content=data).json())
-    store = objects.open_store(s3_url, Settings(s3_endpoint_url=s3_server.endpoint))
-    assert b"".join(objects.read(store, reference)) == data
+    store = object_store.open_store(s3_url, Settings(s3_endpoint_url=s3_server.endpoint))
+    assert b"".join(object_store.read(store, reference)) == data
 
 
 def test_a_reference_is_worth_nothing_to_a_key_that_did_not_upload_the_content(api: Any) -> None:

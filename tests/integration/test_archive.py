@@ -19,14 +19,15 @@ import pytest
 from sqlalchemy import Connection, Engine
 from uuid_utils.compat import uuid4
 
+from evalstore.objects import object_store
+from evalstore.objects.directory import DirectoryStore
+from evalstore.objects.object_store import Stores
+from evalstore.storage import archive, content_reader, database, event_store
+from evalstore.storage.archive import Archive, Row
 from models.content import Reference
 from models.errors import ObjectStoreOutage
 from models.events import parse
 from models.settings import Settings
-from storage import archive, contents, database, evaluations, objects
-from storage.archive import Archive, Row
-from storage.files import FileStore
-from storage.objects import Stores
 from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def finish(conn: Connection, eval_id: str, output: bytes | Reference, **fields: 
         given["output_b64"] = base64.b64encode(output).decode()
     else:
         given["output_ref"] = output._asdict()
-    evaluations.store(conn, [parse({"type": "evaluation:completed", "eval_id": eval_id, **given})])
+    event_store.store(conn, [parse({"type": "evaluation:completed", "eval_id": eval_id, **given})])
 
 
 def rows(conn: Connection) -> dict[str, tuple[Any, ...]]:
@@ -80,7 +81,7 @@ def archived(conn: Connection, at: Archive, eval_id: str) -> bytes:
         ((size, sha256, store, encoding, data),) = database.driver(conn).execute(query, [eval_id]).fetchall()
     assert data is None
     assert store == at.place
-    return b"".join(objects.read(at.store, Reference(sha256.hex(), size, encoding)))
+    return b"".join(object_store.read(at.store, Reference(sha256.hex(), size, encoding)))
 
 
 def run(conn: Connection, at: Archive, **options: Any) -> archive.Moved:
@@ -138,8 +139,8 @@ def test_with_an_age_set_all_content_of_what_finished_before_moves(
 ) -> None:
     at = Archive.of(settings.model_copy(update={"archive_after_days": 7.0}))
     queued = {"type": "evaluation:queued", "eval_id": "e", "event_id": uuid4(), "occurred_at": "2025-12-31T00:00:00Z"}
-    evaluations.store(conn, [parse({**queued, "code": "c" * 5000})])
-    evaluations.store(conn, [parse({**queued, "eval_id": "open", "code": "o" * 5000})])
+    event_store.store(conn, [parse({**queued, "code": "c" * 5000})])
+    event_store.store(conn, [parse({**queued, "eval_id": "open", "code": "o" * 5000})])
     finish(conn, "e", b"o" * 5000, **fields)
 
     assert run(conn, at).moved == (2 if moves else 0)
@@ -153,10 +154,10 @@ def test_content_moves_from_a_directory_to_an_archive_elsewhere_and_its_copy_is_
     apart = settings.model_copy(
         update={"object_store_url": f"file://{tmp_path}/near", "archive_url": settings.object_store_url}
     )
-    near = FileStore(tmp_path / "near")
+    near = DirectoryStore(tmp_path / "near")
     output, other = os.urandom(THRESHOLD + 1), os.urandom(1000)
-    finish(conn, "e", objects.put(near, output).reference)
-    finish(conn, "small", objects.put(near, other).reference)
+    finish(conn, "e", object_store.put(near, output).reference)
+    finish(conn, "small", object_store.put(near, other).reference)
     finish(conn, "inline", os.urandom(THRESHOLD + 2))
     at = Archive.of(apart)
 
@@ -189,7 +190,7 @@ def test_content_that_is_not_what_its_hash_says_stays_is_reported_and_holds_up_n
 def test_an_object_that_is_there_and_damaged_is_replaced_before_the_other_copy_goes(conn: Connection, tmp_path: Path) -> None:
     at = Archive.of(Settings(object_store_url=f"file://{tmp_path}/objects", archive_threshold_bytes=THRESHOLD))
     output = os.urandom(THRESHOLD + 1)
-    key = objects.put(at.store, output).reference.key
+    key = object_store.put(at.store, output).reference.key
     path = tmp_path / "objects" / key[:2] / key[2:4] / key
     path.write_bytes(output[:-1] + bytes([output[-1] ^ 1]))
     finish(conn, "e", output)
@@ -220,7 +221,7 @@ DIES = """
 import os, signal, sys
 from datetime import UTC, datetime
 from models.settings import settings
-from storage import archive, database
+from evalstore.storage import archive, database
 def watch(step, row):
     if step == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -236,7 +237,7 @@ def test_killed_at_any_step_nothing_is_lost_and_nothing_is_there_twice(
     outputs = {f"e{number}": os.urandom(THRESHOLD + 1 + number) for number in range(3)}
     for eval_id, output in outputs.items():
         finish(conn, eval_id, output)
-    objects.put(at.store, b"there is a store")
+    object_store.put(at.store, b"there is a store")
 
     died = subprocess.run(
         [*python(), "-c", DIES, step], env=environment(settings, database_url), cwd=ROOT, check=False, timeout=60
@@ -296,9 +297,9 @@ def test_readers_see_the_right_bytes_while_two_archivers_work(
             if done.is_set():
                 return
             with engine.connect() as own:
-                found = contents.find(own, eval_id, "output")
+                found = content_reader.find(own, eval_id, "output")
             assert found
-            if b"".join(contents.read(engine.connect, stores, found)) != outputs[eval_id]:
+            if b"".join(content_reader.read(engine.connect, stores, found)) != outputs[eval_id]:
                 wrong.append(eval_id)
             read[eval_id] += 1
 
@@ -363,7 +364,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from models.settings import settings
-from storage import archive, database, objects
+from evalstore.storage import archive, database; from evalstore.objects import object_store as objects
 
 def status(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024

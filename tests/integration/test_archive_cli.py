@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from evalstore.storage import database, event_store
 from models.events import parse
-from storage import database, evaluations
 from tests.chaos.world import World, wait_until
 from tests.integration.commands import python
 from tests.integration.shell import Done
@@ -40,7 +40,7 @@ class Shell:
         return self.evalstore("archive", *words, **env)
 
     def evalstore(self, *words: object, **env: str) -> Done:
-        command = [*python(), "-m", "ops.cli", *map(str, words)]
+        command = [*python(), "-m", "evalstore.cli.app", *map(str, words)]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         done = subprocess.run(command, cwd=ROOT, env=self.env | env, timeout=120, check=False, **streams)
         return Done(done.returncode, done.stdout, done.stderr)
@@ -56,7 +56,7 @@ class Shell:
             given = {"event_id": uuid4(), "occurred_at": datetime.now(UTC).isoformat(), "exit_code": 0}
             given |= {"output_b64": base64.b64encode(output).decode()}
             with engine.connect() as conn:
-                evaluations.store(conn, [parse({"type": "evaluation:completed", "eval_id": eval_id, **given})])
+                event_store.store(conn, [parse({"type": "evaluation:completed", "eval_id": eval_id, **given})])
         engine.dispose()
 
     def paths(self) -> dict[str, Path]:

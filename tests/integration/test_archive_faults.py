@@ -8,12 +8,13 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Connection
 
+from evalstore.objects import object_store
+from evalstore.objects.s3 import S3Store
+from evalstore.storage import archive, database, event_store
+from evalstore.storage.archive import Archive
 from models.content import Reference
 from models.events import parse
 from models.settings import Settings
-from storage import archive, database, evaluations, objects
-from storage.archive import Archive
-from storage.s3 import S3Store
 from tests.integration.s3_relay import Fault, Request, S3Relay
 from tests.seaweedfs import SeaweedFS
 
@@ -26,7 +27,7 @@ def conn(database_url: str) -> Iterator[Connection]:
     with engine.connect() as conn:
         for eval_id, output in OUTPUTS.items():
             given = {"eval_id": eval_id, "event_id": uuid4(), "occurred_at": datetime.now(UTC).isoformat(), "exit_code": 0}
-            evaluations.store(conn, [parse({"type": "evaluation:completed", "output": output.decode("latin-1"), **given})])
+            event_store.store(conn, [parse({"type": "evaluation:completed", "output": output.decode("latin-1"), **given})])
         yield conn
     engine.dispose()
 
@@ -64,9 +65,9 @@ def contents(conn: Connection, settings: Settings) -> dict[str, bytes]:
     with conn.begin():
         query = "SELECT eval_id, data, size, encode(sha256, 'hex'), encoding, store FROM contents"
         found = database.driver(conn).execute(query).fetchall()
-    store = objects.open_store(str(settings.object_store_url), settings)
+    store = object_store.open_store(str(settings.object_store_url), settings)
     read = {
-        eval_id: data if place is None else b"".join(objects.read(store, Reference(sha256, size, encoding)))
+        eval_id: data if place is None else b"".join(object_store.read(store, Reference(sha256, size, encoding)))
         for eval_id, data, size, sha256, encoding, place in found
     }
     store.close()

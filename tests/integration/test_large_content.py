@@ -13,10 +13,10 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 
+from evalstore.local import processes
 from models.content import MAX_CONTENT_BYTES
 from models.settings import settings
-from ops import processes
-from tasks import contents, store_evaluation
+from tasks import store_evaluation, uploads
 from tasks.broker import broker
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def worker(
 def forget() -> None:
     settings.cache_clear()
     broker.cache_clear()
-    contents.forget()
+    uploads.forget()
 
 
 def memory(pid: int) -> int:
@@ -71,7 +71,7 @@ def stored(database_url: str) -> int:
 
 READ = """
 import sys
-from ops.cli import main
+from evalstore.cli.app import main
 try:
     main()
 finally:

@@ -9,11 +9,11 @@ from dramatiq import Message
 from sqlalchemy import Connection, text
 from uuid_utils.compat import uuid4
 
+from evalstore.storage import event_store
+from evalstore.telemetry import backlog, queues
 from models.events import parse
 from models.settings import Settings
-from storage import evaluations
-from tasks import backlog, queues
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
 from worker import lost
 from worker.broker import Broker
 
@@ -27,14 +27,14 @@ def event(kind: str, **fields: Any) -> dict[str, Any]:
 
 def stored(conn: Connection, *events: dict[str, Any], recorded_s_ago: float) -> None:
     """Store these as if that long ago."""
-    evaluations.store(conn, [parse(one) for one in events])
+    event_store.store(conn, [parse(one) for one in events])
     with conn.begin():
         for table, column in (("evaluation_events", "recorded_at"), ("evaluations", "updated_at")):
             conn.execute(text(f"UPDATE {table} SET {column} = now() - make_interval(secs => :ago)"), {"ago": recorded_s_ago})
 
 
 def status(conn: Connection) -> str:
-    record = evaluations.get(conn, "e")
+    record = event_store.get(conn, "e")
     assert record is not None
     return record.status
 
@@ -62,21 +62,21 @@ def test_it_is_given_up_when_it_is_overdue_and_not_before(
 
 def test_a_sign_of_life_puts_it_off(conn: Connection, broker: Broker) -> None:
     stored(conn, event("started", timeout_s=30), recorded_s_ago=1000)
-    evaluations.store(conn, [parse(event("started"))])
+    event_store.store(conn, [parse(event("started"))])
 
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
 
 
 def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker) -> None:
-    from storage import overdue  # noqa: PLC0415
+    from evalstore.storage import stalled  # noqa: PLC0415
 
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
     limits = {"grace_s": 60, "queued_limit_s": 7200, "running_limit_s": 3600}
-    first, second = overdue.find(conn, **limits), overdue.find(conn, **limits)
+    first, second = stalled.find(conn, **limits), stalled.find(conn, **limits)
 
     assert first == second
-    assert evaluations.store(conn, first).outcomes == ["applied"]
-    assert evaluations.store(conn, second).outcomes == ["duplicate"]
+    assert event_store.store(conn, first).outcomes == ["applied"]
+    assert event_store.store(conn, second).outcomes == ["duplicate"]
 
 
 def test_one_whose_start_lies_in_the_future_is_given_up_too(conn: Connection, broker: Broker) -> None:
@@ -109,7 +109,7 @@ def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
     lost.run_once(conn, broker, LIMITS)
 
-    evaluations.store(conn, [parse(event(kind, **({"exit_code": 0} if kind == "completed" else {})))])
+    event_store.store(conn, [parse(event(kind, **({"exit_code": 0} if kind == "completed" else {})))])
 
     assert status(conn) == {"completed": "completed", "started": "running"}[kind]
 
@@ -127,7 +127,7 @@ def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, b
         broker.client.zadd(broker.unacked(QUEUE, "another"), {redis_id: 1})
         broker.client.hset(keys.processes, "another", "working:1")
         if place == "to come again later":
-            broker.run("postpone", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
+            broker.run("retry_later", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
 
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 0, "held_back": 1}
     assert status(conn) == "running"
@@ -137,14 +137,14 @@ def test_thousands_of_overdue_ones_are_given_up_in_one_run_or_as_many_as_its_tur
     conn: Connection, broker: Broker
 ) -> None:
     for start in range(0, 3000, 1000):
-        evaluations.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
+        event_store.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
     stored(conn, recorded_s_ago=1000)
 
     assert lost.run_once(conn, broker, LIMITS, go_on=lambda: False) == {"lost": 1000, "more": 1}
     counted = "evalstore_events_total", "applied", "evaluation:lost"
-    assert broker.metrics.ledger.get(*counted) == 1000  # also where the next thousand ends in an outage
+    assert broker.metrics.counters.get(*counted) == 1000  # also where the next thousand ends in an outage
     assert lost.run_once(conn, broker, LIMITS) == {"lost": 2000}
-    assert broker.metrics.ledger.get(*counted) == 3000
+    assert broker.metrics.counters.get(*counted) == 3000
 
 
 def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_gives_up_evaluations(broker: Broker) -> None:

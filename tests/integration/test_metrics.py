@@ -15,10 +15,10 @@ from uuid import UUID
 import pytest
 import redis
 
+from evalstore.local.servers import Postgres, Valkey
+from evalstore.storage.migrations import upgrade
 from models.logs import LOGS
 from models.metrics import METRICS, TYPES
-from ops.servers import Postgres, Valkey
-from storage.migrations import upgrade
 from tests.integration.commands import python
 from tests.integration.watched import SCHEDULER, STICKING, WORKER, Seen, Watched
 from tests.integration.watched import seen as read
@@ -29,7 +29,7 @@ Eventually = Callable[..., None]
 TWO_SERVICES = """
 import os, uvicorn
 if __name__ == "__main__":
-    uvicorn.run("api.app:app", host="127.0.0.1", port=int(os.environ["EVALSTORE_API_PORT"]), workers=2)
+    uvicorn.run("evalstore.api.app:app", host="127.0.0.1", port=int(os.environ["EVALSTORE_API_PORT"]), workers=2)
 """
 EVENTS = "evalstore_events_total"
 
@@ -81,7 +81,7 @@ def ended(number: int, event: int, **fields: Any) -> dict[str, Any]:
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", *words]
+    command = [*python(), "-m", "evalstore.cli.app", *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 

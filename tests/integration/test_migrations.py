@@ -17,11 +17,11 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
+from evalstore.local import processes
+from evalstore.local.servers import Postgres
+from evalstore.storage import database, migrations
+from evalstore.storage.tables import metadata
 from models.errors import DatabaseOutage, SchemaMismatch
-from models.tables import metadata
-from ops import processes
-from ops.servers import Postgres
-from storage import database, migrations
 from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def revisions() -> list[str]:
 
 
 def evalstore(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", *arguments]
+    command = [*python(), "-m", "evalstore.cli.app", *arguments]
     environment = {**os.environ, "EVALSTORE_DATABASE_URL": url, "EVALSTORE_REDIS_URL": "redis://127.0.0.1:1"}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 

@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from evalstore.objects import object_store
+from evalstore.objects.object_store import Reference
+from evalstore.objects.s3 import S3Store
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectStoreOutage
 from models.settings import Settings
-from storage import objects
-from storage.objects import Reference
-from storage.s3 import S3Store
 from tests.integration.s3_relay import Fault, Request, S3Relay
 from tests.seaweedfs import SeaweedFS
 
@@ -45,8 +45,8 @@ def behind(s3_url: str, s3_server: SeaweedFS) -> S3Store:
     return S3Store(bucket, prefix, Settings(s3_endpoint_url=s3_server.endpoint))
 
 
-def read(store: objects.Store, reference: Reference) -> bytes:
-    return b"".join(objects.read(store, reference))
+def read(store: object_store.Store, reference: Reference) -> bytes:
+    return b"".join(object_store.read(store, reference))
 
 
 def is_upload(request: Request) -> bool:
@@ -82,14 +82,14 @@ def test_what_goes_wrong_once_is_done_again(store: S3Store, relay: S3Relay, cont
     for which in (is_upload, is_read, is_end_of_parts):
         relay.fail(which, fault, times=1)
     try:
-        reference, _ = objects.put(store, content)
+        reference, _ = object_store.put(store, content)
     except ObjectStoreOutage:  # the end of the parts was answered twice, the first answer lost: the step is to be repeated
         assert fault.action in {"lose the answer", "hold"}
-        reference, _ = objects.put(store, content)
+        reference, _ = object_store.put(store, content)
     relay.fail(is_read, fault, times=1)
     assert read(store, reference) == content
     assert len(list(store.objects())) == 1
-    assert store.leftovers(datetime.now(UTC) + LATER) == []
+    assert store.orphans(datetime.now(UTC) + LATER) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS[:5], ids=str)
@@ -99,14 +99,14 @@ def test_what_stays_away_is_an_outage_that_leaves_nothing_behind(
 ) -> None:
     relay.fail(is_upload, fault)
     with pytest.raises(ObjectStoreOutage):
-        objects.put(store, content)
+        object_store.put(store, content)
     relay.heal()
     assert list(behind.objects()) == []
-    assert behind.leftovers(datetime.now(UTC) + LATER) == []
-    reference, new = objects.put(store, content)
+    assert behind.orphans(datetime.now(UTC) + LATER) == []
+    reference, new = object_store.put(store, content)
     assert new
     relay.fail(is_read, fault)
-    for act in (objects.head, objects.read, objects.verify):
+    for act in (object_store.head, object_store.read, object_store.verify):
         with pytest.raises(ObjectStoreOutage):
             act(store, reference)
     relay.heal()
@@ -119,12 +119,12 @@ def test_a_server_that_is_gone_is_an_outage_until_it_is_back(s3_url: str, s3_ser
     bucket, prefix = s3_url.removeprefix("s3://").split("/")
     nobody = S3Store(bucket, prefix, Settings(s3_endpoint_url=gone.endpoint), attempts=2)
     for act in (
-        lambda: objects.put(nobody, SMALL),
-        lambda: objects.head(nobody, Reference("0" * 64, 5, "identity")),
+        lambda: object_store.put(nobody, SMALL),
+        lambda: object_store.head(nobody, Reference("0" * 64, 5, "identity")),
         lambda: nobody.delete("0" * 64),
         lambda: nobody.touch("0" * 64),
         lambda: list(nobody.objects()),
-        lambda: nobody.leftovers(datetime.now(UTC)),
+        lambda: nobody.orphans(datetime.now(UTC)),
     ):
         with pytest.raises(ObjectStoreOutage, match="cannot"):
             act()
@@ -132,26 +132,26 @@ def test_a_server_that_is_gone_is_an_outage_until_it_is_back(s3_url: str, s3_ser
 
 @pytest.mark.parametrize("at", [0, 5, FRAME_BYTES + 70_000])
 def test_a_body_cut_short_is_read_on_from_where_it_broke_off(store: S3Store, relay: S3Relay, at: int) -> None:
-    reference, _ = objects.put(store, LARGE)
+    reference, _ = object_store.put(store, LARGE)
     relay.fail(is_second_read(store), Fault("cut", at), times=2)
     assert read(store, reference) == LARGE
-    reference, _ = objects.put(store, SMALL)
+    reference, _ = object_store.put(store, SMALL)
     relay.fail(is_read, Fault("cut", 3), times=2)
     assert read(store, reference) == SMALL
 
 
 def test_a_body_that_is_cut_short_every_time_is_an_outage_after_what_was_right(store: S3Store, relay: S3Relay) -> None:
-    reference, _ = objects.put(store, LARGE)
+    reference, _ = object_store.put(store, LARGE)
     relay.fail(is_second_read(store), Fault("cut", 5))
     got: list[bytes] = []
     with pytest.raises(ObjectStoreOutage):
-        got.extend(objects.read(store, reference))
+        got.extend(object_store.read(store, reference))
     assert got == []
 
 
 @pytest.mark.parametrize(("content", "at"), [(SMALL, 7), (SMALL, -1), (LARGE, FRAME_BYTES + 7), (LARGE, -1)])
 def test_wrong_bytes_on_the_way_are_asked_for_again(store: S3Store, relay: S3Relay, content: bytes, at: int) -> None:
-    reference, _ = objects.put(store, content)
+    reference, _ = object_store.put(store, content)
     relay.fail(
         lambda r: is_read(r) and (len(content) == len(SMALL) or "-" in r.path or is_second_read(store)(r)),
         Fault("spoil the answer", at),
@@ -163,11 +163,11 @@ def test_wrong_bytes_on_the_way_are_asked_for_again(store: S3Store, relay: S3Rel
 
 
 def test_wrong_bytes_every_time_are_damage_after_what_was_right(store: S3Store, relay: S3Relay) -> None:
-    reference, _ = objects.put(store, LARGE)
+    reference, _ = object_store.put(store, LARGE)
     relay.fail(is_second_read(store), Fault("spoil the answer", -1))
     got: list[bytes] = []
     with pytest.raises(ObjectDamaged, match="frame 2"):
-        got.extend(objects.read(store, reference))
+        got.extend(object_store.read(store, reference))
     assert b"".join(got) == LARGE[: 2 * FRAME_BYTES]
 
 
@@ -175,21 +175,21 @@ def test_wrong_bytes_every_time_are_damage_after_what_was_right(store: S3Store, 
 def test_bytes_that_arrive_wrong_are_not_stored(store: S3Store, behind: S3Store, relay: S3Relay, content: bytes) -> None:
     relay.fail(is_upload, Fault("spoil the request"))
     with pytest.raises(ObjectStoreOutage):
-        objects.put(store, content)
+        object_store.put(store, content)
     assert list(behind.objects()) == []
-    assert behind.leftovers(datetime.now(UTC) + LATER) == []
+    assert behind.orphans(datetime.now(UTC) + LATER) == []
 
 
 def test_an_upload_that_broke_off_and_could_not_be_given_up_is_found_and_removed(store: S3Store, relay: S3Relay) -> None:
     relay.fail(lambda request: is_upload(request) or request.method == "DELETE", Fault("reset"))
     with pytest.raises(ObjectStoreOutage):
-        objects.put(store, PARTS)
+        object_store.put(store, PARTS)
     relay.heal()
     now = datetime.now(UTC)
-    assert store.leftovers(now - LATER, remove=True) == []
-    assert len(store.leftovers(now + LATER)) == 1
-    assert len(store.leftovers(now + LATER, remove=True)) == 1
-    assert store.leftovers(now + LATER) == []
+    assert store.orphans(now - LATER, remove=True) == []
+    assert len(store.orphans(now + LATER)) == 1
+    assert len(store.orphans(now + LATER, remove=True)) == 1
+    assert store.orphans(now + LATER) == []
 
 
 @pytest.mark.parametrize("content", [SMALL, PARTS], ids=["small", "in parts"])
@@ -199,7 +199,7 @@ def test_a_server_that_lacks_conditions_or_checksums_is_written_to_without(
     store: S3Store, relay: S3Relay, header: str, content: bytes, answer: tuple[int, str]
 ) -> None:
     relay.fail(lambda request: header in request.headers, Fault("answer", answer))
-    reference, new = objects.put(store, content)
+    reference, new = object_store.put(store, content)
     assert new
     assert read(store, reference) == content
     if header.startswith("x-amz"):
@@ -221,8 +221,8 @@ def test_what_an_operator_has_to_mend_is_an_outage_that_says_so(
         monkeypatch.setenv(name, value)
     store = S3Store(bucket, "x", Settings(s3_endpoint_url=s3_server.endpoint))
     for act in (
-        lambda: objects.put(store, SMALL),
-        lambda: objects.head(store, Reference("0" * 64, 5, "identity")),
+        lambda: object_store.put(store, SMALL),
+        lambda: object_store.head(store, Reference("0" * 64, 5, "identity")),
         lambda: store.delete("0" * 64, unmodified_since=datetime.now(UTC)),
         lambda: list(store.objects()),
     ):
@@ -232,9 +232,9 @@ def test_what_an_operator_has_to_mend_is_an_outage_that_says_so(
 
 def test_storage_class_and_encryption_are_asked_for_and_outlast_a_touch(s3_url: str, s3_server: SeaweedFS) -> None:
     settings = Settings(s3_endpoint_url=s3_server.endpoint, s3_storage_class="STANDARD_IA", s3_server_side_encryption="AES256")
-    store, client = objects.open_store(s3_url, settings), s3_server.client()
+    store, client = object_store.open_store(s3_url, settings), s3_server.client()
     for content in (SMALL, PARTS):
-        reference, _ = objects.put(store, content)
+        reference, _ = object_store.put(store, content)
         store.touch(reference.key)
         found = client.head_object(Bucket=s3_server.bucket, Key=f"{s3_url.rpartition('/')[2]}/{reference.key}")
         assert (found["StorageClass"], found["ServerSideEncryption"]) == ("STANDARD_IA", "AES256")

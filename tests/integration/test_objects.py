@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from evalstore.objects import object_store
+from evalstore.objects.directory import DirectoryStore
+from evalstore.objects.object_store import Reference, Store
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing
 from models.settings import Settings
-from storage import objects
-from storage.files import FileStore
-from storage.objects import Reference, Store
 
 MIB = 1024 * 1024
 SMALL = b"a line that comes again\n" * 100
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 @pytest.fixture
 def directory(tmp_path: Path) -> Place:
     url = f"file://{tmp_path}/objects"
-    store = objects.open_store(url, Settings())
+    store = object_store.open_store(url, Settings())
 
     def path(key: str) -> Path:
         return tmp_path / "objects" / key[:2] / key[2:4] / key
@@ -61,7 +61,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Place]:
     def at(key: str) -> dict[str, str]:
         return {"Bucket": server.bucket, "Key": f"{prefix}/{key}"}
 
-    store = objects.open_store(url, Settings(s3_endpoint_url=server.endpoint))
+    store = object_store.open_store(url, Settings(s3_endpoint_url=server.endpoint))
     environment = {**server.environment, "EVALSTORE_S3_ENDPOINT_URL": server.endpoint}
     yield Place(
         store,
@@ -86,7 +86,7 @@ def store(place: Place) -> Store:
 
 
 def read(store: Store, reference: Reference) -> bytes:
-    return b"".join(objects.read(store, reference))
+    return b"".join(object_store.read(store, reference))
 
 
 def now() -> datetime:
@@ -95,7 +95,7 @@ def now() -> datetime:
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_content_comes_back_whole_and_in_any_range(store: Store, content: bytes) -> None:
-    reference, new = objects.put(store, content)
+    reference, new = object_store.put(store, content)
     assert new
     assert (reference.sha256, reference.size) == (hashlib.sha256(content).hexdigest(), len(content))
     assert read(store, reference) == content
@@ -105,31 +105,31 @@ def test_content_comes_back_whole_and_in_any_range(store: Store, content: bytes)
         start, stop = sorted(random.choices(range(len(content) + 1), k=2))  # noqa: S311
         ranges.append((start, stop))
     for start, stop in ranges:
-        assert b"".join(objects.read_range(store, reference, start, stop)) == content[start:stop]
+        assert b"".join(object_store.read_range(store, reference, start, stop)) == content[start:stop]
 
 
 @pytest.mark.parametrize("given", [(-1, 5), (5, 4), (0, len(SMALL) + 1)])
 def test_a_range_that_is_none_of_the_content_is_refused(store: Store, given: tuple[int, int]) -> None:
-    reference, _ = objects.put(store, SMALL)
+    reference, _ = object_store.put(store, SMALL)
     with pytest.raises(ValueError, match="not within"):
-        objects.read_range(store, reference, *given)
+        object_store.read_range(store, reference, *given)
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_content_is_stored_once_however_it_is_given(place: Place, content: bytes) -> None:
     parts = [content[start : start + 99_999] for start in range(0, len(content), 99_999)]
-    first = objects.put(place.store, iter(parts))
+    first = object_store.put(place.store, iter(parts))
     assert first.new
     for again in (content, parts, io.BytesIO(content)):
-        assert objects.put(place.store, again) == (first.reference, False)
-    found = objects.head(place.store, first.reference)
-    assert [found] == list(place.store.objects()) == [objects.verify(place.store, first.reference)]
+        assert object_store.put(place.store, again) == (first.reference, False)
+    found = object_store.head(place.store, first.reference)
+    assert [found] == list(place.store.objects()) == [object_store.verify(place.store, first.reference)]
     assert found.size == len(place.stored(first.reference.key))
 
 
 def test_threads_that_store_the_same_content_at_once_all_succeed(store: Store) -> None:
-    done: list[objects.Put] = []
-    threads = [threading.Thread(target=lambda: done.append(objects.put(store, iter([PARTS])))) for _ in range(4)]
+    done: list[object_store.Put] = []
+    threads = [threading.Thread(target=lambda: done.append(object_store.put(store, iter([PARTS])))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -138,13 +138,13 @@ def test_threads_that_store_the_same_content_at_once_all_succeed(store: Store) -
     assert len({reference for reference, _ in done}) == 1
     assert read(store, done[0].reference) == PARTS
     assert len(list(store.objects())) == 1
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 @pytest.mark.parametrize("nowhere", [NOWHERE, NOWHERE_ZST])
 def test_what_is_not_there_is_missing(store: Store, nowhere: Reference) -> None:
-    objects.put(store, SMALL)
-    for act in (objects.head, objects.verify, objects.read, lambda s, r: objects.read_range(s, r, 0, 5)):
+    object_store.put(store, SMALL)
+    for act in (object_store.head, object_store.verify, object_store.read, lambda s, r: object_store.read_range(s, r, 0, 5)):
         with pytest.raises(ObjectMissing, match=nowhere.sha256):
             act(store, nowhere)
     with pytest.raises(ObjectMissing):
@@ -157,8 +157,8 @@ def test_what_is_not_there_is_missing(store: Store, nowhere: Reference) -> None:
 def test_content_that_is_not_what_it_is_said_to_be_is_not_stored(store: Store, content: bytes) -> None:
     for given in (content, iter([content])):
         with pytest.raises(ObjectDamaged, match="expected 00000"):
-            objects.put(store, given, sha256="0" * 64)
-    objects.put(store, content, sha256=hashlib.sha256(content).hexdigest())
+            object_store.put(store, given, sha256="0" * 64)
+    object_store.put(store, content, sha256=hashlib.sha256(content).hexdigest())
     assert len(list(store.objects())) == 1
 
 
@@ -168,89 +168,92 @@ def test_content_that_breaks_off_while_it_is_given_is_not_stored(store: Store) -
         raise RuntimeError("the sender is gone")
 
     with pytest.raises(RuntimeError, match="the sender is gone"):
-        objects.put(store, parts())
-    objects.put(store, SMALL)
+        object_store.put(store, parts())
+    object_store.put(store, SMALL)
     assert len(list(store.objects())) == 1
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 @pytest.mark.parametrize("content", [RANDOM, SMALL, LARGE_RANDOM, PARTS], ids=len)
 def test_damage_is_told_before_a_byte_of_that_frame_leaves_and_repaired_when_asked(place: Place, content: bytes) -> None:
-    reference, _ = objects.put(place.store, content)
+    reference, _ = object_store.put(place.store, content)
     damaged = bytearray(place.stored(reference.key))
     at = min(FRAME_BYTES + 100, len(damaged) // 10)
     damaged[at] ^= 1
     place.overwrite(reference.key, bytes(damaged))
     got: list[bytes] = []
     with pytest.raises(ObjectDamaged, match=reference.key):
-        got.extend(objects.read(place.store, reference))
+        got.extend(object_store.read(place.store, reference))
     assert content.startswith(b"".join(got))
     assert len(b"".join(got)) <= at
     with pytest.raises(ObjectDamaged):
-        objects.verify(place.store, reference)
+        object_store.verify(place.store, reference)
     with pytest.raises(ObjectDamaged):
-        list(objects.read_range(place.store, reference, at, at + 1))
+        list(object_store.read_range(place.store, reference, at, at + 1))
     if len(content) > FRAME_BYTES:  # the other frames are as good as before
-        assert b"".join(objects.read_range(place.store, reference, 2 * FRAME_BYTES, len(content))) == content[2 * FRAME_BYTES :]
-    assert objects.put(place.store, content, replace_damaged=True) == (reference, True)
+        assert (
+            b"".join(object_store.read_range(place.store, reference, 2 * FRAME_BYTES, len(content)))
+            == content[2 * FRAME_BYTES :]
+        )
+    assert object_store.put(place.store, content, replace_damaged=True) == (reference, True)
     assert read(place.store, reference) == content
-    assert objects.put(place.store, content, replace_damaged=True) == (reference, False)
+    assert object_store.put(place.store, content, replace_damaged=True) == (reference, False)
 
 
 @pytest.mark.parametrize("content", [RANDOM, SMALL, LARGE])
 @pytest.mark.parametrize("how", ["cut", "empty", "longer", "another"])
 def test_an_object_of_another_size_or_of_other_content_does_not_count_as_there(place: Place, content: bytes, how: str) -> None:
-    reference, _ = objects.put(place.store, content)
-    other, _ = objects.put(place.store, content[1:] + b"x!")
+    reference, _ = object_store.put(place.store, content)
+    other, _ = object_store.put(place.store, content[1:] + b"x!")
     stored = place.stored(reference.key)
     bad = {"cut": stored[:-1], "empty": b"", "longer": stored + b"0", "another": place.stored(other.key)}[how]
     place.overwrite(reference.key, bad)
-    for act in (objects.head, objects.verify, objects.read):
+    for act in (object_store.head, object_store.verify, object_store.read):
         with pytest.raises(ObjectDamaged):
             act(place.store, reference)
-    assert objects.put(place.store, content) == (reference, True)
+    assert object_store.put(place.store, content) == (reference, True)
     assert read(place.store, reference) == content
 
 
 def test_an_old_object_is_made_young_by_a_touch_and_by_a_put_that_finds_it(
     store: Store, eventually: Callable[..., None]
 ) -> None:
-    reference, _ = objects.put(store, PARTS)
-    begun = objects.head(store, reference).modified_at
+    reference, _ = object_store.put(store, PARTS)
+    begun = object_store.head(store, reference).modified_at
 
     def younger_after(act: Callable[[], object], than: datetime) -> None:
         def is_so() -> bool:  # S3 tells the second only
             act()
-            return objects.head(store, reference).modified_at > than
+            return object_store.head(store, reference).modified_at > than
 
         eventually(is_so)
 
     younger_after(lambda: store.touch(reference.key), begun)
-    touched = objects.head(store, reference).modified_at
-    assert objects.put(store, PARTS, touch_before=touched) == (reference, False)
-    assert objects.head(store, reference).modified_at == touched
-    younger_after(lambda: objects.put(store, PARTS, touch_before=now() + timedelta(hours=1)), touched)
+    touched = object_store.head(store, reference).modified_at
+    assert object_store.put(store, PARTS, touch_before=touched) == (reference, False)
+    assert object_store.head(store, reference).modified_at == touched
+    younger_after(lambda: object_store.put(store, PARTS, touch_before=now() + timedelta(hours=1)), touched)
     assert read(store, reference) == PARTS
 
 
 def test_what_was_modified_since_is_not_deleted(store: Store) -> None:
-    reference, _ = objects.put(store, SMALL)
+    reference, _ = object_store.put(store, SMALL)
     assert not store.delete(reference.key, unmodified_since=now() - timedelta(hours=1))
     assert read(store, reference) == SMALL
     assert store.delete(reference.key, unmodified_since=now() + timedelta(hours=1))
     with pytest.raises(ObjectMissing):
-        objects.head(store, reference)
-    assert store.leftovers(now() + timedelta(hours=1)) == []
+        object_store.head(store, reference)
+    assert store.orphans(now() + timedelta(hours=1)) == []
 
 
 def test_objects_are_listed_in_order_from_anywhere_and_what_else_is_there_is_left_alone(place: Place) -> None:
-    if isinstance(place.store, FileStore):
+    if isinstance(place.store, DirectoryStore):
         (place.store.folder / "ab/cd").mkdir(parents=True)
         (place.store.folder / "ab/cd/notes.txt").touch()
         (place.store.folder / "no").touch()
     else:
         place.overwrite("notes.txt", b"of the bucket's owner")
-    keys = sorted(objects.put(place.store, RANDOM + bytes([n])).reference.key for n in range(20))
+    keys = sorted(object_store.put(place.store, RANDOM + bytes([n])).reference.key for n in range(20))
     listed = list(place.store.objects())
     assert [found.key for found in listed] == keys
     assert all(found.size == len(RANDOM) + 1 and abs(found.modified_at - now()) < timedelta(minutes=5) for found in listed)
@@ -269,7 +272,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from models.settings import settings
-from storage import objects
+from evalstore.objects import object_store as objects
 store = objects.open_store(sys.argv[1], settings())
 def parts(seed, count):
     import random

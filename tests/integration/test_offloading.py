@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import redis
 
+from evalstore.objects import object_store
+from evalstore.objects.directory import DirectoryStore
 from models import InvalidEvent
 from models.content import Reference, to_bytes
 from models.errors import ObjectStoreOutage
 from models.settings import Settings, settings
-from storage import objects
-from storage.files import FileStore
-from tasks import contents, store_evaluation, store_evaluations
+from tasks import store_evaluation, store_evaluations, uploads
 from tasks.broker import broker
 from tests.integration.s3_relay import Fault, S3Relay
 from tests.seaweedfs import SeaweedFS
@@ -53,7 +53,7 @@ def sends_with(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 def forget() -> None:
     for known in (settings, broker):
         known.cache_clear()
-    contents.forget()
+    uploads.forget()
 
 
 @pytest.fixture
@@ -63,14 +63,14 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture(params=["file", "s3"])
-def store(request: Any, tmp_path: Path, sends_with: Callable[..., None]) -> objects.Store:
+def store(request: Any, tmp_path: Path, sends_with: Callable[..., None]) -> object_store.Store:
     """A store of each kind, which this process sends to."""
     url, endpoint = f"file://{tmp_path}/objects", {}
     if request.param == "s3":
         url = request.getfixturevalue("s3_url")
         endpoint = {"s3_endpoint_url": request.getfixturevalue("s3_server").endpoint}
     sends_with(object_store_url=url, **endpoint)
-    return objects.open_store(url, Settings(**endpoint))
+    return object_store.open_store(url, Settings(**endpoint))
 
 
 def sent(client: redis.Redis) -> list[Json]:
@@ -78,8 +78,8 @@ def sent(client: redis.Redis) -> list[Json]:
     return [json.loads(body)["args"][0] for body in bodies]
 
 
-def read(store: objects.Store, ref: Json) -> bytes:
-    return b"".join(objects.read(store, Reference(**ref)))
+def read(store: object_store.Store, ref: Json) -> bytes:
+    return b"".join(object_store.read(store, Reference(**ref)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def read(store: objects.Store, ref: Json) -> bytes:
     ids=["ASCII", "UTF-8", "surrogates", "NUL", "bytes"],
 )
 def test_content_over_the_inline_limit_goes_to_the_object_store(
-    store: objects.Store, client: redis.Redis, content: str | bytes
+    store: object_store.Store, client: redis.Redis, content: str | bytes
 ) -> None:
     for more in ("", "x"):
         if isinstance(content, bytes):
@@ -135,7 +135,7 @@ def test_identical_content_is_uploaded_once_and_made_young_again(
 
     sends_with(object_store_url=f"file://{tmp_path}/objects", sweep_grace_days="2")
     store_evaluation.send(event)
-    store = FileStore(tmp_path / "objects")
+    store = DirectoryStore(tmp_path / "objects")
     (listed,) = store.objects()
     for age, is_touched in ((timedelta(hours=23), False), (timedelta(hours=25), True)):
         then = datetime.now(UTC) - age
@@ -148,16 +148,16 @@ def test_identical_content_is_uploaded_once_and_made_young_again(
         assert path.stat().st_ino == inode
 
 
-def test_nothing_is_put_anywhere_unless_all_events_are_good(store: objects.Store, client: redis.Redis) -> None:
-    objects.put(store, b"so that there is a store")
+def test_nothing_is_put_anywhere_unless_all_events_are_good(store: object_store.Store, client: redis.Redis) -> None:
+    object_store.put(store, b"so that there is a store")
     with pytest.raises(InvalidEvent, match=r"\[1\]\.error: required"):
         store_evaluations([FAILED | {"error": "x" * MIB}, FAILED])
     assert len(list(store.objects())) == 1
     assert client.dbsize() == 0
 
 
-def test_a_sender_may_give_a_reference_itself(store: objects.Store, client: redis.Redis) -> None:
-    reference, _ = objects.put(store, b"put before")
+def test_a_sender_may_give_a_reference_itself(store: object_store.Store, client: redis.Redis) -> None:
+    reference, _ = object_store.put(store, b"put before")
     store_evaluation.send(FAILED | {"error_ref": reference})
     store_evaluation.send(FAILED | {"error_ref": reference._asdict()})
     assert [event["error_ref"] for event in sent(client)] == [reference._asdict()] * 2
@@ -189,7 +189,7 @@ def test_with_the_object_store_away_small_content_goes_inline_and_large_content_
             sends_with(object_store_url=request.getfixturevalue("s3_url"), s3_endpoint_url=relay.endpoint)
             _goes_inline_and_is_told(client)
         sends_with(s3_endpoint_url=server.endpoint)
-    contents.forget()  # it need not be waited for
+    uploads.forget()  # it need not be waited for
     store_evaluation.send(FAILED | {"error": "x" * MIB})
     assert "error_ref" in sent(client)[-1]
 

@@ -16,10 +16,10 @@ import pytest
 from psycopg import sql
 from uuid_utils.compat import uuid7
 
-from ops.servers import Postgres
-from storage import migrations
-from tasks.broker import Broker
-from tasks.evaluations import QUEUE, EventActor
+from evalstore.local.servers import Postgres
+from evalstore.storage import migrations
+from tasks.actor import QUEUE, EventActor
+from tasks.broker import SendingBroker
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -62,7 +62,7 @@ def event(eval_id: str, kind: str = "started", **fields: Any) -> dict[str, Any]:
     return {"type": f"evaluation:{kind}", "eval_id": eval_id, "event_id": str(uuid7()), **fields}
 
 
-def send(broker: Broker, *events: dict[str, Any]) -> None:
+def send(broker: SendingBroker, *events: dict[str, Any]) -> None:
     actor = EventActor("store_evaluation", QUEUE)
     broker.enqueue_many([actor.message(one) for one in events])
 
@@ -79,7 +79,7 @@ def stored(database: Postgres) -> int:
 class Sender(threading.Thread):
     """Sends 500 events a second until told to stop."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: SendingBroker) -> None:
         super().__init__(daemon=True)
         self.sent = 0
         self._broker = broker
@@ -130,7 +130,7 @@ def read_only(database: Postgres) -> Iterator[None]:
 def test_an_outage_costs_nothing_but_time(
     outage: Callable[[Postgres], contextlib.AbstractContextManager[None]],
     database: Postgres,
-    broker: Broker,
+    broker: SendingBroker,
     start: Start,
     tmp_path: Path,
     eventually: Callable[..., None],
@@ -164,7 +164,7 @@ def test_an_outage_costs_nothing_but_time(
 def test_a_worker_stops_within_seconds_during_an_outage_and_leaves_all_in_the_queue(
     outage: Callable[[Postgres], contextlib.AbstractContextManager[None]],
     database: Postgres,
-    broker: Broker,
+    broker: SendingBroker,
     start: Start,
     eventually: Callable[..., None],
 ) -> None:
@@ -204,7 +204,7 @@ CREATE TRIGGER sinks BEFORE INSERT ON evaluations FOR EACH ROW EXECUTE FUNCTION 
     ids=["runs out of memory", "violates a constraint"],
 )
 def test_one_message_that_fails_each_time_dies_alone(
-    what: str, error_class: str, database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
+    what: str, error_class: str, database: Postgres, broker: SendingBroker, start: Start, eventually: Callable[..., None]
 ) -> None:
     with psycopg.connect(database.url(), autocommit=True) as conn:
         conn.execute(SINKS.format(what=what).encode())
@@ -224,7 +224,7 @@ CRASHES = "COPY (SELECT 1) TO PROGRAM 'kill -KILL $PPID'"
 
 
 def test_one_message_over_which_postgresql_crashes_dies_alone(
-    database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
+    database: Postgres, broker: SendingBroker, start: Start, eventually: Callable[..., None]
 ) -> None:
     with psycopg.connect(database.url(), autocommit=True) as conn:
         conn.execute(SINKS.format(what=CRASHES).encode())
@@ -239,7 +239,7 @@ def test_one_message_over_which_postgresql_crashes_dies_alone(
 
 
 def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
-    database: Postgres, broker: Broker, start: Start, eventually: Callable[..., None]
+    database: Postgres, broker: SendingBroker, start: Start, eventually: Callable[..., None]
 ) -> None:
     send(broker, event("held", "queued", code="1"))
     start()
@@ -259,7 +259,7 @@ def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
 
 
 def test_the_breaker_opens_when_most_turns_bad_and_closes_when_one_is_stored(
-    database: Postgres, broker: Broker, start: Start, tmp_path: Path, eventually: Callable[..., None]
+    database: Postgres, broker: SendingBroker, start: Start, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
     with psycopg.connect(database.url(), autocommit=True) as conn:
         conn.execute(SINKS.format(what="RAISE EXCEPTION 'a bad release'").replace("= 'culprit'", "LIKE 'bad%'").encode())

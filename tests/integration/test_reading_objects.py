@@ -15,12 +15,13 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
+from evalstore.objects import object_store
+from evalstore.objects.object_store import Stores
+from evalstore.storage import content_reader, event_store
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing
 from models.events import parse
 from models.settings import Settings
-from storage import contents, evaluations, objects
-from storage.objects import Stores
 from tests.integration.commands import python
 
 ROOT = Path(__file__).parents[2]
@@ -48,19 +49,19 @@ def stores(given: Json) -> Stores:
 def store(engine: Engine, eval_id: str, **fields: Any) -> None:
     event = {"type": "evaluation:completed", "eval_id": eval_id, "exit_code": 0, "event_id": UUID(int=1)}
     with engine.connect() as conn:
-        evaluations.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z", **fields})])
+        event_store.store(conn, [parse({**event, "occurred_at": "2026-01-01T00:00:00Z", **fields})])
 
 
 @pytest.fixture
 def stored(engine: Engine, stores: Stores) -> None:
     """`inline` and `objects`: the same content, in the database and in the object store."""
     store(engine, "inline", output_b64=base64.b64encode(LARGE).decode(), error_b64=base64.b64encode(SMALL).decode())
-    output, error = (objects.put(stores["objects"], data).reference for data in (LARGE, SMALL))
+    output, error = (object_store.put(stores["objects"], data).reference for data in (LARGE, SMALL))
     store(engine, "objects", output_ref=output, error_ref=error)
 
 
 def get(given: Json, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [*python(), "-m", "ops.cli", "get", *arguments]
+    command = [*python(), "-m", "evalstore.cli.app", "get", *arguments]
     return subprocess.run(command, check=False, capture_output=True, cwd=ROOT, timeout=120, env={**os.environ, **given})
 
 
@@ -68,7 +69,7 @@ def get(given: Json, *arguments: str) -> subprocess.CompletedProcess[bytes]:
 def test_the_same_comes_back_by_every_way(given: Json, engine: Engine, stores: Stores, start_api: Callable[..., Any]) -> None:
     api = start_api(**given)
     with engine.connect() as conn:
-        inline, referring = (evaluations.get(conn, eval_id, stores) for eval_id in ("inline", "objects"))
+        inline, referring = (event_store.get(conn, eval_id, stores) for eval_id in ("inline", "objects"))
     assert inline
     assert referring
     assert (referring.output, referring.error) == (inline.output, inline.error) == (LARGE, SMALL.decode())
@@ -126,17 +127,17 @@ def test_a_damaged_or_missing_object_is_an_error_and_never_wrong_bytes(
     api = start_api(**given)
     connect = engine.connect
     with connect() as conn:
-        output, error = (contents.find(conn, "objects", kind) for kind in ("output", "error"))
+        output, error = (content_reader.find(conn, "objects", kind) for kind in ("output", "error"))
     assert output
     assert error
     for content in (output, error):
         damage(given, content.reference.key)
     got: list[bytes] = []
     with pytest.raises(ObjectDamaged, match=output.reference.key):
-        got.extend(contents.read(connect, stores, output))
+        got.extend(content_reader.read(connect, stores, output))
     assert LARGE.startswith(b"".join(got))
     with pytest.raises(ObjectDamaged), connect() as conn:
-        evaluations.get(conn, "objects", stores)
+        event_store.get(conn, "objects", stores)
     said = get(given, "objects", "--output")
     assert said.returncode == 1
     assert b"ObjectDamaged" in said.stderr
@@ -147,7 +148,7 @@ def test_a_damaged_or_missing_object_is_an_error_and_never_wrong_bytes(
     assert (record["error_size"], record["error_url"]) == (len(SMALL), f"{E}/objects/error")
     stores["objects"].delete(error.reference.key)
     with pytest.raises(ObjectMissing, match=error.reference.key):
-        list(contents.read(connect, stores, error))
+        list(content_reader.read(connect, stores, error))
     assert api.read.get(f"{E}/objects/error").json()["type"] == "urn:evalstore:problem:object-missing"
     assert get(given, "objects", "-o", "json").returncode == 0
 
@@ -155,10 +156,10 @@ def test_a_damaged_or_missing_object_is_an_error_and_never_wrong_bytes(
 @pytest.mark.usefixtures("stored")
 def test_content_that_moves_while_it_is_read_is_read_on_from_there(engine: Engine, stores: Stores, database_url: str) -> None:
     with engine.connect() as conn:
-        inline, referring = (contents.find(conn, eval_id, "output") for eval_id in ("inline", "objects"))
+        inline, referring = (content_reader.find(conn, eval_id, "output") for eval_id in ("inline", "objects"))
     assert inline
     assert referring
-    pieces = contents.read(engine.connect, stores, inline)
+    pieces = content_reader.read(engine.connect, stores, inline)
     got = [next(pieces)]
     with psycopg.connect(database_url, autocommit=True) as plain:
         archived = "UPDATE contents SET store = 'objects', encoding = 'zstd', data = NULL WHERE eval_id = 'inline'"
@@ -166,13 +167,13 @@ def test_content_that_moves_while_it_is_read_is_read_on_from_there(engine: Engin
         got += pieces
         assert b"".join(got) == LARGE
         # As found before it moved, and back again while it is not there any more.
-        assert b"".join(contents.read(engine.connect, stores, inline, 7, FRAME_BYTES + 9)) == LARGE[7 : FRAME_BYTES + 9]
+        assert b"".join(content_reader.read(engine.connect, stores, inline, 7, FRAME_BYTES + 9)) == LARGE[7 : FRAME_BYTES + 9]
         stores["objects"].delete(referring.reference.key)
         plain.execute("UPDATE contents SET store = NULL, encoding = NULL, data = %s WHERE kind = 'output'", [LARGE])
-        assert b"".join(contents.read(engine.connect, stores, referring)) == LARGE
+        assert b"".join(content_reader.read(engine.connect, stores, referring)) == LARGE
         plain.execute("DELETE FROM evaluation_events")
         with pytest.raises(LookupError):
-            list(contents.read(engine.connect, stores, referring))
+            list(content_reader.read(engine.connect, stores, referring))
 
 
 def test_damage_in_the_database_is_told_too(engine: Engine, stores: Stores, database_url: str) -> None:
@@ -180,10 +181,10 @@ def test_damage_in_the_database_is_told_too(engine: Engine, stores: Stores, data
     with psycopg.connect(database_url) as plain:
         plain.execute("UPDATE contents SET data = overlay(data PLACING 'y' FROM 2500000)")
     with engine.connect() as conn:
-        found = contents.find(conn, "e", "output")
+        found = content_reader.find(conn, "e", "output")
         assert found
         with pytest.raises(ObjectDamaged, match="has SHA-256"):
-            b"".join(contents.read(lambda: nullcontext(conn), stores, found))
+            b"".join(content_reader.read(lambda: nullcontext(conn), stores, found))
 
 
 @pytest.mark.parametrize("given", ["file"], indirect=True)

@@ -14,10 +14,10 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from storage import dead_letters, redrives
-from storage.dead_letters import Burial, Selection
-from storage.operator_actions import Intent
-from storage.redrives import Pace
+from evalstore.storage import dead_letters, redrives
+from evalstore.storage.dead_letters import DeadLetterInsert, Selection
+from evalstore.storage.operator_actions import Intent
+from evalstore.storage.redrives import Pace
 from tests.chaos.world import World, wait_until
 from tests.integration.shell import (
     JOBS,
@@ -32,9 +32,9 @@ from tests.integration.shell import (
     event,
     states,
 )
-from worker import redrives as work
+from worker import redrive_job as work
 from worker.broker import Broker
-from worker.dead_letters import move
+from worker.dead_letter_mover import move
 
 
 def test_after_a_fix_a_redrive_stores_all(world: World, operator: Operator) -> None:
@@ -177,7 +177,7 @@ def test_what_was_sent_by_a_worker_that_died_before_it_could_say_so_is_not_sent_
 def sent_and_killed(engine: Engine, broker: Broker) -> UUID:
     """A redrive of all there is, which a worker sent and died before it could say so."""
 
-    def send_and_die(letters: Sequence[redrives.Letter]) -> None:
+    def send_and_die(letters: Sequence[redrives.DeadLetterRef]) -> None:
         work.send(broker, letters)
         raise KeyboardInterrupt
 
@@ -200,7 +200,7 @@ def test_what_died_again_since_it_was_sent_is_not_sent_again_either(
     world.client.zadd(unacked, dict.fromkeys(found, 1))
     causes = [part for redis_id in found for part in (redis_id, b"{}")]
     places = [unacked, KEYS.bodies, KEYS.dead, KEYS.dead_bodies, KEYS.causes, KEYS.deaths]
-    assert broker.run("bury", places, *causes) == 3
+    assert broker.run("dead_letter", places, *causes) == 3
     with engine.connect() as conn:
         assert move(conn, broker) == 3 if moved == "before" else True
         redrives.step(conn, redrive_id, lambda letters: work.send(broker, letters))
@@ -302,11 +302,11 @@ def test_a_letter_of_a_job_starts_anew_and_its_outcome_is_recorded(
     world: World, operator: Operator, engine: Engine, broker: Broker
 ) -> None:
     spent = world.message(None, queue_name="jobs", actor_name="move_dead_letters", args=(), options={"retries": 20, "eta": 1})
-    work.send(broker, [redrives.Letter(UUID(int=1), "jobs", spent.encode())])
+    work.send(broker, [redrives.DeadLetterRef(UUID(int=1), "jobs", spent.encode())])
     (sent,) = world.client.hvals(JOBS.bodies)
     assert json.loads(sent) == spent.asdict() | {"args": [], "options": {}}
     world.client.delete(JOBS.queue, JOBS.bodies)
-    burial = Burial(
+    burial = DeadLetterInsert(
         *(uuid4(), "jobs", "move_dead_letters", None, None, spent.encode(), "ValueError", "once", "", "s", 20),
         *(datetime.now(UTC), None, None),
     )

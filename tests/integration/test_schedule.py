@@ -15,9 +15,9 @@ import pytest
 from dramatiq.middleware import Retries
 from periodiq import Scheduler, cron
 
+from evalstore.local.servers import Valkey
 from models.errors import DatabaseOutage
-from ops.servers import Valkey
-from tasks.jobs import JOBS, QUEUE, last_runs_key
+from models.jobs import JOBS, QUEUE, last_runs_key
 from tasks.redrives import ACTOR
 from tests.integration.commands import python
 from worker import schedule
@@ -87,7 +87,7 @@ def test_a_job_that_failed_is_tried_again_however_late(broker: Broker, eventuall
         if len(runs) < 3:
             raise RuntimeError("not yet")
 
-    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", fails_twice)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", fails_twice)
     yesterday = pendulum.instance(datetime.now(UTC) - timedelta(days=1))
     broker.actors["relay_confirmations"].send_with_options(scheduled_at=str(yesterday))
     worker = dramatiq.Worker(broker, worker_threads=1)
@@ -105,7 +105,7 @@ def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eve
     def finds_nobody() -> None:
         raise DatabaseOutage("away")
 
-    broker.actors["relay_confirmations"].fn = schedule._told(broker, "relay_confirmations", finds_nobody)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", finds_nobody)
     broker.actors["relay_confirmations"].send()
     worker = dramatiq.Worker(broker, worker_threads=1)
     worker.start()
@@ -136,14 +136,14 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
         raise RuntimeError("no luck")
 
     with pytest.raises(RuntimeError):
-        schedule._told(broker, "relay_confirmations", fails)()
+        schedule._record_run(broker, "relay_confirmations", fails)()
 
     assert last_run(broker)["outcome"] == "failed"
     assert last_run(broker)["error"] == "RuntimeError: no luck"
 
 
 def evalstore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", *words]
+    command = [*python(), "-m", "evalstore.cli.app", *words]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -20,14 +20,14 @@ import redis
 from dramatiq import Message
 from sqlalchemy import Engine
 
+from evalstore.local import processes
+from evalstore.local.servers import Valkey
+from evalstore.storage import event_store
 from models import EvaluationStarted, InvalidEvent, Record, RedisOutage, merge
 from models.content import MAX_CONTENT_BYTES, to_bytes
 from models.errors import NotDurable
 from models.events import parse
 from models.settings import settings
-from ops import processes
-from ops.servers import Valkey
-from storage import evaluations
 from tasks import store_evaluation, store_evaluations
 from tasks.broker import broker
 from tests.integration.commands import python
@@ -76,7 +76,7 @@ def worker(client: redis.Redis, tmp_path: Path) -> Iterator[Path]:
 
 def get(engine: Engine, eval_id: str) -> Record | None:
     with engine.connect() as conn:
-        return evaluations.get(conn, eval_id)
+        return event_store.get(conn, eval_id)
 
 
 def version(engine: Engine, eval_id: str) -> int:
@@ -338,7 +338,7 @@ def as_bytes(value: str | bytes) -> bytes:
 
 
 def evalstore_get(eval_id: str, option: str) -> bytes:
-    command = [*python(), "-m", "ops.cli", "get", eval_id, option]
+    command = [*python(), "-m", "evalstore.cli.app", "get", eval_id, option]
     return subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=120).stdout
 
 
@@ -502,4 +502,4 @@ def test_messages_that_can_never_be_stored_die_with_their_cause_and_hold_up_no_o
     bodies = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in UNSTORABLE.values()]
     assert sorted(body for body, _, _ in kept()) == sorted(bodies)
     with engine.connect() as conn:
-        assert evaluations.count_by_status(conn) == {"running": 1}
+        assert event_store.count_by_status(conn) == {"running": 1}

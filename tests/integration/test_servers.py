@@ -17,8 +17,8 @@ import psycopg
 import pytest
 import redis
 
-from ops.guard import NOBODY
-from ops.servers import Postgres, Server, ServerError, Valkey
+from evalstore.local.servers import Postgres, Server, ServerError, Valkey
+from evalstore.local.supervisor import NOBODY
 
 Eventually = Callable[..., None]
 LivingIn = Callable[[Path], list[str]]
@@ -196,7 +196,7 @@ def test_it_is_durable_unless_told_otherwise(tmp_path: Path, valkey_server: Valk
 OWNER = """
 import sys, time
 from pathlib import Path
-from ops.servers import Postgres, Valkey
+from evalstore.local.servers import Postgres, Valkey
 folder = Path(sys.argv[1])
 with Postgres(folder / "postgres") as postgres, Valkey(folder / "valkey") as valkey:
     print(postgres.pid, valkey.pid, flush=True)

@@ -16,15 +16,15 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Engine
 
+from evalstore.local.servers import Postgres
+from evalstore.storage import api_keys, database, dead_letters, durability, event_store, operator_actions
+from evalstore.storage.dead_letters import DeadLetterInsert
+from evalstore.storage.migrations import check, upgrade
+from evalstore.storage.operator_actions import Intent
+from evalstore.storage.sessions import split_options
 from models import Event
 from models.errors import DatabaseMisconfigured, DatabaseOutage
 from models.events import parse
-from ops.servers import Postgres
-from storage import database, dead_letters, durability, evaluations, keys, operator_actions
-from storage.dead_letters import Burial
-from storage.migrations import check, upgrade
-from storage.operator_actions import Intent
-from storage.sessions import split_options
 from tests.chaos.world import World
 from tests.integration import shell
 from tests.integration.shell import Operator
@@ -90,9 +90,9 @@ def event(number: int, **fields: object) -> Event:
     return parse({**named, "occurred_at": "2026-01-01T00:00:00Z", **fields})
 
 
-def burial(number: int) -> Burial:
+def burial(number: int) -> DeadLetterInsert:
     at = datetime(2026, 1, 1, tzinfo=UTC)
-    return Burial(UUID(int=number), "q", "a", None, None, b"{}", "E", "m", "t", "s", 1, at, None, None)
+    return DeadLetterInsert(UUID(int=number), "q", "a", None, None, b"{}", "E", "m", "t", "s", 1, at, None, None)
 
 
 def stop_immediately(server: Postgres) -> None:
@@ -116,12 +116,12 @@ def careless(postgres_server: Postgres) -> Postgres:
 
 def _few(engine: Engine) -> None:
     with engine.connect() as conn:
-        evaluations.store(conn, [event(1)])
+        event_store.store(conn, [event(1)])
 
 
 def _many(engine: Engine) -> None:
     with engine.connect() as conn:
-        evaluations.store(conn, [event(number) for number in range(1, 200)])
+        event_store.store(conn, [event(number) for number in range(1, 200)])
 
 
 def _letters(engine: Engine) -> None:
@@ -131,7 +131,7 @@ def _letters(engine: Engine) -> None:
 
 def _key(engine: Engine) -> None:
     with engine.connect() as conn:
-        keys.create(conn, "k", ["read"])
+        api_keys.create(conn, "k", ["read"])
 
 
 def _action(engine: Engine) -> None:
@@ -354,7 +354,7 @@ def test_behind_a_pooler_a_database_that_is_not_there_is_a_mistake_in_settings(
 
 def test_a_process_that_starts_with_a_mistake_in_settings_says_so_and_ends(operator: Operator) -> None:
     operator.env["EVALSTORE_DATABASE_URL"] = wrong(operator.database_url)[0]
-    for command in ("import worker.tasks", "import api.app"):
+    for command in ("import worker.tasks", "import evalstore.api.app"):
         done = subprocess.run([sys.executable, "-c", command], env=operator.env, capture_output=True, text=True, check=False)
         assert (done.returncode, "EVALSTORE_DATABASE_URL: mistake in settings: " in done.stderr) == (2, True), done.stderr
     for words, status in ((("status",), 2), (("migrate",), 2), (("health", "--ready"), 1)):

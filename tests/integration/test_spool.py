@@ -17,11 +17,11 @@ import pytest
 import redis
 from dramatiq import Message
 
+from evalstore.local.servers import Valkey
 from models.errors import RedisOutage, SpoolFull
 from models.settings import settings
-from ops.servers import Valkey
 from tasks import store_evaluation, store_evaluations
-from tasks.broker import Broker, broker
+from tasks.broker import SendingBroker, broker
 from tasks.spool import Spool
 from tests.integration.commands import python
 
@@ -86,7 +86,7 @@ def spool(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def evalstore(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*python(), "-m", "ops.cli", "spool", *words]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", *words]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
 
@@ -117,7 +117,7 @@ def read_only(server: Valkey) -> None:
 def test_an_outage_is_told_within_the_time_that_is_set(
     valkey_server: Valkey, outage: Callable[[Valkey], None], connected: bool
 ) -> None:
-    sender = Broker(url=valkey_server.url(), timeout_s=PATIENCE_S, middleware=[])
+    sender = SendingBroker(url=valkey_server.url(), timeout_s=PATIENCE_S, middleware=[])
     if connected:
         sender.enqueue(store_evaluation.message(event()))
     outage(valkey_server)
@@ -133,7 +133,7 @@ def test_a_server_that_loads_its_data_is_an_outage_told_within_the_time_that_is_
         server.settings |= {"key-load-delay": "1000", "loading-process-events-interval-bytes": "1024"}
         loading = threading.Thread(target=server.start)
         loading.start()
-        sender = Broker(url=server.url(), timeout_s=PATIENCE_S, middleware=[])
+        sender = SendingBroker(url=server.url(), timeout_s=PATIENCE_S, middleware=[])
         told = ""
         while "loading" not in told:  # until it listens, connections are refused
             told = told_in_time(sender)
@@ -142,14 +142,14 @@ def test_a_server_that_loads_its_data_is_an_outage_told_within_the_time_that_is_
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "240.0.0.1", "10.255.255.1"])
 def test_a_host_that_is_not_there_is_an_outage_told_within_the_time_that_is_set(host: str) -> None:
-    told_in_time(Broker(url=f"redis://{host}:6379/0", timeout_s=PATIENCE_S, middleware=[]))
+    told_in_time(SendingBroker(url=f"redis://{host}:6379/0", timeout_s=PATIENCE_S, middleware=[]))
 
 
 def test_a_server_that_is_slow_at_every_step_is_an_outage_told_within_the_time_that_is_set() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=_answer_slowly, args=(listener,), daemon=True).start()
         url = f"redis://127.0.0.1:{listener.getsockname()[1]}/0?protocol=2"
-        told_in_time(Broker(url=url, timeout_s=PATIENCE_S, middleware=[]))
+        told_in_time(SendingBroker(url=url, timeout_s=PATIENCE_S, middleware=[]))
 
 
 def _answer_slowly(listener: socket.socket) -> None:
@@ -161,7 +161,7 @@ def _answer_slowly(listener: socket.socket) -> None:
             client.sendall(b"-NOSCRIPT again\r\n")
 
 
-def told_in_time(sender: Broker) -> str:
+def told_in_time(sender: SendingBroker) -> str:
     began = time.monotonic()
     with pytest.raises(RedisOutage) as error:
         sender.enqueue(store_evaluation.message(event()))
@@ -417,7 +417,7 @@ def test_two_forwarders_at_once_send_everything_once_in_order(
     valkey_server: Valkey, spool: Spool, environment: dict[str, str]
 ) -> None:
     expected = fill(spool, 3000)
-    command = [*python(), "-m", "ops.cli", "spool", "forward"]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", "forward"]
     env = os.environ | environment
     both = [
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -556,7 +556,7 @@ def test_forward_watch_goes_on_through_outages_until_it_is_told_to_stop(
 ) -> None:
     valkey_server.stop()
     fill(spool, 200)
-    command = [*python(), "-m", "ops.cli", "spool", "forward", "--watch"]
+    command = [*python(), "-m", "evalstore.cli.app", "spool", "forward", "--watch"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stderr
         assert watch.stderr.readline().startswith("waiting: ")

@@ -15,21 +15,21 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+from evalstore.storage import archive, dead_letters, event_store, table_stats
+from evalstore.storage.archive import Archive
+from evalstore.storage.dead_letters import DeadLetterInsert
+from evalstore.telemetry import exposition
+from evalstore.telemetry.backend_stats import BackendStats, CachedProbe
+from evalstore.telemetry.counters import Series
+from evalstore.telemetry.disks import Disks
 from models.events import EvaluationCompleted
 from models.settings import Settings
-from storage import archive, dead_letters, evaluations, standing
-from storage.archive import Archive
-from storage.dead_letters import Burial
-from tasks import exposition
-from tasks.disks import Disks
-from tasks.ledger import Series
-from tasks.spool import Record, Spool
-from tasks.standing import Reading, Standing
+from tasks.spool import Spool, SpoolRecord
 
 
 def numbers(given: Settings) -> dict[Series, float]:
     """As of now: whoever asks again may be told what was a moment ago."""
-    with closing(Standing(given, patience_s=30)) as now:
+    with closing(BackendStats(given, patience_s=30)) as now:
         return now.numbers()
 
 
@@ -48,7 +48,7 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
         archive_threshold_bytes=10_000,
     )
     with engine.connect() as conn:
-        evaluations.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
+        event_store.store(conn, [ended(f"e{number}", size) for number, size in enumerate((50_000, 70_000, 6_000))])
         before = numbers(given)
         with closing(Archive.of(given)) as working:
             done = archive.run_once(conn, working, datetime.now(UTC))
@@ -56,7 +56,7 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
         # A file where the archive's folder should be: it is away.
         (tmp_path / "file").write_text("")
         broken = given.model_copy(update={"archive_url": f"file://{tmp_path}/file/archive"})
-        evaluations.store(conn, [ended("f", 20_000)])
+        event_store.store(conn, [ended("f", 20_000)])
         with closing(Archive.of(broken)) as away:
             archive.run_once(conn, away, datetime.now(UTC))
         failing = numbers(given)
@@ -84,7 +84,7 @@ def test_of_many_kinds_of_dead_letters_the_rarest_are_counted_together(
         dead_letters.write(
             conn,
             [
-                Burial(uuid4(), "evaluations", None, None, None, b"{}", kind, "", "", kind, 1, died_at, None, None)
+                DeadLetterInsert(uuid4(), "evaluations", None, None, None, b"{}", kind, "", "", kind, 1, died_at, None, None)
                 for kind in kinds
             ],
         )
@@ -116,7 +116,7 @@ def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest
     spool.append(["id", b"{}"])
     monkeypatch.setattr(exposition, "settings", lambda: Settings(spool_dir=spool.folder))
     found = exposition._spool()
-    assert found["evalstore_spool_bytes", ()] == len(Record(int(time.time() * 1000), b"id", b"{}").line())
+    assert found["evalstore_spool_bytes", ()] == len(SpoolRecord(int(time.time() * 1000), b"id", b"{}").line())
     assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
 
 
@@ -125,13 +125,13 @@ def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoev
 ) -> None:
     """A migration comes before the processes of its release, and those of the old one work on until they are replaced."""
     given = Settings(database_url=SecretStr(database_url), redis_url=SecretStr(redis_url))
-    monkeypatch.setattr("tasks.standing._KEEP_S", 0)
+    monkeypatch.setattr("evalstore.telemetry.backend_stats._KEEP_S", 0)
     fits: Series = ("evalstore_schema_ready", ())
     shown: Series = ("evalstore_confirmations_pending", ())
     with (
         psycopg.connect(database_url, autocommit=True) as conn,
-        closing(Standing(given, patience_s=30)) as before,
-        closing(Standing(given, patience_s=30)) as later,
+        closing(BackendStats(given, patience_s=30)) as before,
+        closing(BackendStats(given, patience_s=30)) as later,
     ):
         assert before.ready() == {}
         ((head,),) = conn.execute("UPDATE alembic_version SET version_num = 'next' RETURNING old.version_num").fetchall()
@@ -147,7 +147,7 @@ def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoev
 def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        asked = Standing(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
+        asked = BackendStats(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
         started = time.monotonic()
         found = [asked.numbers() for _ in range(3)]
         assert time.monotonic() - started < 10
@@ -166,7 +166,7 @@ def test_many_who_ask_are_told_by_one_reading() -> None:
         gate.wait(timeout=10)
         return len(reads)
 
-    reading = Reading(read, 20.0)
+    reading = CachedProbe(read, 20.0)
     told: list[int | None] = []
     askers = [threading.Thread(target=lambda: told.append(reading.get())) for _ in range(8)]
     for asker in askers:
@@ -185,21 +185,21 @@ def test_what_took_long_once_is_read_again_soon(eventually: Callable[..., None])
         threading.Event().wait(timeout=0.2 if len(reads) == 1 else 0)  # a server that was frozen, say
         return len(reads)
 
-    reading = Reading(read, 20.0, stale=True)
+    reading = CachedProbe(read, 20.0, stale=True)
     assert reading.get() == 1
     eventually(lambda: reading.get() == 2, within_s=10, what="the next number")
 
 
 def test_everybodys_connections_are_counted_by_a_role_that_may_not_look_into_them(engine: Engine) -> None:
     with engine.connect() as ours, engine.connect(), engine.connect():
-        before = standing.server(ours)["evalstore_postgresql_connections",]
+        before = table_stats.server(ours)["evalstore_postgresql_connections",]
         role = f"plain_{uuid4().hex}"
         with ours.begin():
             ours.exec_driver_sql(f"CREATE ROLE {role}")
             ours.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
             ours.exec_driver_sql(f"SET ROLE {role}")
         try:
-            seen = standing.server(ours)["evalstore_postgresql_connections",]
+            seen = table_stats.server(ours)["evalstore_postgresql_connections",]
         finally:
             with ours.begin():
                 ours.exec_driver_sql("RESET ROLE")

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from sqlalchemy import Connection, Engine
 
+from evalstore.storage import database, event_store, event_writer, outbox
+from evalstore.storage.event_store import ROW_LIMIT_BYTES, Stored
+from evalstore.storage.outbox import Commit, Relayed, StreamId
 from models import Event, Outage, Record, merge
 from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import parse
 from models.record import Fact, canonical_json, fact
-from storage import confirmations, database, evaluations, rows
-from storage.confirmations import Commit, Relayed, StreamId
-from storage.evaluations import ROW_LIMIT_BYTES, Stored
 
 Json = dict[str, Any]
 MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
@@ -38,7 +38,7 @@ _numbers = itertools.count(1)
 @pytest.fixture(params=["few", "many"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few events are written in another way than many are."""
-    monkeypatch.setattr(rows, "_FEW", 64 if request.param == "few" else 0)
+    monkeypatch.setattr(event_writer, "_FEW", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture
@@ -56,15 +56,15 @@ def event(type_: str, number: int = 1, *, eval_id: str = "e", second: int = 0, *
 
 def store(engine: Engine, events: Sequence[Event]) -> Stored:
     with engine.connect() as conn:
-        return evaluations.store(conn, events)
+        return event_store.store(conn, events)
 
 
 def get(engine: Engine, eval_id: str = "e") -> Record | None:
     with engine.connect() as conn:
-        return evaluations.get(conn, eval_id)
+        return event_store.get(conn, eval_id)
 
 
-def outbox(plain: psycopg.Connection[Json], after: int = 0) -> list[list[Json]]:
+def outbox_rows(plain: psycopg.Connection[Json], after: int = 0) -> list[list[Json]]:
     """The confirmations of each commit, in the order in which they are relayed."""
     rows = plain.execute("SELECT count, body FROM confirmations WHERE id > %s ORDER BY id", [after]).fetchall()
     commits = [[json.loads(line) for line in row["body"].split("\n")] for row in rows]
@@ -149,12 +149,12 @@ def work_for_two(draw: st.DrawFn) -> list[list[list[Event]]]:
 def test_two_connections_at_once_store_what_merge_gives(
     engine: Engine, plain: psycopg.Connection[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_FEW", 4)  # so that some are written in one way, some in the other
+    monkeypatch.setattr(event_writer, "_FEW", 4)  # so that some are written in one way, some in the other
     both_begin = threading.Barrier(2)
 
     def work(conn: Connection, batches: list[list[Event]]) -> list[Stored]:
         both_begin.wait(30)
-        return [evaluations.store(conn, batch) for batch in batches]
+        return [event_store.store(conn, batch) for batch in batches]
 
     with engine.connect() as one, engine.connect() as other, ThreadPoolExecutor(2) as threads:
 
@@ -166,7 +166,7 @@ def test_two_connections_at_once_store_what_merge_gives(
             done = [stored for future in working for stored in future.result(60)]
             batches = [batch for batches in batches_of for batch in batches]
             assert row is not None
-            committed = outbox(plain, row["last"])
+            committed = outbox_rows(plain, row["last"])
 
             standing = assert_outcomes_fit(batches, done)
             for eval_id in {key[0] for key in standing}:
@@ -209,7 +209,7 @@ def same(one: Fact, other: Fact) -> bool:
 
 
 def assert_row_is(expected: Record, conn: Connection, plain: psycopg.Connection[Json]) -> None:
-    got = evaluations.get(conn, expected.eval_id)
+    got = event_store.get(conn, expected.eval_id)
     assert got is not None
     assert got.created_at is not None
     assert got.updated_at is not None
@@ -272,10 +272,10 @@ def conflicts_among(events: Any) -> int:
 def test_an_event_is_stored_once_and_its_repetition_changes_nothing(engine: Engine, plain: psycopg.Connection[Json]) -> None:
     events = [event("queued", 1), event("completed", 2, output=LARGE)]
     assert store(engine, events).outcomes == ["applied", "applied"]
-    before = (get(engine), outbox(plain))
+    before = (get(engine), outbox_rows(plain))
     again = store(engine, [*events, *events])
     assert again == Stored(["duplicate"] * 4)
-    assert (get(engine), outbox(plain)) == before
+    assert (get(engine), outbox_rows(plain)) == before
 
 
 OTHER_BODIES = [
@@ -355,7 +355,7 @@ def test_an_event_id_is_unique_within_its_evaluation_alone(engine: Engine) -> No
 
 def test_storing_nothing_does_nothing(engine: Engine, plain: psycopg.Connection[Json]) -> None:
     assert store(engine, []) == Stored([])
-    assert outbox(plain) == []
+    assert outbox_rows(plain) == []
 
 
 # ---- exactness
@@ -447,15 +447,15 @@ def test_a_transaction_that_dies_leaves_nothing_and_storing_again_stores_all(
     with engine.connect() as conn, ThreadPoolExecutor(1) as thread:
         with psycopg.connect(database_url) as holder:
             holder.execute(HOLD[moment])
-            storing = thread.submit(evaluations.store, conn, events)
+            storing = thread.submit(event_store.store, conn, events)
             eventually(lambda: waiting(plain), what="the store held up")
             plain.execute("SELECT pg_terminate_backend(%s)", waiting(plain))
             with pytest.raises(DatabaseOutage):
                 storing.result(10)
             holder.rollback()
         assert [plain.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables] == before
-        assert evaluations.store(conn, events).outcomes == ["applied"] * 4
-        assert evaluations.store(conn, events).outcomes == ["duplicate"] * 4
+        assert event_store.store(conn, events).outcomes == ["applied"] * 4
+        assert event_store.store(conn, events).outcomes == ["duplicate"] * 4
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -508,7 +508,7 @@ def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine
     outcomes = Counter(outcome for stored in done for outcome in stored.outcomes)
     assert outcomes == {"applied": 400, "duplicate": 400}
     versions: defaultdict[str, list[int]] = defaultdict(list)
-    for body in outbox(plain):
+    for body in outbox_rows(plain):
         for one in body:
             versions[one["eval_id"]].append(one["version"])
     assert all(found == sorted(set(found)) and found[-1] == 10 for found in versions.values())
@@ -523,18 +523,18 @@ def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine
 
 def test_reading_what_is_not_there(engine: Engine) -> None:
     with engine.connect() as conn:
-        assert evaluations.get(conn, "none") is None
-        assert evaluations.applied(conn, []) == set()
-        assert evaluations.applied(conn, [("none", UUID(int=1))]) == set()
-        assert evaluations.count_by_status(conn) == {}
+        assert event_store.get(conn, "none") is None
+        assert event_store.applied(conn, []) == set()
+        assert event_store.applied(conn, [("none", UUID(int=1))]) == set()
+        assert event_store.count_by_status(conn) == {}
 
 
 def test_counting_and_finding(engine: Engine) -> None:
     store(engine, [event("queued"), event("started", 2), event("queued", eval_id="f"), event("completed", 1, eval_id="g")])
     wanted = [("e", UUID(int=1)), ("e", UUID(int=2)), ("e", UUID(int=3)), ("f", UUID(int=2)), ("g", UUID(int=1))]
     with engine.connect() as conn:
-        assert evaluations.count_by_status(conn) == {"running": 1, "queued": 1, "completed": 1}
-        assert evaluations.applied(conn, wanted) == {wanted[0], wanted[1], wanted[4]}
+        assert event_store.count_by_status(conn) == {"running": 1, "queued": 1, "completed": 1}
+        assert event_store.applied(conn, wanted) == {wanted[0], wanted[1], wanted[4]}
 
 
 # ---- the outbox
@@ -561,15 +561,15 @@ class Stream:
 def test_confirmations_are_relayed_in_order_once_and_then_forgotten(engine: Engine, plain: psycopg.Connection[Json]) -> None:
     stream = Stream()
     with engine.connect() as conn:
-        assert confirmations.relay(conn, stream.publish) == 0
+        assert outbox.relay(conn, stream.publish) == 0
         for number in range(45):
-            evaluations.store(conn, [event("running", number), event("running", number, eval_id="f")])
-        assert confirmations.relay(conn, stream.publish) == 90
-        assert confirmations.relay(conn, stream.publish) == 0
-        assert [json.loads(line) for line in stream.lines] == [one for commit in outbox(plain) for one in commit]
+            event_store.store(conn, [event("running", number), event("running", number, eval_id="f")])
+        assert outbox.relay(conn, stream.publish) == 90
+        assert outbox.relay(conn, stream.publish) == 0
+        assert [json.loads(line) for line in stream.lines] == [one for commit in outbox_rows(plain) for one in commit]
         assert stream.versions == list(range(1, 46))
-        assert confirmations.forget(conn, older_than_s=60) == 0
-        assert confirmations.forget(conn, older_than_s=0) == 45
+        assert outbox.forget(conn, older_than_s=60) == 0
+        assert outbox.forget(conn, older_than_s=0) == 45
     assert set(json.loads(stream.lines[0])) == {"type", "eval_id", "version", "status", "event_ids", "recorded_at"}
     assert json.loads(stream.lines[0])["recorded_at"].endswith("Z")
 
@@ -580,10 +580,10 @@ def test_confirmations_that_could_not_be_published_stay(engine: Engine) -> None:
 
     stream = Stream()
     with engine.connect() as conn:
-        evaluations.store(conn, [event("queued")])
+        event_store.store(conn, [event("queued")])
         with pytest.raises(Outage, match="not now"):
-            confirmations.relay(conn, fail)
-        assert confirmations.relay(conn, stream.publish) == 1
+            outbox.relay(conn, fail)
+        assert outbox.relay(conn, stream.publish) == 1
     assert stream.versions == [1]
 
 
@@ -591,10 +591,10 @@ def test_confirmations_that_the_server_lost_are_relayed_again(engine: Engine) ->
     stream = Stream()
     with engine.connect() as conn:
         for number in range(6):
-            evaluations.store(conn, [event("running", number)])
-            confirmations.relay(conn, stream.publish)
+            event_store.store(conn, [event("running", number)])
+            outbox.relay(conn, stream.publish)
         del stream.lines[2:]
-        assert confirmations.relay(conn, stream.publish) == 4
+        assert outbox.relay(conn, stream.publish) == 4
     assert stream.versions == [1, 2, 3, 4, 5, 6]
 
 
@@ -620,20 +620,20 @@ def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
 def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_for_long(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_FEW", 0)
+    monkeypatch.setattr(event_writer, "_FEW", 0)
     with engine.connect() as conn:
-        evaluations.store(conn, [event("queued", 1)])
+        event_store.store(conn, [event("queued", 1)])
         database.driver(conn).execute("DISCARD TEMP")
         conn.rollback()
 
         with pytest.raises(DatabaseOutage):
-            evaluations.store(conn, [event("started", 2)])
-        assert evaluations.store(conn, [event("started", 2)]).outcomes == ["applied"]
+            event_store.store(conn, [event("started", 2)])
+        assert event_store.store(conn, [event("started", 2)]).outcomes == ["applied"]
 
 
 def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engine) -> None:
     with engine.connect() as conn:
         for number in range(10):
-            assert evaluations.store(conn, [event("started", number)]).outcomes == ["applied"]
+            assert event_store.store(conn, [event("started", number)]).outcomes == ["applied"]
             database.driver(conn).execute("DISCARD TEMP")
             conn.rollback()

@@ -13,20 +13,22 @@ from dramatiq import Message
 from sqlalchemy import Connection
 from uuid_utils.compat import uuid4
 
+from evalstore.objects import object_store
+from evalstore.objects.s3 import S3Store
+from evalstore.storage import archive, database, event_store, garbage_collect, redrives
+from evalstore.storage.archive import Archive
+from evalstore.storage.garbage_collect import Collected, Target
+from evalstore.telemetry import backlog
 from models.content import Reference
-from models.errors import ObjectMissing, ObjectStoreOutage, RedisOutage
+from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable, RedisOutage
 from models.events import parse
 from models.settings import Settings
-from storage import archive, database, evaluations, objects, redrives, sweep
-from storage.archive import Archive
-from storage.s3 import S3Store
-from storage.sweep import Swept, Target
-from tasks import backlog
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
 from tasks.spool import Spool
-from tasks.young import Young
+from tasks.touch import ObjectToucher
 from tests.chaos.world import wait_until
-from worker import dead_letters
+from tests.integration.s3_relay import Fault, S3Relay
+from worker import dead_letter_mover
 from worker.broker import Broker
 
 GRACE = timedelta(days=7)
@@ -43,7 +45,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def target(settings: Settings) -> Iterator[Target]:
-    (found,) = sweep.targets(settings)
+    (found,) = garbage_collect.targets(settings)
     yield found
     found.store.close()
 
@@ -60,10 +62,10 @@ def test_a_directory_with_two_names_is_one_store(tmp_path: Path, there: bool) ->
     (tmp_path / "link").symlink_to(tmp_path / "objects")
     for other in ("objects/", "link"):
         settings = Settings(object_store_url=f"file://{tmp_path}/objects", archive_url=f"file://{tmp_path}/{other}")
-        assert [target.places for target in sweep.targets(settings)] == [("objects", "archive")]
+        assert [target.places for target in garbage_collect.targets(settings)] == [("objects", "archive")]
         assert Archive.of(settings).place == "objects"
     apart = Settings(object_store_url=f"file://{tmp_path}/objects", archive_url=f"file://{tmp_path}/elsewhere")
-    assert [target.places for target in sweep.targets(apart)] == [("objects",), ("archive",)]
+    assert [target.places for target in garbage_collect.targets(apart)] == [("objects",), ("archive",)]
 
 
 class Sweeper:
@@ -72,13 +74,13 @@ class Sweeper:
     def __init__(self, conn: Connection, target: Target, broker: Broker, spool: Spool) -> None:
         self._given, self._broker, self._spool = (conn, target), broker, spool
 
-    def after(self, time: timedelta, **options: Any) -> Swept:
-        longest_s = sweep.longest_wait(GRACE).total_seconds()
-        return sweep.run_once(
+    def after(self, time: timedelta, **options: Any) -> Collected:
+        longest_s = garbage_collect.longest_wait(GRACE).total_seconds()
+        return garbage_collect.run_once(
             *self._given,
             datetime.now(UTC) + time,
             GRACE,
-            lambda: backlog.look(self._broker, self._spool, longest_s=longest_s),
+            lambda: backlog.snapshot(self._broker, self._spool, longest_s=longest_s),
             **options,
         )
 
@@ -90,7 +92,7 @@ def sweeper(conn: Connection, target: Target, broker: Broker, spool: Spool) -> S
 
 def put(target: Target) -> Reference:
     """Content that is nowhere else."""
-    return objects.put(target.store, os.urandom(2000)).reference
+    return object_store.put(target.store, os.urandom(2000)).reference
 
 
 def event(reference: Reference) -> dict[str, Any]:
@@ -119,7 +121,24 @@ def test_what_nothing_names_goes_once_it_is_older_than_the_grace(sweeper: Sweepe
     assert keys(target) == set()
     for orphan in orphans:
         with pytest.raises(ObjectMissing):
-            objects.head(target.store, orphan)
+            object_store.head(target.store, orphan)
+
+
+def test_an_object_that_the_store_keeps_does_not_keep_the_others(
+    conn: Connection, broker: Broker, spool: Spool, s3_url: str, s3_server: Any
+) -> None:
+    with S3Relay(s3_server.port) as relay:
+        settings = Settings(object_store_url=s3_url, s3_endpoint_url=relay.endpoint)
+        (target,) = garbage_collect.targets(settings)
+        locked = min((put(target) for _ in range(3)), key=lambda reference: reference.key)  # the first of the listing
+        path = f"{s3_url.rpartition('/')[2]}/{locked.key}"
+        relay.fail(
+            lambda request: request.method == "DELETE" and request.path.endswith(path), Fault("answer", (403, "AccessDenied"))
+        )
+        with pytest.raises(ObjectUnavailable, match=locked.key):
+            Sweeper(conn, target, broker, spool).after(timedelta(days=8))
+        assert keys(target) == {locked.key}
+        target.store.close()
 
 
 def test_what_a_message_a_dead_letter_or_a_row_names_stays(
@@ -130,12 +149,12 @@ def test_what_a_message_a_dead_letter_or_a_row_names_stays(
     broker.enqueue(message(delayed), delay=60_000)
     broker.enqueue(message(buried))
     bury(broker, broker.client.rpop(broker.keys(QUEUE).queue))
-    assert dead_letters.move(conn, broker) == 1
+    assert dead_letter_mover.move(conn, broker) == 1
     broker.enqueue(message(dead))
     broker.enqueue(message(queued))
     bury(broker, broker.client.lpop(broker.keys(QUEUE).queue))
     spool.append(["an id", message(kept).encode()])
-    evaluations.store(conn, [parse(event(stored))])
+    event_store.store(conn, [parse(event(stored))])
 
     assert sweeper.after(timedelta(days=8)).removed == 1
 
@@ -170,23 +189,23 @@ def test_a_dead_letter_redriven_after_a_month_finds_its_content(
     sent = message(content)
     broker.enqueue(sent)
     bury(broker, broker.client.lpop(broker.keys(QUEUE).queue))
-    dead_letters.move(conn, broker)
+    dead_letter_mover.move(conn, broker)
     with conn.begin():
         ((letter_id,),) = database.driver(conn).execute("SELECT id FROM dead_letters").fetchall()
         database.driver(conn).execute("UPDATE dead_letters SET state = 'redriving'")
     assert sweeper.after(MONTH).removed == 0
 
-    evaluations.store(conn, [parse(sent.args[0])])
+    event_store.store(conn, [parse(sent.args[0])])
     redrives.stored(conn, [letter_id])
 
     assert sweeper.after(2 * MONTH).removed == 0
-    assert len(b"".join(objects.read(target.store, content))) == 2000
+    assert len(b"".join(object_store.read(target.store, content))) == 2000
 
 
 def test_what_an_archiver_that_died_left_is_found(
     sweeper: Sweeper, target: Target, conn: Connection, settings: Settings
 ) -> None:
-    evaluations.store(conn, [parse(event(put(target)) | {"output_ref": None, "output": "o" * 2_000_000})])
+    event_store.store(conn, [parse(event(put(target)) | {"output_ref": None, "output": "o" * 2_000_000})])
 
     def die(step: archive.Step, row: archive.Row) -> None:
         if step == "verified":
@@ -210,10 +229,10 @@ def test_a_part_of_all_names_is_looked_at_in_each_run_and_all_of_them_in_as_many
 def test_senders_that_find_an_orphan_while_it_is_swept_never_lose_it(
     tmp_path: Path, conn: Connection, broker: Broker, spool: Spool
 ) -> None:
-    (target,) = sweep.targets(Settings(object_store_url=f"file://{tmp_path}/objects"))
+    (target,) = garbage_collect.targets(Settings(object_store_url=f"file://{tmp_path}/objects"))
     sweeper = Sweeper(conn, target, broker, spool)
     content = os.urandom(2000)
-    reference, _ = objects.put(target.store, content)
+    reference, _ = object_store.put(target.store, content)
     path = next((tmp_path / "objects").glob("*/*/*"))
     long_ago = (datetime.now(UTC) - MONTH).timestamp()
     stop, removed = threading.Event(), [0]
@@ -228,8 +247,8 @@ def test_senders_that_find_an_orphan_while_it_is_swept_never_lose_it(
         for _ in range(500):
             with suppress(FileNotFoundError):
                 os.utime(path, (long_ago, long_ago))
-            assert objects.put(target.store, content, touch_before=datetime.now(UTC) - GRACE / 2).reference == reference
-            objects.verify(target.store, reference)
+            assert object_store.put(target.store, content, touch_before=datetime.now(UTC) - GRACE / 2).reference == reference
+            object_store.verify(target.store, reference)
     finally:
         stop.set()
         sweeping.join()
@@ -243,17 +262,17 @@ def test_the_spool_keeps_the_objects_young_that_its_events_need(tmp_path: Path, 
     content, other = put(target), put(target)
     long_ago = datetime.now(UTC)
     hurried = settings.model_copy(update={"sweep_grace_days": 1 / 86_400_000})  # at once half as old as that
-    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=Young(hurried))
+    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=ObjectToucher(hurried))
     spool.append(["an id", message(content).encode()])
     spool.append(["another", message(Reference("0" * 64, 5, "identity")).encode()])
 
     def is_younger() -> bool:  # S3 tells whole seconds
         with pytest.raises(RedisOutage):
             spool.forward(away)
-        return objects.head(target.store, content).modified_at > long_ago
+        return object_store.head(target.store, content).modified_at > long_ago
 
     wait_until(is_younger, what="it is young again")
-    assert objects.head(target.store, other).modified_at <= long_ago
+    assert object_store.head(target.store, other).modified_at <= long_ago
 
 
 def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
@@ -262,7 +281,7 @@ def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
     bucket, prefix = s3_url.removeprefix("s3://").split("/")
     sweeping, sending = (S3Store(bucket, prefix, Settings(s3_endpoint_url=s3_server.endpoint)) for _ in range(2))
     content = os.urandom(2000)
-    reference, _ = objects.put(sweeping, content)
+    reference, _ = object_store.put(sweeping, content)
     touched = threading.Event()
     is_there: list[bool] = []
     copy, delete = sending._s3.copy_object, sweeping._s3.delete_object
@@ -279,8 +298,8 @@ def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
         return delete(**given)
 
     def send() -> None:
-        objects.put(sending, content, touch_before=datetime.now(UTC) + MONTH)
-        is_there.append(b"".join(objects.read(sending, reference)) == content)
+        object_store.put(sending, content, touch_before=datetime.now(UTC) + MONTH)
+        is_there.append(b"".join(object_store.read(sending, reference)) == content)
 
     sender = threading.Thread(target=send)
     monkeypatch.setattr(sending._s3, "copy_object", copy_object)
@@ -288,8 +307,8 @@ def test_a_sender_waits_for_a_deletion_on_s3_that_has_looked_already(
     assert sweeping.delete(reference.key, unmodified_since=datetime.now(UTC) + MONTH)
     sender.join()
     assert is_there == [True]
-    assert objects.head(sending, reference).size == 2000
-    assert sending.leftovers(datetime.now(UTC) + MONTH) == []
+    assert object_store.head(sending, reference).size == 2000
+    assert sending.orphans(datetime.now(UTC) + MONTH) == []
 
 
 def test_a_deletion_that_never_ends_is_an_outage_for_a_while_and_its_mark_a_leftover(
@@ -297,12 +316,12 @@ def test_a_deletion_that_never_ends_is_an_outage_for_a_while_and_its_mark_a_left
 ) -> None:
     bucket, prefix = s3_url.removeprefix("s3://").split("/")
     store = S3Store(bucket, prefix, Settings(s3_endpoint_url=s3_server.endpoint))
-    reference, _ = objects.put(store, os.urandom(2000))
+    reference, _ = object_store.put(store, os.urandom(2000))
     store._s3.put_object(**store._mark(reference.key), Body=b"")
-    monkeypatch.setattr("storage.s3._PATIENCE_S", 0.2)
+    monkeypatch.setattr("evalstore.objects.s3._PATIENCE_S", 0.2)
     with pytest.raises(ObjectStoreOutage, match="is being deleted"):
         store.touch(reference.key)
-    monkeypatch.setattr("storage.s3._MARK_S", 0)
+    monkeypatch.setattr("evalstore.objects.s3._MARK_S", 0)
     store.touch(reference.key)
-    assert len(store.leftovers(datetime.now(UTC) + MONTH, remove=True)) == 1
-    assert store.leftovers(datetime.now(UTC) + MONTH) == []
+    assert len(store.orphans(datetime.now(UTC) + MONTH, remove=True)) == 1
+    assert store.orphans(datetime.now(UTC) + MONTH) == []

@@ -13,8 +13,8 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from ops.servers import Postgres
-from storage import migrations
+from evalstore.local.servers import Postgres
+from evalstore.storage import migrations
 from tests.chaos.relay import ROOT
 from tests.chaos.world import KEYS, World, wait_until
 from tests.integration.conftest import Api

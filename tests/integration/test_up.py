@@ -17,7 +17,7 @@ import psycopg
 import pytest
 import redis
 
-from ops.local import running
+from evalstore.local.stack import running
 
 Eventually = Callable[..., None]
 LivingIn = Callable[[Path], list[str]]
@@ -38,11 +38,11 @@ SERVE = """
 import sys
 from pathlib import Path
 from uuid import uuid4
-from ops.up import serve
+from evalstore.cli.up import serve
 worker = [sys.executable, "-c", sys.argv[2], *sys.argv[3:]]
 sys.exit(serve(Path(sys.argv[1]), {"worker": worker}))
 """
-# Says that it works, as worker/vitals.py does, once it is let.
+# Says that it works, as worker/heartbeat.py does, once it is let.
 LATE = """
 import json, os, pathlib, redis, time
 print("imports", flush=True)
@@ -55,7 +55,7 @@ time.sleep(600)
 SERVE_LATE = """
 import sys
 from pathlib import Path
-from ops.up import serve
+from evalstore.cli.up import serve
 sys.exit(serve(Path(sys.argv[1]), {"worker": [sys.executable, "-c", sys.argv[2]]}, workers=1))
 """
 
@@ -309,7 +309,7 @@ def test_log_lines_show_whose_they_are_and_hold_no_terminal_codes(start: Start) 
 
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_names_are_coloured_on_a_terminal_only(variables: Mapping[str, str], coloured: bool) -> None:
-    code = "from ops.up import prefixed; prefixed(['up', 'worker'])('worker', 'hello')"
+    code = "from evalstore.cli.up import prefixed; prefixed(['up', 'worker'])('worker', 'hello')"
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm", **variables}
     subprocess.run([sys.executable, "-c", code], stderr=theirs, env=env, check=True)
@@ -332,7 +332,7 @@ def test_a_relative_folder_with_a_space_in_its_name_will_do(tmp_path: Path, even
 
 def test_nothing_that_was_sent_is_missing_after_a_kill(tmp_path: Path, living_in: LivingIn, eventually: Eventually) -> None:
     """The real command with the real worker, killed while events are on their way."""
-    evalstore, folder, said = [sys.executable, "-m", "ops.cli"], tmp_path / ".evalstore", tmp_path / "said"
+    evalstore, folder, said = [sys.executable, "-m", "evalstore.cli.app"], tmp_path / ".evalstore", tmp_path / "said"
     sent = tmp_path / "sent.jsonl"
     events = [{"type": "evaluation:queued", "eval_id": f"e{n}", "event_id": str(uuid4()), "code": "1"} for n in range(3000)]
     sent.write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -15,12 +15,12 @@ import psycopg
 import pytest
 from dramatiq import Message
 
+from evalstore.local import processes
+from evalstore.objects import object_store
 from models.content import Reference
 from models.settings import Settings
-from ops import processes
-from storage import objects
-from tasks.broker import Broker
-from tasks.evaluations import QUEUE
+from tasks.actor import QUEUE
+from tasks.broker import SendingBroker
 from tests.integration.s3_relay import Fault, S3Relay
 from tests.seaweedfs import SeaweedFS
 
@@ -52,7 +52,7 @@ def start_worker(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[
         print(log.read_text(errors="replace")[-6000:])
 
 
-def send(broker: Broker, reference: Reference | None = None, *, waited_s: float = 0) -> str:
+def send(broker: SendingBroker, reference: Reference | None = None, *, waited_s: float = 0) -> str:
     """Put an event in the queue, as a sender of `waited_s` ago did; returns its id."""
     event_id = str(uuid4())
     event: Json = {"type": "evaluation:failed", "eval_id": f"e-{event_id}", "event_id": event_id, "exit_code": 1}
@@ -77,17 +77,17 @@ def missing(content: bytes = b"nobody put this there") -> Reference:
     return Reference(hashlib.sha256(content).hexdigest(), len(content), "identity")
 
 
-def file_store(tmp_path: Path) -> tuple[objects.Store, str]:
+def file_store(tmp_path: Path) -> tuple[object_store.Store, str]:
     url = f"file://{tmp_path}/mount/objects"
     (tmp_path / "mount").mkdir()
-    return objects.open_store(url, Settings()), url
+    return object_store.open_store(url, Settings()), url
 
 
 def test_a_missing_object_is_waited_for_until_the_grace_is_over(
-    broker: Broker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+    broker: SendingBroker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
 ) -> None:
     store, url = file_store(tmp_path)
-    there, _ = objects.put(store, b"there")
+    there, _ = object_store.put(store, b"there")
     late, never = missing(b"late"), missing()
     ids = {name: send(broker, reference) for name, reference in (("good", None), ("there", there), ("late", late))}
     ids["never"] = send(broker, never, waited_s=55)
@@ -96,7 +96,7 @@ def test_a_missing_object_is_waited_for_until_the_grace_is_over(
     start_worker(EVALSTORE_OBJECT_STORE_URL=url, EVALSTORE_OBJECT_GRACE_S="60")
 
     eventually(lambda: applied(database_url) == {ids["good"], ids["there"]}, within_s=20)
-    objects.put(store, b"late")
+    object_store.put(store, b"late")
     eventually(lambda: ids["late"] in applied(database_url), within_s=30)
     eventually(lambda: len(letters(database_url)) == 3, within_s=30)
     found = {event_id: (error, message) for event_id, error, message, _, _ in letters(database_url)}
@@ -107,8 +107,29 @@ def test_a_missing_object_is_waited_for_until_the_grace_is_over(
     assert broker.counts(QUEUE) == {"ready": 0, "inflight": 0, "delayed": 0, "dead": 0}
 
 
-def fill(store: objects.Store) -> list[Reference]:
-    return [objects.put(store, f"content {number}".encode()).reference for number in range(20)]
+def test_a_refused_object_holds_up_no_other_and_is_a_dead_letter_when_the_grace_is_over(
+    broker: Broker, database_url: str, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+) -> None:
+    store, url = file_store(tmp_path)
+    there, refused = object_store.put(store, b"there").reference, object_store.put(store, b"refused").reference
+    path = tmp_path / "mount/objects" / refused.key[:2] / refused.key[2:4] / refused.key
+    path.unlink()
+    path.mkdir()  # which no user can read as a file
+    waits, expired, good = send(broker, refused), send(broker, refused, waited_s=9999), send(broker, there)
+    log = start_worker(EVALSTORE_OBJECT_STORE_URL=url, EVALSTORE_OBJECT_GRACE_S="600")
+    eventually(lambda: applied(database_url) == {good}, within_s=20)
+    eventually(
+        lambda: [(found[0], found[1]) for found in letters(database_url)] == [(expired, "ObjectUnavailable")], within_s=20
+    )
+    assert refused.key in letters(database_url)[0][2]
+    assert log.read_text().count("the object store refuses an object") == 1
+    path.rmdir()
+    object_store.put(store, b"refused")
+    eventually(lambda: applied(database_url) == {good, waits}, within_s=40)
+
+
+def fill(store: object_store.Store) -> list[Reference]:
+    return [object_store.put(store, f"content {number}".encode()).reference for number in range(20)]
 
 
 @pytest.fixture(params=["folder", "reset", "hold", "SlowDown"])
@@ -130,7 +151,7 @@ def outage(request: Any, tmp_path: Path) -> Iterator[Outage]:
     with S3Relay(server.port) as relay:
         fault = Fault("answer", (503, "SlowDown")) if request.param == "SlowDown" else Fault(request.param)
         relay.fail(lambda _: True, fault)
-        references = fill(objects.open_store(s3_url, Settings(s3_endpoint_url=server.endpoint)))
+        references = fill(object_store.open_store(s3_url, Settings(s3_endpoint_url=server.endpoint)))
         environment = {"EVALSTORE_OBJECT_STORE_URL": s3_url, "EVALSTORE_S3_ENDPOINT_URL": relay.endpoint}
 
         def heal() -> None:
@@ -142,7 +163,7 @@ def outage(request: Any, tmp_path: Path) -> Iterator[Outage]:
 
 def test_while_the_object_store_is_away_only_events_that_need_it_wait(
     outage: Outage,
-    broker: Broker,
+    broker: SendingBroker,
     database_url: str,
     start_worker: StartWorker,
     eventually: Eventually,
@@ -168,10 +189,10 @@ def test_while_the_object_store_is_away_only_events_that_need_it_wait(
 
 
 def test_an_event_that_waits_is_kept_as_it_was_sent(
-    broker: Broker, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
+    broker: SendingBroker, start_worker: StartWorker, tmp_path: Path, eventually: Eventually
 ) -> None:
     store, url = file_store(tmp_path)
-    objects.put(store, b"")
+    object_store.put(store, b"")
     send(broker, missing())
     (before,) = [body for _, body in broker.held(QUEUE)]
     start_worker(EVALSTORE_OBJECT_STORE_URL=url)

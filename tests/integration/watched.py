@@ -16,9 +16,9 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
+from evalstore.local.servers import free_port
 from models.events import Event
 from models.record import Fact
-from ops.servers import free_port
 
 WORKER = ("-m", "dramatiq", "worker.tasks", "--processes", "2", "--threads", "2")
 STICKING = ("-m", "dramatiq", "tests.integration.watched", "--processes", "2", "--threads", "2")
@@ -135,16 +135,16 @@ def seen(answer: httpx.Response) -> Seen:
 
 
 if "dramatiq" in sys.argv[0]:
-    from storage import evaluations
+    from evalstore.storage import event_store
 
-    _store = evaluations.store
+    _store = event_store.store
 
     def _stick(conn: Any, events: Sequence[Event | Fact], *args: Any, **given: Any) -> Any:
         if any(event.eval_id == "stick" for event in events):
             threading.Event().wait()
         return _store(conn, events, *args, **given)
 
-    evaluations.store = _stick
+    event_store.store = _stick
 
     from worker import tasks
 

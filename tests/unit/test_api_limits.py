@@ -9,8 +9,18 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import contents, documentation, evaluations, events, health, lists, openapi, problems, uploads
-from api.limits import Guard
+from evalstore.api import (
+    content_routes,
+    documentation,
+    event_routes,
+    health_routes,
+    list_routes,
+    openapi,
+    problems,
+    record_routes,
+    upload_routes,
+)
+from evalstore.api.limits import RequestLimitsMiddleware
 
 Exchange = tuple[list[Message], list[int]]
 
@@ -28,7 +38,9 @@ def exchange(app: ASGIApp, body: list[bytes] | None = None, headers: list[tuple[
         sent.append(message)
 
     scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": headers or [(b"transfer-encoding", b"chunked")]}
-    guard = Guard(app, max_request_bytes=lambda: 100, observe=lambda _scope, status, _seconds: statuses.append(status))
+    guard = RequestLimitsMiddleware(
+        app, max_request_bytes=lambda: 100, observe=lambda _scope, status, _seconds: statuses.append(status)
+    )
     asyncio.run(guard(scope, receive, send))
     return sent, statuses
 
@@ -117,7 +129,7 @@ def test_the_document_names_examples_and_errors_of_every_request(made: Any) -> N
 @pytest.fixture(scope="module")
 def made() -> Any:
     app = FastAPI()
-    for part in (evaluations, lists, events, contents, uploads, health):
+    for part in (record_routes, list_routes, event_routes, content_routes, upload_routes, health_routes):
         app.include_router(part.router)
     return openapi.document(app, title="evalstore", version="1", description="d")
 

@@ -1,14 +1,14 @@
 """The breaker shows as it is."""
 
-from worker.evaluations import Store
-from worker.hold import Hold
-from worker.metrics import Metrics
+from worker.handler import Handler
+from worker.in_flight import InFlight
+from worker.metrics import WorkerMetrics
 
 
 def test_a_probe_that_turns_out_bad_after_another_one_was_stored_does_not_show_the_breaker_open() -> None:
-    metrics = Metrics()
-    store = Store(Hold(), metrics=metrics)
+    metrics = WorkerMetrics()
+    store = Handler(InFlight(), metrics=metrics)
 
-    store._shout({b"id": b"{}"})  # nothing would ever say that it is closed: it is
+    store._log_breaker_open({b"id": b"{}"})  # nothing would ever say that it is closed: it is
 
-    assert metrics.ledger.get("evalstore_breaker_open") == 0
+    assert metrics.counters.get("evalstore_breaker_open") == 0

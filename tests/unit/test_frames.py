@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evalstore.objects import frames
+from evalstore.objects.frames import Encoder, Index, is_key, read_index
 from models.content import FRAME_BYTES, Reference
 from models.errors import ObjectDamaged
-from storage import frames
-from storage.frames import Encoder, Index, is_key, read_index
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -11,30 +11,30 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
 
+from evalstore.telemetry import process_registry
+from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.settings import settings
-from tasks import groups
-from tasks.ledger import Layout, Ledger, counted_by
 from worker.metrics import Outages
 
-LAYOUT = Layout(counted_by("worker"), {"job_name": ["a"]})
+LAYOUT = Schema(counted_by("worker"), {"job_name": ["a"]})
 APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
 
 # A process that counts, and beats until it is killed; `after` says what it does when it has begun.
 _PROCESS = """
 import sys, threading, time
-from tasks import groups
-from tasks.ledger import Layout, Ledger, counted_by
-ledger = Ledger(Layout(counted_by("worker"), {"job_name": ["a"]}))
+from evalstore.telemetry import process_registry as groups
+from evalstore.telemetry.counters import Counters, Schema, counted_by
+ledger = Counters(Schema(counted_by("worker"), {"job_name": ["a"]}))
 ledger.add("evalstore_events_total", "applied", "evaluation:queued", by=int(sys.argv[1]))
 groups.join("worker", ledger)
 ledger.add("evalstore_outage_seconds_total", "redis", by=int(sys.argv[1]))
 ledger.set("evalstore_breaker_open", to=1)
 ledger.watch_thread("main")
-ledger.due(0.5)
+ledger.set_deadline(0.5)
 print("ready", flush=True)
 while True:
     time.sleep(0.05)
-    ledger.due(0.5)
+    ledger.set_deadline(0.5)
 """
 
 
@@ -63,8 +63,8 @@ def start() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def counted(group: groups.Group, *key: str) -> float:
-    return group.totals(LAYOUT)[LAYOUT.places[key[0], key[1:]]]
+def counted(group: process_registry.Group, *key: str) -> float:
+    return group.totals(LAYOUT)[LAYOUT.offsets[key[0], key[1:]]]
 
 
 def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
@@ -72,16 +72,22 @@ def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
 ) -> None:
     for number in (3, 4):
         started = start(number)
-        assert len(groups.groups()) == 1
+        assert len(process_registry.groups()) == 1
         started.send_signal(SIGKILL)
         started.wait()
-        assert groups.groups() == []
+        assert process_registry.groups() == []
     start(5)
     start(6)
 
-    assert sorted(counted(group, APPLIED[0], *APPLIED[1]) for group in groups.groups()) == [6, 3 + 4 + 5]
-    assert sorted(counted(group, "evalstore_outage_seconds_total", "redis") for group in groups.groups()) == [6, 3 + 4 + 5]
-    assert [counted(group, "evalstore_breaker_open") for group in groups.groups()] == [1, 1]  # gauges of the dead are over
+    assert sorted(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups()) == [6, 3 + 4 + 5]
+    assert sorted(counted(group, "evalstore_outage_seconds_total", "redis") for group in process_registry.groups()) == [
+        6,
+        3 + 4 + 5,
+    ]
+    assert [counted(group, "evalstore_breaker_open") for group in process_registry.groups()] == [
+        1,
+        1,
+    ]  # gauges of the dead are over
     assert len(list(runtime.glob("worker;*"))) == 2
 
 
@@ -90,11 +96,11 @@ def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
     start: Callable[[int], subprocess.Popen[bytes]], runtime: Path, monkeypatch: pytest.MonkeyPatch, done: str
 ) -> None:
     started = start(7)
-    (ended,) = groups.groups()
+    (ended,) = process_registry.groups()
     started.kill()
     started.wait()
     start(1)
-    heir = next(group for group in groups.groups() if group.folder != ended.folder)
+    heir = next(group for group in process_registry.groups() if group.folder != ended.folder)
     assert counted(heir, APPLIED[0], *APPLIED[1]) == 8
 
     # What a crash leaves behind after each step: a total that has not its name yet, or that has it, beside the files; the total
@@ -104,19 +110,19 @@ def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
     if done != "moved":
         taken.rename(ended.folder / ("total.new" if done == "new" else "total"))
     if done == "new":
-        (ended.folder / groups.name_of(2**22 - 1)).write_bytes((ended.folder / "total.new").read_bytes())
+        (ended.folder / process_registry.name_of(2**22 - 1)).write_bytes((ended.folder / "total.new").read_bytes())
     if done == "total":
-        (ended.folder / groups.name_of(2**22 - 1)).write_bytes(LAYOUT.data([9.0] * LAYOUT.size))
+        (ended.folder / process_registry.name_of(2**22 - 1)).write_bytes(LAYOUT.data([9.0] * LAYOUT.size))
     start(2)
 
-    assert sum(counted(group, APPLIED[0], *APPLIED[1]) for group in groups.groups()) == 7 + 1 + 2
+    assert sum(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups()) == 7 + 1 + 2
 
 
 def test_a_frozen_process_is_stuck_until_it_goes_on(
     start: Callable[[int], subprocess.Popen[bytes]], eventually: Callable[..., None]
 ) -> None:
     started = start(1)
-    (group,) = groups.groups()
+    (group,) = process_registry.groups()
     assert [process.stuck for process in group.processes()] == [[]]
 
     started.send_signal(SIGSTOP)
@@ -126,27 +132,27 @@ def test_a_frozen_process_is_stuck_until_it_goes_on(
 
 
 def test_a_thread_that_is_stuck_shows_and_one_that_waits_does_not(eventually: Callable[..., None]) -> None:
-    ledger = Ledger(LAYOUT)
-    group = groups.join("worker", ledger)
+    ledger = Counters(LAYOUT)
+    group = process_registry.join("worker", ledger)
     ledger.watch_thread("batches")
 
-    ledger.due(None)
+    ledger.set_deadline(None)
     assert [process.stuck for process in group.processes()] == [[]]
-    ledger.due(0.01)
+    ledger.set_deadline(0.01)
     eventually(lambda: [process.stuck for process in group.processes()] == [["batches"]], what="the verdict")
     ledger.leave_thread()
     assert [process.stuck for process in group.processes()] == [[]]
 
 
 def test_counts_of_another_release_are_dropped(runtime: Path, start: Callable[[int], subprocess.Popen[bytes]]) -> None:
-    other = Layout(counted_by("api"), {"method": [], "route": [], "status": []})
-    ended = runtime / f"worker;{groups.name_of(2**22 - 1)}"
+    other = Schema(counted_by("api"), {"method": [], "route": [], "status": []})
+    ended = runtime / f"worker;{process_registry.name_of(2**22 - 1)}"
     ended.mkdir(parents=True)
-    (ended / groups.name_of(2**22 - 1)).write_bytes(other.data([9.0] * other.size))
+    (ended / process_registry.name_of(2**22 - 1)).write_bytes(other.data([9.0] * other.size))
 
     start(2)
 
-    (group,) = groups.groups()
+    (group,) = process_registry.groups()
     assert counted(group, APPLIED[0], *APPLIED[1]) == 2
     assert not ended.exists()
 
@@ -155,31 +161,31 @@ def test_a_full_disk_hides_who_begins_then_and_nobody_else(
     start: Callable[[int], subprocess.Popen[bytes]], runtime: Path
 ) -> None:
     start(3)
-    (group,) = groups.groups()
+    (group,) = process_registry.groups()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     on_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(groups.Unshared):
-            groups.join("worker", Ledger(LAYOUT))
+        with pytest.raises(process_registry.RegistryUnavailable):
+            process_registry.join("worker", Counters(LAYOUT))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, on_signal)
-    assert len(groups.groups()) == 1
+    assert len(process_registry.groups()) == 1
 
-    (group.folder / groups.name_of(os.getpid())).write_bytes(b"")  # of one that makes its file just now
+    (group.folder / process_registry.name_of(os.getpid())).write_bytes(b"")  # of one that makes its file just now
     assert [process.stuck for process in group.processes()] == [[], []]
     assert counted(group, APPLIED[0], *APPLIED[1]) == 3
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(groups.Unshared, match="another user"):
-        groups.runtime()
+    with pytest.raises(process_registry.RegistryUnavailable, match="another user"):
+        process_registry.runtime()
 
 
 def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(eventually: Callable[..., None]) -> None:
-    ledger = Ledger(LAYOUT)
+    ledger = Counters(LAYOUT)
     outages = Outages(ledger, heard_for_s=0.2)
     for server in ("objects", "redis"):
         outages.away(server, "somebody")
@@ -190,9 +196,9 @@ def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(event
 
 
 def test_histograms_count_each_value_in_its_bucket() -> None:
-    ledger = Ledger(LAYOUT)
+    ledger = Counters(LAYOUT)
     for value in (1, 2, 3, 20_000):
         ledger.observe("evalstore_batch_events", value=value)
-    place = LAYOUT.places["evalstore_batch_events", ()]
+    place = LAYOUT.offsets["evalstore_batch_events", ()]
     numbers = LAYOUT.numbers(ledger.data())[place : place + 15]
     assert numbers == [1, 1, 1, *[0] * 10, 1, 20_006]

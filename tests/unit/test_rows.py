@@ -2,9 +2,9 @@
 
 from uuid import UUID
 
+from evalstore.storage.event_writer import are_few
 from models.events import parse
 from models.record import Fact, fact
-from storage.rows import are_few
 
 
 def queued(size: int) -> Fact:

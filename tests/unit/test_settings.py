@@ -9,9 +9,9 @@ import pytest
 import redis
 from psycopg.conninfo import conninfo_to_dict
 
+from evalstore.local import processes
 from models import InvalidSettings
-from models.settings import Settings, misspelt
-from ops import processes
+from models.settings import Settings, unknown_settings
 
 ADDRESS = "postgresql://user:hunter2@db/evalstore"
 
@@ -126,7 +126,7 @@ def test_all_faults_are_reported_together() -> None:
 
 def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> None:
     wrong = {"EVALSTORE_REDIS_URL": "foo", "EVALSTORE_BATCH_EVENTS": "many"}
-    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "api.app:app"]):
+    for program in (["-c", "import worker.tasks"], ["-m", "evalstore.api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
         done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
         (line,) = done.stderr.splitlines()
         assert re.fullmatch("EVALSTORE_REDIS_URL: .*; EVALSTORE_BATCH_EVENTS: expected an integer", line)
@@ -135,7 +135,7 @@ def test_a_process_whose_settings_are_wrong_says_which_and_nothing_else() -> Non
 
 def test_an_address_that_libpq_does_not_take_is_told_at_once_instead_of_at_each_event() -> None:
     wrong = {"EVALSTORE_DATABASE_URL": "postgresql://u:hunter2@localhost/x?sslmod=require"}
-    for program in (["-c", "import worker.tasks"], ["-m", "api"], ["-m", "uvicorn", "api.app:app"]):
+    for program in (["-c", "import worker.tasks"], ["-m", "evalstore.api"], ["-m", "uvicorn", "evalstore.api.app:app"]):
         done = subprocess.run([sys.executable, *program], env=os.environ | wrong, capture_output=True, text=True, check=False)
         assert done.stderr == "EVALSTORE_DATABASE_URL: expected an address that libpq understands\n"
         assert done.returncode == 2
@@ -147,7 +147,7 @@ def test_secrets_never_print() -> None:
 
 
 def test_a_variable_that_is_spelt_like_a_setting_is_told_with_it_and_no_other_is() -> None:
-    told = misspelt(
+    told = unknown_settings(
         {
             "EVALSTORE_SPOOLDIR": "/var/spool/evalstore",
             "EVALSTORE_DATABASE_URI": "",
@@ -171,7 +171,9 @@ def test_a_variable_that_is_spelt_like_a_setting_is_told_with_it_and_no_other_is
 
 def test_no_name_that_processes_find_in_their_environment_is_taken_for_a_misspelling() -> None:
     assert (
-        misspelt({**os.environ, processes.MARK: "/data", **{f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}})
+        unknown_settings(
+            {**os.environ, processes.MARK: "/data", **{f"EVALSTORE_{name.upper()}": "" for name in Settings.model_fields}}
+        )
         == []
     )
 
@@ -180,7 +182,7 @@ def test_no_name_that_processes_find_in_their_environment_is_taken_for_a_misspel
     "start",
     [
         "import worker.tasks",
-        "import sys; sys.argv = ['evalstore', 'cron', '--help']; from ops.entry import main; main()",
+        "import sys; sys.argv = ['evalstore', 'cron', '--help']; from evalstore.cli.entry import main; main()",
         "from tasks.broker import broker; broker(); broker.cache_clear(); broker()",
     ],
 )

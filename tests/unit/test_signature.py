@@ -4,9 +4,9 @@ from uuid import UUID
 
 import pytest
 
+from evalstore.storage.dead_letters import signature
 from models.errors import EventIdReused, InvalidEvent
 from models.events import parse
-from storage.dead_letters import signature
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from models.errors import InvalidSettings, RedisOutage, SpoolFull
 from models.settings import Settings
-from tasks.spool import Record, Spool
+from tasks.spool import Spool, SpoolRecord
 
 ROOT = Path(__file__).parents[2]
 IDS = st.text("0123456789abcdef-", min_size=1, max_size=36).map(str.encode)
-RECORDS = st.builds(Record, st.integers(0, 2**63), IDS, st.binary(max_size=300).map(lambda body: body.replace(b"\n", b" ")))
+RECORDS = st.builds(
+    SpoolRecord, st.integers(0, 2**63), IDS, st.binary(max_size=300).map(lambda body: body.replace(b"\n", b" "))
+)
 
 
 class Sent:
@@ -59,31 +61,31 @@ def keep(spool: Spool, *bodies: str) -> None:
 
 
 @given(RECORDS)
-def test_a_record_is_one_line_and_comes_back(record: Record) -> None:
+def test_a_record_is_one_line_and_comes_back(record: SpoolRecord) -> None:
     line = record.line()
     assert line.index(b"\n") == len(line) - 1
-    assert Record.of(line) == record
+    assert SpoolRecord.of(line) == record
 
 
 @given(RECORDS)
-def test_a_record_cut_off_anywhere_is_damaged_unless_it_lacks_its_line_break_alone(record: Record) -> None:
+def test_a_record_cut_off_anywhere_is_damaged_unless_it_lacks_its_line_break_alone(record: SpoolRecord) -> None:
     line = record.line()
     for length in range(len(line) - 1):
-        assert Record.of(line[:length]) is None
-    assert Record.of(line[:-1]) == record
+        assert SpoolRecord.of(line[:length]) is None
+    assert SpoolRecord.of(line[:-1]) == record
 
 
 @given(RECORDS, st.data())
-def test_a_record_of_which_any_byte_is_another_is_damaged(record: Record, data: st.DataObject) -> None:
+def test_a_record_of_which_any_byte_is_another_is_damaged(record: SpoolRecord, data: st.DataObject) -> None:
     line = bytearray(record.line())
     place = data.draw(st.integers(0, len(line) - 1))
     line[place] ^= data.draw(st.integers(1, 255))
-    assert Record.of(bytes(line)) is None
+    assert SpoolRecord.of(bytes(line)) is None
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_damaged_or_a_record_and_never_an_error(line: bytes) -> None:
-    assert Record.of(line) is None
+    assert SpoolRecord.of(line) is None
 
 
 # ---- what a crash leaves
@@ -220,10 +222,15 @@ def test_a_spool_that_never_was_holds_nothing(spool: Spool) -> None:
     assert spool.forward(Sent()) == (0, 0)
 
 
-def test_only_its_owner_may_read_it(spool: Spool) -> None:
-    keep(spool, "secret")
-    assert spool.folder.stat().st_mode & 0o777 == 0o700
-    assert segments(spool)[0].stat().st_mode & 0o777 == 0o600
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o077, 0o700, 0o600), (0o022, 0o750, 0o640), (0o002, 0o770, 0o660)])
+def test_modes_follow_the_umask_and_give_others_nothing(spool: Spool, umask: int, folder: int, file: int) -> None:
+    before = os.umask(umask)
+    try:
+        keep(spool, "secret")
+    finally:
+        os.umask(before)
+    assert spool.folder.stat().st_mode & 0o777 == folder
+    assert {path.stat().st_mode & 0o777 for path in spool.folder.iterdir()} == {file}
 
 
 def test_what_is_kept_while_a_torn_end_is_looked_at_is_forwarded_too(spool: Spool) -> None:

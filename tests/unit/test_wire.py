@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from models.errors import InvalidEvent
 from models.events import check, decode, parse
+from models.fast_decode import look_at, read_event, read_fact
 from models.record import Fact, fact
-from models.wire import look_at, read_event, read_fact
 from tasks import store_evaluation
 
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"

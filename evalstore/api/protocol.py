@@ -1,0 +1,59 @@
+"""HTTP/1.1 as uvicorn speaks it, with a time limit for the head of a request.
+
+Use it as `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
+
+Uvicorn waits without end for the head of a request, so that a few hundred connections that send a byte now and then, without
+any key, take every file descriptor there is. And what is no request at all it answers in words, where all else is a problem.
+"""
+
+import asyncio
+from typing import Any, Final
+from uuid import uuid4
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from evalstore.api import problems
+from evalstore.api.problems import Problem
+
+# From the connection, or the first byte of a further request, to the end of the head.
+HEAD_S: Final = 30.0
+
+
+class Protocol(H11Protocol):
+    """One connection."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words for all there can be
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # whatever reads the body finds that it ended, and answers nobody
+            self.cycle.message_event.set()
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            request_id, problem = uuid4().hex, Problem(400, "malformed", "not a request of HTTP/1.1, or its head is too large")
+            told = problems.response(problem, request_id)
+            headers: list[Any] = [*told.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (answer, h11.Data(data=bytes(told.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

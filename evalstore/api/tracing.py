@@ -1,0 +1,71 @@
+"""The span of a request: https://opentelemetry.io/docs/specs/semconv/http/http-spans/. Nothing where traces are off."""
+
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tasks import tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+SERVICE: Final = "evalstore-api"
+_UNSEEN: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
+
+
+class TracingMiddleware:
+    """Around everything else: a trace that a request brings along goes on in whatever is done for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracer = tracing.tracer() if scope["type"] == "http" and scope["path"] not in _UNSEEN else None
+        if tracer is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._follow(tracer, scope, receive, send)
+
+    async def _follow(self, tracer: "Tracer", scope: Scope, receive: Receive, send: Send) -> None:
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - only where it is asked for
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"] if name in _CARRIED}
+        context = TraceContextTextMapPropagator().extract(carrier)
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        with tracer.start_as_current_span(
+            method, context=context, kind=SpanKind.SERVER, attributes=_said(scope, method)
+        ) as span:
+
+            async def sending(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    span.set_attribute("http.response.status_code", status)
+                    if status >= 500:
+                        span.set_attribute("error.type", str(status))
+                        span.set_status(StatusCode.ERROR)
+                await send(message)
+
+            try:
+                await self._app(scope, receive, sending)
+            finally:
+                if path := getattr(scope.get("route"), "path", None):
+                    span.update_name(f"{method} {path}")
+                    span.set_attribute("http.route", path)
+
+
+_CARRIED: Final = frozenset({b"traceparent", b"tracestate"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+
+
+def _said(scope: Scope, method: str) -> dict[str, Any]:
+    host, port = scope.get("server") or (None, None)
+    said = {
+        "http.request.method": method,
+        "url.scheme": scope.get("scheme", "http"),
+        "url.path": scope["path"],
+        "network.protocol.version": scope.get("http_version"),
+        "server.address": host,
+        "server.port": port,
+    }
+    return {name: value for name, value in said.items() if value is not None}

@@ -1,0 +1,252 @@
+"""`evalstore dlq edit` and `evalstore dlq rm`. Either keeps the old messages in a file first."""
+
+import copy
+import difflib
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import msgspec
+import typer
+from sqlalchemy import Connection
+
+from evalstore.cli.dlq_options import (
+    ActorOption,
+    FolderOption,
+    ReasonOption,
+    SelectedDeadLetters,
+    YesOption,
+    as_json,
+    confirm,
+    connect,
+    message_of,
+    new_path,
+    nothing,
+    one,
+    operator,
+    plural,
+    pretty,
+    select,
+    write_file,
+)
+from evalstore.cli.dlq_redrive import DetachOption, follow, refuse_without_redis
+from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, write_json
+from evalstore.storage import dead_letters
+from evalstore.storage.dead_letters import Edited, Selection
+from evalstore.storage.operator_actions import Intent
+from evalstore.storage.redrives import Pace
+from models.errors import Fault, InvalidEvent
+from models.events import decode, identified, identity, parse
+from models.settings import settings
+from tasks import store_evaluation
+
+_LONGEST_LINE: Final = 400
+_MISSING: Final = object()
+
+
+@select(changes=True)
+def rm(
+    conn: Connection,
+    chosen: SelectedDeadLetters,
+    *,
+    expect: Annotated[int | None, typer.Option(min=0, help="Go on only if there are exactly so many.")] = None,
+    reason: ReasonOption = None,
+    actor: ActorOption = "",
+    folder: FolderOption = Path(),
+    yes: YesOption = False,
+    output_format: OutputOption = Format.table,
+) -> None:
+    """Remove dead letters. They are kept in a file of JSON lines first, readable for you alone.
+
+    Those that are being sent again right now stay.
+    """
+    states = tuple(state for state in chosen.selection.states if state != "redriving")
+    count = dead_letters.count_of(conn, chosen.selection._replace(states=states)) if states else 0
+    if expect is not None and expect != count:
+        raise failed(f"{plural(count)} and not the {expect:,} expected: nothing is removed", 5)
+    if not count:
+        raise nothing(chosen)
+    confirm(f"Remove {plural(count)}", count, yes=yes)
+    path = new_path(folder)
+
+    def keep(letters: Any) -> dict[str, Any]:
+        write_file(map(as_json, letters), path)
+        return {"export": str(path.absolute())}
+
+    intent = Intent("rm", operator(actor), reason, chosen.words)
+    removed = dead_letters.remove(
+        conn, chosen.selection, intent, keep, accept=lambda now: now == count if expect is not None else now <= count or yes
+    )
+    if removed is None:
+        raise failed(f"there are more by now than {count:,}: nothing is removed, look again", 5)
+    if not removed:
+        raise failed("no dead letter matches any more: somebody else sent or removed them", 3)
+    if output_format is not Format.table:
+        write_json({"removed": removed, "export": str(path)})
+    notice(f"{plural(removed)} removed, and kept in {path}", "green")
+
+
+def edit(  # noqa: PLR0913 - options
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="Its id, or the first 4 or more characters.")],
+    *,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Give a field a value: event.exit_code=0, options.x='\"text\"'.", metavar="PATH=JSON"),
+    ] = None,
+    unset: Annotated[list[str] | None, typer.Option(help="Take a field away: event.metadata.tags.0", metavar="PATH")] = None,
+    editor: Annotated[bool, typer.Option("--editor", help="Edit the message in $VISUAL or $EDITOR.")] = False,
+    reason: ReasonOption = None,
+    actor: ActorOption = "",
+    folder: FolderOption = Path(),
+    detach: DetachOption = False,
+    yes: YesOption = False,
+    output_format: OutputOption = Format.table,
+) -> None:
+    """Change a dead letter's message, and send it again as the same letter. `event` is short for `args.0`.
+
+    The old message is kept in a file first, readable for you alone. What would die again is refused.
+    """
+    if not set_ and not unset and not editor:
+        raise typer.BadParameter("say what to change: --set, --unset or --editor")
+    with connect() as conn:
+        letter = _letter(conn, letter_id)
+        old = _decoded(letter["message"]) if editor else message_of(letter)
+        new = copy.deepcopy(old)
+        for assignment in set_ or ():
+            path, separator, value = assignment.partition("=")
+            if not separator:
+                raise typer.BadParameter(f"{escaped(assignment)!r} is not PATH=JSON")
+            _change(new, path, _json(path, value))
+        for path in unset or ():
+            _change(new, path, _MISSING)
+        if editor:
+            new = _in_editor(new)
+        if new == old:
+            notice("nothing is different: the letter is as it was")
+            return
+        edited = _edited(letter["message"], new)
+        diff = list(difflib.unified_diff(_text(old), _text(new), "dead letter", "edited", lineterm="", n=2))
+        for line in diff:
+            notice(escaped(line[:_LONGEST_LINE]), {"+": "green", "-": "red"}.get(line[:1], ""))
+        confirm("Send the edited message again", 1, yes=yes)
+        refuse_without_redis()
+        kept = new_path(folder)
+        write_file([as_json(letter)], kept)
+        notice(f"the old message is in {kept}")
+        details = {"export": str(kept.absolute()), "diff": [line[:_LONGEST_LINE].replace("\0", "") for line in diff[:100]]}
+        intent = Intent("edit", operator(actor), reason, {"ids": [str(letter["id"])], "set": set_ or [], "unset": unset or []})
+        redrive_id, _ = dead_letters.redrive(
+            conn, Selection(ids=(letter["id"],)), intent, Pace(), edited=edited, details=details
+        )
+        if redrive_id is None:
+            raise failed("somebody else sent, changed or removed it meanwhile: nothing is changed", 1)
+        follow(conn, redrive_id, detach=detach, output_format=output_format)
+
+
+def _letter(conn: Connection, text: str) -> dict[str, Any]:
+    found: UUID | None = one(text, dead_letters.between, conn)
+    letter = dead_letters.get(conn, found) if found else None
+    if letter is None:
+        raise failed(f"there is no dead letter {text!r}", 3)
+    if letter["state"] != "dead":
+        raise failed(f"{letter['id']} is {letter['state']}: only what is dead is edited", 1)
+    return letter
+
+
+def _decoded(body: bytes) -> Any:
+    """The message, or where it is no JSON its text, for an editor."""
+    try:
+        return decode(body)
+    except InvalidEvent:
+        return body.decode(errors="backslashreplace")
+
+
+def _json(path: str, text: str) -> Any:
+    try:
+        return decode(text.encode())
+    except (InvalidEvent, UnicodeEncodeError):
+        hint = f"{path}={json.dumps(text)}"
+        raise typer.BadParameter(
+            f"the value of {escaped(path)} is no JSON; a text needs quotes: {escaped(shlex.quote(hint))}"
+        ) from None
+
+
+def _change(message: Any, path: str, value: Any) -> None:
+    """Set what is at `path`, names and numbers with dots between, or take it away where `value` is missing."""
+    steps = path.split(".")
+    if steps[0] == "event":
+        steps[:1] = ["args", "0"]
+    at, so_far = message, "the message"
+    for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        if isinstance(at, dict) and (step in at or (last and value is not _MISSING)):
+            key: Any = step
+        elif isinstance(at, list) and step.isdecimal() and int(step) < len(at) + (last and value is not _MISSING):
+            key = int(step)
+        else:
+            raise typer.BadParameter(f"{escaped(path)}: {escaped(so_far)} has no {escaped(step)!r}")
+        so_far = ".".join(steps[: number + 1])
+        if not last:
+            at = at[key]
+        elif value is _MISSING:
+            del at[key]
+        elif isinstance(at, list) and key == len(at):
+            at.append(value)
+        else:
+            at[key] = value
+
+
+def _in_editor(message: Any) -> Any:
+    """What an operator makes of it."""
+    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    with tempfile.TemporaryDirectory() as folder:  # for its owner alone
+        path = Path(folder) / "message.json"
+        text = message if isinstance(message, str) else pretty(message) + "\n"
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        try:
+            status = subprocess.run([*command, str(path)], check=False).returncode
+        except OSError as error:
+            raise failed(f"{command[0]}: {error.strerror}; set EDITOR", 2) from None
+        if status:
+            raise failed(f"{command[0]} ended with status {status}: nothing is changed", 1)
+        after = path.read_bytes()
+    return message if after == text.encode(errors="surrogatepass") else decode(after)
+
+
+def _edited(before: bytes, message: Any) -> Edited:
+    """The message as bytes, once a worker would take it. Raises InvalidEvent, which names what it would not."""
+    kinds = {"queue_name": str, "actor_name": str, "args": list, "kwargs": dict, "options": dict, "message_id": str}
+    if not isinstance(message, dict):
+        raise InvalidEvent([Fault("message", "expected a JSON object")])
+    faults = [
+        Fault(f"message.{name}", f"expected {kind.__name__}")
+        for name, kind in kinds.items()
+        if not isinstance(message.get(name), kind)
+    ]
+    if not isinstance(message.get("message_timestamp"), int | float) or isinstance(message["message_timestamp"], bool):
+        faults.append(Fault("message.message_timestamp", "expected a number"))
+    if faults:
+        raise InvalidEvent(faults)
+    eval_id = event_id = None
+    if message["actor_name"] == store_evaluation.actor_name:
+        args = message["args"]
+        if len(args) != 1 or message["kwargs"] or not isinstance(args[0], dict):
+            raise InvalidEvent([Fault("message.args", "expected one event, a JSON object, as the one positional argument")])
+        event = identified(args[0], message["message_id"], message["message_timestamp"])
+        if parse(event, max_content_bytes=settings().max_content_bytes).type == "evaluation:lost":
+            raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
+        eval_id, event_id = identity(event)
+    try:
+        body = msgspec.json.encode(message)
+    except (UnicodeEncodeError, OverflowError):
+        body = json.dumps(message).encode()
+    return Edited(before, body, message["actor_name"], eval_id, event_id)
+
+
+def _text(message: Any) -> list[str]:
+    return (message if isinstance(message, str) else pretty(message)).splitlines()

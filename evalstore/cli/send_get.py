@@ -1,0 +1,150 @@
+"""`evalstore send` and `evalstore get`."""
+
+import base64
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import typer
+from dramatiq import Message
+from rich.progress import Progress
+
+from evalstore.cli.output import Format, OutputOption, failed, notice, notices, show, write_json
+from evalstore.objects.object_store import Stores
+from evalstore.storage import content_reader, database, records
+from evalstore.storage.content_reader import Kind
+from evalstore.storage.records import RecordView
+from models import content
+from models.errors import InvalidEvent, ObjectDamaged, ObjectMissing, ObjectStoreOutage, Outage
+from models.events import decode, identity
+from models.settings import settings
+from tasks import store_evaluation
+from tasks.broker import broker
+
+_CHUNK_EVENTS = 1_000
+_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def send(
+    file: Annotated[Path, typer.Argument(help="Events, one JSON object a line; - for standard input.", allow_dash=True)],
+    output_format: OutputOption = Format.table,
+) -> None:
+    """Send a file of events to the queue.
+
+    Good lines are sent; bad ones are named by line and field, and the exit status is 4.
+    """
+    sent, bad, unsure = 0, 0, 1
+    rows: list[dict[str, Any]] = []
+    with _opened(file) as lines, Progress(console=notices, transient=True, disable=not notices.is_terminal) as progress:
+        size = file.stat().st_size if file.is_file() else None
+        task = progress.add_task("sending", total=size)
+        try:
+            for chunk, read, faults in _chunks(lines):
+                for number, fault in faults:
+                    notice(f"line {number}: {fault}", "red")
+                bad += len(faults)
+                unsure = chunk[0][0] if chunk else unsure
+                broker().enqueue_many([message for _, message in chunk])
+                sent += len(chunk)
+                unsure = chunk[-1][0] + 1 if chunk else unsure
+                for number, message in chunk:
+                    row = {"line": number, "eval_id": message.args[0]["eval_id"], "event_id": message.args[0]["event_id"]}
+                    if output_format is Format.jsonl:
+                        write_json(row)
+                    elif output_format is Format.json:
+                        rows.append(row)
+                progress.update(task, completed=read)
+        except (Outage, KeyboardInterrupt):  # what has no event_id in the file would be sent twice by who begins anew
+            notice(f"{sent:,} sent, {bad:,} bad; from line {unsure:,} on nothing is known to be sent", "red")
+            raise
+    if output_format is Format.json:
+        write_json(rows)
+    notice(f"{sent:,} sent, {bad:,} bad", "yellow" if bad else "green")
+    if bad:
+        raise typer.Exit(4 if sent else 1)
+
+
+def _opened(file: Path) -> BinaryIO:
+    if str(file) == "-":
+        return sys.stdin.buffer
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise failed(f"{file}: {error.strerror}", 2) from None
+
+
+def _chunks(lines: BinaryIO) -> Iterator[tuple[list[tuple[int, Message[None]]], int, list[tuple[int, InvalidEvent]]]]:
+    """Messages to send together, how many bytes were read so far, and what was wrong on the way."""
+    chunk: list[tuple[int, Message[None]]] = []
+    faults: list[tuple[int, InvalidEvent]] = []
+    size = read = 0
+    for number, line in enumerate(lines, 1):
+        read += len(line)
+        if not line.strip():
+            continue
+        try:
+            chunk.append((number, store_evaluation.message(decode(line))))
+            size += len(line)
+        except InvalidEvent as error:
+            faults.append((number, error))
+        if len(chunk) + len(faults) >= _CHUNK_EVENTS or size >= _CHUNK_BYTES:
+            yield chunk, read, faults
+            chunk, faults, size = [], [], 0
+    yield chunk, read, faults
+
+
+def get(
+    eval_id: Annotated[str, typer.Argument(help="The evaluation.")],
+    output: Annotated[bool, typer.Option("--output", help="Its standard output, as bytes.")] = False,
+    code: Annotated[bool, typer.Option("--code", help="Its code, as bytes.")] = False,
+    error: Annotated[bool, typer.Option("--error", help="Its standard error, as bytes.")] = False,
+    output_format: OutputOption = Format.table,
+) -> None:
+    """Show the record of an evaluation, or write one of its contents to standard output."""
+    asked: list[tuple[Kind, bool]] = [("output", output), ("code", code), ("error", error)]
+    wanted = [kind for kind, is_wanted in asked if is_wanted]
+    if len(wanted) > 1:
+        raise typer.BadParameter("give one of --output, --code and --error")
+    engine, stores = database.connect(settings()), Stores(settings())
+    record = None
+    if identity({"eval_id": eval_id})[0] is not None:  # nothing else is ever stored, nor could be asked for
+        with engine.connect() as conn:
+            record = records.load(conn, eval_id)
+    if record is None:
+        raise failed(f"there is no evaluation {eval_id!r}", 3)
+    if wanted:
+        with engine.connect() as conn:
+            found = content_reader.find(conn, eval_id, wanted[0])
+        if found is None:
+            raise failed(f"evaluation {eval_id!r} has no {wanted[0]}", 3)
+        for piece in content_reader.read(engine.connect, stores, found):
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        record = records.complete(engine.connect, stores, record)
+    except (ObjectStoreOutage, ObjectMissing, ObjectDamaged) as away:
+        notice(f"shown without what is in the object store: {away}", "yellow")
+    fields = _as_json(record)
+    if output_format is Format.table:
+        show([{"field": name, "value": value} for name, value in fields.items()], ["field", "value"], output_format)
+    else:
+        write_json(fields)
+
+
+def _as_json(record: RecordView) -> dict[str, Any]:
+    """The record as a JSON object; content above 64 KiB by its size and beginning."""
+    fields = dict(record.fields)
+    for kind in records.CONTENTS:
+        if (part := record.contents.get(kind)) is None:
+            fields[kind] = None
+            continue
+        fields[f"{kind}_size"] = part.size
+        if not part.is_complete:
+            fields[f"{kind}_preview"] = part.data[: records.PREVIEW_BYTES].decode(errors="replace")
+        elif isinstance(text := content.from_bytes(part.data), str):
+            fields[kind] = text
+        else:
+            fields[f"{kind}_b64"] = base64.b64encode(text).decode()
+    return fields

@@ -1,0 +1,15 @@
+"""The HTTP service's client: `StorageClient`, what it returns and what it raises."""
+
+from evalstore.client.http import StorageClient
+from evalstore.client.responses import Conflict, Evaluation, NotFound, Outcome, ServiceError, ServiceOutage, VersionChanged
+
+__all__ = [
+    "Conflict",
+    "Evaluation",
+    "NotFound",
+    "Outcome",
+    "ServiceError",
+    "ServiceOutage",
+    "StorageClient",
+    "VersionChanged",
+]

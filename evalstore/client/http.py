@@ -1,0 +1,300 @@
+"""The service from Python: needs httpx, and of evalstore `models` alone.
+
+    with StorageClient("http://localhost:8086", key) as storage:
+        storage.create_evaluation("run-1", code="print(1)")
+        storage.update_evaluation("run-1", "completed", exit_code=0, output="1\\n")
+        print(storage.get_evaluation("run-1").status)
+
+Every call that writes may be repeated: what it says is stored once. So whatever does not answer is tried again.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Literal, Self, cast
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+
+from evalstore.client.responses import Conflict, Evaluation, NotFound, Outcome, ServiceError, ServiceOutage, VersionChanged
+from models.errors import Fault, ObjectDamaged
+from models.events import decode
+
+Kind = Literal["code", "output", "error"]
+_BATCH: Final = 5_000
+_BATCH_BYTES: Final = 16 * 1024 * 1024
+_PIECE_BYTES: Final = 256 * 1024
+_LONGEST_WAIT_S: Final = 5.0
+
+
+class StorageClient:
+    """A connection pool to one service. Safe to share among threads.
+
+    Every call raises ServiceError for what the service refuses, and ServiceOutage when it still cannot be reached after
+    `retry_s` seconds. `timeout_s` bounds each step of one attempt. Raises ValueError for an address or a key that can be none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        timeout_s: float = 30.0,
+        retry_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError("expected an address like http://host:8086")
+        if not re.fullmatch(r"[!-~]+", key, re.ASCII):
+            raise ValueError("expected a key of printable ASCII without spaces")
+        self._retry_s = retry_s
+        headers = {"Authorization": f"Bearer {key}"}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def create_evaluation(self, eval_id: str, code: str | bytes | None = None, **fields: Any) -> Evaluation:
+        """Store that an evaluation was queued: `language`, `submitter`, `metadata`, … `code`, or `code_ref` from `put_content`.
+
+        Raises Conflict where it was before.
+        """
+        body = _body({"eval_id": eval_id, "code": code, "occurred_at": _now(), **fields})
+        answer = self._request("POST", "/storage/evaluations", content=body, headers={"Idempotency-Key": uuid4().hex})
+        return _evaluation(answer.content)
+
+    def update_evaluation(self, eval_id: str, status: str, *, if_version: int | None = None, **fields: Any) -> Evaluation:
+        """Store what happened next: `running`, `completed`, `failed`, `timed_out` or `cancelled`, and its fields.
+
+        With `if_version` only while the record is at that version; raises VersionChanged.
+        """
+        headers = {} if if_version is None else {"If-Match": f'"{if_version}"'}
+        if not fields.keys() & {"event_id", "occurred_at"}:  # else it is for the caller to say what is the same
+            headers["Idempotency-Key"] = uuid4().hex
+        body = _body({"status": status, "occurred_at": _now(), **fields})
+        return _evaluation(self._request("PUT", _path(eval_id), content=body, headers=headers).content)
+
+    def get_evaluation(self, eval_id: str) -> Evaluation:
+        """The record as it is now. Raises NotFound."""
+        return _evaluation(self._request("GET", _path(eval_id)).content)
+
+    def list_evaluations(
+        self,
+        *,
+        status: str | Iterable[str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 500,
+        **filters: Any,
+    ) -> Iterator[Evaluation]:
+        """All that match, without their content, newest first: `language`, `submitter`, `executor`, `since`, `until`,
+        `order="oldest"`. They are read page by page while you iterate."""
+        query: dict[str, Any] = {"limit": page_size, "cursor": ""}
+        query |= {name: _moment(value) for name, value in filters.items() if value is not None}
+        query |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
+        if status is not None:
+            query["status"] = [status] if isinstance(status, str) else list(status)
+        while True:
+            page = decode(self._request("GET", "/storage/evaluations", params=query).content)
+            yield from map(Evaluation.model_validate, page["evaluations"])
+            if page["next"] is None:
+                return
+            query["cursor"] = page["next"]
+
+    def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
+        """Upload content, and return what an event names it by: give it as `output_ref`, `code_ref` or `error_ref`, soon.
+
+        A file is sent from where it stands, piece by piece, and must be one that can seek, as an attempt may have to be
+        repeated. Raises ObjectDamaged where the service received something else.
+        """
+        source: BinaryIO = io.BytesIO(content) if isinstance(content, bytes) else content
+        begin, sent = source.tell(), hashlib.sha256()
+
+        def attempt() -> httpx.Request:
+            nonlocal sent
+            source.seek(begin)
+            sent = hashlib.sha256()
+            return self._http.build_request("POST", "/storage/content", content=_pieces(source, sent))
+
+        reference: dict[str, Any] = decode(self._answered(attempt).content)
+        if reference["sha256"] != sent.hexdigest():
+            raise ObjectDamaged("the service did not receive what was sent")
+        return reference
+
+    def get_output(self, eval_id: str) -> bytes:
+        """The whole standard output, in memory. Raises NotFound."""
+        return self.get_content(eval_id, "output")
+
+    def get_content(self, eval_id: str, kind: Kind) -> bytes:
+        """All of some content, in memory. Raises NotFound."""
+        return b"".join(self.stream_content(eval_id, kind))
+
+    def stream_content(self, eval_id: str, kind: Kind = "output", *, start: int = 0) -> Iterator[bytes]:
+        """Some content piece by piece, from byte `start` on. A stream that breaks off is taken up where it did.
+
+        Raises NotFound.
+        """
+        position, etag, give_up = start, "", time.monotonic() + self._retry_s
+        wait_s = 0.05
+        while True:
+            headers = {"Accept-Encoding": "identity"}  # no proxy is to pack what is passed on as it comes
+            if position:
+                headers["Range"] = f"bytes={position}-"
+            if position and etag:  # else of less content than that there is none, which looks like the end of what there was
+                headers["If-Range"] = etag.removeprefix("W/")
+            try:
+                with self._opened("GET", f"{_path(eval_id)}/{kind}", headers) as answer:
+                    etag = _same(etag, answer.headers["etag"])
+                    for piece in answer.iter_raw():
+                        position += len(piece)
+                        give_up, wait_s = time.monotonic() + self._retry_s, 0.05
+                        yield piece
+                    return
+            except httpx.TransportError as error:
+                wait_s = _wait(wait_s, give_up, error)
+            except ServiceError as error:
+                if error.status == 416:
+                    return
+                raise
+
+    @contextmanager
+    def _opened(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+        answer = self._request(method, path, headers=headers, stream=True)
+        try:
+            yield answer
+        finally:
+            answer.close()
+
+    def send_events(self, events: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+        """Store events, any number of them, in transactions of up to 5,000; what became of each, in their order.
+
+        Each gets an `event_id` and an `occurred_at` where it has none. They are sent while you iterate.
+        """
+        lines: list[bytes] = []
+        size = 0
+        for event in events:
+            line = _body({"event_id": str(uuid4()), "occurred_at": _now(), **event})
+            if lines and (len(lines) == _BATCH or size + len(line) > _BATCH_BYTES):
+                yield from self._sent(lines)
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        if lines:
+            yield from self._sent(lines)
+
+    def _sent(self, lines: list[bytes]) -> Iterator[Outcome]:
+        headers = {"Content-Type": "application/x-ndjson"}
+        answer = self._request("POST", "/storage/events:batch", content=b"\n".join(lines), headers=headers)
+        for line in answer.content.splitlines():
+            told = decode(line)
+            told["faults"] = [Fault(**fault) for fault in told.get("faults", ())]
+            yield Outcome.model_validate(told)
+
+    def _request(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
+        return self._answered(lambda: self._http.build_request(method, path, **options), stream=stream)
+
+    def _answered(self, attempt: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
+        """Send until it is answered with something else than an outage."""
+        give_up, wait_s = time.monotonic() + self._retry_s, 0.05
+        while True:
+            try:
+                answer = self._http.send(attempt(), stream=stream)
+            except httpx.TransportError as error:
+                wait_s = _wait(wait_s, give_up, error)
+                continue
+            if answer.is_success:
+                return answer
+            answer.read()
+            refusal = _refusal(answer)
+            if answer.status_code not in {408, 429, 502, 503, 504}:
+                raise refusal
+            wait_s = _wait(wait_s, give_up, refusal)
+
+
+def _wait(wait_s: float, give_up: float, error: Exception) -> float:
+    """Wait before the next attempt, and return the wait after that. Raises ServiceOutage when the time is up."""
+    pause_s = wait_s * random.uniform(0.5, 1)  # noqa: S311 - so that not all come at once
+    if time.monotonic() + pause_s > give_up:
+        raise ServiceOutage(str(error) or type(error).__name__) from error
+    time.sleep(pause_s)
+    return min(_LONGEST_WAIT_S, wait_s * 2)
+
+
+def _same(before: str, etag: str) -> str:
+    if before not in {"", etag}:
+        raise VersionChanged(412, "changed", "the record has other content now: read it anew")
+    return etag
+
+
+def _refusal(answer: httpx.Response) -> ServiceError:
+    try:
+        problem = answer.json()
+        faults = [Fault(fault["field"], fault["problem"]) for fault in problem.get("faults", ())]
+        kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # of something between here and the service
+        kind, detail, faults = "unknown", answer.text[:200], []
+    found = {404: NotFound, 409: Conflict, 412: VersionChanged}.get(answer.status_code, ServiceError)
+    return found(answer.status_code, kind, detail, faults, answer.headers.get("x-request-id"))
+
+
+def _pieces(source: BinaryIO, sent: Any) -> Iterator[bytes]:
+    while piece := source.read(_PIECE_BYTES):
+        sent.update(piece)
+        yield piece
+
+
+def _path(eval_id: str) -> str:
+    return f"/storage/evaluations/{quote(eval_id, safe=':@+=~')}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _moment(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _body(fields: Mapping[str, Any]) -> bytes:
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            given[f"{name}_b64"] = base64.b64encode(value).decode()
+        elif value is not None:
+            given[name] = str(value) if name == "event_id" else _moment(value)
+    return json.dumps(given, allow_nan=False).encode()
+
+
+def _evaluation(body: bytes) -> Evaluation:
+    fields = cast("dict[str, Any]", decode(body))
+    for name in ("code", "output", "error"):
+        if (b64 := fields.get(f"{name}_b64")) is not None:
+            fields[name] = base64.b64decode(b64)
+    return Evaluation.model_validate(fields)
+
+
+__all__ = [
+    "Conflict",
+    "Evaluation",
+    "NotFound",
+    "Outcome",
+    "ServiceError",
+    "ServiceOutage",
+    "StorageClient",
+    "VersionChanged",
+]

@@ -1,0 +1,30 @@
+"""Settings of a process that speaks to the database, checked before it starts to work."""
+
+import contextlib
+import sys
+
+from evalstore.storage import database
+from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
+from models.settings import Settings, settings
+
+
+def load_or_exit() -> Settings:
+    """Return this process's settings, or print each fault to stderr and exit with status 2.
+
+    A worker that went on with wrong settings would make a dead letter of each event.
+    """
+    try:
+        loaded = settings()
+        with contextlib.suppress(DatabaseOutage):
+            _check_access(loaded)
+    except InvalidSettings as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    return loaded
+
+
+def _check_access(loaded: Settings) -> None:
+    try:
+        database.check_access(loaded.database_url.get_secret_value())
+    except DatabaseMisconfigured as error:
+        raise InvalidSettings(f"EVALSTORE_DATABASE_URL: {error}") from None

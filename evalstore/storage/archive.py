@@ -1,0 +1,294 @@
+"""The archive: content moves there from the database, and from a directory, in steps of which each may be repeated.
+
+What is to move is stored in the archive, read back and hashed, and only then, in one transaction, its row points there and the
+database's copy goes. Whoever dies on the way leaves the row as it was, and at worst an object that nothing refers to: the next
+run finds it and uses it, or the sweep takes it. The copy in a directory is left to the sweep as well: a sender may have found
+it there a moment ago, and its event may still be on the way.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal, NamedTuple
+from uuid import UUID
+
+import psycopg
+from sqlalchemy import Connection
+
+from evalstore.objects import object_store
+from evalstore.objects.object_store import Place, Store
+from evalstore.storage import database
+from models.content import FRAME_BYTES, Reference
+from models.errors import DatabaseOutage, InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage, printable
+from models.settings import Settings, parse_store_url
+
+Step = Literal["claimed", "uploaded", "verified", "pointed", "moved", "failed"]
+
+_FETCH: Final = 200
+_OUTAGES_IN_A_ROW: Final = 3
+_LONGEST_WAIT: Final = timedelta(hours=1)
+_MOST_FAILURES: Final = 1000
+
+
+class Row(NamedTuple):
+    """A row of `contents`, without its data."""
+
+    eval_id: str
+    event_id: UUID
+    kind: str
+    size: int
+    sha256: bytes
+    store: Place | None
+    encoding: Literal["identity", "zstd"] | None
+
+    @property
+    def reference(self) -> Reference:
+        """Of one that is an object."""
+        if self.encoding is None:
+            raise ValueError(f"{self.kind} of {self.eval_id!r} is in the database")
+        return Reference(self.sha256.hex(), self.size, self.encoding)
+
+    @property
+    def name(self) -> str:
+        """It in words."""
+        return f"{self.kind} of {self.eval_id!r}, event {self.event_id}"
+
+
+class Archive(NamedTuple):
+    """Where content goes, what is due, and how old an object must be to be in danger of the sweep.
+
+    `source` is the object store where content moves out of that, too. `place` is how rows name `store`: where the archive is
+    the object store, they say "objects", so that an archive that is set up later is another place.
+    """
+
+    store: Store
+    place: Place
+    source: "Store | None"
+    threshold_bytes: int
+    after: timedelta | None
+    sweep_grace: timedelta
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Archive":
+        """The archive that the settings name. Raises InvalidSettings where there is none."""
+        url = settings.archive_url or settings.object_store_url
+        if url is None:
+            raise InvalidSettings("EVALSTORE_OBJECT_STORE_URL, EVALSTORE_ARCHIVE_URL: neither is set, so there is no archive")
+        own = settings.object_store_url
+        is_apart = own is None or not object_store.is_same(url, own)
+        leaves = is_apart and own is not None and parse_store_url(own)[0] == "file"
+        return cls(
+            store=object_store.open_store(url, settings),
+            place="archive" if is_apart else "objects",
+            source=object_store.open_store(own, settings) if leaves and own else None,
+            threshold_bytes=settings.archive_threshold_bytes,
+            after=None if settings.archive_after_days is None else timedelta(days=settings.archive_after_days),
+            sweep_grace=timedelta(days=settings.sweep_grace_days),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.store.close()
+        if self.source:
+            self.source.close()
+
+
+@dataclass
+class Moved:
+    """What a run did. `outage` is why it ended early: the archive is away, and the rest is for the next run."""
+
+    moved: int = 0
+    bytes: int = 0
+    failed: int = 0
+    outage: ObjectStoreOutage | None = None
+
+
+# Both are found by index alone, however many rows are not due. The second passes over content of evaluations that go on for
+# longer than that; of a lost one, nothing has come since it was given up.
+_IS_DUE: Final = "c.store {store} AND (c.retry_at IS NULL OR c.retry_at <= %(now)s)"
+_BY_SIZE: Final = f"FROM contents c WHERE {_IS_DUE} AND c.size > %(threshold)s"
+_BY_AGE: Final = f"""
+FROM contents c JOIN evaluations e ON e.eval_id = c.eval_id
+WHERE {_IS_DUE} AND c.occurred_at < %(finished)s AND c.size <= %(threshold)s
+    AND (e.finished_at < %(finished)s OR (e.status = 'lost' AND e.updated_at < %(finished)s))
+"""
+_SELECT: Final = "SELECT c.eval_id, c.event_id, c.kind, c.size, c.sha256, c.store, c.encoding"
+PLAN: Final = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+"""
+
+
+def conditions(archive: Archive) -> list[str]:
+    """What is due: content above the threshold, and with an age set, the rest of what finished before."""
+    stores = ["IS NULL", *(["= 'objects'"] if archive.source else [])]
+    found = [_BY_SIZE.format(store=store) for store in stores]
+    if archive.after is not None:
+        found += [_BY_AGE.format(store=store) for store in stores]
+    return found
+
+
+def values(archive: Archive, now: datetime) -> dict[str, Any]:
+    """What `conditions` are about."""
+    finished = now - archive.after if archive.after is not None else None
+    return {"threshold": archive.threshold_bytes, "now": now, "finished": finished, "limit": _FETCH}
+
+
+def due(archive: Archive) -> list[str]:
+    """The queries of what is due, in the order in which it is taken: the largest first, then the oldest."""
+    orders = {True: "c.store, c.occurred_at", False: "c.store DESC, c.size DESC"}
+    return [f"{_SELECT} {one} ORDER BY {orders['c.occurred_at' in one]} LIMIT %(limit)s" for one in conditions(archive)]
+
+
+def run_once(
+    conn: Connection,
+    archive: Archive,
+    now: datetime,
+    *,
+    go_on: Callable[[], bool] = lambda: True,
+    watch: Callable[[Step, Row], None] = lambda _step, _row: None,
+) -> Moved:
+    """Move what is due, one content after the other, until nothing is left or `go_on` says no. Commits each.
+
+    Any number of callers share the work: each content is with one of them at a time. Memory is bounded. What cannot be moved
+    is noted in its row, is tried again later, and holds up nothing else. Raises DatabaseOutage (run again).
+    """
+    done = Moved()
+    outages = 0
+    for query in due(archive):
+        progress = True
+        while progress:
+            progress = False
+            for row in _rows(conn, query, values(archive, now)):
+                if not go_on():
+                    return done
+                outcome = _try(conn, archive, row, now, watch)
+                if outcome is None:
+                    continue
+                progress = True
+                if outcome is True:
+                    done.moved, done.bytes, outages = done.moved + 1, done.bytes + row.size, 0
+                    continue
+                done.failed += 1
+                outages = outages + 1 if isinstance(outcome, ObjectStoreOutage) else 0
+                if isinstance(outcome, ObjectStoreOutage) and outages == _OUTAGES_IN_A_ROW:
+                    done.outage = outcome
+                    return done
+    return done
+
+
+def _rows(conn: Connection, query: str, given: dict[str, Any]) -> list[Row]:
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(PLAN.encode(), binary=False)
+        return [Row(*row) for row in cursor.execute(query.encode(), given)]
+
+
+# Held for as long as its transaction: whoever dies lets go. For the time of an upload nothing is said to the server.
+_PATIENCE: Final = "SET LOCAL idle_in_transaction_session_timeout = '15min'"
+_CLAIM: Final = """
+SELECT store FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s AND sha256 = %s FOR NO KEY UPDATE SKIP LOCKED
+"""
+
+
+def claim(cursor: psycopg.Cursor[Any], row: Row) -> bool:
+    """Lock a row that is to change its place, unless another does or has done that; until the end of the transaction."""
+    cursor.execute(_PATIENCE)
+    return cursor.execute(_CLAIM, [*row[:3], row.sha256]).fetchone() == (row.store,)
+
+
+_POINT: Final = """
+UPDATE contents SET store = %s, encoding = %s, data = NULL, failures = 0, failure = NULL, retry_at = NULL
+WHERE eval_id = %s AND event_id = %s AND kind = %s
+"""
+
+
+def _try(
+    conn: Connection, archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
+) -> Literal[True] | Exception | None:
+    """Move a row's content: True; or why it failed, which is noted; or None where another has it or was faster."""
+    try:
+        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+            if not claim(cursor, row):
+                return None
+            watch("claimed", row)
+            reference = _upload(cursor, archive, row, now, watch)
+            cursor.execute(_POINT, [archive.place, reference.encoding, *row[:3]])
+            watch("pointed", row)
+    except (ObjectStoreOutage, ObjectDamaged, ObjectMissing, psycopg.Error) as error:
+        _note_failure(conn, row, error, now)
+        watch("failed", row)
+        return error
+    except DatabaseOutage as error:
+        if error.may_be_the_work:  # else it would be the first that the next run meets, too
+            with suppress(DatabaseOutage):
+                _note_failure(conn, row, error, now)
+        raise
+    watch("moved", row)
+    return True
+
+
+def _upload(
+    cursor: psycopg.Cursor[Any], archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
+) -> Reference:
+    """Store a row's content in the archive, and read it back; what is there already and turns out damaged is replaced."""
+    for replace_damaged in (False, True):
+        content = (
+            _pieces(cursor, row)
+            if row.store is None or archive.source is None
+            else object_store.read(archive.source, row.reference)
+        )
+        put = object_store.put(
+            archive.store,
+            content,
+            sha256=row.sha256.hex(),
+            touch_before=now - archive.sweep_grace / 2,
+            replace_damaged=replace_damaged,
+        )
+        watch("uploaded", row)
+        try:
+            object_store.verify(archive.store, put.reference)
+        except (ObjectDamaged, ObjectMissing):
+            if replace_damaged:
+                raise
+        else:
+            watch("verified", row)
+            return put.reference
+    raise AssertionError("the second attempt returns or raises")
+
+
+_PIECE: Final = "SELECT substring(data, %s, %s) FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s"
+
+
+def _pieces(cursor: psycopg.Cursor[Any], row: Row) -> Iterator[bytes]:
+    """The content of a row in the database, in pieces of 4 MiB."""
+    for start in range(0, row.size, FRAME_BYTES):
+        with cursor.connection.cursor(binary=True) as own:  # a cursor keeps its last result
+            found = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
+        if found is None or found[0] is None:
+            raise ObjectDamaged(f"{row.name}: the database does not hold it")
+        yield found[0]
+        del found
+
+
+_FAILED: Final = """
+UPDATE contents SET failures = least(failures, %s) + 1, failure = %s,
+    retry_at = %s + least(interval '1 minute' * 2 ^ least(failures, 10), %s)
+WHERE eval_id = %s AND event_id = %s AND kind = %s AND store IS NOT DISTINCT FROM %s
+"""
+
+
+def _note_failure(conn: Connection, row: Row, error: Exception, now: datetime) -> None:
+    why = printable(f"{type(error).__name__}: {error}")[:1000].replace("\0", "\\x00")
+    with database.errors(), conn.begin():
+        given = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
+        database.driver(conn).execute(_FAILED, given)
+
+
+_RETRY: Final = "UPDATE contents SET retry_at = NULL WHERE failure IS NOT NULL AND retry_at > %s"
+
+
+def retry_failed(conn: Connection, now: datetime) -> int:
+    """Let what failed be tried again at once; returns how many. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin():
+        return database.driver(conn).execute(_RETRY, [now]).rowcount

@@ -1,0 +1,347 @@
+"""Connections to PostgreSQL, and its errors in evalstore's words."""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+import psycopg
+from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.json import set_json_dumps
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from evalstore.storage.sessions import Session, set_up, split_options
+from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
+from models.record import jsonb
+from models.settings import Settings
+
+# What passes by itself, or once an operator has mended the server: no message is to blame for it.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
+# Of these, what the work itself may have brought about.
+_OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeout)
+# How a server says that it ends a connection: on request, or because another's process crashed. It arrives as a notice where
+# nothing was asked just then, https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
+_ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
+# A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
+_POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
+_OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
+# No such database; role, password or host refused.
+_MISTAKES: Final = ("3D000", "28000", "28P01")
+_MISTAKE: Final = re.compile(
+    r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
+    r"|.*authentication failed|no such (database|user))|no password supplied"
+)
+_PING_S: Final = 5.0
+_MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
+_NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
+
+
+class _ThisThread(threading.local):
+    was_refused = False
+    was_told = False  # why a connection ended
+
+
+_this_thread = _ThisThread()
+_shares_sessions = threading.Event()  # such a pooler was noticed: nothing is prepared from then on
+
+
+def engine(
+    url: str,
+    *,
+    schema: str | None = None,
+    pool_size: int = 5,
+    statement_timeout_s: float = 60,
+    lock_timeout_s: float = 5,
+    idle_timeout_s: float = 0,
+    pre_ping: bool = True,
+) -> Engine:
+    """A pool of connections to `url` (any libpq address), opened as they are asked for, whose tables are those in `schema`.
+
+    Without `schema` they are in the connection's first schema. The defaults of role, database and environment do not count.
+
+    The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
+    locks keep nobody waiting for longer than that.
+
+    With `pre_ping` a connection is tried before it is handed out, which may take _PING_S.
+
+    Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
+    Raises InvalidSettings where `url` is no address.
+    """
+    own_settings, own_options = split_options(parse(url).get("options") or "")
+    wanted = {
+        "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "lock_timeout": str(int(lock_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(int(idle_timeout_s * 1000)),
+        **own_settings,
+    }
+    watch = Watch()
+
+    def connect() -> psycopg.Connection[tuple[Any, ...]]:
+        with errors():  # here, because callers connect before they are within `errors` themselves
+            conn = Session.connect(
+                url,
+                connect_timeout=3,
+                tcp_user_timeout=8000,
+                keepalives_idle=5,
+                keepalives_interval=1,
+                keepalives_count=3,
+                application_name="evalstore",
+                client_encoding="utf8",  # or else the environment's, or that of the database
+                options=own_options,  # or else PGOPTIONS
+                prepare_threshold=None if _shares_sessions.is_set() else 5,
+            )
+            try:
+                with watch.bounded_driver(conn, _PING_S):  # a pooler accepts while its server is away
+                    set_up(conn, wanted, schema)
+            except BaseException:
+                conn.close()
+                raise
+        set_json_dumps(jsonb, conn)
+        conn.add_notice_handler(_note_end)
+        return conn
+
+    made = create_engine(
+        "postgresql+psycopg://",
+        creator=connect,
+        pool_size=pool_size,
+        max_overflow=5,
+        pool_timeout=10,
+    )
+    if pre_ping:
+        event.listen(made, "checkout", _trying_out(watch))
+    event.listen(made, "checkin", _leave_refused)
+    return made
+
+
+def connect(settings: Settings, **options: Any) -> Engine:
+    """The engine for the database and schema that `settings` name; `options` are those of `engine`."""
+    return engine(settings.database_url.get_secret_value(), schema=settings.database_schema, **options)
+
+
+def check_access(url: str) -> None:
+    """Connect once. Raises DatabaseOutage; DatabaseMisconfigured where the server refuses the database, role or password."""
+    with errors():
+        psycopg.connect(url, connect_timeout=2, options=split_options(parse(url).get("options") or "")[1]).close()
+
+
+def parse(url: str) -> dict[str, Any]:
+    """What an address says, by libpq's names for it. Connects to nothing. Raises InvalidSettings where it is none."""
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.ProgrammingError:  # its message may hold the password
+        raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
+
+
+def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], ConnectionPoolEntry, object], None]:
+    """What SQLAlchemy's `pool_pre_ping` does; but that waits without end for a server that is frozen."""
+
+    def try_out(raw: psycopg.Connection[Any], record: ConnectionPoolEntry, _: object) -> None:
+        if record.info.get("was_used"):
+            try:
+                with watch.bounded_driver(raw, _PING_S):
+                    raw.autocommit = True
+                    raw.execute("SELECT", prepare=False)
+                    raw.autocommit = False
+            except psycopg.Error:
+                raise InvalidatePoolError from None  # the others broke with it: the pool makes new ones
+        record.info["was_used"] = True
+
+    return try_out
+
+
+def _note_end(notice: psycopg.errors.Diagnostic) -> None:
+    _this_thread.was_told |= notice.sqlstate in _ENDED
+
+
+def _leave_refused(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    """Use no connection again on which a server refused to write (after a switch-over there is another one behind the same
+    address), or did not know what was prepared."""
+    if _this_thread.was_refused:
+        _this_thread.was_refused = False
+        record.invalidate()
+
+
+def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
+    """psycopg's connection under `conn`, for COPY and binary results; in the same transaction."""
+    raw = conn.connection.driver_connection
+    if not isinstance(raw, psycopg.Connection):
+        raise TypeError(f"expected a connection of psycopg, not {type(raw).__name__}")
+    return raw
+
+
+@contextmanager
+def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
+    """Statements of the block do not wait for the answers of those before; what they did is committed at its end.
+
+    Where one fails, so do the others, and what is raised is the reason.
+    """
+    with conn.pipeline() as pipeline:
+        try:
+            yield
+            conn.commit()
+        except BaseException:
+            # What came after a statement that failed was not run and says so, each by itself: whoever rolls back would be told
+            # that instead of the reason.
+            for _ in range(_MOST_ANSWERS):
+                try:
+                    pipeline.sync()
+                except psycopg.Error:
+                    if not conn.closed:
+                        continue
+                break
+            raise
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn the driver's errors that pass by themselves into DatabaseOutage; others go through as they are."""
+    _this_thread.was_told = False
+    before = sys.exception()
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
+    except (DBAPIError, psycopg.Error) as error:
+        cause = _reason(error.orig if isinstance(error, DBAPIError) else error, before)
+        if isinstance(cause, _NOT_MIGRATED):
+            raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
+        if isinstance(cause, _POOLED):
+            _shares_sessions.set()
+        # The connection it came from goes back to its pool next.
+        _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
+        if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
+            raise DatabaseMisconfigured(str(cause).strip()) from error
+        if isinstance(cause, psycopg.Error) and _is_outage(cause):
+            raise DatabaseOutage(
+                str(cause).strip() or type(cause).__name__,
+                may_be_the_work=isinstance(cause, _OVERTAXED),
+                is_lost=cause.sqlstate is None and not _this_thread.was_told,
+                is_lock=isinstance(cause, pg.LockNotAvailable),
+            ) from error
+        raise
+
+
+def _reason(error: BaseException | None, before: BaseException | None) -> BaseException | None:
+    """Why a connection ended, where `error` is only that it could not be rolled back after that. `before`: what was being
+    handled before all this."""
+    while isinstance(error, psycopg.Error) and error.sqlstate is None and (inner := error.__context__) is not before:
+        if not isinstance(inner, psycopg.Error):
+            break
+        error = inner
+    return error
+
+
+def _is_misconfigured(error: psycopg.Error) -> bool:
+    if error.sqlstate is not None:
+        return error.sqlstate in _MISTAKES
+    # libpq tells no SQLSTATE of an attempt to connect. Another host's failure may be an outage.
+    reasons = re.findall(r"failed: (.+)", str(error))
+    return bool(reasons) and all(_MISTAKE.search(reason) for reason in reasons)
+
+
+def _is_outage(error: psycopg.Error) -> bool:
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return error.sqlstate.startswith(_OUTAGE_CLASSES) or isinstance(error, _OUTAGES)
+
+
+_PROBE: Final = "INSERT INTO probes (name, at) VALUES ('worker', now()) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
+
+
+def probe(conn: Connection) -> None:
+    """Commit a small write. Raises DatabaseOutage where not even that goes through."""
+    with errors(), conn.begin():
+        driver(conn).execute(_PROBE)
+
+
+class ControlConnection:
+    """A connection that does nothing. Where another ended without a word, it tells what happened to both."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises DatabaseOutage."""
+        self._conn = engine.connect()
+        self._told: list[str | None] = []
+        driver(self._conn).autocommit = True
+        driver(self._conn).add_notice_handler(lambda notice: self._told.append(notice.sqlstate))
+
+    def fate(self, watch: "Watch", seconds: float) -> Literal["alive", "crash", "ended"]:
+        """Whether it is still there, or ended because a server process crashed, or because something ended it."""
+        try:
+            with errors(), watch.bounded(self._conn, seconds):
+                driver(self._conn).execute("SELECT")
+        except DatabaseOutage:
+            return "crash" if _CRASHED in self._told else "ended"
+        return "alive"
+
+    def close(self) -> None:
+        """It is not used again."""
+        self._conn.invalidate()
+        self._conn.close()
+
+
+class Watch:
+    """Breaks off what takes too long on this side, as no setting of a server helps that is frozen or cut off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[int, tuple[psycopg.Connection[Any], float]] = {}
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
+        """Break the connection, so that what uses it fails, unless this is left in time."""
+        with self.bounded_driver(driver(conn), seconds):
+            yield
+
+    @contextmanager
+    def bounded_driver(self, raw: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+        """The same with psycopg's connection."""
+        key = threading.get_ident()
+        with self._lock:
+            self._calls[key] = raw, time.monotonic() + seconds
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="evalstore-watch", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[key]
+
+    def renew(self, seconds: float) -> None:
+        """The calling thread, within `bounded`, got on: it has so many seconds from now."""
+        key = threading.get_ident()
+        with self._lock:
+            self._calls[key] = self._calls[key][0], time.monotonic() + seconds
+
+    def break_all(self) -> None:
+        """Break every connection in use."""
+        with self._lock:
+            for raw, _ in self._calls.values():
+                _break(raw)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.5)
+            with self._lock:
+                now = time.monotonic()
+                for raw, deadline in self._calls.values():
+                    if now > deadline:
+                        _break(raw)
+
+
+def _break(raw: psycopg.Connection[Any]) -> None:
+    """Shut the socket down: whoever waits on it is told that the connection is lost."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(raw.fileno())) as twin:
+        twin.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,321 @@
+"""Dead letters: messages that will not be stored without an operator, kept until one removes them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg.rows import dict_row
+from sqlalchemy import Connection
+
+from evalstore.storage import database, operator_actions, redrives
+from evalstore.storage.operator_actions import Intent
+from evalstore.storage.redrives import Pace
+from models.content import objects_named
+from models.errors import printable
+
+
+class DeadLetterInsert(NamedTuple):
+    """A message that died, and of what. The same burial written twice is one."""
+
+    id: UUID
+    queue: str
+    actor: str | None
+    eval_id: str | None
+    event_id: UUID | None
+    message: bytes
+    error_class: str
+    error_message: str
+    traceback: str
+    signature: str
+    attempts: int
+    died_at: datetime
+    host: str | None
+    release: str | None
+
+
+# A letter that dies again after a redrive is the same letter, with its newest cause.
+_WRITE: Final = """
+INSERT INTO dead_letters (id, queue, actor, eval_id, event_id, message, error_class, error_message, traceback, signature,
+    deliveries, attempts, first_at, last_at, host, release, objects)
+VALUES (%s, %s, %s, %s, %s, %b, %s, %s, %s, %s, 1, %s, %s, %s, %s, %s, %s)
+ON CONFLICT (id) DO UPDATE SET state = 'dead', error_class = excluded.error_class, error_message = excluded.error_message,
+    traceback = excluded.traceback, signature = excluded.signature, deliveries = dead_letters.deliveries + 1,
+    attempts = least(dead_letters.attempts::bigint + excluded.attempts, 2147483647), last_at = excluded.last_at,
+    host = excluded.host, release = excluded.release
+WHERE dead_letters.last_at < excluded.last_at
+"""
+_MOST_ATTEMPTS: Final = 2**31 - 1
+
+
+def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
+    """Keep these, in one transaction, whatever their texts hold; those that were redriven have died again.
+
+    Raises DatabaseOutage (retry).
+    """
+    ordered = sorted(burials)  # by id, as letters are locked everywhere
+    rows = [
+        (
+            *one[:10],
+            max(1, min(one.attempts, _MOST_ATTEMPTS)),  # a sender may have put any number there
+            *(one.died_at, one.died_at, one.host, one.release),
+            sorted(objects_named(one.message)),
+        )
+        for one in ordered
+    ]
+    died_at = {one.id: one.died_at for one in burials}
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        redriven = redrives.lock(cursor, list(died_at))
+        cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])
+        redrives.count(cursor, [letter for letter in redriven if letter.last_at < died_at[letter.id]], "died")
+
+
+def _storable(value: object) -> object:
+    """A text without what PostgreSQL refuses: the one place where everything ends that nothing else takes must take it."""
+    return printable(value).replace("\0", "\\x00") if isinstance(value, str) else value
+
+
+_VARIES: Final = re.compile(
+    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # UUIDs
+    r"|(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)"  # what is quoted, but not from one apostrophe to the next
+    r"|\bmetadata(?:\.[^\s:;,.\[]+|\[\d+\])+"  # a place in what a sender is free to name
+    r"|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,}\b"  # hashes and other ids in hexadecimal
+    r"|0x[0-9a-fA-F]+|\d+(?:[.,]\d+)*"
+)
+
+
+def signature(error_class: str, error_message: str) -> str:
+    """The same for errors that differ only in the ids, numbers, places and quoted texts they name."""
+    template = _VARIES.sub("~", error_message.partition("\n")[0][:2000])[:500]
+    return hashlib.sha256(f"{error_class}\n{template}".encode(errors="backslashreplace")).hexdigest()[:16]
+
+
+_AMONG: Final = """
+SELECT d.eval_id, d.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
+JOIN dead_letters d ON d.eval_id = wanted.eval_id AND d.event_id = wanted.event_id WHERE d.state <> 'stored'
+"""
+
+
+def among(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str, UUID]]:
+    """Those of `keys` (eval_id, event_id) that are dead letters. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_AMONG, [[eval_id for eval_id, _ in keys], [event_id for _, event_id in keys]])
+        return set(cursor.fetchall())
+
+
+_COUNT: Final = "SELECT count(*) FROM dead_letters WHERE state <> 'stored'"
+
+
+def count(conn: Connection) -> int:
+    """How many there are. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin():
+        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(found)
+
+
+class Selection(NamedTuple):
+    """Which letters: those that fulfil all that is not None. `since` and `until` are about when they last died."""
+
+    states: tuple[str, ...] = ("dead", "redriving")
+    ids: tuple[UUID, ...] | None = None
+    queue: str | None = None
+    error_class: str | None = None
+    signature: str | None = None
+    eval_id: str | None = None
+    match: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    fewer_redrives_than: int | None = None
+    limit: int | None = None
+
+
+_TESTS: Final = {
+    "states": "state = ANY(%s::text[])",
+    "ids": "id = ANY(%s::uuid[])",
+    "queue": "queue = %s",
+    "error_class": "error_class = %s",
+    "signature": "signature = %s",
+    "eval_id": "eval_id = %s",
+    "since": "last_at >= %s",
+    "until": "last_at < %s",
+    "fewer_redrives_than": "redrives < %s",
+}
+
+
+def _where(chosen: Selection) -> tuple[str, list[Any]]:
+    """The condition, and its parameters."""
+    tests, values = [], []
+    for name, test in _TESTS.items():
+        value = getattr(chosen, name)
+        if value is not None:
+            tests.append(test)
+            values.append(list(value) if isinstance(value, tuple) else value)
+    if chosen.match is not None:
+        text = chosen.match
+        pattern = re.sub(r"([\\%_])", r"\\\1", text)
+        # In the message it may stand as it is, or as JSON writes it, with escapes for what is not ASCII or without.
+        forms = {
+            form.encode(errors="surrogatepass")
+            for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+        }
+        tests.append(f"(error_message ILIKE %s OR error_class ILIKE %s{' OR position(%s::bytea IN message) > 0' * len(forms)})")
+        values += [f"%{pattern}%", f"%{pattern}%", *sorted(forms)]
+    return " AND ".join(tests), values
+
+
+COLUMNS: Final = (
+    *("id", "state", "queue", "actor", "eval_id", "event_id", "error_class", "error_message", "signature"),
+    *("first_at", "last_at", "deliveries", "attempts", "host", "release", "redrives", "redrive", "sent_at"),
+)
+
+
+def find(conn: Connection, chosen: Selection, *, whole: bool = False, oldest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """The chosen letters, by when they last died; `whole`: with message and traceback. Raises DatabaseOutage (retry)."""
+    condition, values = _where(chosen)
+    columns = (*COLUMNS, "octet_length(message) AS size", *(("message", "traceback") if whole else ()))
+    order = "first_at, id" if oldest_first else "last_at DESC, id"
+    query = f"SELECT {', '.join(columns)} FROM dead_letters WHERE {condition} ORDER BY {order} LIMIT %s"
+    with (
+        database.errors(),
+        conn.begin(),
+        database.driver(conn).cursor(name="letters", row_factory=dict_row, binary=True) as cursor,
+    ):
+        cursor.itersize = 10 if whole else 1000
+        yield from cursor.execute(query, [*values, chosen.limit])
+
+
+_WHOLE: Final = f"SELECT {', '.join(COLUMNS)}, message, traceback FROM dead_letters WHERE id = ANY(%s) ORDER BY first_at, id"
+
+
+def get(conn: Connection, letter_id: UUID) -> dict[str, Any] | None:
+    """A letter with message and traceback. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin():
+        return next(_whole(conn, [letter_id]), None)
+
+
+def groups(conn: Connection, chosen: Selection) -> list[dict[str, Any]]:
+    """The chosen letters by signature, the largest group first, with an example. Raises DatabaseOutage (retry)."""
+    condition, values = _where(chosen)
+    query = f"""
+WITH grouped AS (
+    SELECT signature, count(*) AS count, min(first_at) AS first_at, max(last_at) AS last_at, min(id::text)::uuid AS example
+    FROM (SELECT * FROM dead_letters WHERE {condition} ORDER BY first_at, id LIMIT %s) chosen GROUP BY signature)
+SELECT g.signature, g.count, g.first_at, g.last_at, d.error_class, d.error_message, d.queue, d.actor, g.example
+FROM grouped g JOIN dead_letters d ON d.id = g.example ORDER BY g.count DESC, g.signature
+"""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query, [*values, chosen.limit]).fetchall()
+
+
+_BETWEEN: Final = "SELECT id FROM dead_letters WHERE id BETWEEN %s AND %s LIMIT 2"
+
+
+def between(conn: Connection, first: UUID, last: UUID) -> list[UUID]:
+    """Up to two ids between these. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return [letter_id for (letter_id,) in cursor.execute(_BETWEEN, [first, last])]
+
+
+def count_of(conn: Connection, chosen: Selection) -> int:
+    """How many are chosen. Raises DatabaseOutage (retry)."""
+    condition, values = _where(chosen)
+    query = f"SELECT count(*) FROM (SELECT FROM dead_letters WHERE {condition} LIMIT %s) chosen"
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        ((found,),) = cursor.execute(query, [*values, chosen.limit]).fetchall()
+    return int(found)
+
+
+class Edited(NamedTuple):
+    """What a letter's message is to be, and the event it then names; nothing is changed where it is not `before` any more."""
+
+    before: bytes
+    message: bytes
+    actor: str | None
+    eval_id: str | None
+    event_id: UUID | None
+
+
+_EDIT: Final = """
+UPDATE dead_letters SET message = %b, actor = %s, eval_id = %s, event_id = %s, objects = %s
+WHERE id = ANY(%s) AND message = %b
+"""
+
+
+def _edit(edited: Edited, ids: list[UUID]) -> list[Any]:
+    # What the old message needs stays, too: an operator may want it back from the file it was kept in.
+    needed = objects_named(edited.before) | objects_named(edited.message)
+    return [*edited[1:], sorted(needed), ids, edited.before]
+
+
+def redrive(
+    conn: Connection,
+    chosen: Selection,
+    intent: Intent,
+    pace: Pace,
+    *,
+    accept: Callable[[int], bool] = lambda _: True,
+    edited: Edited | None = None,
+    details: dict[str, Any] | None = None,
+) -> tuple[UUID | None, int]:
+    """Claim those of the chosen letters that are dead for a new redrive, in one transaction; none is ever claimed by two.
+
+    Returns the redrive and how many letters there are; no redrive where `accept` refuses that number, where there is none, or
+    where the one letter to be edited has changed. Raises DatabaseOutage (retry).
+    """
+    redrive_id = uuid4()
+    with database.errors(), conn.begin() as transaction, database.driver(conn).cursor() as cursor:
+        ids = _locked(cursor, chosen._replace(states=("dead",)))
+        unchanged = edited is None or cursor.execute(_EDIT, _edit(edited, ids)).rowcount == 1
+        if not ids or not unchanged or not accept(len(ids)):
+            transaction.rollback()
+            return None, len(ids)
+        redrives.begin(cursor, redrive_id, ids, intent, pace)
+        operator_actions.write(cursor, intent, len(ids), redrive=redrive_id, details=details)
+    return redrive_id, len(ids)
+
+
+_DELETE: Final = "DELETE FROM dead_letters WHERE id = ANY(%s)"
+
+
+def remove(
+    conn: Connection,
+    chosen: Selection,
+    intent: Intent,
+    keep: Callable[[Iterator[dict[str, Any]]], dict[str, Any]],
+    *,
+    accept: Callable[[int], bool],
+) -> int | None:
+    """Delete the chosen letters that are not on their way, once `keep` has put them elsewhere.
+
+    Returns how many, or None where `accept` refuses that number. Where `keep` raises, or this dies before it commits, nothing
+    is deleted. Raises DatabaseOutage (retry) and what `keep` raises.
+    """
+    with database.errors(), conn.begin() as transaction, database.driver(conn).cursor() as cursor:
+        ids = _locked(cursor, chosen._replace(states=tuple(state for state in chosen.states if state != "redriving")))
+        if not ids or not accept(len(ids)):
+            transaction.rollback()
+            return None if ids else 0
+        details = keep(_whole(conn, ids))
+        cursor.execute(_DELETE, [ids])
+        operator_actions.write(cursor, intent, len(ids), details=details)
+    return len(ids)
+
+
+def _whole(conn: Connection, ids: Sequence[UUID]) -> Iterator[dict[str, Any]]:
+    with database.driver(conn).cursor(row_factory=dict_row, binary=True) as cursor:
+        for start in range(0, len(ids), 10):
+            yield from cursor.execute(_WHOLE, [list(ids[start : start + 10])]).fetchall()
+
+
+def _locked(cursor: psycopg.Cursor[Any], chosen: Selection) -> list[UUID]:
+    """The chosen letters, the oldest first, locked by id as everywhere: nobody else changes them meanwhile."""
+    condition, values = _where(chosen)
+    query = f"SELECT id FROM dead_letters WHERE {condition} ORDER BY first_at, id LIMIT %s"
+    ids = [row[0] for row in cursor.execute(query, [*values, chosen.limit])]
+    still = f"SELECT id FROM dead_letters WHERE id = ANY(%s) AND {_TESTS['states']} ORDER BY id FOR UPDATE"
+    locked = {row[0] for row in cursor.execute(still, [ids, list(chosen.states)])}
+    return [letter_id for letter_id in ids if letter_id in locked]

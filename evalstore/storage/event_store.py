@@ -1,0 +1,273 @@
+"""Storing and reading evaluations. Every event, whichever way it came, is written by `store`."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import Connection
+
+from evalstore.objects.object_store import Stores
+from evalstore.storage import content_reader, database, event_writer
+from evalstore.storage.content_reader import Content
+from models.content import Reference
+from models.events import ENDINGS, Event
+from models.record import Fact, Record, State, fact, fold, record
+
+# Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
+ROW_LIMIT_BYTES: Final = 4096
+
+Outcome = Literal["applied", "duplicate", "reused"]
+
+
+class Confirmation(msgspec.Struct, gc=False):
+    """What other services are told of an evaluation that a commit changed, in the order in which it is written."""
+
+    type: Literal["storage:evaluation:created", "storage:evaluation:updated"]
+    eval_id: str
+    version: int
+    status: str
+    event_ids: list[UUID]
+    recorded_at: str
+
+
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox.
+
+    `written_at`: when there was nothing left to do but to commit, on the clock of `time.perf_counter`.
+    """
+
+    outcomes: list[Outcome]
+    confirmations: list[Confirmation] = field(default_factory=list)
+    conflicting_results: int = 0
+    written_at: float = field(default=0.0, compare=False)
+
+
+def store(
+    conn: Connection, events: Sequence[Event | Fact], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+) -> Stored:
+    """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
+
+    An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
+    nothing. Any number of callers may store events of the same evaluations at once: all take their locks in the order of
+    `eval_id`, new records first, so that none waits for another in a circle. `traces_of` gives the traces of events by
+    their positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last event it tells of.
+
+    Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
+    """
+    if not events:
+        return Stored([])
+    facts = [event if isinstance(event, Fact) else fact(event) for event in events]
+    outcomes: list[Outcome] = ["duplicate"] * len(facts)
+    with database.errors(), conn.begin(), event_writer.writing(database.driver(conn), conn.connection.info, facts) as way:
+        written = _write(way, facts)
+        confirmations = _confirmations(facts, written, way.recorded_at())
+        if confirmations:
+            body = _ENCODER.encode_lines(confirmations)[:-1].decode()
+            way.confirm([len(confirmations), body, traces_of and _traces(written, traces_of)])
+        written_at = time.perf_counter()
+    way.committed()
+    for positions in written.new.values():
+        for position in positions:
+            outcomes[position] = "applied"
+    for position in written.reused:
+        outcomes[position] = "reused"
+    return Stored(outcomes, confirmations, written.conflicting_results, written_at)
+
+
+class _Written(NamedTuple):
+    """What was written: the positions of an evaluation's new events, those of reused ones, and the records made or changed."""
+
+    new: dict[str, list[int]]
+    reused: list[int]
+    created: set[str]
+    states: dict[str, State]
+    conflicting_results: int
+
+
+def _write(way: "event_writer.Few | event_writer.Many", facts: list[Fact]) -> _Written:
+    """Write `facts` to the log and the records. Of those with one event_id the first stands, unless one is stored already."""
+    firsts: dict[str, dict[UUID, int]] = {}
+    for position, one in enumerate(facts):
+        firsts.setdefault(one.eval_id, {}).setdefault(one.event_id, position)
+    new = {eval_id: list(firsts[eval_id].values()) for eval_id in sorted(firsts)}
+    states = {eval_id: fold([facts[position] for position in positions]) for eval_id, positions in new.items()}
+    created, before = way.create(states)
+    for eval_id, log in before.items():
+        known = {one.event_id for one in log}
+        new[eval_id] = [position for event_id, position in firsts[eval_id].items() if event_id not in known]
+        if not new[eval_id]:
+            del new[eval_id], states[eval_id]
+        else:
+            states[eval_id] = fold(log + [facts[position] for position in new[eval_id]])
+    applied = [position for positions in new.values() for position in positions]
+    # None of these is in the log: an evaluation created here had no events, and the others' are known, and locked.
+    if applied:
+        contents: list[tuple[Any, ...]] = []
+        way.log([_without_large(facts[position], contents) for position in applied], contents)
+    if changed_before := [states[eval_id] for eval_id in before if eval_id in states]:
+        way.update(changed_before)
+    return _Written(
+        new,
+        _reused(way, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else [],
+        created,
+        states,
+        sum(
+            _conflicting_results(before.get(eval_id, []), [facts[position] for position in positions])
+            for eval_id, positions in new.items()
+        ),
+    )
+
+
+def _without_large(one: Fact, contents: list[tuple[Any, ...]]) -> Fact:
+    """`one` without content that is large or an object; rows for that are added to `contents`."""
+    large = [
+        (kind, data)
+        for kind, data in zip(event_writer.CONTENTS, _contents(one), strict=True)
+        if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
+    ]
+    if not large:
+        return one
+    contents += [(*one[:2], kind, one.occurred_at, *_where(data)) for kind, data in large]
+    nothing: dict[str, Any] = dict.fromkeys(kind for kind, _ in large)
+    return one._replace(**nothing)
+
+
+def _where(data: bytes | Reference) -> tuple[Any, ...]:
+    """Content as a row of `contents` holds it: size, hash, data, store and encoding."""
+    if isinstance(data, Reference):
+        return data.size, _digest(data), None, "objects", data.encoding
+    return len(data), _digest(data), data, None, None
+
+
+def _reused(way: "event_writer.Few | event_writer.Many", facts: list[Fact], repeated: set[int]) -> list[int]:
+    """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
+    stored = way.compare({position: _without_large(facts[position], []) for position in repeated})
+    return [position for position in repeated if stored[position] != [True, *map(_digest, _contents(facts[position]))]]
+
+
+def _contents(one: Fact) -> tuple[bytes | Reference | None, ...]:
+    return one.code, one.output, one.error
+
+
+def _digest(data: bytes | Reference | None) -> bytes | None:
+    """The SHA-256 of content, by which the same is the same wherever it is."""
+    if isinstance(data, Reference):
+        return bytes.fromhex(data.sha256)
+    return None if data is None else hashlib.sha256(data).digest()
+
+
+def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
+    """How many of the `new` events end an attempt that another event ended before."""
+    endings = [one.attempt for one in new if one.type in ENDINGS]
+    if not endings:
+        return 0
+    before_that = {one.attempt for one in before if one.type in ENDINGS}
+    return len(endings) - len(set(endings) - before_that)
+
+
+def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[Confirmation]:
+    """One for each evaluation that changed."""
+    return [
+        Confirmation(
+            "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
+            eval_id,
+            state.version,
+            state.status,
+            [facts[position].event_id for position in written.new[eval_id]],
+            recorded_at,
+        )
+        for eval_id, state in written.states.items()
+    ]
+
+
+def _traces(written: _Written, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
+    """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
+    traces = traces_of([written.new[eval_id][-1] for eval_id in written.states])
+    return "\n".join(traces) if any(traces) else None
+
+
+# A record `e` beside the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.
+WITH_CONTENT: Final = """
+FROM evaluations e
+LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
+LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
+LEFT JOIN contents code ON code.eval_id = e.eval_id AND code.event_id = e.code_event_id AND code.kind = 'code'
+LEFT JOIN contents output ON output.eval_id = e.eval_id AND output.event_id = e.result_event_id AND output.kind = 'output'
+LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.result_event_id AND error.kind = 'error'
+WHERE e.eval_id = %s
+"""
+_GET: Final = f"""
+SELECT {event_writer.columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
+    coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
+    {event_writer.columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
+{WITH_CONTENT}
+"""
+
+
+def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record | None:
+    """The record with all its content in memory, or None. Without `stores`, of what is an object the reference.
+
+    Raises DatabaseOutage, ObjectStoreOutage (retry), ObjectMissing, ObjectDamaged.
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        row = cursor.execute(_GET, [eval_id]).fetchone()
+    if row is None:
+        return None
+    state, (created_at, updated_at, *data) = State(*row[: len(State._fields)]), row[len(State._fields) : -12]
+    found = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
+    return found.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+
+
+def _whole(
+    conn: Connection, state: State, stores: Stores | None, at: int, data: bytes | None, columns: Sequence[Any]
+) -> bytes | Reference | None:
+    size, sha256, store, encoding = columns[:4]
+    event_id = state.result_event_id if at else state.code_event_id
+    if store is None or event_id is None:
+        return data
+    content = Content(state.eval_id, event_id, event_writer.CONTENTS[at], size, b"", sha256, 0, store, encoding)
+    return content.reference if stores is None else b"".join(content_reader.read(lambda: nullcontext(conn), stores, content))
+
+
+_APPLIED: Final = """
+SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
+JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
+"""
+
+
+def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str, UUID]]:
+    """Those of `keys` (eval_id, event_id) that are in the event log. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_APPLIED, [[eval_id for eval_id, _ in keys], [event_id for _, event_id in keys]])
+        return set(cursor.fetchall())
+
+
+_THERE: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
+
+
+def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
+    """Those of these evaluations whose record somebody else keeps locked at this moment. Waits for nobody.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        there = {eval_id for (eval_id,) in cursor.execute(_THERE, [eval_ids])}
+        return there - {eval_id for (eval_id,) in cursor.execute(_THERE + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
+
+
+_COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"
+
+
+def count_by_status(conn: Connection) -> dict[str, int]:
+    """How many evaluations there are, by status. Reads every record. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        return dict(cursor.execute(_COUNT).fetchall())

@@ -1,0 +1,118 @@
+"""What content is where, what is due to move, and whether the objects that rows name are there and right."""
+
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from psycopg.rows import dict_row
+from sqlalchemy import Connection
+
+from evalstore.objects import object_store
+from evalstore.objects.frames import State
+from evalstore.objects.object_store import Place, Stores
+from evalstore.storage import archive, database
+from evalstore.storage.archive import Archive
+from models.content import Reference
+from models.errors import ObjectDamaged, ObjectMissing
+
+_PAGE: Final = 500
+_SHOWN: Final = 100
+
+_PLACES: Final = """
+SELECT coalesce(store, 'database') AS place, count(*) AS contents, coalesce(sum(size), 0)::bigint AS bytes
+FROM contents GROUP BY store ORDER BY store NULLS FIRST
+"""
+_DUE: Final = "SELECT count(*) AS contents, coalesce(sum(c.size), 0)::bigint AS bytes, min(c.recorded_at) AS oldest"
+_FAILING: Final = "SELECT count(*) AS contents FROM contents WHERE failure IS NOT NULL"
+_FAILURES: Final = """
+SELECT eval_id, event_id, kind, size, failures, failure, retry_at FROM contents
+WHERE failure IS NOT NULL ORDER BY retry_at DESC LIMIT %s
+"""
+
+
+def status(conn: Connection, at: Archive | None, now: datetime) -> dict[str, Any]:
+    """Contents and bytes by place; those that are due, and the oldest of them; those that failed, and the latest of these.
+
+    Content within its event's own row is in no count. Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        places = cursor.execute(_PLACES).fetchall()
+        due: dict[str, Any] = {"contents": 0, "bytes": 0, "oldest": None}
+        queries = [(condition, archive.values(at, now)) for condition in archive.conditions(at)] if at else []
+        for condition, given in queries:
+            found = cursor.execute(f"{_DUE} {condition}".encode(), given).fetchone() or due
+            oldest = min((time for time in (due["oldest"], found["oldest"]) if time), default=None)
+            due = {"contents": due["contents"] + found["contents"], "bytes": due["bytes"] + found["bytes"], "oldest": oldest}
+        failing = cursor.execute(_FAILING).fetchone() or {"contents": 0}
+        failures = cursor.execute(_FAILURES, [_SHOWN]).fetchall()
+    return {"places": places, "due": due, "failing": failing["contents"], "failures": failures}
+
+
+class Object(NamedTuple):
+    """An object that rows name."""
+
+    reference: Reference
+    place: Place
+
+
+_OBJECTS: Final = """
+SELECT DISTINCT ON (sha256, store, encoding) encode(sha256, 'hex'), size, encoding, store, sha256 FROM contents
+WHERE store IS NOT NULL AND sha256 >= %(first)s AND (sha256, store, encoding) > (%(first)s, %(store)s, %(encoding)s)
+ORDER BY sha256, store, encoding LIMIT %(limit)s
+"""
+_COUNT: Final = "SELECT count(DISTINCT (sha256, store, encoding)) FROM contents WHERE store IS NOT NULL"
+
+
+def count_objects(conn: Connection) -> int:
+    """How many there are. Reads an entry for each. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin():
+        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(found)
+
+
+def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Object]:
+    """The objects that rows name, each once: all, or as many as the sample. Raises DatabaseOutage (retry).
+
+    A sample is a stretch of the hashes that begins anywhere, and what is next to one another in it has nothing in common.
+    """
+    begin = b"" if sample is None else os.urandom(32)
+    left = sample
+    for first, last in ((begin, None), (b"", begin)) if begin else ((b"", None),):
+        after = (first, "", "")
+        while left is None or left > 0:
+            given = dict(zip(("first", "store", "encoding"), after, strict=True))
+            with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+                found = cursor.execute(_OBJECTS, {**given, "limit": min(_PAGE, left or _PAGE)}).fetchall()
+            for sha256, size, encoding, store, digest in found:
+                if last is not None and digest >= last:
+                    return
+                yield Object(Reference(sha256, size, encoding), store)
+                after = (digest, store, encoding)
+                left = None if left is None else left - 1
+            if len(found) < min(_PAGE, left or _PAGE):
+                break
+
+
+def verify(stores: Stores, one: Object) -> tuple[State, str | None]:
+    """Whether every byte of an object is right, and if not what is wrong. Raises ObjectStoreOutage (retry)."""
+    try:
+        object_store.verify(stores[one.place], one.reference)
+    except ObjectMissing as error:
+        return "missing", str(error)
+    except ObjectDamaged as error:
+        return "damaged", str(error)
+    return "intact", None
+
+
+_NAMING: Final = """
+SELECT eval_id, event_id, kind FROM contents WHERE sha256 = decode(%s, 'hex') AND store = %s AND encoding = %s LIMIT %s
+"""
+
+
+def rows_naming(conn: Connection, one: Object) -> list[tuple[str, UUID, str]]:
+    """The rows whose content an object is, or the first hundred. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        values = [one.reference.sha256, one.place, one.reference.encoding, _SHOWN]
+        return [(eval_id, event_id, kind) for eval_id, event_id, kind in cursor.execute(_NAMING, values)]

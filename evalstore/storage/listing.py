@@ -1,0 +1,169 @@
+"""Lists of evaluations: filtered, in order of creation, by page or all at once.
+
+One index serves every list, that of `created_at`; what one commit made is sorted by `eval_id` when it is read. Another index
+would make each event dearer to store, and listing is rare beside storing. So a page read by cursor looks at no more than SCAN
+evaluations: it may hold fewer than were asked for, even none, while its cursor leads on. It takes the same time whatever the
+filter and however many evaluations there are. A page by number looks at as many as it takes, but for no longer than PATIENCE_S,
+so that nobody keeps the database busy with a filter that nothing matches.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from psycopg.errors import QueryCanceled
+from sqlalchemy import Connection
+
+from evalstore.storage import database
+from models.errors import DatabaseOutage
+from models.record import State
+
+SCAN: Final = 5_000
+LOOKED: Final = 200_000
+PATIENCE_S: Final = 5.0
+COUNTED: Final = 1_000_000
+_CHUNK: Final = 1_000
+
+COLUMNS: Final = (*(name for name in State._fields if not name.endswith("_event_id")), "created_at", "updated_at")
+_SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM evaluations"
+
+
+class Position(NamedTuple):
+    """Where a list goes on: after this evaluation."""
+
+    created_at: datetime
+    eval_id: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What to list. `since` is included, `until` is not; both are about `created_at`."""
+
+    statuses: Sequence[str] = ()
+    language: str | None = None
+    submitter: str | None = None
+    executor_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    oldest_first: bool = False
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether it may skip any number of evaluations between two that it lets through."""
+        return bool(self.statuses or self.language or self.submitter or self.executor_id or self.metadata)
+
+
+class Page(NamedTuple):
+    """Evaluations, and where the next page begins; None at the end of the list."""
+
+    rows: list[dict[str, Any]]
+    following: Position | None
+
+
+def _where(chosen: Filter, after: Position | None = None, up_to: Position | None = None) -> tuple[str, list[Any]]:
+    beyond, within = (">", "<=") if chosen.oldest_first else ("<", ">=")
+    conditions: list[str] = []
+    values: list[Any] = []
+
+    def add(condition: str, *given: Any) -> None:
+        conditions.append(condition)
+        values.extend(given)
+
+    if chosen.statuses:
+        add("status = ANY(%s)", list(chosen.statuses))
+    for column in ("language", "submitter", "executor_id"):
+        if (value := getattr(chosen, column)) is not None:
+            add(f"{column} = %s", value)
+    for key, value in chosen.metadata.items():
+        add("metadata ->> %s = %s", key, value)
+    if chosen.since is not None:
+        add("created_at >= %s", chosen.since)
+    if chosen.until is not None:
+        add("created_at < %s", chosen.until)
+    if after is not None:
+        add(f"(created_at, eval_id) {beyond} (%s, %s)", *after)
+    if up_to is not None:
+        add(f"(created_at, eval_id) {within} (%s, %s)", *up_to)
+    return (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
+
+
+def _order(chosen: Filter) -> str:
+    direction = "ASC" if chosen.oldest_first else "DESC"
+    return f" ORDER BY created_at {direction}, eval_id {direction}"
+
+
+# Where an index over the order exists, everything is read by it: the planner's guesses about filters send it elsewhere.
+_BEGIN: Final = (
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0"
+)
+
+
+def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None, scan: int | None = None) -> Page:
+    """The evaluations that come `after` a position, or first, among the next `scan`, which are SCAN. Raises DatabaseOutage
+    (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_BEGIN, binary=False)
+        scanned: Position | None = None
+        if chosen.is_selective:
+            span = Filter(since=chosen.since, until=chosen.until, oldest_first=chosen.oldest_first)
+            where, values = _where(span, after)
+            query = f"SELECT created_at, eval_id FROM evaluations{where}{_order(chosen)} OFFSET %s LIMIT 1"
+            cursor.execute(query.encode(), [*values, (scan or SCAN) - 1])
+            found = cursor.fetchone()
+            scanned = Position(*found) if found else None
+        where, values = _where(chosen, after, scanned)
+        cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s".encode(), [*values, limit + 1])
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
+    if len(rows) > limit:
+        rows = rows[:limit]
+        return Page(rows, Position(rows[-1]["created_at"], rows[-1]["eval_id"]))
+    return Page(rows, scanned)
+
+
+def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page | None:
+    """The evaluations from the `offset`th on. Where it takes too long to find them: those among the first LOOKED, or None if
+    some were to be left out. Raises DatabaseOutage (retry)."""
+    where, values = _where(chosen)
+    rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
+    if rows is None:
+        return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
+    found = [dict(zip(COLUMNS, row, strict=True)) for row in rows[:limit]]
+    return Page(found, Position(found[-1]["created_at"], found[-1]["eval_id"]) if len(rows) > limit else None)
+
+
+def count(conn: Connection, chosen: Filter) -> int | None:
+    """How many there are, counted up to COUNTED; None where that takes too long. Raises DatabaseOutage (retry)."""
+    where, values = _where(chosen)
+    query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
+    found = _in_time(conn, query, [*values, COUNTED])
+    return None if found is None else int(found[0][0])
+
+
+def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:
+    """The rows, or None where they take longer than PATIENCE_S."""
+    try:
+        with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+            cursor.execute(f"SET LOCAL statement_timeout = {int(PATIENCE_S * 1000)}".encode(), binary=False)
+            return cursor.execute(query.encode(), values).fetchall()
+    except DatabaseOutage as error:
+        if not isinstance(error.__cause__, QueryCanceled):
+            raise
+        return None
+
+
+def export(conn: Connection, chosen: Filter) -> Generator[list[dict[str, Any]]]:
+    """All of them as they are at one moment, in lists of up to 1,000, through a cursor in the server.
+
+    Holds the connection until it is exhausted or closed. Raises DatabaseOutage (begin anew).
+    """
+    where, values = _where(chosen)
+    query = f"{_SELECT}{where}{_order(chosen)}"
+    with database.errors(), conn.begin():
+        raw = database.driver(conn)
+        raw.execute("SET LOCAL cursor_tuple_fraction = 1.0")
+        with raw.cursor("evalstore_export", binary=True) as cursor:
+            cursor.execute(query.encode(), values)
+            while rows := cursor.fetchmany(_CHUNK):
+                yield [dict(zip(COLUMNS, row, strict=True)) for row in rows]

@@ -1,0 +1,212 @@
+"""The schema's versions, and the two things done with them: bring a database up to date, and check that it is.
+
+A migration must leave the database usable by workers of the release before it: they run on while it is applied.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from psycopg import errors as pg
+from psycopg import sql
+from sqlalchemy import Connection, text
+
+from evalstore.storage import database
+from models.errors import DatabaseOutage, SchemaMismatch
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+# Any constant will do, as long as every evalstore that ever migrates this database uses the same.
+_ADVISORY_LOCK = 0x65766173
+# A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
+_LOCK_S: Final = 0.5
+_PAUSE_S: Final = 2.0
+_LOOK_S: Final = 0.1
+
+
+@cache
+def revisions() -> tuple[str, ...]:
+    """This release's, the first to the last, as the names of their files say. Alembic, which reads them, takes its time."""
+    found = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
+    if not found:
+        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
+    return tuple(found)
+
+
+def upgrade(
+    url: str, waiting: Callable[[str], object] = lambda _: None, *, schema: str | None = None
+) -> tuple[str | None, str]:
+    """Bring the tables of the database at `url` to this release; returns the revisions before and after.
+
+    They are in `schema`, which is created where it is missing, or else in the connection's first schema.
+
+    One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
+    call from several processes at once; the later ones wait and find nothing to do. `waiting` is told for whom it waits once
+    that is for longer than a moment, and again when that is another.
+
+    Raises DatabaseOutage (retry), SchemaMismatch where a newer release has been here, or where the database cannot hold all
+    text.
+    """
+    try:
+        return _upgrade(url, schema)
+    except DatabaseOutage as error:
+        if not error.is_lock:
+            raise
+    with _alone(url, schema) as aside:
+        onlooker = _Onlooker(aside, waiting)
+        while True:
+            time.sleep(_PAUSE_S)
+            try:
+                return _upgrade(url, schema, onlooker)
+            except DatabaseOutage as error:
+                if not error.is_lock:
+                    raise
+
+
+def _upgrade(url: str, schema: str | None, onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
+    from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
+
+    with _alone(url, schema) as conn, onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
+        conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
+            how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
+            raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
+        _create_schema(conn, schema)
+        before = _current(conn)
+        _refuse_newer(before)
+        command.upgrade(config(conn), "head")
+        return before, revisions()[-1]
+
+
+_SCHEMA: Final = "SELECT current_schema(), current_user, EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"
+
+
+def _create_schema(conn: Connection, schema: str | None) -> None:
+    """Create the schema that the connection's search path names, unless it is there."""
+    raw = database.driver(conn)
+    ((first, user, exists),) = raw.execute(_SCHEMA, [schema]).fetchall()
+    if first is not None:
+        return
+    if schema is None:
+        raise SchemaMismatch("the connection's search_path names no schema that exists: set EVALSTORE_DATABASE_SCHEMA")
+    if exists:
+        raise SchemaMismatch(f"the role {user} may not use the schema {schema}: let the schema's owner grant USAGE and CREATE")
+    try:
+        raw.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+    except pg.InsufficientPrivilege as error:
+        how = sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(sql.Identifier(schema), sql.Identifier(user)).as_string(raw)
+        raise SchemaMismatch(f"the role {user} may not create the schema {schema}: let an administrator run {how}") from error
+
+
+_HOLDERS: Final = """
+SELECT waits.wait_event = 'advisory', holder, other.usename, other.application_name,
+    extract(epoch FROM now() - other.xact_start)
+FROM pg_stat_activity waits CROSS JOIN unnest(pg_blocking_pids(waits.pid)) holder LEFT JOIN pg_stat_activity other
+ON other.pid = holder WHERE waits.pid = %s ORDER BY holder
+"""
+
+
+class _Onlooker:
+    """Sees, on a connection of its own, whom another one waits for: a server tells that only while it waits."""
+
+    def __init__(self, conn: Connection, tell: Callable[[str], object]) -> None:
+        self._conn, self._tell = database.driver(conn), tell
+        self._conn.autocommit = True
+        self._told: list[int] = []
+
+    @contextmanager
+    def looking(self, conn: Connection) -> Iterator[None]:
+        """Until the block ends."""
+        done, pid = threading.Event(), database.driver(conn).info.backend_pid
+        thread = threading.Thread(target=self._run, args=(done, pid), name="evalstore-onlooker", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=1)
+
+    def _run(self, done: threading.Event, pid: int) -> None:
+        # Whoever migrates is told what is wrong, or goes on without being told this.
+        with suppress(DatabaseOutage), database.errors():
+            while not done.wait(_LOOK_S):
+                found = self._conn.execute(_HOLDERS, [pid]).fetchall()
+                pids = [one[1] for one in found]
+                if found and pids != self._told:
+                    self._told = pids
+                    self._tell(f"waits for {' and '.join(_holder(*one) for one in found)}")
+
+
+def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None, seconds: float | None) -> str:
+    if pid == 0:
+        return "a prepared transaction, which SELECT * FROM pg_prepared_xacts shows"
+    since = None if seconds is None else f"in its transaction for {seconds:.0f} s"
+    who = ", ".join(filter(None, [program, user and f"user {user}", since]))
+    what = "which migrates" if is_migrating else "which uses a table that changes"
+    return f"process {pid} of PostgreSQL ({who}), {what}"
+
+
+def config(conn: Connection) -> "Config":
+    """Alembic's, for a connection."""
+    from alembic.config import Config  # noqa: PLC0415 - as above
+
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent))
+    made.set_main_option("path_separator", "os")
+    made.attributes["connection"] = conn
+    return made
+
+
+@contextmanager
+def _alone(url: str, schema: str | None) -> Iterator[Connection]:
+    """A connection whose statements may take as long as they take, and which is closed at the end."""
+    engine = database.engine(url, schema=schema, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
+    try:
+        with engine.connect() as conn:
+            yield conn
+    finally:
+        engine.dispose()
+
+
+def check(conn: Connection, *, or_newer: bool = False) -> None:
+    """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing.
+
+    `or_newer`: for a process that found its schema before. The next release's migration comes first, and leaves it to work on.
+    """
+    with database.errors(), conn.begin():
+        current = _current(conn)
+    if or_newer and current is not None and current not in revisions():
+        return
+    _refuse_newer(current)
+    if current != (head := revisions()[-1]):
+        found = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
+        raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
+
+
+def _where(conn: Connection) -> str:
+    with database.errors(), conn.begin():
+        ((schema,),) = database.driver(conn).execute("SELECT current_setting('search_path')").fetchall()
+    return f" in the schema {schema}"
+
+
+_THERE: Final = "SELECT to_regclass('alembic_version') IS NOT NULL"
+_CURRENT: Final = "SELECT max(version_num) FROM alembic_version"
+
+
+def _current(conn: Connection) -> str | None:
+    with database.driver(conn).cursor() as cursor:
+        ((is_there,),) = cursor.execute(_THERE).fetchall()
+        if not is_there:
+            return None
+        ((found,),) = cursor.execute(_CURRENT).fetchall()
+        return None if found is None else str(found)
+
+
+def _refuse_newer(revision: str | None) -> None:
+    if revision is not None and revision not in revisions():
+        raise SchemaMismatch(f"the database is at revision {revision}, which this release does not know: deploy a newer one")

@@ -1,0 +1,56 @@
+"""What operators changed: who, when, why, which and how many, written in the transaction of the change itself."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from evalstore.storage import database
+
+
+class Intent(NamedTuple):
+    """Who wants what, and why; `filter` says in words and values what it was to apply to."""
+
+    verb: str
+    actor: str
+    reason: str | None
+    filter: Mapping[str, Any]
+
+
+_WRITE: Final = """
+INSERT INTO operator_actions (actor, verb, reason, filter, count, redrive, details) VALUES (%s, %s, %s, %s, %s, %s, %s)
+"""
+
+
+def write(
+    cursor: psycopg.Cursor[Any],
+    intent: Intent,
+    count: int,
+    *,
+    redrive: UUID | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Note what is done in the transaction of `cursor`, which its caller commits."""
+    values = [intent.actor, intent.verb, intent.reason, Jsonb(dict(intent.filter)), count, redrive, Jsonb(dict(details or {}))]
+    cursor.execute(_WRITE, values)
+
+
+def note(conn: Connection, intent: Intent, count: int, *, details: Mapping[str, Any] | None = None) -> None:
+    """Note what was done in steps of its own, or is about to be. Commits. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        write(cursor, intent, count, details=details)
+
+
+_LATEST: Final = """
+SELECT at, actor, verb, reason, filter, count, redrive, details FROM operator_actions ORDER BY at DESC, id DESC LIMIT %s
+"""
+
+
+def latest(conn: Connection, limit: int | None = None) -> list[dict[str, Any]]:
+    """The newest first. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_LATEST, [limit]).fetchall()

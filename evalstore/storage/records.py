@@ -1,0 +1,127 @@
+"""Records and event logs as readers of the service see them: small content whole, of large content its size and beginning."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from evalstore.objects.object_store import Stores
+from evalstore.storage import content_reader, database
+from evalstore.storage.content_reader import Connect, Content, Kind
+from evalstore.storage.event_store import WITH_CONTENT
+from models.record import Fact, State
+
+INLINE_BYTES: Final = 64 * 1024
+PREVIEW_BYTES: Final = 1024
+CONTENTS: Final[tuple[Kind, ...]] = ("code", "output", "error")
+
+
+class ContentView(NamedTuple):
+    """Some content: all of its bytes, or its beginning. Of an object, `where` it is, and nothing else."""
+
+    size: int
+    data: bytes
+    where: Content | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.data) == self.size
+
+
+class RecordView(NamedTuple):
+    """A record or an event. `stamp` changes whenever the record does, and never comes back."""
+
+    stamp: str
+    fields: dict[str, Any]
+    contents: dict[str, ContentView]
+
+
+# xmin, the transaction that wrote the row, and the time tell apart what was deleted and stored anew with the same version.
+_ROW_VERSION: Final = "e.version || '.' || e.xmin || '.' || extract(epoch FROM e.updated_at)"
+_ROW_VERSIONS: Final = f"SELECT e.eval_id, {_ROW_VERSION} FROM evaluations e WHERE e.eval_id = ANY(%s::text[])"
+
+
+def row_versions(conn: Connection, eval_ids: Sequence[str]) -> dict[str, str]:
+    """The stamps of those of `eval_ids` that exist, as of now: `conn` commits by itself. Raises DatabaseOutage (retry)."""
+    with database.errors(), database.driver(conn).cursor(binary=True) as cursor:
+        return dict(cursor.execute(_ROW_VERSIONS, [list(eval_ids)], prepare=True).fetchall())
+
+
+_FIELDS: Final = [name for name in State._fields if not name.endswith("_event_id")]
+
+
+def _content(kind: str, event: str) -> str:
+    """Size, the content or its beginning, and where it is, of one kind; `event` joined with its row of `contents`, named like
+    the kind."""
+    return f"""coalesce(octet_length({event}.{kind}), {kind}.size),
+    CASE WHEN {kind}.size > {INLINE_BYTES} THEN substring({kind}.data, 1, {PREVIEW_BYTES})
+        ELSE coalesce({event}.{kind}, {kind}.data) END,
+    {kind}.event_id, {kind}.sha256, {kind}.store, {kind}.encoding"""
+
+
+_LOAD: Final = f"""
+SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at,
+    {_content("code", "queued")}, {_content("output", "ending")}, {_content("error", "ending")}
+{WITH_CONTENT}
+"""
+
+
+def load(conn: Connection, eval_id: str) -> RecordView | None:
+    """The record, or None; what content of it is an object is left to `complete`. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        row = cursor.execute(_LOAD, [eval_id]).fetchone()
+    if row is None:
+        return None
+    fields = dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True))
+    parts: dict[str, ContentView] = {}
+    for at, kind in enumerate(CONTENTS):
+        size, data, event_id, sha256, store, encoding = row[at * 6 - 18 :][:6]
+        if store is not None:
+            parts[kind] = ContentView(size, b"", Content(eval_id, event_id, kind, size, b"", sha256, 0, store, encoding))
+        elif size is not None:
+            parts[kind] = ContentView(size, bytes(data or b""))
+    return RecordView(row[0], fields, parts)
+
+
+def complete(connect: Connect, stores: Stores, record: RecordView) -> RecordView:
+    """`record` with what belongs to it of content that is an object: as much as if it were in the database.
+
+    Raises ObjectStoreOutage, DatabaseOutage (retry), ObjectMissing, ObjectDamaged, LookupError.
+    """
+    parts = dict(record.contents)
+    for kind, part in parts.items():
+        if part.where is not None:
+            stop = part.size if part.size <= INLINE_BYTES else PREVIEW_BYTES
+            parts[kind] = ContentView(part.size, b"".join(content_reader.read(connect, stores, part.where, 0, stop)))
+    return record._replace(contents=parts)
+
+
+def _parts(columns: Sequence[Any]) -> dict[str, ContentView]:
+    pairs = zip(CONTENTS, columns[::2], columns[1::2], strict=True)
+    return {kind: ContentView(size, bytes(data or b"")) for kind, size, data in pairs if size is not None}
+
+
+_LOGGED: Final = [name for name in Fact._fields if name not in {"eval_id", *CONTENTS}]
+# In the log, content is shown where it is in the event's own row.
+_LOG: Final = f"""
+SELECT {", ".join(f"e.{name}" for name in _LOGGED)}, e.recorded_at, {
+    ", ".join(
+        f"coalesce(octet_length(e.{kind}), (SELECT c.size FROM contents c "
+        f"WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{kind}')), e.{kind}"
+        for kind in CONTENTS
+    )
+}
+FROM evaluation_events e
+WHERE e.eval_id = %s AND (e.occurred_at, e.event_id) > (%s, %s) ORDER BY e.occurred_at, e.event_id LIMIT %s
+"""
+_BEGINNING: Final = (datetime.fromisoformat("0001-01-01T00:00:00+00:00"), UUID(int=0))
+
+
+def log(conn: Connection, eval_id: str, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RecordView]:
+    """The events of an evaluation, by (`occurred_at`, `event_id`), from `after` on. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        rows = cursor.execute(_LOG, [eval_id, *(after or _BEGINNING), limit]).fetchall()
+    names = [*_LOGGED, "recorded_at"]
+    return [RecordView("", dict(zip(names, row[:-6], strict=True)), _parts(row[-6:])) for row in rows]

@@ -1,0 +1,291 @@
+"""Redrives: dead letters that an operator asked to be sent again, and what came of each of them.
+
+Whoever settles letters locks their redrives first, in the order of `id`, and then the letters, in theirs. So the counts are
+exact at any time, whichever of workers, operators and sweeps come at once, and none waits for another in a circle.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal, NamedTuple
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from evalstore.storage import database, operator_actions
+from evalstore.storage.operator_actions import Intent
+
+Outcome = Literal["stored", "died", "returned"]
+Ended = Literal["stopped", "cancelled", "failed"]
+_CHUNK: Final = 500
+_CHUNK_BYTES: Final = 8 * 1024 * 1024
+_LONGEST_S: Final = 1.0
+_CANARY_WAIT_S: Final = 0.5
+
+
+class Pace(NamedTuple):
+    """How to go about it: at most `rate` letters a second, and `canary` of them first."""
+
+    rate: float | None = None
+    canary: int | None = None
+
+
+class DeadLetterRef(NamedTuple):
+    """A letter to put in its queue."""
+
+    id: UUID
+    queue: str
+    message: bytes
+
+
+_NEW: Final = "INSERT INTO redrives (id, actor, reason, filter, rate, canary, total) VALUES (%s, %s, %s, %s, %s, %s, %s)"
+_CLAIM: Final = """
+UPDATE dead_letters SET state = 'redriving', redrive = %s, sent_at = NULL WHERE id = ANY(%s) AND state = 'dead'
+"""
+
+
+def begin(cursor: psycopg.Cursor[Any], redrive_id: UUID, ids: Sequence[UUID], intent: Intent, pace: Pace) -> None:
+    """Claim these letters, which the transaction of `cursor` has locked, for a new redrive; its caller commits."""
+    values = [redrive_id, intent.actor, intent.reason, Jsonb(dict(intent.filter)), pace.rate, pace.canary, len(ids)]
+    cursor.execute(_NEW, values)
+    cursor.execute(_CLAIM, [redrive_id, list(ids)])
+
+
+class Step(NamedTuple):
+    """What one step sent, and in how many seconds there is something to do again: never, where it is None."""
+
+    sent: int
+    wait_s: float | None
+
+
+_LOCK: Final = "SELECT *, clock_timestamp() AS now FROM redrives WHERE id = %s FOR UPDATE"
+_START: Final = "UPDATE redrives SET started_at = clock_timestamp() WHERE id = %s AND started_at IS NULL"
+# A canary is to meet every kind of error there is, so the first of each kind come first.
+_WAITING: Final = """
+SELECT id, octet_length(message) AS size FROM dead_letters
+WHERE redrive = %s AND state = 'redriving' AND sent_at IS NULL ORDER BY {} first_at, id LIMIT %s
+"""
+_SPREAD: Final = "row_number() OVER (PARTITION BY signature ORDER BY first_at, id),"
+_TAKE: Final = """
+SELECT id, queue, message FROM dead_letters
+WHERE id = ANY(%s) AND redrive = %s AND state = 'redriving' AND sent_at IS NULL ORDER BY id FOR UPDATE
+"""
+_SENT: Final = "UPDATE dead_letters SET sent_at = clock_timestamp(), redrives = redrives + 1 WHERE id = ANY(%s)"
+_COUNT_SENT: Final = "UPDATE redrives SET sent = sent + %s, paced_until = %s WHERE id = %s"
+
+
+def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetterRef]], object]) -> Step:
+    """Hand the next letters to `send`, as many as the pace allows now, and note that they were sent; commits.
+
+    While `send` runs the letters are locked, so that nothing that comes of them is written before this is. Where `send` raises,
+    or this dies before it commits, the same letters are handed over again: `send` must take them twice and send them once.
+
+    Raises DatabaseOutage (retry) and what `send` raises.
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        redrive = cursor.execute(_LOCK, [redrive_id]).fetchone()
+        if redrive is None or redrive["state"] != "running":
+            return Step(0, None)
+        cursor.execute(_START, [redrive_id])
+        most, wait_s, paced_until = _due(redrive)
+        if _canary_is_out(redrive):
+            if redrive["died"] + redrive["returned"]:
+                _end(cursor, redrive_id, "stopped", "a letter of the canary died again")
+                return Step(0, None)
+            if redrive["stored"] < redrive["sent"]:
+                return Step(0, _CANARY_WAIT_S)
+        canary_left = (redrive["canary"] or 0) - redrive["sent"]
+        if canary_left > 0:
+            most = min(most, canary_left)
+        found = cursor.execute(_WAITING.format(_SPREAD if canary_left > 0 else ""), [redrive_id, most or 1]).fetchall()
+        if not found or not most:
+            return Step(0, wait_s if found else None)
+        taken = cursor.execute(_TAKE, [_within(found, _CHUNK_BYTES), redrive_id]).fetchall()
+        send([DeadLetterRef(**row) for row in taken])
+        cursor.execute(_SENT, [[row["id"] for row in taken]])
+        cursor.execute(_COUNT_SENT, [len(taken), paced_until(len(taken)), redrive_id])
+        return Step(len(taken), 0)
+
+
+def _due(redrive: Mapping[str, Any]) -> tuple[int, float, Callable[[int], datetime | None]]:
+    """How many letters the rate allows now, after how many seconds it allows one, and until when a number uses it up."""
+    rate, now = redrive["rate"], redrive["now"]
+    if rate is None:
+        return _CHUNK, 0, lambda _: None
+    every_s = 1 / rate
+    # What was not used counts for a second at most: after a pause nothing comes in a burst.
+    begin: datetime = max(redrive["paced_until"] or now, now - timedelta(seconds=_LONGEST_S))
+    ahead_s = (begin - now).total_seconds()
+    most = 0 if ahead_s > 0 else min(_CHUNK, 1 + int(-ahead_s / every_s))
+    return most, max(0, ahead_s), lambda sent: begin + timedelta(seconds=sent * every_s)
+
+
+def _canary_is_out(redrive: Mapping[str, Any]) -> bool:
+    return redrive["canary"] is not None and 0 < redrive["sent"] <= redrive["canary"] < redrive["total"]
+
+
+def _within(found: Sequence[Mapping[str, Any]], most_bytes: int) -> list[UUID]:
+    """The first of them that together are small enough, and always one."""
+    ids: list[UUID] = []
+    for row in found:
+        most_bytes -= row["size"]
+        if ids and most_bytes < 0:
+            break
+        ids.append(row["id"])
+    return ids
+
+
+_END: Final = "UPDATE redrives SET state = %s, error = %s WHERE id = %s"
+_RETURN: Final = """
+UPDATE dead_letters SET state = 'dead' WHERE redrive = %s AND state = 'redriving' AND sent_at IS NULL
+"""
+
+
+def _end(cursor: psycopg.Cursor[Any], redrive_id: UUID, state: Ended, error: str | None) -> int:
+    """Send no more of a redrive that is locked, and give back what was not sent; returns how many."""
+    cursor.execute(_END, [state, error, redrive_id])
+    returned = cursor.execute(_RETURN, [redrive_id]).rowcount
+    _add(cursor, redrive_id, "returned", returned)
+    return returned
+
+
+def end(conn: Connection, redrive_id: UUID, state: Ended, error: str | None = None, intent: Intent | None = None) -> int | None:
+    """Send no more, and give back what was not sent; returns how many letters, or None if it had ended before.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        redrive = cursor.execute(_LOCK, [redrive_id]).fetchone()
+        if redrive is None or redrive["state"] != "running":
+            return None
+        returned = _end(cursor, redrive_id, state, error)
+        if intent:
+            operator_actions.write(cursor, intent, returned, redrive=redrive_id)
+        return returned
+
+
+_LOCK_OF_LETTERS: Final = """
+SELECT id FROM redrives WHERE id IN (SELECT redrive FROM dead_letters WHERE id = ANY(%s) AND state = 'redriving')
+ORDER BY id FOR UPDATE
+"""
+_LOCK_LETTERS: Final = "SELECT id, redrive, sent_at, last_at FROM dead_letters WHERE id = ANY(%s) AND {} ORDER BY id FOR UPDATE"
+_ADD: Final = """
+UPDATE redrives SET {0} = {0} + %(number)s, sent = sent + %(sent)s,
+    state = CASE WHEN stored + died + returned + %(number)s >= total AND state = 'running' THEN 'done' ELSE state END,
+    finished_at = CASE WHEN stored + died + returned + %(number)s >= total THEN clock_timestamp() END
+WHERE id = %(id)s
+"""
+
+
+class Redriven(NamedTuple):
+    """A letter that is being redriven, as it is locked."""
+
+    id: UUID
+    redrive: UUID
+    sent_at: datetime | None
+    last_at: datetime
+
+
+def lock(cursor: psycopg.Cursor[Any], ids: Sequence[UUID]) -> list[Redriven]:
+    """Those of `ids` that are being redriven, locked together with their redrives."""
+    cursor.execute(_LOCK_OF_LETTERS, [list(ids)])
+    return [Redriven(*row) for row in cursor.execute(_LOCK_LETTERS.format("state = 'redriving'"), [list(ids)])]
+
+
+def count(cursor: psycopg.Cursor[Any], letters: Sequence[Redriven], outcome: Outcome) -> None:
+    """Count what became of letters that were locked, in their redrives."""
+    settled = Counter(letter.redrive for letter in letters)
+    # Of one that was sent by a worker that died before it could say so.
+    unsaid = Counter(letter.redrive for letter in letters if letter.sent_at is None)
+    for redrive_id, number in sorted(settled.items()):
+        _add(cursor, redrive_id, outcome, number, unsaid[redrive_id])
+
+
+def _add(cursor: psycopg.Cursor[Any], redrive_id: UUID, outcome: Outcome, number: int, sent: int = 0) -> None:
+    cursor.execute(_ADD.format(outcome), {"number": number, "sent": sent, "id": redrive_id})
+
+
+# One without the time was sent by a worker that died before it could say so.
+_STORED: Final = """
+UPDATE dead_letters SET state = 'stored', redrives = redrives + (sent_at IS NULL)::int,
+    sent_at = coalesce(sent_at, clock_timestamp())
+WHERE id = ANY(%s)
+"""
+
+
+def stored(conn: Connection, ids: Sequence[UUID]) -> None:
+    """Their events are stored. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        letters = lock(cursor, ids)
+        # Also of one that was given back meanwhile: it had left already, with a worker that died before it could say so.
+        found = [row[0] for row in cursor.execute(_LOCK_LETTERS.format("state <> 'stored'"), [list(ids)])]
+        cursor.execute(_STORED, [found])
+        count(cursor, letters, "stored")
+
+
+_LOST: Final = "UPDATE dead_letters SET state = 'dead' WHERE id = ANY(%s)"
+
+
+def lost(conn: Connection, sent: Mapping[UUID, datetime]) -> int:
+    """They were sent at these times, and are nowhere any more: dead letters as before. Returns how many that still goes for.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        letters = [letter for letter in lock(cursor, list(sent)) if letter.sent_at == sent[letter.id]]
+        cursor.execute(_LOST, [[letter.id for letter in letters]])
+        count(cursor, letters, "returned")
+        return len(letters)
+
+
+_IN_QUESTION: Final = """
+SELECT id, queue, sent_at FROM dead_letters
+WHERE state = 'redriving' AND sent_at < now() - make_interval(secs => %s) AND id > %s ORDER BY id LIMIT %s
+"""
+
+
+class Sent(NamedTuple):
+    """A letter that is on its way."""
+
+    id: UUID
+    queue: str
+    sent_at: datetime
+
+
+def in_question(conn: Connection, *, after: UUID, older_than_s: float, limit: int) -> list[Sent]:
+    """Letters that were sent that long ago and of which nothing came, by `id`. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return [Sent(*row) for row in cursor.execute(_IN_QUESTION, [older_than_s, after, limit])]
+
+
+_UNSENT: Final = """
+SELECT id FROM redrives r WHERE finished_at IS NULL AND state = 'running' AND EXISTS (
+    SELECT FROM dead_letters d WHERE d.redrive = r.id AND d.state = 'redriving' AND d.sent_at IS NULL)
+"""
+
+
+def unsent(conn: Connection) -> list[UUID]:
+    """The redrives that have letters to send. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return [redrive_id for (redrive_id,) in cursor.execute(_UNSENT)]
+
+
+_COUNTS: Final = "total, sent, stored, died, returned"
+_SHOWN: Final = f"id, asked_at, actor, reason, filter, rate, canary, state, error, {_COUNTS}, started_at, finished_at"
+_LIST: Final = f"SELECT {_SHOWN} FROM redrives ORDER BY asked_at DESC, id LIMIT %s"
+_GET: Final = f"SELECT {_SHOWN} FROM redrives WHERE id BETWEEN %s AND %s LIMIT 2"
+
+
+def latest(conn: Connection, limit: int | None = None) -> list[dict[str, Any]]:
+    """The newest first. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_LIST, [limit]).fetchall()
+
+
+def between(conn: Connection, first: UUID, last: UUID) -> list[dict[str, Any]]:
+    """Up to two whose ids lie between these. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_GET, [first, last]).fetchall()

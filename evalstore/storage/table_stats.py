@@ -1,0 +1,88 @@
+"""How things stand in the database: numbers for metrics and `evalstore status`, read, and nothing changed."""
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import Connection
+
+from evalstore.storage import archive, database
+from evalstore.storage.archive import Archive
+
+Numbers = dict[tuple[str, ...], float]
+
+# Of sessions of others an ordinary role is told hardly more than that they are there, and by whom: of their kind, nothing.
+_SERVER: Final = """
+SELECT (SELECT count(*) FROM pg_stat_activity WHERE coalesce(backend_type, 'client backend') = 'client backend'
+        AND datid IS NOT NULL AND usesysid IS NOT NULL),
+    current_setting('max_connections')::int
+"""
+_CONFIRMATIONS: Final = """
+SELECT coalesce(sum(count), 0), coalesce(extract(epoch FROM now() - min(recorded_at)), 0)
+FROM confirmations WHERE relayed_at IS NULL
+"""
+_REDRIVES: Final = """
+SELECT count(*) FILTER (WHERE finished_at IS NULL), coalesce(sum(stored), 0), coalesce(sum(died), 0), coalesce(sum(returned), 0)
+FROM redrives
+"""
+
+
+def server(conn: Connection) -> Numbers:
+    """What takes no time to tell: connections, the outbox, redrives. Raises DatabaseOutage."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        used, limit = _row(cursor, _SERVER)
+        pending, age_s = _row(cursor, _CONFIRMATIONS)
+        running, stored, died, returned = _row(cursor, _REDRIVES)
+    return {
+        ("evalstore_postgresql_connections",): used,
+        ("evalstore_postgresql_connections_limit",): limit,
+        ("evalstore_confirmations_pending",): pending,
+        ("evalstore_confirmations_oldest_age_seconds",): age_s,
+        ("evalstore_redrives_running",): running,
+        ("evalstore_redriven_letters_total", "stored"): stored,
+        ("evalstore_redriven_letters_total", "died"): died,
+        ("evalstore_redriven_letters_total", "returned"): returned,
+    }
+
+
+def _row(cursor: psycopg.Cursor[Any], query: str, values: dict[str, Any] | None = None) -> tuple[float, ...]:
+    (row,) = cursor.execute(query.encode(), values).fetchall()
+    return tuple(map(float, row))
+
+
+_LETTERS: Final = """
+SELECT queue, error_class, state, count(*), extract(epoch FROM now() - min(first_at))
+FROM dead_letters WHERE state <> 'stored' GROUP BY queue, error_class, state
+"""
+
+
+def letters(conn: Connection) -> list[tuple[str, str, str, int, float]]:
+    """Dead letters: queue, class of error, state, how many, and how long ago the oldest died. Raises DatabaseOutage."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return [(*row[:4], float(row[4])) for row in cursor.execute(_LETTERS)]
+
+
+_OPEN: Final = "SELECT status, count(*) FROM evaluations WHERE status IN ('queued', 'running') GROUP BY status"
+_CONTENTS: Final = "SELECT coalesce(store, 'database'), count(*), sum(size) FROM contents GROUP BY store"
+_FAILING: Final = "SELECT count(*) FROM contents WHERE failure IS NOT NULL"
+_BYTES: Final = "SELECT pg_database_size(current_database())"
+_DUE: Final = "SELECT count(*), coalesce(sum(c.size), 0), coalesce(extract(epoch FROM now() - min(c.recorded_at)), 0) {}"
+
+
+def contents(conn: Connection, moving: Archive | None) -> Numbers:
+    """What takes the longer to tell the more is stored. Without an archive nothing is due. Raises DatabaseOutage."""
+    found: Numbers = {}
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        for status, count in cursor.execute(_OPEN):
+            found["evalstore_evaluations_open", status] = count
+        for place, count, size in cursor.execute(_CONTENTS):
+            found["evalstore_contents", place], found["evalstore_content_bytes", place] = count, float(size)
+        (found[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
+        (found[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
+        # Also what is left alone for a while, because it could not be moved.
+        values = {**archive.values(moving, datetime.now(UTC)), "now": datetime.max.replace(tzinfo=UTC)} if moving else {}
+        due = [_row(cursor, _DUE.format(one), values) for one in (archive.conditions(moving) if moving else [])]
+    found["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)
+    found["evalstore_archive_due_bytes",] = sum(size for _, size, _ in due)
+    found["evalstore_archive_oldest_due_age_seconds",] = max((age_s for _, _, age_s in due), default=0.0)
+    return found

@@ -1,0 +1,250 @@
+"""The tables, for Alembic and for queries built with SQLAlchemy. A gateway never imports this.
+
+Every primary key begins with `eval_id` where there is one, so that the tables can be distributed by it; none is partitioned
+by time. `eval_id` sorts by bytes, the same on every server, because workers take their locks in that order.
+"""
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+
+_EVAL_ID = Text(collation="C")
+_TIME = DateTime(timezone=True)
+_NOW = text("now()")
+
+# The record of each evaluation: models.record.State, and when the row was made and last changed.
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("status", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("language", Text),
+    Column("submitter", Text),
+    Column("executor_id", Text),
+    Column("container_id", Text),
+    Column("exit_code", BigInteger),
+    Column("duration_ms", Double),
+    Column("memory_bytes", BigInteger),
+    Column("timeout_s", Double),
+    Column("reason", Text),
+    Column("metadata", JSONB, nullable=False),
+    Column("queued_at", _TIME),
+    Column("started_at", _TIME),
+    Column("finished_at", _TIME),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("updated_at", _TIME, nullable=False, server_default=_NOW),
+    # The events whose content is this evaluation's code, and its output and error.
+    Column("code_event_id", Uuid),
+    Column("result_event_id", Uuid),
+    # What may be overdue: few at any time. Those stored with their result never enter it.
+    Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
+    # The order of every list. A commit's records share their time and so their entry, at its end; see listing.py.
+    Index("evaluations_by_time", "created_at"),
+    postgresql_with={"fillfactor": "85"},
+)
+
+# The event log: models.record.Fact. Rows are never changed, but for content that moves to the archive.
+evaluation_events = Table(
+    "evaluation_events",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("event_id", Uuid, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("occurred_at", _TIME, nullable=False),
+    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    Column("metadata", JSONB),
+    Column("language", Text),
+    Column("submitter", Text),
+    Column("executor_id", Text),
+    Column("container_id", Text),
+    Column("timeout_s", Double),
+    Column("exit_code", BigInteger),
+    Column("duration_ms", Double),
+    Column("memory_bytes", BigInteger),
+    Column("reason", Text),
+    # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES; what is larger has a row in `contents` instead.
+    Column("code", LargeBinary),
+    Column("output", LargeBinary),
+    Column("error", LargeBinary),
+    # Fields this release does not know, as canonical JSON: kept, and part of what makes two bodies the same.
+    Column("extra", Text),
+)
+
+# Content too large for the event's own row: `data` here, or, where `store` is set, an object of that SHA-256 and `encoding` in
+# the store at EVALSTORE_OBJECT_STORE_URL ("objects") or, where that is another one, EVALSTORE_ARCHIVE_URL ("archive").
+contents = Table(
+    "contents",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("event_id", Uuid, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", LargeBinary, nullable=False),
+    Column("data", LargeBinary),
+    Column("store", Text, CheckConstraint("store IN ('objects', 'archive')")),
+    Column("encoding", Text, CheckConstraint("encoding IN ('identity', 'zstd')")),
+    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    # Of moving it: how often that failed, why it did last, and when it is tried again.
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("failure", Text),
+    Column("retry_at", _TIME),
+    # Of its event, so of the result when that is what it belongs to: the order in which content grows old.
+    Column("occurred_at", _TIME, nullable=False, server_default=_NOW),
+    # What is due is found by size or by age, and never by reading what is not. evalstore/storage/archive.py
+    Index("contents_by_size", "store", "size"),
+    Index("contents_by_time", "store", "occurred_at", postgresql_where=text("store IS NULL OR store = 'objects'")),
+    Index("contents_by_object", "sha256", postgresql_where=text("store IS NOT NULL")),
+    Index("contents_failed", "retry_at", postgresql_where=text("failure IS NOT NULL")),
+)
+
+# The outbox: all confirmations of one commit in one row, a line each, so that it costs next to nothing. docs/decisions/0003.
+confirmations = Table(
+    "confirmations",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    Column("count", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    # The traces they go on in, a line each, empty where there is none.
+    Column("traceparents", Text),
+    # When they were relayed, and how far the Redis stream had come by then.
+    Column("relayed_at", _TIME),
+    Column("stream_ms", BigInteger),
+    Column("stream_seq", BigInteger),
+    Index("confirmations_pending", "id", postgresql_where=text("relayed_at IS NULL")),
+)
+
+# One row: the last entry that was appended to the stream. Who relays holds its lock.
+confirmation_position = Table(
+    "confirmation_position",
+    metadata,
+    Column("id", SmallInteger, CheckConstraint("id = 1"), primary_key=True, autoincrement=False, server_default=text("1")),
+    Column("stream_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("stream_seq", BigInteger, nullable=False, server_default=text("0")),
+)
+
+# Messages that will not be stored without an operator, as they were received, each with its cause.
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("state", Text, nullable=False, server_default=text("'dead'")),
+    Column("queue", Text, nullable=False),
+    Column("actor", Text),
+    Column("eval_id", _EVAL_ID),
+    Column("event_id", Uuid),
+    Column("message", LargeBinary, nullable=False),
+    Column("error_class", Text, nullable=False),
+    Column("error_message", Text, nullable=False),
+    Column("traceback", Text, nullable=False),
+    Column("signature", Text, nullable=False),
+    Column("deliveries", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("first_at", _TIME, nullable=False),
+    Column("last_at", _TIME, nullable=False),
+    Column("host", Text),
+    Column("release", Text),
+    Column("redrives", Integer, nullable=False, server_default=text("0")),
+    Column("redrive", Uuid),
+    # When the redrive that holds it put it in Redis: unknown to one that died before it could say so.
+    Column("sent_at", _TIME),
+    # The SHA-256 of each object that the message needs, so that no sweep takes it.
+    Column("objects", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
+    Index("dead_letters_by_time", "last_at"),
+    Index("dead_letters_by_signature", "signature"),
+    Index("dead_letters_by_evaluation", "eval_id"),
+    Index("dead_letters_by_redrive", "redrive", postgresql_where=text("redrive IS NOT NULL")),
+    Index("dead_letters_redriving", "id", postgresql_where=text("state = 'redriving'")),
+    Index("dead_letters_by_object", "objects", postgresql_using="gin", postgresql_where=text("objects <> '{}'")),
+    Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
+)
+
+# Small writes that show whether the database takes any.
+probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))
+
+# What operators asked to be sent again. Of `total` letters, `stored`, `died` (again) and `returned` (as they were) are settled.
+redrives = Table(
+    "redrives",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("asked_at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("rate", Double),
+    Column("canary", Integer),
+    Column("state", Text, nullable=False, server_default=text("'running'")),
+    Column("error", Text),
+    Column("total", Integer, nullable=False),
+    Column("sent", Integer, nullable=False, server_default=text("0")),
+    Column("stored", Integer, nullable=False, server_default=text("0")),
+    Column("died", Integer, nullable=False, server_default=text("0")),
+    Column("returned", Integer, nullable=False, server_default=text("0")),
+    Column("started_at", _TIME),
+    Column("paced_until", _TIME),
+    Column("finished_at", _TIME),
+    Index("redrives_by_time", "asked_at"),
+    Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+)
+
+# Who changed what, when and why: written with the change, in one transaction.
+operator_actions = Table(
+    "operator_actions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("verb", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("redrive", Uuid),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Index("operator_actions_by_time", "at"),
+)
+
+# Keys of the HTTP service, by their SHA-256: who reads this table cannot use them.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("expires_at", _TIME),
+    Column("revoked_at", _TIME),
+)
+
+# What a key of the HTTP service uploaded, and may therefore name in an event.
+content_grants = Table(
+    "content_grants",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("granted_at", _TIME, nullable=False, server_default=_NOW),
+    Index("content_grants_by_age", "granted_at"),
+)

@@ -1,0 +1,52 @@
+"""Room on the disks that hold folders of ours, as this machine sees them: the objects', the archive's, the spool's."""
+
+import os
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from evalstore.telemetry.backend_stats import CachedProbe
+from evalstore.telemetry.counters import Series
+from models.settings import Settings, parse_store_url
+
+_PATIENCE_S: Final = 2.0
+
+
+class Disks:
+    """For one process that is asked for metrics. S3 has no end, and tells of none."""
+
+    def __init__(self, settings: Settings) -> None:
+        folders = {
+            "objects": _folder(settings.object_store_url),
+            "archive": _folder(settings.archive_url),
+            "spool": settings.spool_dir,
+        }
+        # Each by itself: a mount whose server is away answers nobody, for as long as it is away.
+        self._readings = {name: CachedProbe(partial(free_and_total, at), _PATIENCE_S) for name, at in folders.items() if at}
+
+    def numbers(self) -> dict[Series, float]:
+        """Of the folders that can be read now."""
+        found: dict[Series, float] = {}
+        for name, reading in self._readings.items():
+            if answer := reading.get():
+                found["evalstore_disk_free_bytes", (name,)], found["evalstore_disk_bytes", (name,)] = answer
+        return found
+
+
+def free_and_total(folder: Path) -> tuple[int, int] | None:
+    """What is free there and what there is, in bytes; None where no such folder is, or not yet.
+
+    As df has it: what the file system keeps for root counts as neither.
+    """
+    with suppress(OSError):
+        seen = os.statvfs(folder)
+        return seen.f_bavail * seen.f_frsize, (seen.f_blocks - seen.f_bfree + seen.f_bavail) * seen.f_frsize
+    return None
+
+
+def _folder(store_url: str | None) -> Path | None:
+    if store_url is None:
+        return None
+    scheme, place, _ = parse_store_url(store_url)
+    return Path(place) if scheme == "file" else None

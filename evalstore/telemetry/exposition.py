@@ -1,0 +1,215 @@
+"""Metrics in Prometheus's text format, and health, of a group of processes: over HTTP, for whoever may connect."""
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from evalstore.telemetry.backend_stats import BackendStats
+from evalstore.telemetry.counters import Schema, Series
+from evalstore.telemetry.disks import Disks
+from evalstore.telemetry.process_registry import Group
+from models.metrics import METRICS, Metric
+from models.settings import settings
+from tasks.spool import Spool
+from tasks.tracing import release
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+# Labels that only those series have that were counted: of all that is possible, few are.
+_SPARSE: Final = frozenset({"evalstore_http_requests_total", "evalstore_http_request_duration_seconds"})
+
+_AGAIN_S: Final = 5.0
+
+log = logging.getLogger("evalstore")
+
+
+class Exposition(Collector):
+    """What a group shows. `always`: series that are there before they are counted, though their metric is sparse."""
+
+    def __init__(
+        self,
+        role: str,
+        layout: Schema,
+        totals: Callable[[], Sequence[float]],
+        group: Group | None,
+        standing: BackendStats | None = None,
+        always: frozenset[Series] = frozenset(),
+    ) -> None:
+        self._role, self._layout, self._totals, self._group = role, layout, totals, group
+        self._standing, self._always = standing, always
+        self._disks = Disks(settings())
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """All of it, and its media type, in the form that an Accept header asks for."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._registry), media_type
+
+    def describe(self) -> list[Family]:
+        return []
+
+    def collect(self) -> Iterator[Family]:
+        """The families of the list, in its order."""
+        totals, seen = self._totals(), self._seen()
+        for metric in METRICS:
+            if metric.name in self._layout.metrics:
+                yield self._counted(metric, totals)
+            elif metric.source in {"any", "servers"}:
+                family = _family(metric)
+                for labels, value in seen.get(metric.name, {}).items():
+                    family.add_metric(labels, value)  # type: ignore[call-arg,arg-type]
+                if family.samples:
+                    yield family
+
+    def _counted(self, metric: Metric, totals: Sequence[float]) -> Family:
+        family, width = _family(metric), len(metric.buckets)
+        for (name, labels), place in self._layout.series(metric.name):
+            shown = metric.name not in _SPARSE or (name, labels) in self._always
+            if isinstance(family, HistogramMetricFamily):
+                counts, sum_ = totals[place : place + width + 1], totals[place + width + 1]
+                if shown or any(counts):
+                    family.add_metric(labels, _cumulative(metric.buckets, counts), sum_)
+            elif shown or totals[place]:
+                family.add_metric(labels, totals[place])
+        return family
+
+    def _seen(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """What is not counted, but looked at now."""
+        found: dict[Series, float] = dict(self._standing.numbers()) if self._standing else {}
+        found["evalstore_build_info", (release(), platform.python_version())] = 1
+        processes = list(self._group.processes()) if self._group else []
+        stuck = sum(bool(process.stuck) for process in processes)
+        found["evalstore_processes", (self._role, "live")] = len(processes) - stuck
+        found["evalstore_processes", (self._role, "stuck")] = stuck
+        pids = [process.pid for process in processes] or [os.getpid()]
+        found["evalstore_process_resident_memory_bytes", ()] = sum(map(_resident_bytes, pids))
+        found |= _spool() | self._disks.numbers()
+        by_name: dict[str, dict[tuple[str, ...], float]] = {}
+        for (name, labels), value in found.items():
+            by_name.setdefault(name, {})[labels] = float(value)
+        return by_name
+
+
+def _family(metric: Metric) -> Family:
+    kind = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}[metric.kind]
+    family: Family = kind(metric.name, metric.help, labels=list(metric.labels))
+    return family
+
+
+def _cumulative(buckets: Sequence[float], counts: Sequence[float]) -> list[tuple[str, float]]:
+    total, found = 0.0, []
+    for most, count in zip([*map(str, buckets), "+Inf"], counts, strict=True):
+        total += count
+        found.append((most, total))
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _spool() -> dict[Series, float]:
+    folder = settings().spool_dir
+    if folder is None:
+        return {}
+    try:
+        size, age_s = Spool(folder, max_bytes=settings().spool_max_bytes).waiting()
+    except OSError:  # another user's, say: nothing to tell of it, and much of all else
+        return {}
+    return {("evalstore_spool_bytes", ()): size, ("evalstore_spool_oldest_age_seconds", ()): age_s}
+
+
+class Answer(NamedTuple):
+    """To a question about health."""
+
+    status: int
+    told: dict[str, object]
+
+
+def live(group: Group | None) -> Answer:
+    """Whether a group has processes, and all their loops make progress. Asks no server."""
+    processes = list(group.processes()) if group else []
+    stuck = {str(process.pid): process.stuck for process in processes if process.stuck}
+    if processes and not stuck:
+        return Answer(200, {"status": "alive", "processes": len(processes)})
+    return Answer(503, {"status": "stuck" if stuck else "nothing runs", "stuck": stuck})
+
+
+def ready(standing: BackendStats) -> Answer:
+    """Whether Redis and PostgreSQL answer, and the schema is that of this release."""
+    found = standing.ready()
+    return Answer(503, {"status": "not ready", **found}) if found else Answer(200, {"status": "ready"})
+
+
+class Endpoint:
+    """Answers `/metrics`, `/health/live` and `/health/ready`, each request in a thread of its own."""
+
+    def __init__(self, role: str, group: Group, layout: Schema, host: str, port: int) -> None:
+        standing = BackendStats(settings())
+        text = Exposition(role, layout, lambda: group.totals(layout), group, standing).text
+        answers: dict[str, Callable[[], Answer]] = {
+            "/health/live": lambda: live(group),
+            "/health/ready": lambda: ready(standing),
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+            server_version, sys_version = "evalstore", ""
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path == "/metrics":
+                    self._answer(200, *text(self.headers.get("Accept", "")))
+                elif path in answers:
+                    status, told = answers[path]()
+                    self._answer(status, json.dumps(told).encode() + b"\n", "application/json")
+                else:
+                    self._answer(404, b"/metrics, /health/live, /health/ready\n", "text/plain")
+
+            def _answer(self, status: int, body: bytes, media_type: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", media_type)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *given: object) -> None:
+                """Nothing: whoever scrapes comes every few seconds."""
+
+        self.server = ThreadingHTTPServer((host, port), Handler)
+        self.server.daemon_threads = True
+
+
+def start(role: str, group: Group, layout: Schema, port: int) -> None:
+    """Answer from a thread of this process. A port that is taken is a warning, until it is free: whom a new release takes the
+    place of may still have it."""
+
+    def serve() -> None:
+        warned = False
+        while True:
+            try:
+                server = Endpoint(role, group, layout, settings().metrics_host, port).server
+            except OSError as error:
+                if not warned:
+                    log.warning("no metrics at %s:%d: %s", settings().metrics_host, port, error.strerror)
+                warned = True
+                time.sleep(_AGAIN_S)
+            else:
+                server.serve_forever()
+
+    threading.Thread(target=serve, name="evalstore-metrics", daemon=True).start()

@@ -1,0 +1,213 @@
+"""Groups of processes on this machine, and the folder in which each keeps its ledgers (evalstore/telemetry/counters.py).
+
+A group is what one command started: the master of `dramatiq worker.tasks` and its processes, a scheduler, a service. Its folder
+is `<role>;<its first process>`, and holds a file for each process, of those that ended too. What groups that ended had
+counted goes to the next one of that role that starts, so that a restart takes nothing from a counter: to one of them,
+whatever crashes meanwhile.
+"""
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from evalstore.objects import permissions
+from evalstore.telemetry.counters import Layout, Ledger, loops
+from models.errors import EvalstoreError
+from models.settings import settings
+
+Role = Literal["worker", "scheduler", "api"]
+ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api")
+_TOTAL: Final = "total"
+_PAST: Final = "past;"
+_FORGOTTEN_AFTER_S: Final = 60.0
+
+
+class RegistryUnavailable(EvalstoreError):
+    """The folder for running processes cannot be used."""
+
+
+def host_id() -> tuple[str, str]:
+    """This machine's boot and this container's process numbers: only within both does a pid mean anything."""
+    boot, pids = "?", "?"
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        pids = Path("/proc/self/ns/pid").readlink().name
+    return boot, pids
+
+
+def start_ticks(pid: int) -> str | None:
+    """When the process started, in ticks since boot; None if there is none, or only its remains."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in {"Z", "X"} else fields[19]
+
+
+def exists(pid: int) -> bool:
+    """Whether a process that /proc does not show is there: with `hidepid` it shows no other user's."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def name_of(pid: int) -> str:
+    """A name that no other process of this machine has or had."""
+    return ";".join([*host_id(), str(pid), start_ticks(pid) or "?"])
+
+
+def _state(name: str) -> Literal["alive", "gone", "elsewhere"]:
+    """Whether the process of that name runs; or it is of a container whose processes do not show here."""
+    boot, pids, pid, ticks = [*name.split(";"), "", "", ""][:4]
+    here = host_id()
+    if boot != here[0]:
+        return "gone"
+    if pids != here[1] or "?" in here:
+        return "elsewhere"
+    now = start_ticks(int(pid)) if pid.isdigit() else None
+    return "alive" if now == ticks or (now is None and pid.isdigit() and exists(int(pid))) else "gone"
+
+
+class RegisteredProcess(NamedTuple):
+    """One that has a ledger. `stuck`: its loops that should have made progress by now, and did not."""
+
+    name: str
+    stuck: list[str]
+
+    @property
+    def pid(self) -> int:
+        return int(self.name.split(";")[2])
+
+
+class Group:
+    """One of the groups on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def role(self) -> str:
+        return self.folder.name.partition(";")[0]
+
+    def processes(self) -> Iterator[RegisteredProcess]:
+        """Those that run."""
+        for path in _counter_files(self.folder):
+            if _state(path.name) == "alive":
+                data, now = path.read_bytes(), time.monotonic()
+                yield RegisteredProcess(path.name, [loop.name for loop in loops(data) if now > loop.deadline])
+
+    def totals(self, layout: Schema) -> list[float]:
+        """What its processes counted, with what they took over. Gauges are those of the processes that run."""
+        return _totals(self.folder, layout, running=[process.name for process in self.processes()])
+
+    def has_ended(self) -> bool:
+        """Whether none of its processes runs any more."""
+        ledgers = _counter_files(self.folder)
+        states = {_state(name) for name in (self.folder.name.partition(";")[2], *(path.name for path in ledgers))}
+        if states == {"elsewhere"}:
+            dues = [loop.deadline for path in ledgers for loop in loops(path.read_bytes())]
+            return time.monotonic() > max(dues, default=0.0) + _FORGOTTEN_AFTER_S
+        return states == {"gone"}
+
+
+def runtime() -> Path:
+    """The folder of all groups, made if need be. Raises Unshared."""
+    folder = settings().runtime_dir or Path(tempfile.gettempdir(), f"evalstore-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            why = permissions.explain(folder)
+            raise Unshared(f"{folder} belongs to another user: {why}: give each user an EVALSTORE_RUNTIME_DIR of its own")
+    except PermissionError as error:
+        raise Unshared(f"{folder} cannot be used: {error.strerror}: {permissions.explain(folder)}") from error
+    except OSError as error:
+        raise RegistryUnavailable(f"{folder} cannot be used: {error.strerror}") from error
+    return folder
+
+
+def groups() -> list[Group]:
+    """Those of which something runs on this machine. Raises Unshared."""
+    found = [Group(folder) for folder in sorted(runtime().iterdir()) if folder.name.partition(";")[0] in ROLES]
+    return [group for group in found if next(group.processes(), None)]
+
+
+def join(role: Role, ledger: Counters) -> Group:
+    """Keep this process's ledger where the others of its group do, and take over from groups that ended. Raises Unshared."""
+    parent = multiprocessing.parent_process()
+    group = Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
+    try:
+        with _locked(runtime() / "lock"):
+            group.folder.mkdir(mode=0o700, exist_ok=True)
+            for folder in runtime().glob(f"{role};*"):
+                if folder != group.folder and Group(folder).has_ended():
+                    _adopt(folder, group.folder, ledger.schema)
+            ledger.keep_in(group.folder / name_of(os.getpid()))
+    except OSError as error:
+        raise RegistryUnavailable(f"{group.folder} cannot be used: {error.strerror}") from error
+    return group
+
+
+def _counter_files(folder: Path) -> list[Path]:
+    """Those of its processes, also of those that ended."""
+    return [path for path in _files(folder) if path.name.count(";") == 3]
+
+
+def _files(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _totals(folder: Path, layout: Schema, running: Collection[str]) -> list[float]:
+    """The sum over the files of a folder, or where the metric says so the largest, with what was taken over added."""
+    total, most = [0.0] * layout.size, [0.0] * layout.size
+    for path in _files(folder):
+        data = path.read_bytes()
+        if path.name == _TOTAL or not layout.matches(data):
+            continue
+        is_running, is_past = path.name in running, path.name.startswith(_PAST)
+        for at, number in enumerate(layout.numbers(data)):
+            if number and (is_running or not layout.is_gauge[at]):
+                if layout.is_largest[at] and not is_past:
+                    most[at] = max(most[at], number)
+                else:
+                    total[at] += number
+    return [one + other for one, other in zip(total, most, strict=True)]
+
+
+def _adopt(ended: Path, heir: Path, layout: Schema) -> None:
+    """Move what a group had counted to another one: each step may be the last, and nothing is counted twice or lost."""
+    total = ended / _TOTAL
+    if _files(ended) and not total.exists():
+        new = ended / "total.new"
+        new.unlink(missing_ok=True)  # somebody died here: it would be added to what it is the total of
+        new.write_bytes(layout.data(_totals(ended, layout, running=())))
+        new.rename(total)
+    for path in _files(ended):
+        if path != total:
+            path.unlink()
+    if total.exists():
+        total.rename(heir / f"{_PAST}{ended.name}")
+    ended.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

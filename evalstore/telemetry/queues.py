@@ -1,0 +1,106 @@
+"""What Redis holds of the queues and knows of the workers: read, and nothing changed."""
+
+import time
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import redis
+
+from models.errors import RedisOutage
+from models.jobs import last_runs_key, last_successes_key
+from models.metrics import QUEUES
+from tasks.broker import SendingBroker
+from tasks.redrives import REDRIVEN
+
+# A worker tells of itself every two seconds (worker/heartbeat.py).
+SILENT_AFTER_S: Final = 15.0
+
+
+class Queue(NamedTuple):
+    """A queue at one moment. `oldest_age_s`: since the oldest message was sent that is ready or in flight; 0 without one."""
+
+    name: str
+    messages: dict[str, int]
+    oldest_age_s: float
+    consumers: int
+
+
+class QueueStats(NamedTuple):
+    """What Redis knew at one moment. `workers`: what each tells of itself, by its name. `jobs`: the last run of each, and when
+    one ended well. The memory is 0 where nobody may ask for it."""
+
+    queues: list[Queue]
+    workers: dict[str, dict[str, Any]]
+    jobs: dict[str, dict[str, Any]]
+    successes: dict[str, float]
+    memory_bytes: int
+    memory_limit_bytes: int
+
+
+def snapshot(broker: SendingBroker) -> QueueStats:
+    """How things stand. Raises RedisOutage."""
+    client: Any = broker.client
+    try:
+        seconds, micros = client.time()
+        workers: dict[str, dict[str, Any]] = {}
+        queues = []
+        for name in QUEUES:
+            living = _live_workers(client.hgetall(broker.keys(name).workers), seconds + micros / 1e6)
+            workers |= living
+            queues.append(Queue(name, broker.counts(name), oldest_age_s(broker, name), len(living)))
+        memory = _memory(client)
+        told = client.hgetall(last_runs_key(broker.namespace))
+        successes = client.hgetall(last_successes_key(broker.namespace))
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
+    return QueueStats(
+        queues,
+        workers,
+        {name.decode(): msgspec.json.decode(one) for name, one in told.items()},
+        {name.decode(): float(at) for name, at in successes.items()},
+        int(memory.get("used_memory", 0)),
+        int(memory.get("maxmemory", 0)),
+    )
+
+
+def _memory(client: Any) -> dict[str, Any]:
+    try:
+        return dict(client.info("memory"))
+    except redis.ResponseError:  # INFO is one of the commands that count as dangerous
+        return {}
+
+
+def _live_workers(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
+    """Those that told of themselves a moment ago, by Redis's own clock."""
+    found = {}
+    for name, line in told.items():
+        at_ms, _, json = line.partition(b" ")
+        if now - int(at_ms) / 1000 < SILENT_AFTER_S:
+            found[name.decode(errors="replace")] = dict(msgspec.json.decode(json))
+    return found
+
+
+def oldest_age_s(broker: SendingBroker, queue: str) -> float:
+    """For how long the oldest message of a queue has waited. What an operator sent again counts for nothing: it was sent long
+    ago, and has not waited for long. Raises what redis raises."""
+    return waited_s(broker, queue, oldest_messages(broker, queue, redriven=False))
+
+
+def oldest_messages(broker: SendingBroker, queue: str, *, redriven: bool) -> list[Any]:
+    """The ids that stand first wherever messages stand in the order in which they were sent: in the queue, and with each
+    process. `redriven`: also of what an operator sent again. Raises what redis raises."""
+    keys, client = broker.keys(queue), broker.client
+    places: list[Any] = [client.lrange(keys.woken, 0, -1), client.lrange(keys.queue, 0, 99)]
+    processes: list[Any] = list(client.hkeys(keys.processes))
+    places += [client.zrange(keys.unacked_prefix + one.decode(errors="surrogateescape"), 0, 99) for one in processes]
+    waiting = ([one for one in place if redriven or not one.startswith(REDRIVEN)] for place in places)
+    return [one for place in waiting for one in place[:1]]
+
+
+def waited_s(broker: SendingBroker, queue: str, ids: list[Any]) -> float:
+    """For how long the oldest of these messages has waited, by its own word; 0 without one. Raises what redis raises."""
+    found = [0.0]
+    for start in range(0, len(ids), 50):  # as each is looked through in Redis, which does nothing else meanwhile
+        sent: list[bytes] = broker.waiting(keys=[broker.keys(queue).bodies], args=ids[start : start + 50])
+        found += [time.time() - float(at) / 1000 for at in sent]
+    return max(found)

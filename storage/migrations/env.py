@@ -1,8 +1,0 @@
-"""Alembic's entry: runs the migrations on the connection that `storage.migrations.upgrade` hands over."""
-
-from alembic import context
-
-from models.tables import metadata
-
-context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
-context.run_migrations()

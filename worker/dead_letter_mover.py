@@ -1,0 +1,137 @@
+"""Moving dead letters from Redis, where the broker puts them with their cause, to the table that keeps them."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+import msgspec
+import redis
+from sqlalchemy import Connection, Engine
+
+from evalstore.storage import database, dead_letters, redrives
+from evalstore.storage.dead_letters import DeadLetterInsert
+from models.errors import InvalidEvent, Outage, RedisOutage
+from models.events import decode, identified, identity
+from tasks.redrives import REDRIVEN
+from worker.broker import Broker
+
+log = logging.getLogger("evalstore.worker")
+_CHUNK: Final = 50
+_LONGEST_S: Final = 10.0
+_CHUNK_BYTES: Final = 32 * 1024 * 1024
+
+
+def move(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Move all there are, until `go_on` says no; returns how many. Each is in the table before it leaves Redis, and there once.
+
+    Raises DatabaseOutage, RedisOutage (retry).
+    """
+    moved = 0
+    for queue in sorted(broker.queues):
+        for burials, redis_ids in _chunks(broker, queue):
+            dead_letters.write(conn, burials)
+            keys = broker.keys(queue)
+            try:
+                broker.run("remove_dead_letters", [keys.dead, keys.dead_bodies, keys.causes], *redis_ids)
+            except redis.RedisError as error:
+                raise RedisOutage(str(error)) from error
+            moved += len(burials)
+            if not go_on():
+                return moved
+    return moved
+
+
+def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[DeadLetterInsert], list[bytes]]]:
+    keys = broker.keys(queue)
+    try:
+        while True:
+            found: list[tuple[bytes, float]] = broker.client.zrange(keys.dead, 0, _CHUNK - 1, withscores=True)  # type: ignore[assignment]
+            if not found:
+                return
+            found = _within(broker, keys.dead_bodies, found)
+            redis_ids = [redis_id for redis_id, _ in found]
+            bodies = broker.client.hmget(keys.dead_bodies, redis_ids)
+            causes = broker.client.hmget(keys.causes, redis_ids)
+            burials = [
+                _insert_of(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
+                for (redis_id, died_ms), body, cause in zip(found, bodies, causes, strict=True)
+                if body is not None  # else another worker moved it meanwhile
+            ]
+            yield burials, redis_ids
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
+
+
+def _within(broker: Broker, key: str, found: list[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
+    """The first of them that together are small enough for this process's memory, and always one."""
+    with broker.client.pipeline(transaction=False) as pipeline:
+        for redis_id, _ in found:
+            pipeline.hstrlen(key, redis_id)
+        sizes = pipeline.execute()
+    left, number = _CHUNK_BYTES, 0
+    for size in sizes:
+        left -= size
+        if number and left < 0:
+            break
+        number += 1
+    return found[:number]
+
+
+def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> DeadLetterInsert:
+    actor = eval_id = event_id = None
+    attempts = 1
+    try:
+        message = decode(body)  # whatever is wrong with some of it, the rest can be read
+        actor = message["actor_name"][:200].replace("\0", "")
+        if isinstance(options := message.get("options"), dict) and isinstance(retries := options.get("retries"), int):
+            attempts = retries + 1
+        eval_id, event_id = identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))
+    except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
+        pass  # what cannot be read is kept all the same
+    error_class, error_message = str(cause.get("error_class", "Unknown")), str(cause.get("error_message", ""))
+    return DeadLetterInsert(
+        id=_dead_letter_id(queue, redis_id),
+        queue=queue,
+        actor=actor,
+        eval_id=eval_id,
+        event_id=event_id,
+        message=body,
+        error_class=error_class,
+        error_message=error_message,
+        traceback=str(cause.get("traceback", "")),
+        signature=dead_letters.signature(error_class, error_message),
+        attempts=attempts,
+        died_at=datetime.fromtimestamp(died_ms / 1000, UTC),
+        host=cause.get("host"),
+        release=cause.get("release"),
+    )
+
+
+def _dead_letter_id(queue: str, redis_id: bytes) -> UUID:
+    """The letter's own id if the message was redriven under it, else one that every move of this message agrees on."""
+    return dead_letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
+
+
+def dead_letter_of(redis_id: bytes) -> UUID | None:
+    """The letter that was redriven under this id, if it is such an id: a sender may have made up anything."""
+    if not redis_id.startswith(REDRIVEN):
+        return None
+    try:
+        return UUID(redis_id.removeprefix(REDRIVEN).decode())
+    except ValueError:
+        return None
+
+
+def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Watch) -> None:
+    """Note of messages that were redriven that what they ask for is done: after it was committed, before they are acknowledged.
+
+    What cannot be noted now is found out by the next sweep: an outage is no reason to do the work again.
+    """
+    letters = [letter for redis_id in redis_ids if (letter := dead_letter_of(redis_id))]
+    try:
+        with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
+            redrives.stored(conn, letters)
+    except Outage as error:
+        log.warning("the outcome of %d redriven messages is left to the sweep: %s", len(letters), error)
