@@ -1,9 +1,10 @@
 """Settings of a process that speaks to the database, checked before it starts to work."""
 
+import contextlib
 import sys
 
 from evalstore.storage import database
-from models.errors import InvalidSettings
+from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
 from models.extras import require
 from models.settings import Settings, settings
 from tasks import tracing
@@ -19,8 +20,16 @@ def load_or_exit() -> Settings:
         require("otel")
     try:
         loaded = settings()
-        database.parse(loaded.database_url.get_secret_value())
+        with contextlib.suppress(DatabaseOutage):
+            _check_access(loaded)
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     return loaded
+
+
+def _check_access(loaded: Settings) -> None:
+    try:
+        database.check_access(loaded.database_url.get_secret_value())
+    except DatabaseMisconfigured as error:
+        raise InvalidSettings(f"EVALSTORE_DATABASE_URL: {error}") from None

@@ -3,6 +3,7 @@
 EvalstoreError
 ├── Outage                wait and try again: nothing is wrong with the message
 │   ├── DatabaseOutage
+│   │   └── DatabaseMisconfigured   … until somebody corrects the settings or the server
 │   ├── RedisOutage
 │   │   └── SpoolFull     … and the spool cannot take it either
 │   ├── ObjectStoreOutage
@@ -45,6 +46,13 @@ class DatabaseOutage(Outage):
     def __init__(self, message: str, *, may_be_the_work: bool = False, is_lost: bool = False, is_lock: bool = False) -> None:
         super().__init__(message)
         self.may_be_the_work, self.is_lost, self.is_lock = may_be_the_work or is_lost, is_lost, is_lock
+
+
+class DatabaseMisconfigured(DatabaseOutage):
+    """PostgreSQL does not know this database, role or password. A process that starts ends; one that runs keeps its work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"mistake in settings: {message}")
 
 
 class RedisOutage(Outage):

@@ -26,6 +26,7 @@ LOGS: Final = (
     Entry("redis_refuses", "warning", "Redis refuses queue %s, trying again until it does not: %s", ("queue", "error")),
     Entry("heartbeat_failed", "debug", "no heartbeat: %s", ("error",)),
     Entry("redis_doubtful", "warning", "Redis is not set up to keep what it confirms: %s", ("doubt",)),
+    Entry("postgresql_doubtful", "warning", "PostgreSQL is not set up to keep what it commits: %s", ("doubt",)),
     Entry("starting_without_database", "warning", "starting without PostgreSQL: %s", ("error",)),
     Entry("schema_mismatch", "critical", "this worker stores nothing until that is mended: %s", ("error",)),
     Entry("background_waits", "warning", "%s wait until this is over: %r", ("what", "error")),

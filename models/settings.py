@@ -69,6 +69,14 @@ class Settings(BaseModel):
     database_url: Annotated[SecretStr, Field(description="PostgreSQL, as a libpq address; read by worker, API, CLI")] = (
         SecretStr("postgresql://localhost/evalstore")
     )
+    database_schema: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z_][A-Za-z0-9_$-]{0,62}$",
+            description="the schema of all tables, in upper and lower case as written; unset: the first of the connection's "
+            "search_path that exists; read by worker, API, CLI",
+        ),
+    ] = None
     redis_url: Annotated[SecretStr, Field(description="Redis or Valkey: redis://, rediss:// or unix://; read by all")] = (
         SecretStr("redis://localhost:6379/0")
     )

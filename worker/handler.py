@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from evalstore.objects.existence_cache import ExistenceCache
 from evalstore.objects.object_store import Stores
-from evalstore.storage import database, event_store, migrations
+from evalstore.storage import database, durability, event_store, migrations
 from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
 from models.events import identified, parse
 from models.fast_decode import read_fact
@@ -38,9 +38,11 @@ _STOP_GRACE_S = 2.0
 @cache
 def engine() -> Engine:
     """This process's connections, once the database is known to have the right schema. Raises SchemaMismatch, Outage."""
-    connections = database.engine(settings().database_url.get_secret_value(), idle_timeout_s=15, pre_ping=False)
+    connections = database.connect(settings(), idle_timeout_s=15, pre_ping=False)
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
+        for doubt in durability.doubts(conn):
+            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)
     return connections
 
 

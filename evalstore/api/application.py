@@ -1,6 +1,7 @@
 """The application: routes, errors, limits and documentation around one Service."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -31,7 +32,9 @@ from evalstore.api.prefix import Prefix
 from evalstore.api.rendering import json_response
 from evalstore.api.service import Service
 from evalstore.api.tracing import SERVICE, TracingMiddleware
+from evalstore.storage import durability
 from evalstore.telemetry import log_setup
+from models.errors import Outage
 from models.settings import settings, warn_unknown_env
 from tasks import tracing
 
@@ -59,10 +62,12 @@ def build() -> ASGIApp:
         metrics.share()
         service = app.state.service = Service(settings(), metrics)
         beat = asyncio.create_task(metrics.beat(service))
+        doubts = asyncio.create_task(_log_doubts(service))
         try:
             yield
         finally:
             beat.cancel()
+            doubts.cancel()
             metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)
@@ -119,3 +124,9 @@ def build() -> ASGIApp:
         FastReadMiddleware(app), max_request_bytes=lambda: settings().max_request_bytes, observe=observe
     )
     return Prefix(TracingMiddleware(guarded), lambda: settings().api_root_path or "")
+
+
+async def _log_doubts(service: Service) -> None:
+    with contextlib.suppress(Outage, problems.Problem):
+        for doubt in await service.run(durability.doubts):
+            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)

@@ -11,7 +11,7 @@ from evalstore.api.service import service_of
 from evalstore.storage import migrations
 from evalstore.telemetry.exposition import Answer
 from evalstore.telemetry.exposition import live as liveness
-from models.errors import Outage, SchemaMismatch
+from models.errors import DatabaseMisconfigured, Outage, SchemaMismatch
 
 router = APIRouter(tags=["health"])
 
@@ -35,6 +35,8 @@ async def ready(request: Request) -> Response:
     try:
         await service.run(lambda conn: migrations.check(conn, or_newer=service.had_schema))
         service.had_schema = True
+    except DatabaseMisconfigured:
+        found["database"] = "cannot be reached: mistake in settings"
     except Outage:
         found["database"] = "cannot be reached"
     except SchemaMismatch as error:

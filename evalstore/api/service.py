@@ -65,9 +65,8 @@ class Service:
     def __init__(self, settings: Settings, metrics: ApiMetrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.had_schema = False
-        url = settings.database_url.get_secret_value()
-        self._engine = database.engine(url, pool_size=THREADS, statement_timeout_s=WORK_S)
-        self.export_engine = database.engine(url, pool_size=EXPORTS, statement_timeout_s=WORK_S)
+        self._engine = database.connect(settings, pool_size=THREADS, statement_timeout_s=WORK_S)
+        self.export_engine = database.connect(settings, pool_size=EXPORTS, statement_timeout_s=WORK_S)
         self.exports = asyncio.Semaphore(EXPORTS)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="evalstore-api")
         self._turns = asyncio.Semaphore(THREADS)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from evalstore.cli.commands import COMMANDS, asked_for
-from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
+from models.errors import DatabaseMisconfigured, DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
@@ -108,6 +108,9 @@ def main() -> None:
             sys.stdout.flush()
     except InvalidSettings as error:
         _notice(str(error))
+        sys.exit(2)
+    except DatabaseMisconfigured as error:
+        _notice(_in_a_sentence(error))
         sys.exit(2)
     except Outage as error:
         _notice(_in_a_sentence(error))

@@ -81,7 +81,7 @@ def _key(line: bytes) -> Key | None:
 def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
     """What became of each event. Raises DatabaseOutage, RedisOutage."""
     fates = dict.fromkeys(keys, "missing")
-    engine = database.engine(settings().database_url.get_secret_value())
+    engine = database.connect(settings())
     for _ in range(_LOOKS):
         left = [key for key, fate in fates.items() if fate == "missing"]
         if not left:

@@ -67,7 +67,7 @@ def demo(
                 notice(f"starting PostgreSQL, Valkey, worker and scheduler in {folder}")
                 environment = stack.enter_context(LocalStack(folder, commands(2, 8), workers=2)).environment
             os.environ.update(environment)
-            engine = database.engine(settings().database_url.get_secret_value())
+            engine = database.connect(settings())
             stack.callback(engine.dispose)
             raise typer.Exit(_run(engine, folder.resolve(), limit, patience_s))
     except KeyboardInterrupt:

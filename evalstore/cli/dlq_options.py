@@ -84,8 +84,7 @@ class SelectedDeadLetters(NamedTuple):
 
 def connect() -> Connection:
     """A connection that waits longer than a worker's. Raises DatabaseOutage."""
-    url = settings().database_url.get_secret_value()
-    return database.engine(url, pool_size=1, statement_timeout_s=900, lock_timeout_s=60).connect()
+    return database.connect(settings(), pool_size=1, statement_timeout_s=900, lock_timeout_s=60).connect()
 
 
 def select(*, changes: bool = False, state: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:

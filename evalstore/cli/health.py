@@ -6,6 +6,7 @@ import typer
 
 from evalstore.cli.output import Format, OutputOption, failed, notice, show
 from evalstore.telemetry.process_registry import ROLES, groups
+from models.errors import DatabaseMisconfigured, SchemaMismatch
 from models.settings import settings
 
 _PATIENCE_S = 5.0
@@ -19,7 +20,7 @@ def health(
 ) -> None:
     """Say whether things work. --live asks no server, and looks at what runs on this machine (in this container).
 
-    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables), 7 a server cannot be used.
+    Exit status: 0 yes, 1 no (stuck, nothing runs, wrong tables or settings), 7 a server cannot be used.
     """
     if live == ready:
         raise typer.BadParameter("expected one of --live and --ready")
@@ -52,7 +53,8 @@ def _report_live(of: str | None, form: Format) -> None:
 def _report_ready(form: Format) -> None:
     from evalstore.telemetry.backend_stats import BackendStats  # noqa: PLC0415 - whoever asks for --live, often, is spared it
 
-    errors = BackendStats(settings(), patience_s=_PATIENCE_S).status().errors
+    stats = BackendStats(settings(), patience_s=_PATIENCE_S)
+    errors = stats.status().errors
     found = {name: " ".join(str(error).split()) for name, error in errors.items()}
     show(
         [
@@ -62,6 +64,9 @@ def _report_ready(form: Format) -> None:
         ["server", "state"],
         form,
     )
+    for doubt in stats.doubts.get() or [] if "postgresql" not in found else []:
+        notice(f"PostgreSQL is not set up to keep what it commits: {doubt}", "yellow")
     if found:
-        raise failed("not ready", 1 if set(found) == {"schema"} else 7)
+        lasting = {name for name, error in errors.items() if isinstance(error, SchemaMismatch | DatabaseMisconfigured)}
+        raise failed("not ready", 1 if set(found) == lasting else 7)
     notice("ready", "green")

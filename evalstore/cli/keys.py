@@ -25,7 +25,7 @@ class Scope(StrEnum):
 
 
 def _engine() -> Engine:
-    return database.engine(settings().database_url.get_secret_value())
+    return database.connect(settings())
 
 
 def _duration(text: str) -> timedelta:

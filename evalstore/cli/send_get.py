@@ -106,7 +106,7 @@ def get(
     wanted = [kind for kind, is_wanted in asked if is_wanted]
     if len(wanted) > 1:
         raise typer.BadParameter("give one of --output, --code and --error")
-    engine, stores = database.engine(settings().database_url.get_secret_value()), Stores(settings())
+    engine, stores = database.connect(settings()), Stores(settings())
     record = None
     if identity({"eval_id": eval_id})[0] is not None:  # nothing else is ever stored, nor could be asked for
         with engine.connect() as conn:

@@ -80,6 +80,7 @@ class _Snapshot:
         now = datetime.now(UTC)
         told: Told = {"at": now, "release": release(), "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
         told["errors"] = {name: " ".join(str(error).split()) for name, error in self._errors.items()}
+        told["doubts"] = (self._standing.doubts.get() or []) if answer is not None else []
         if seen is not None:
             told |= _of_redis(seen, now)
         if "schema" in self._errors:
@@ -217,6 +218,7 @@ def _letters(told: Told) -> RenderableType:
 
 def _lines(told: Told) -> list[tuple[str, str]]:
     found = [(name, what) for name, what in told["errors"].items()]
+    found += [("doubt", f"PostgreSQL is not set up to keep what it commits: {doubt}") for doubt in told["doubts"]]
     if told.get("outages"):
         found.append(("outage", f"workers wait for {', '.join(told['outages'])}"))
     if "confirmations" in told:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
@@ -19,8 +20,10 @@ from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from models.errors import DatabaseOutage, InvalidSettings
+from evalstore.storage.sessions import Session, set_up, split_options
+from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
 from models.record import jsonb
+from models.settings import Settings
 
 # What passes by itself, or once an operator has mended the server: no message is to blame for it.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -33,6 +36,12 @@ _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
+# No such database; role, password or host refused.
+_MISTAKES: Final = ("3D000", "28000", "28P01")
+_MISTAKE: Final = re.compile(
+    r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
+    r"|.*authentication failed|no such (database|user))|no password supplied"
+)
 _PING_S: Final = 5.0
 _MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
@@ -50,13 +59,16 @@ _shares_sessions = threading.Event()  # such a pooler was noticed: nothing is pr
 def engine(
     url: str,
     *,
+    schema: str | None = None,
     pool_size: int = 5,
     statement_timeout_s: float = 60,
     lock_timeout_s: float = 5,
     idle_timeout_s: float = 0,
     pre_ping: bool = True,
 ) -> Engine:
-    """A pool of connections to `url` (any libpq address), opened as they are asked for.
+    """A pool of connections to `url` (any libpq address), opened as they are asked for, whose tables are those in `schema`.
+
+    Without `schema` they are in the connection's first schema. The defaults of role, database and environment do not count.
 
     The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
     locks keep nobody waiting for longer than that.
@@ -66,17 +78,18 @@ def engine(
     Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
     Raises InvalidSettings where `url` is no address.
     """
-    own_options = parse(url).get("options") or ""
-    options = (
-        f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout={int(lock_timeout_s * 1000)}"
-        f" -c idle_in_transaction_session_timeout={int(idle_timeout_s * 1000)} -c tcp_user_timeout=10000"
-        " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
-        f" -c timezone=UTC -c jit=off -c default_transaction_isolation=read\\ committed {own_options}"
-    )
+    own_settings, own_options = split_options(parse(url).get("options") or "")
+    wanted = {
+        "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "lock_timeout": str(int(lock_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(int(idle_timeout_s * 1000)),
+        **own_settings,
+    }
+    watch = Watch()
 
     def connect() -> psycopg.Connection[tuple[Any, ...]]:
         with errors():  # here, because callers connect before they are within `errors` themselves
-            conn = psycopg.connect(
+            conn = Session.connect(
                 url,
                 connect_timeout=3,
                 tcp_user_timeout=8000,
@@ -85,9 +98,15 @@ def engine(
                 keepalives_count=3,
                 application_name="evalstore",
                 client_encoding="utf8",  # or else the environment's, or that of the database
-                options=options,
+                options=own_options,  # or else PGOPTIONS
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
+            try:
+                with watch.bounded_driver(conn, _PING_S):  # a pooler accepts while its server is away
+                    set_up(conn, wanted, schema)
+            except BaseException:
+                conn.close()
+                raise
         set_json_dumps(jsonb, conn)
         conn.add_notice_handler(_note_end)
         return conn
@@ -100,9 +119,20 @@ def engine(
         pool_timeout=10,
     )
     if pre_ping:
-        event.listen(made, "checkout", _trying_out(Watch()))
+        event.listen(made, "checkout", _trying_out(watch))
     event.listen(made, "checkin", _leave_refused)
     return made
+
+
+def connect(settings: Settings, **options: Any) -> Engine:
+    """The engine for the database and schema that `settings` name; `options` are those of `engine`."""
+    return engine(settings.database_url.get_secret_value(), schema=settings.database_schema, **options)
+
+
+def check_access(url: str) -> None:
+    """Connect once. Raises DatabaseOutage; DatabaseMisconfigured where the server refuses the database, role or password."""
+    with errors():
+        psycopg.connect(url, connect_timeout=2, options=split_options(parse(url).get("options") or "")[1]).close()
 
 
 def parse(url: str) -> dict[str, Any]:
@@ -190,6 +220,8 @@ def errors() -> Iterator[None]:
             _shares_sessions.set()
         # The connection it came from goes back to its pool next.
         _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
+        if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
+            raise DatabaseMisconfigured(str(cause).strip()) from error
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
             raise DatabaseOutage(
                 str(cause).strip() or type(cause).__name__,
@@ -208,6 +240,14 @@ def _reason(error: BaseException | None, before: BaseException | None) -> BaseEx
             break
         error = inner
     return error
+
+
+def _is_misconfigured(error: psycopg.Error) -> bool:
+    if error.sqlstate is not None:
+        return error.sqlstate in _MISTAKES
+    # libpq tells no SQLSTATE of an attempt to connect. Another host's failure may be an outage.
+    reasons = re.findall(r"failed: (.+)", str(error))
+    return bool(reasons) and all(_MISTAKE.search(reason) for reason in reasons)
 
 
 def _is_outage(error: psycopg.Error) -> bool:

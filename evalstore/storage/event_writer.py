@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import psycopg
 
-from evalstore.storage import database
+from evalstore.storage import database, sessions
 from models.errors import DatabaseOutage
 from models.record import Fact, State, jsonb, rfc3339
 
@@ -51,9 +51,9 @@ def columns(names: Iterable[str], form: str = "{}") -> str:
 
 # What follows joins a stage with a table by the table's primary key, and must do so by index however large the tables grow and
 # whatever the planner believes of the stage. The last is the time of the transaction.
-_BEGIN: Final = """
+_BEGIN: Final = f"""
 SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),
-    set_config('enable_seqscan', 'off', true), now()
+    set_config('enable_seqscan', 'off', true), {sessions.DURABLE.format("true")}, now()
 """
 _LOCK: Final = """
 SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE

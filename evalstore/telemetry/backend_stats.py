@@ -15,12 +15,20 @@ import pendulum
 from periodiq import cron
 from sqlalchemy import Connection, Engine
 
-from evalstore.storage import database, migrations
+from evalstore.storage import database, durability, migrations
 from evalstore.storage import table_stats as stored
 from evalstore.storage.archive import Archive
 from evalstore.telemetry import queues
 from evalstore.telemetry.counters import Series
-from models.errors import DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage, SchemaMismatch
+from models.errors import (
+    DatabaseMisconfigured,
+    DatabaseOutage,
+    EvalstoreError,
+    InvalidSettings,
+    Outage,
+    RedisOutage,
+    SchemaMismatch,
+)
 from models.jobs import JOBS
 from models.metrics import BY_NAME, REASONS
 from models.settings import Settings
@@ -102,11 +110,11 @@ class BackendStats:
         self.database = CachedProbe(lambda: self._bounded(self._server), patience_s)
         self.letters = self.probe(stored.letters)
         self.contents = self.probe(self._all_contents)
+        self.doubts = self.probe(durability.doubts)
 
     @cached_property
     def _engine(self) -> Engine:
-        url = self._settings.database_url.get_secret_value()
-        return database.engine(url, pool_size=3, pre_ping=False, statement_timeout_s=_LONGEST_S)
+        return database.connect(self._settings, pool_size=3, pre_ping=False, statement_timeout_s=_LONGEST_S)
 
     @cached_property
     def _archive(self) -> Archive | None:
@@ -164,7 +172,7 @@ class BackendStats:
     def ready(self) -> dict[str, str]:
         """What keeps this from working, by server, for anyone to know; nothing where all is well."""
         found = self.status().errors
-        return {name: str(error) if name == "schema" else "cannot be used" for name, error in found.items()}
+        return {name: str(error) if name == "schema" else _for_anyone(error) for name, error in found.items()}
 
     def numbers(self) -> Numbers:
         """All that can be told now."""
@@ -188,6 +196,10 @@ class BackendStats:
             found["evalstore_redis_memory_bytes", ()] = seen.memory_bytes
             found["evalstore_redis_memory_limit_bytes", ()] = seen.memory_limit_bytes
         return found
+
+
+def _for_anyone(error: EvalstoreError) -> str:
+    return "cannot be used: mistake in settings" if isinstance(error, DatabaseMisconfigured) else "cannot be used"
 
 
 def _zeros(*names: str) -> Numbers:

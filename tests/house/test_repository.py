@@ -153,9 +153,10 @@ def test_a_gateway_that_imports_tasks_loads_neither_the_servers_clients_nor_the_
 def test_ci_runs_make_test_and_ends_as_it_ends(tmp_path: Path, status: int) -> None:
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\necho "make $* in $PWD"\nexit {status}\n')
-    promtool = tmp_path / "promtool"  # so that it fetches none
-    promtool.write_text("#!/bin/sh\n")
-    for program in (make, promtool):
+    promtool, pgbouncer = tmp_path / "promtool", tmp_path / "pgbouncer"  # so that it fetches none
+    for program in (promtool, pgbouncer):
+        program.write_text("#!/bin/sh\n")
+    for program in (make, promtool, pgbouncer):
         program.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(

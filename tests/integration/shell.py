@@ -78,13 +78,16 @@ class Operator:
             "COLUMNS": "80",
         }
 
-    def start(self, *words: object, **given: Any) -> "subprocess.Popen[str]":
-        command = [*python(), "-m", "evalstore.cli.app", "dlq", *map(str, words)]
+    def start(self, *words: object, group: tuple[str, ...] = ("dlq",), **given: Any) -> "subprocess.Popen[str]":
+        command = [*python(), "-m", "evalstore.cli.app", *group, *map(str, words)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | given
         return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **streams)
 
     def dlq(self, *words: object, within_s: float = 60) -> Done:
-        with self.start(*words) as process:
+        return self.evalstore("dlq", *words, within_s=within_s)
+
+    def evalstore(self, *words: object, within_s: float = 60) -> Done:
+        with self.start(*words, group=()) as process:
             out, err = process.communicate(timeout=within_s)
         return Done(process.returncode, out, err)
 

@@ -105,8 +105,9 @@ def test_an_address_that_is_none_is_told_and_not_repeated() -> None:
 
 
 def test_options_in_the_address_are_kept(database_url: str) -> None:
-    made = database.engine(f"{database_url}?options=-c%20search_path%3Delsewhere")
+    made = database.engine(f"{database_url}?options=-c%20search_path%3Delsewhere,public%20-c%20work_mem%3D5MB")
     with made.connect() as conn:
-        assert conn.exec_driver_sql("SHOW search_path").scalar() == "elsewhere"
+        assert conn.exec_driver_sql("SHOW search_path").scalar() == "public"
+        assert conn.exec_driver_sql("SHOW work_mem").scalar() == "5MB"
         assert conn.exec_driver_sql("SHOW timezone").scalar() == "UTC"
     made.dispose()

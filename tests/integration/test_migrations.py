@@ -112,7 +112,7 @@ def test_migrating_leaves_no_connection_behind(empty_database_url: str) -> None:
 
 def test_the_check_says_what_to_do_and_changes_nothing(engine: Engine, empty_database_url: str) -> None:
     with engine.connect() as conn:
-        with pytest.raises(SchemaMismatch, match=r"no evalstore tables yet, .*run `evalstore migrate`"):
+        with pytest.raises(SchemaMismatch, match=r"no evalstore tables yet in the schema public, .*run `evalstore migrate`"):
             migrations.check(conn)
         assert run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", empty_database_url) == []
         migrations.upgrade(empty_database_url)

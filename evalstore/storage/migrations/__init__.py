@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from psycopg import errors as pg
+from psycopg import sql
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
@@ -40,8 +41,10 @@ def revisions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def upgrade(url: str, tell: Callable[[str], object] = lambda _: None) -> tuple[str | None, str]:
-    """Bring the database at `url` to this release's schema; returns the revisions before and after.
+def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None) -> tuple[str | None, str]:
+    """Bring the tables of the database at `url` to this release; returns the revisions before and after.
+
+    They are in `schema`, which is created where it is missing, or else in the connection's first schema.
 
     One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
     call from several processes at once; the later ones wait and find nothing to do.
@@ -53,25 +56,28 @@ def upgrade(url: str, tell: Callable[[str], object] = lambda _: None) -> tuple[s
     text, or where a name of ours is taken by something else.
     """
     try:
-        return _upgrade(url, tell)
+        return _upgrade(url, tell, schema)
     except DatabaseOutage as error:
         if not error.is_lock:
             raise
-    with _alone(url) as aside:
+    with _alone(url, schema) as aside:
         onlooker = _Onlooker(aside, tell)
         while True:
             time.sleep(_PAUSE_S)
             try:
-                return _upgrade(url, tell, onlooker)
+                return _upgrade(url, tell, schema, onlooker)
             except DatabaseOutage as error:
                 if not error.is_lock:
                     raise
 
 
-def _upgrade(url: str, tell: Callable[[str], object], onlooker: "_Onlooker | None" = None) -> tuple[str | None, str]:
-    with _alone(url) as conn:
+def _upgrade(
+    url: str, tell: Callable[[str], object], schema: str | None, onlooker: "_Onlooker | None" = None
+) -> tuple[str | None, str]:
+    with _alone(url, schema) as conn:
         with onlooker.looking(conn) if onlooker else nullcontext(), database.errors(), conn.begin():
-            _lock(conn, lock_key(version.schema_of(conn)))
+            _lock(conn, lock_key(schema or version.schema_of(conn)))
+            _create_schema(conn, schema)
             if (encoding := conn.execute(text("SHOW server_encoding")).scalar_one()) != "UTF8":
                 how = "CREATE DATABASE evalstore TEMPLATE template0 ENCODING 'UTF8'"
                 raise SchemaMismatch(f"the database's encoding is {encoding}, which cannot hold all text: {how}")
@@ -124,6 +130,26 @@ def _apply(conn: Connection) -> None:
                 " of its own: EVALSTORE_DATABASE_SCHEMA"
             ) from error
         raise
+
+
+_SCHEMA: Final = "SELECT current_schema(), current_user, EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"
+
+
+def _create_schema(conn: Connection, schema: str | None) -> None:
+    """Create the schema that the connection's search path names, unless it is there."""
+    raw = database.driver(conn)
+    ((first, user, exists),) = raw.execute(_SCHEMA, [schema]).fetchall()
+    if first is not None:
+        return
+    if schema is None:
+        raise SchemaMismatch("the connection's search_path names no schema that exists: set EVALSTORE_DATABASE_SCHEMA")
+    if exists:
+        raise SchemaMismatch(f"the role {user} may not use the schema {schema}: let the schema's owner grant USAGE and CREATE")
+    try:
+        raw.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+    except pg.InsufficientPrivilege as error:
+        how = sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(sql.Identifier(schema), sql.Identifier(user)).as_string(raw)
+        raise SchemaMismatch(f"the role {user} may not create the schema {schema}: let an administrator run {how}") from error
 
 
 _HOLDERS: Final = """
@@ -186,9 +212,9 @@ def config(conn: Connection) -> "Config":
 
 
 @contextmanager
-def _alone(url: str) -> Iterator[Connection]:
+def _alone(url: str, schema: str | None) -> Iterator[Connection]:
     """A connection whose statements may take as long as they take, and which is closed at the end."""
-    engine = database.engine(url, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
+    engine = database.engine(url, schema=schema, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
     try:
         with engine.connect() as conn:
             yield conn
@@ -207,8 +233,14 @@ def check(conn: Connection, *, or_newer: bool = False) -> None:
         return
     _refuse_newer(current)
     if current != (head := revisions()[-1]):
-        found = f"is at revision {current}" if current else "has no evalstore tables yet"
+        found = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
         raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
+
+
+def _where(conn: Connection) -> str:
+    with database.errors(), conn.begin():
+        ((schema,),) = database.driver(conn).execute("SELECT current_setting('search_path')").fetchall()
+    return f" in the schema {schema}"
 
 
 def _current(conn: Connection) -> str | None:
