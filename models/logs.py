@@ -97,6 +97,12 @@ LOGS: Final = (
         "no traces: the environment asks for them, and evalstore[otel] is not installed: %s",
         ("error",),
     ),
+    Entry(
+        "traces_not_started",
+        "warning",
+        "no traces: %s",
+        ("error",),
+    ),
     # The HTTP service.
     Entry(
         "heads_unbounded",

@@ -22,7 +22,8 @@ HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'uns
 def page(document: Mapping[str, Any]) -> str:
     """The page of an OpenAPI document."""
     info, schemas = document["info"], document["components"]["schemas"]
-    prefix = document["servers"][0]["url"].rstrip("/")
+    (server, *_) = document.get("servers") or [{"url": "/"}]  # the default of the OpenAPI specification
+    prefix = server["url"].rstrip("/")
     address = escape(f"{prefix}/openapi.json")
     operations = [
         (prefix + path, method, operation)
