@@ -1,16 +1,17 @@
-"""The log events: one closed list. Every line that evalstore logs is one of these; docs/reference/logs.md is made from it.
+"""The log events: one closed list, from which docs/reference/logs.md is made.
 
-Code logs with the standard library, by the texts below; the names and fields are for machines (log_setup.py). No line holds
-content or a secret. What else is in a log comes from libraries, and its event is `library`.
+Code logs an event by its name: `log.warning("outage", kind=..., events=..., error=...)`. No line holds content or a secret.
+Lines of libraries have the event `library`.
 """
 
-from typing import Final, Literal, NamedTuple
+import logging
+from typing import Any, Final, Literal, NamedTuple
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Entry(NamedTuple):
-    """`text` is what is given to the logger; `fields` name what is put into it, in their order."""
+    """`text` is the line for people; its placeholders take `fields`, in their order."""
 
     name: str
     level: Level
@@ -128,4 +129,35 @@ LOGS: Final = (
     Entry("keys_table_unreadable", "warning", "keys are as they were last known: %s", ("error",)),
 )
 
+BY_NAME: Final = {entry.name: entry for entry in LOGS}
 BY_TEXT: Final = {entry.text: entry for entry in LOGS}
+
+
+class EventLogger:
+    """A logger of the standard library that takes the name of an event and its fields. Any thread may use it.
+
+    Raises KeyError for an event that is not listed, or a field that is missing; tests/house/test_logs.py checks each call.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self._log(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._log(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._log(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._log(logging.ERROR, event, fields)
+
+    def critical(self, event: str, *, exc_info: bool = False, **fields: Any) -> None:
+        self._log(logging.CRITICAL, event, fields, exc_info=exc_info)
+
+    def _log(self, level: int, event: str, fields: dict[str, Any], *, exc_info: bool = False) -> None:
+        if self._logger.isEnabledFor(level):
+            entry = BY_NAME[event]
+            self._logger.log(level, entry.text, *[fields[name] for name in entry.fields], exc_info=exc_info, stacklevel=3)

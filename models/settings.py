@@ -1,6 +1,5 @@
 """The settings: one declared table, read once from environment variables."""
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
+from models.logs import EventLogger
 from models.validation_errors import did_you_mean, format_error
 
-log = logging.getLogger("evalstore.settings")
+log = EventLogger("evalstore.settings")
 
 _PREFIX = "EVALSTORE_"
 DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
@@ -355,7 +355,7 @@ def warn_unknown_env() -> None:
     A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
     """
     for problem in unknown_settings(os.environ):
-        log.warning("a variable of the environment does nothing: %s", problem)
+        log.warning("misspelt_setting", problem=problem)
 
 
 @cache

@@ -7,7 +7,6 @@ The context travels as the options `traceparent` and `tracestate` of the message
 stock clients neither need nor mind.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +19,14 @@ from dramatiq import Message
 
 from models import threads
 from models.errors import SendRefused
+from models.logs import EventLogger
 from tasks.actor import QUEUE
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Tracer
 
-log = logging.getLogger("evalstore")
+log = EventLogger("evalstore")
 
 NAME: Final = "evalstore"
 _OFF: Final = nullcontext()
@@ -57,14 +57,14 @@ def provider(service: str | None = None) -> "TracerProvider | None":
         return None
     asked = _asked(os.environ)
     if asked == "unsupported":
-        log.warning("no traces: expected OTEL_TRACES_EXPORTER=otlp and OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf")
+        log.warning("traces_unsupported")
     if asked != "otlp":
         return None
     try:
         with threads.once_at_a_time(_SPAN):
             return _provider(service)
     except (SendRefused, RuntimeError) as error:  # the interpreter ends
-        log.warning("no traces: %s", error)
+        log.warning("traces_not_started", error=error)
         return None
 
 
@@ -75,7 +75,7 @@ def _provider(service: str | None) -> "TracerProvider | None":
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.warning("no traces: the environment asks for them, and evalstore[otel] is not installed: %s", error)
+        log.warning("traces_not_installed", error=error)
         return None
     resource = Resource.create()
     if service and str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):

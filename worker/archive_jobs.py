@@ -1,6 +1,5 @@
 """The archive's periodic jobs: each run has an end, and an object store that is away is told of and not waited for."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from evalstore.storage import garbage_collect as sweeping
 from evalstore.storage.archive import Archive
 from evalstore.telemetry import backlog
 from models.errors import InvalidSettings, ObjectStoreOutage
+from models.logs import EventLogger
 from models.settings import settings
 from tasks.spool import Spool, folder_of
 from worker.broker import Broker
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 # Longer than the time between two runs: while there is much to do, a few workers at once share it.
 _LONGEST_S: Final = 240.0
@@ -69,7 +69,7 @@ def move(conn: Connection, broker: Broker) -> dict[str, Any]:
     broker.metrics.archived(done.moved, done.bytes, done.failed)
     told: dict[str, Any] = {"moved": done.moved, "bytes": done.bytes, "failed": done.failed}
     if done.failed:
-        log.warning("%d contents could not be moved to the archive: evalstore archive status says why", done.failed)
+        log.warning("archive_failed", count=done.failed)
     if done.outage:
         told["outage"] = str(done.outage)[:300]
     return told
@@ -97,7 +97,7 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
                 part=((now.hour * 60 + now.minute) * _PARTS // 1440, _PARTS),
             )
         except ObjectStoreOutage as error:
-            log.warning("the sweep of the object store is left to another time: %s", error)
+            log.warning("sweep_postponed", error=error)
             told["outage"] = str(error)[:300]
             continue
         finally:

@@ -1,6 +1,5 @@
 """What a worker process does beside storing: it relays confirmations and moves dead letters, as soon as there are any."""
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,12 +8,13 @@ import dramatiq
 
 from evalstore.storage.database import Watch
 from models.errors import PASSING, Outage, SchemaMismatch
+from models.logs import EventLogger
 from worker import confirmation_relay, dead_letter_mover, tracing
 from worker.broker import BUDGET_S, Broker, time_budget
 from worker.handler import Handler, engine
 from worker.metrics import WORK_S
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 # Also without being told: another process may have died between its commit and what follows it.
 _TICK_S: Final = 5.0
@@ -43,9 +43,9 @@ class Background(threading.Thread):
         try:
             engine()
         except SchemaMismatch as error:
-            log.critical("this worker stores nothing until that is mended: %s", error)
+            log.critical("schema_mismatch", error=error)
         except Outage as error:
-            log.warning("starting without PostgreSQL: %s", error)
+            log.warning("starting_without_database", error=error)
         while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
@@ -70,7 +70,7 @@ class Background(threading.Thread):
         except Exception as error:
             if what not in self._failing:
                 known = isinstance(error, PASSING)
-                log.warning("%s wait until this is over: %r", what, error, exc_info=None if known else error)
+                log.warning("background_waits", what=what, error=error, exc_info=None if known else error)
             self._failing.add(what)
             self._stopping.wait(timeout=1)
         else:

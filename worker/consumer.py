@@ -1,7 +1,6 @@
 """How a queue's messages reach Dramatiq's worker threads, and how they are settled."""
 
 import json
-import logging
 import random
 import threading
 import time
@@ -15,6 +14,7 @@ from dramatiq import Message, MessageProxy
 from dramatiq.broker import Consumer as DramatiqConsumer
 
 from models.errors import PASSING, BadMessage, Outage
+from models.logs import EventLogger
 from tasks.broker import encode
 from tasks.connections import as_bytes
 from worker.batches import Batch, Delivery, cause, read
@@ -23,7 +23,7 @@ from worker.metrics import LOOP_S, WORK_S, named
 if TYPE_CHECKING:
     from worker.broker import Broker
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 # Two: while one batch waits for PostgreSQL, the next is fetched and read.
 BATCHES: Final = 2
@@ -180,7 +180,7 @@ class Consumer(DramatiqConsumer):
             options["redis_message_id"] = redis_id.decode(errors="replace")
             self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
         if bad:
-            log.error("%d messages of queue %s are no messages for us: dead letters", len(bad), self.queue_name)
+            log.error("no_messages_for_us", count=len(bad), queue=self.queue_name)
             self._settle([], bad)
 
     def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:
@@ -234,15 +234,9 @@ class Consumer(DramatiqConsumer):
         self.broker.metrics.buried(bodies.values())
         for redis_id in list(bodies)[:_MAX_LOGGED]:
             event, error_class = named(bodies[redis_id]), json.loads(buried[redis_id])["error_class"]
-            log.warning(
-                "dead letter: %s, eval_id %.200s, event_id %.40s, type %.40s",
-                error_class,
-                event.eval_id,
-                event.event_id,
-                event.type,
-            )
+            log.warning("dead_letter", error_class=error_class, eval_id=event.eval_id, event_id=event.event_id, type=event.type)
         if len(bodies) > _MAX_LOGGED:
-            log.warning("and %d more dead letters of the same batch", len(bodies) - _MAX_LOGGED)
+            log.warning("more_dead_letters", count=len(bodies) - _MAX_LOGGED)
 
     def _bisect(self, message: DeliveryHandle) -> None:
         """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""
@@ -337,7 +331,7 @@ class Consumer(DramatiqConsumer):
         self.broker.metrics.outages.away("redis", self.queue_name)
         self.broker.reset_if_readonly(error)
         if self._failures == 1:
-            log.warning("Redis refuses queue %s, trying again until it does not: %s", self.queue_name, error)
+            log.warning("redis_refuses", queue=self.queue_name, error=error)
         longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(self._failures, 10))
         return self.broker.in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1))  # noqa: S311
 

@@ -1,6 +1,5 @@
 """Events whose content is in the object store: none is stored before that is known to be there."""
 
-import logging
 import random
 import threading
 import time
@@ -9,12 +8,13 @@ from typing import Final
 
 from evalstore.objects.existence_cache import Absence, ExistenceCache
 from models.errors import ObjectStoreOutage, ObjectUnavailable
+from models.logs import EventLogger
 from models.record import Fact
 from models.settings import settings
 from worker.batches import Batch, Delivery, cause, read
 from worker.metrics import Outages
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 _SOONEST_S: Final = 1.0
 _LATEST_S: Final = 30.0
 _OUTAGE_S: Final = 5.0
@@ -67,7 +67,7 @@ class ContentGate:
             if refused is None or time.monotonic() < self._next_warning:
                 return
             self._next_warning = time.monotonic() + _WARN_EVERY_S
-        log.error("the object store refuses an object, its events wait: %s", refused)
+        log.error("object_refused", error=refused)
 
     def _outage_s(self) -> float:
         with self._lock:
@@ -87,9 +87,9 @@ class ContentGate:
         else:
             self._outages.back("objects", "contents")
         if changed and outage is not None:
-            log.warning("events that need an object wait until this is over, all others are stored: %s", outage)
+            log.warning("objects_outage", error=outage)
         elif changed:
-            log.warning("the object store is back")
+            log.warning("objects_back")
 
 
 def _ends_with_grace(absence: Absence) -> bool:

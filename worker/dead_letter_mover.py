@@ -1,6 +1,5 @@
 """Moving dead letters from Redis, where the broker puts them with their cause, to the table that keeps them."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -14,10 +13,11 @@ from evalstore.storage import database, dead_letters, redrives
 from evalstore.storage.dead_letters import DeadLetterInsert
 from models.errors import InvalidEvent, Outage, RedisOutage
 from models.events import decode, identified, identity
+from models.logs import EventLogger
 from tasks.redrives import REDRIVEN
 from worker.broker import Broker
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 _CHUNK: Final = 50
 _LONGEST_S: Final = 10.0
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
@@ -134,4 +134,4 @@ def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Wa
         with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
             redrives.stored(conn, letters)
     except Outage as error:
-        log.warning("the outcome of %d redriven messages is left to the sweep: %s", len(letters), error)
+        log.warning("redrive_outcome_left", count=len(letters), error=error)

@@ -1,6 +1,5 @@
 """What a worker does with the events it is sent."""
 
-import logging
 import random
 import threading
 import time
@@ -16,6 +15,7 @@ from evalstore.storage import database, durability, event_store, migrations
 from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
 from models.events import identified, parse
 from models.fast_decode import read_fact
+from models.logs import EventLogger
 from models.record import Fact, fact
 from models.settings import settings
 from tasks.actor import ACTOR, QUEUE
@@ -29,7 +29,7 @@ from worker.in_flight import InFlight
 from worker.locked_evaluations import LockedEvaluations
 from worker.metrics import WORK_S, WorkerMetrics
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
 _CONNECT_S = 12.0
 _STOP_GRACE_S = 2.0
@@ -42,7 +42,7 @@ def engine() -> Engine:
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
         for doubt in durability.doubts(conn):
-            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)
+            log.warning("postgresql_doubtful", doubt=doubt)
     return connections
 
 
@@ -87,7 +87,7 @@ class Handler:
                 batch.buried |= bad
                 return
         except _Stopped as stopped:
-            log.info("%d events go back to the queue: %s", len(batch), stopped)
+            log.info("returned", events=len(batch), why=stopped)
             batch.returned = True
 
     def _probe(self, batch: Batch, left: list[Delivery]) -> list[Delivery]:
@@ -107,7 +107,7 @@ class Handler:
             self._log_breaker_open(bad)
             batch.buried |= bad
         elif left[0].redis_id not in batch.later:
-            log.warning("the breaker is closed: a message was stored")
+            log.warning("breaker_closed")
             self._breaker.close()
             self._count.set("evalstore_breaker_open", to=0)
         return left[1:]
@@ -118,9 +118,12 @@ class Handler:
         self._count.set("evalstore_breaker_open", to=1)
         limits, newest = self._breaker.limits, next(iter(bad.values()), b"").decode()
         log.critical(
-            "the breaker is open: at least %.0f %% of %d messages within %.0f s were bad. Nothing is consumed but one message "
-            "every %.0f s, until one is stored. The last one's cause: %.500s",
-            *(limits.share * 100, limits.messages, limits.window_s, limits.probe_s, newest),
+            "breaker_opened",
+            percent=limits.share * 100,
+            messages=limits.messages,
+            window_s=limits.window_s,
+            probe_s=limits.probe_s,
+            cause=newest,
         )
 
     def _work(self, batch: Batch, deliveries: list[Delivery]) -> dict[bytes, bytes]:
@@ -217,7 +220,7 @@ class Handler:
                         self._in_flight.outages += 1
                         self._metrics.outages.away("postgresql", threading.current_thread().name)
                     elif failures == 2:  # one is often no more than a connection that broke while it was not used
-                        log.warning("%s, holding %d events until it is over: %s", type(error).__name__, len(events), error)
+                        log.warning("outage", kind=type(error).__name__, events=len(events), error=error)
                     longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(failures, 10))
                     if not self._in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1)):  # noqa: S311
                         raise _Stopped(f"told to stop while waiting: {error}") from error

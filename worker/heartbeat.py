@@ -20,6 +20,7 @@ import redis
 from dramatiq import Worker
 
 from evalstore.telemetry.process_registry import exists, host_id, start_ticks
+from models.logs import EventLogger
 from worker.batches import cause
 from worker.metrics import LOOP_S
 from worker.redis_config import redis_config_warnings
@@ -27,7 +28,7 @@ from worker.redis_config import redis_config_warnings
 if TYPE_CHECKING:
     from worker.broker import Broker
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 HEARTBEAT_S: Final = 2.0
 DEAD_AFTER_S: Final = 10.0
@@ -110,7 +111,7 @@ class Heartbeat(threading.Thread):
                 self._run_and_wait()
         except BaseException:
             # Without a heartbeat the others take what this process holds, again and again.
-            log.critical("the heartbeat ended: ending this process", exc_info=True)
+            log.critical("heartbeat_ended", exc_info=True)
             _end_process(THREAD_DIED)
 
     def _run_and_wait(self) -> None:
@@ -121,7 +122,7 @@ class Heartbeat(threading.Thread):
             self._failing = False
             self._metrics.outages.back("redis", self.name)
         except redis.RedisError as error:
-            log.debug("no heartbeat: %s", error)
+            log.debug("heartbeat_failed", error=error)
             self._failing, self._is_server_checked = True, False
             self._metrics.outages.away("redis", self.name)
             self._broker.reset_if_readonly(error)
@@ -153,7 +154,7 @@ class Heartbeat(threading.Thread):
     def _check_server(self) -> None:
         """Say once what could lose events. After an outage it may be another server, or one that was set up anew."""
         for doubt in redis_config_warnings(self._broker.client):
-            log.warning("Redis is not set up to keep what it confirms: %s", doubt)
+            log.warning("redis_doubtful", doubt=doubt)
         self._is_server_checked = True
 
     def stop_in_time(self) -> None:
@@ -172,13 +173,13 @@ class Heartbeat(threading.Thread):
         self._deregister()
 
     def _stop_late(self) -> None:
-        log.warning("still at work %g s after the order to stop: what is held goes back", STOP_WITHIN_S)
+        log.warning("stopped_late", seconds=STOP_WITHIN_S)
         self._deregister()
         _end_process(STOPPED_LATE)
 
     def _deregister(self) -> None:
         if self._failing or self._broker.in_flight.abandoned:
-            log.warning("Redis is away: others will take over what this process held")
+            log.warning("left_to_others")
             return
         try:
             for queue in sorted(self._broker.queues):
@@ -189,7 +190,7 @@ class Heartbeat(threading.Thread):
                 self._broker.client.hdel(keys.workers, self._broker.process)
                 self._broker.client.hdel(keys.processes, self._broker.process)  # last: others clear up after those in here
         except redis.RedisError as error:
-            log.warning("could not say goodbye to Redis, others will take over: %s", error)
+            log.warning("no_goodbye", error=error)
 
     def _status(self) -> bytes:
         """What others may know of this process."""
@@ -218,7 +219,7 @@ class Heartbeat(threading.Thread):
                 self._metrics.buried([None])
             if held > 0:
                 self._metrics.redelivered(queue, "died", held - buried)
-                log.warning("process %s is dead (it was %s); took back %d messages", process, last.partition(":")[0], held)
+                log.warning("process_dead", process=process, state=last.partition(":")[0], messages=held)
 
     def _reconcile(self, queue: str) -> None:
         """Give back what Redis has as ours of answered fetches, and we do not hold."""
@@ -229,7 +230,7 @@ class Heartbeat(threading.Thread):
         stranded = [redis_id for redis_id in ours if redis_id not in held]
         if stranded and (given := self._broker.run("requeue", [unacked, keys.queue], *stranded)):
             self._metrics.redelivered(queue, "stranded", given)
-            log.warning("gave %d stranded messages back to queue %s", len(stranded), queue)
+            log.warning("stranded", messages=len(stranded), queue=queue)
 
     def _watch_threads(self) -> None:
         """A process whose threads died, or that fetches nothing any more, works on nothing and looks alive: end it."""
@@ -244,7 +245,7 @@ class Heartbeat(threading.Thread):
             if self._loop_counts[queue][1] * HEARTBEAT_S > WEDGED_AFTER_S:
                 dead.append(thread)
         if dead and not self._broker.in_flight.stopping:
-            log.critical("thread %s died or stands still: ending this process", dead[0])
+            log.critical("thread_died", thread=dead[0])
             _end_process(THREAD_DIED)
 
 

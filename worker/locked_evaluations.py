@@ -1,6 +1,5 @@
 """Evaluations that somebody keeps locked, an operator in a transaction of their own, say: their events hold up no others."""
 
-import logging
 import random
 import threading
 import time
@@ -10,10 +9,11 @@ from typing import Final
 from sqlalchemy import Connection
 
 from evalstore.storage import event_store
+from models.logs import EventLogger
 from worker.batches import Batch
 from worker.content_gate import Pair
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 _AGAIN_S: Final = 5.0
 _REMEMBER_S: Final = 30.0
 
@@ -43,9 +43,7 @@ class LockedEvaluations:
         locked = event_store.locked(conn, sorted(wanted))
         with self._lock:
             if new := locked - self._known:
-                log.warning(
-                    "%d evaluations are locked by somebody else; their events wait, others do not: %.200s", len(new), new
-                )
+                log.warning("evaluations_locked", count=len(new), eval_ids=new)
             self._known = (self._known - wanted) | locked
             self._found_at = time.monotonic() if locked else self._found_at
         return bool(locked)

@@ -1,7 +1,6 @@
 """The one endpoint of a worker and all its processes, and of a scheduler: metrics, and health."""
 
 import gc
-import logging
 import multiprocessing
 import os
 import select
@@ -15,10 +14,11 @@ import dramatiq
 
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
+from models.logs import EventLogger
 from models.settings import settings
 from worker import metrics
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 _BEAT_S: Final = 5.0
 _AGAIN_S: Final = 1.0
@@ -58,14 +58,14 @@ def _serve_beside(group: process_registry.Group) -> None:
         while child := os.fork():
             if (ended := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
                 break
-            log.warning("the endpoint for metrics ended with status %d, and begins again", ended)
+            log.warning("metrics_ended", status=ended)
             if select.select([until], [], [], _AGAIN_S)[0]:
                 break
         else:
             _serve(group, until)
         status = 0
     except Exception as error:
-        log.error("unexpected error", exc_info=error)  # noqa: TRY400 - its level is on the list
+        log.error("unexpected_error", exc_info=error)  # noqa: TRY400 - its level is on the list
     finally:
         os._exit(status)
 
@@ -127,5 +127,5 @@ def _join(role: process_registry.Role, ledger: Counters) -> process_registry.Gro
     try:
         return process_registry.join(role, ledger)
     except process_registry.RegistryUnavailable as error:
-        log.warning("what this process counts is not shown, nor that it lives: %s", error)
+        log.warning("not_shown", error=error)
         return None

@@ -1,6 +1,5 @@
 """Sending dead letters again, as an operator asked: paced, carefully at first, and whoever dies meanwhile, each once."""
 
-import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -16,6 +15,7 @@ from evalstore.storage.dead_letters import Selection
 from evalstore.storage.redrives import DeadLetterRef, Sent
 from models.errors import PASSING, EvalstoreError, InvalidEvent, Outage, RedisOutage
 from models.jobs import QUEUE
+from models.logs import EventLogger
 from tasks.actor import store_evaluation
 from tasks.broker import encode
 from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
@@ -24,7 +24,7 @@ from worker.broker import Broker, time_budget
 from worker.dead_letter_mover import record_stored
 from worker.handler import fact_of
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 _SHORT_S: Final = 0.2
 _QUESTIONABLE_S: Final = 10.0
@@ -147,7 +147,7 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, int]:
         stored += len(done)
         dead += redrives.lost(conn, {letter_id: sent_at for letter_id, sent_at in gone.items() if letter_id not in done})
     if dead:
-        log.error("%d redriven messages were lost by Redis: they are dead letters again", dead)
+        log.error("redriven_lost", count=dead)
     return {"redrives": asked, "stored": stored, "dead": dead}
 
 

@@ -1,6 +1,5 @@
 """Periodic jobs: declared for `periodiq` to schedule and for workers to run, once per tick in however many copies."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from sqlalchemy import Connection
 from evalstore.storage import outbox as stored_confirmations
 from models.errors import PASSING
 from models.jobs import JOBS, QUEUE
+from models.logs import EventLogger
 from models.settings import settings
 from tasks.broker import encode
 from worker import archive_jobs, confirmation_relay, dead_letter_mover, lost, redrive_job
@@ -29,7 +29,7 @@ _LONGEST_S: Final = 15.0
 # Each look for what is overdue goes through all that is open, so that a short turn would hardly get on. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0
 
-log = logging.getLogger("evalstore.worker")
+log = EventLogger("evalstore.worker")
 
 
 class _Periodic(dramatiq.Middleware):
@@ -67,7 +67,7 @@ class _TickActor(Actor[[], None]):
             broker.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
         except redis.RedisError as error:
             # The scheduler would end, and with it the other jobs. The next tick does what this one would have.
-            log.warning("job %s is not scheduled this time: %s", self.actor_name, error)
+            log.warning("job_not_scheduled", job=self.actor_name, error=error)
         return message
 
 
@@ -146,7 +146,7 @@ def _record_run(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[
                 if told["outcome"] == "ok":
                     broker.client.hset(broker.names.last_successes, name, time.time())
             except redis.RedisError as error:
-                log.warning("could not tell of job %s: %s", name, error)
+                log.warning("job_not_told", job=name, error=error)
 
     run.__module__, run.__name__ = __name__, name
     return run

@@ -5,7 +5,6 @@ Keys are compared by their SHA-256, in constant time, and named in logs by an id
 
 import asyncio
 import hmac
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from starlette.requests import Request
 from evalstore.api.problems import Problem, unavailable
 from evalstore.storage.api_keys import Key, digest
 from models.errors import Outage
+from models.logs import EventLogger
 from models.settings import Settings
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 Permission = Literal["read", "write"]
 
@@ -54,7 +54,7 @@ class _File:
         except (OSError, UnicodeDecodeError) as error:
             # It may be about to be replaced; what it held before goes on being true.
             if not self._failing:
-                log.warning("the file of keys cannot be read, its keys stay as they were: %s", type(error).__name__)
+                log.warning("keys_file_unreadable", error=type(error).__name__)
             self._failing = True
 
 
@@ -137,7 +137,7 @@ class Access:
             self._table = {key.key_id: key for key in await self._load()}
         except Outage as error:
             # Nobody can revoke a key meanwhile either: what was known goes on being true.
-            log.warning("keys are as they were last known: %s", error)
+            log.warning("keys_table_unreadable", error=error)
         self._table_at = time.monotonic()
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -35,10 +34,11 @@ from evalstore.api.tracing import SERVICE, TracingMiddleware
 from evalstore.storage import durability
 from evalstore.telemetry import log_setup
 from models.errors import Outage
+from models.logs import EventLogger
 from models.settings import settings, warn_unknown_env
 from tasks import tracing
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 TITLE: Final = "evalstore"
 DESCRIPTION: Final = (
@@ -55,9 +55,7 @@ def build() -> ASGIApp:
         log_setup.set_up("uvicorn", "uvicorn.access")
         warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
-            log.warning(
-                "any client may take as long as it likes for the head of a request: use --http evalstore.api.protocol:Protocol"
-            )
+            log.warning("heads_unbounded")
         traces = tracing.start(SERVICE)
         metrics.share()
         service = app.state.service = Service(settings(), metrics)
@@ -117,7 +115,13 @@ def build() -> ASGIApp:
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:300]
             who, request_id = state.get("key_id", "nobody"), state["request_id"]
             log.info(
-                "%s %s: %d, by key %s, request %s, %.0f ms", scope["method"], path, status, who, request_id, seconds * 1000
+                "request",
+                method=scope["method"],
+                path=path,
+                status=status,
+                key_id=who,
+                request_id=request_id,
+                milliseconds=seconds * 1000,
             )
 
     guarded = RequestLimitsMiddleware(
@@ -129,4 +133,4 @@ def build() -> ASGIApp:
 async def _log_doubts(service: Service) -> None:
     with contextlib.suppress(Outage, problems.Problem):
         for doubt in await service.run(durability.doubts):
-            log.warning("PostgreSQL is not set up to keep what it commits: %s", doubt)
+            log.warning("postgresql_doubtful", doubt=doubt)

@@ -9,7 +9,6 @@ Two caches: this process's memory, and Redis for all. An outage of Redis makes r
 """
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -17,9 +16,10 @@ from typing import Any, Final, NamedTuple
 
 import redis
 
+from models.logs import EventLogger
 from tasks.keys import Names
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 MEMORY_BYTES: Final = 64 * 1024 * 1024
 _LARGEST: Final = 256 * 1024
@@ -66,7 +66,7 @@ class SharedCache:
             return work()
         except redis.RedisError as error:
             self._closed_until = time.monotonic() + _PAUSE_S
-            log.warning("the cache is left alone for %g s: %s", _PAUSE_S, error)
+            log.warning("cache_left_alone", seconds=_PAUSE_S, error=error)
             return None
 
 

@@ -5,7 +5,6 @@ https://asgi.readthedocs.io/en/stable/specs/www.html
 
 import asyncio
 import contextlib
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evalstore.api import problems
 from evalstore.api.problems import Problem
+from models.logs import EventLogger
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 # A client that is slower than this at a single step has gone, or wants to hold us.
 STEP_S: Final = 60.0
@@ -80,7 +80,7 @@ class _Exchange:
                     return  # with a problem; what it was is in the log
                 if self.status:
                     why = error.__cause__ or error  # Starlette says no more than that it came too late to be answered
-                    log.warning("request %s: the answer broke off: %s: %s", self.request_id, type(why).__name__, why)
+                    log.warning("answer_broken_off", request_id=self.request_id, kind=type(why).__name__, error=why)
                     raise _RequestAborted from None  # the server closes the connection: an answer cut short must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 

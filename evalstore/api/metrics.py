@@ -1,7 +1,6 @@
 """What the service counts. No ids in labels: a path is counted by its template."""
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -10,11 +9,12 @@ from starlette.types import Scope
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
 from evalstore.telemetry.exposition import Exposition
+from models.logs import EventLogger
 
 if TYPE_CHECKING:
     from evalstore.api.service import Service
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 _STATUSES: Final = (
@@ -58,7 +58,7 @@ class ApiMetrics:
         try:
             self.group = process_registry.join("api", self.counters)
         except process_registry.RegistryUnavailable as error:
-            log.warning("metrics are of this process alone: %s", error)
+            log.warning("metrics_unshared", error=error)
         self._exposition = self._of(self.group)
 
     async def beat(self, service: "Service") -> None:

@@ -1,6 +1,5 @@
 """Errors as clients see them: application/problem+json (RFC 9457), whatever went wrong and wherever."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -14,9 +13,10 @@ from starlette.responses import Response
 
 from evalstore.storage.conditional import AlreadyQueued, VersionChanged
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
+from models.logs import EventLogger
 from models.validation_errors import format_error
 
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 MEDIA_TYPE: Final = "application/problem+json"
 _RETRY_AFTER_S: Final = 2
@@ -108,10 +108,10 @@ def of(error: Exception) -> Problem:
         case EventIdReused() | AlreadyQueued() | VersionChanged() | ObjectMissing() | ObjectDamaged():
             status, kind = _NAMED[type(error)]
             if status == 500:
-                log.error("what is stored is not whole: %s: %s", type(error).__name__, error)
+                log.error("content_not_whole", kind=type(error).__name__, error=error)
             return Problem(status, kind, str(error))
         case Outage():
-            log.warning("%s: %s", type(error).__name__, error)
+            log.warning("request_outage", kind=type(error).__name__, error=error)
             return unavailable(f"{type(error).__name__}: a server this service needs cannot be reached; try again")
         case ClientDisconnect():
             return Problem(400, "broken-off", "the request did not come to its end")  # so it is counted; nobody reads it
@@ -123,7 +123,7 @@ def of(error: Exception) -> Problem:
             kind, detail = _ROUTING.get(error.status_code, ("refused", str(error.detail)))
             return Problem(error.status_code, kind, detail, headers=error.headers)
         case _:
-            log.error("unexpected error", exc_info=error)
+            log.error("unexpected_error", exc_info=error)
             return Problem(500, "internal", "an error of the service; its log tells more")
 
 

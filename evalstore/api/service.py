@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from evalstore.storage import api_keys, conditional, database, records
 from evalstore.storage.records import RecordView
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.events import Event
+from models.logs import EventLogger
 from models.record import Fact
 from models.settings import Settings
 from tasks import tracing
@@ -56,7 +56,7 @@ _REST_S: Final = 5.0
 _LOOK_S: Final = 1.0
 
 T = TypeVar("T")
-log = logging.getLogger("evalstore.api")
+log = EventLogger("evalstore.api")
 
 
 class Service:
@@ -140,9 +140,9 @@ class Service:
             return records.complete(self.connection, self.stores, record)
         except ObjectStoreOutage as error:
             self._objects_rest_until = time.monotonic() + _REST_S
-            log.warning("records are shown without what is in the object store: %s", error)
+            log.warning("records_without_objects", error=error)
         except (ObjectMissing, ObjectDamaged, LookupError) as error:
-            log.warning("the record of %s is shown without some content: %s", eval_id, error)
+            log.warning("record_without_content", eval_id=eval_id, error=error)
         return record
 
     @contextmanager
@@ -181,7 +181,7 @@ class Service:
             found: Any = self.redis.mget([self._names.given_time(event.eval_id, str(event.event_id)) for event in events])
         except redis.RedisError as error:
             self._redis_rests_until = time.monotonic() + _REST_S
-            log.warning("what is stored at once is not looked for in what was sent before: %s", error)
+            log.warning("redis_left_alone", error=error)
             return {}
         times = zip(events, found, strict=True)
         return {(one.eval_id, one.event_id): datetime.fromisoformat(at.decode()) for one, at in times if at is not None}
@@ -195,7 +195,7 @@ class Service:
                 return conditional.times(conn, events)
         except DatabaseOutage as error:
             self._log_rests_until = time.monotonic() + _REST_S
-            log.warning("what is to be stored later is not looked for in the event log: %s", error)
+            log.warning("log_left_alone", error=error)
             return {}
 
     async def run(self, work: Callable[[Connection], T]) -> T:

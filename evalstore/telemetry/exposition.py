@@ -1,7 +1,6 @@
 """Metrics in Prometheus's text format, and health, of a group of processes: over HTTP, for whoever may connect."""
 
 import json
-import logging
 import os
 import platform
 import socket
@@ -24,6 +23,7 @@ from evalstore.telemetry.counters import Schema, Series
 from evalstore.telemetry.disks import Disks
 from evalstore.telemetry.process_registry import Group
 from models.addresses import authority
+from models.logs import EventLogger
 from models.metrics import METRICS, Metric
 from models.settings import settings
 from tasks.spool import Spool, folder_of
@@ -35,7 +35,7 @@ _SPARSE: Final = frozenset({"evalstore_http_requests_total", "evalstore_http_req
 
 _AGAIN_S: Final = 5.0
 
-log = logging.getLogger("evalstore")
+log = EventLogger("evalstore")
 
 
 class Exposition(Collector):
@@ -225,7 +225,7 @@ def start(role: str, group: Group, layout: Schema, port: int) -> None:
                 server = Endpoint(role, group, layout, settings().metrics_host, port).server
             except OSError as error:
                 if not warned:
-                    log.warning("no metrics at %s: %s", authority(settings().metrics_host, port), error.strerror)
+                    log.warning("metrics_not_served", address=authority(settings().metrics_host, port), error=error.strerror)
                 warned = True
                 time.sleep(_AGAIN_S)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from evalstore.telemetry import log_setup
-from models.logs import BY_TEXT, LOGS
+from models.logs import BY_NAME, BY_TEXT, LOGS
 from models.settings import settings
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +23,8 @@ ROOMS = ("evalstore", "models", "tasks", "worker")
 SENDERS = {"tasks/spool.py"}
 
 
-def calls() -> Iterator[tuple[str, str, Any, int]]:
-    """Every call of a logger: where, its level, its text, and the number of values."""
+def calls() -> Iterator[tuple[str, str, Any, list[str | None]]]:
+    """Every call of a logger: where, its level, its event, and the names of its fields."""
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
             name = str(path.relative_to(ROOT))
@@ -33,19 +33,17 @@ def calls() -> Iterator[tuple[str, str, Any, int]]:
                     continue
                 owner = node.func.value
                 if isinstance(owner, ast.Name) and owner.id in {"log", "logger"} and node.func.attr in LEVELS:
-                    text = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
-                    starred = any(isinstance(one, ast.Starred) for one in node.args)
-                    yield f"{name}:{node.lineno}", node.func.attr, text, -1 if starred else len(node.args) - 1
+                    event = node.args[0].value if len(node.args) == 1 and isinstance(node.args[0], ast.Constant) else None
+                    fields = [keyword.arg for keyword in node.keywords if keyword.arg != "exc_info"]
+                    yield f"{name}:{node.lineno}", node.func.attr, event, fields
 
 
 def test_every_line_that_is_logged_is_on_the_list_and_none_is_there_for_nothing() -> None:
     found = list(calls())
-    assert [where for where, _, text, _ in found if text not in BY_TEXT] == []
-    assert set(BY_TEXT) - {text for _, _, text, _ in found} == set()
+    assert [where for where, _, event, _ in found if event not in BY_NAME] == []
+    assert set(BY_NAME) - {event for _, _, event, _ in found} == set()
     wrong = [
-        where
-        for where, level, text, values in found
-        if BY_TEXT[text].level != level or (values >= 0 and values != len(BY_TEXT[text].fields))
+        where for where, level, event, fields in found if BY_NAME[event].level != level or fields != list(BY_NAME[event].fields)
     ]
     assert wrong == []
 
