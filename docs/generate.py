@@ -37,6 +37,7 @@ _FORMS: Final = {
     "code": "content",
     "output": "content",
     "error": "content",
+    "run_id": "as `eval_id`",
     "language": "text, default `python`",
     "submitter": "text",
     "executor_id": "text",
@@ -45,6 +46,7 @@ _FORMS: Final = {
     "exit_code": "64-bit integer",
     "duration_ms": "number",
     "memory_bytes": "64-bit integer",
+    "score": "number",
     "reason": "text",
 }
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Final, Literal, get_args
@@ -115,6 +116,7 @@ def _reference(value: Any) -> content.Reference | None:
 
 # In the order of DESIGN: native constraints where pydantic has them, so that the store's hot path stays out of Python.
 EvalId = Annotated[str, PlainValidator(_eval_id)]
+RunId = EvalId
 Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 Content = InstanceOf[str]
 Base64 = Annotated[str, AfterValidator(_b64)]
@@ -144,6 +146,7 @@ class EvaluationQueued(_Event):
     code: Content | None = None
     code_b64: Base64 | None = None
     code_ref: Ref = None
+    run_id: RunId | None = None
     language: Text | None = None
     submitter: Text | None = None
 
@@ -178,6 +181,7 @@ class EvaluationCompleted(_Result):
 
     type: Literal["evaluation:completed"] = "evaluation:completed"
     exit_code: Int64
+    score: Number | None = None
 
 
 class EvaluationFailed(_Result):
@@ -354,6 +358,20 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
     if faults:
         raise InvalidEvent(faults)
     return event
+
+
+def known_values(type_: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `values` that are fields of events of that type, as their models hold them. Leave out invalid ones."""
+    model, found = _MODELS[type_], {}
+    for name in values.keys() & _FIELDS[model]:
+        with suppress(ValidationError):
+            found[name] = _field_adapter(model, name).validate_python(values[name])
+    return found
+
+
+@cache
+def _field_adapter(model: type[_Event], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(model.model_fields[name].rebuild_annotation(), config=ConfigDict(strict=True))
 
 
 def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:

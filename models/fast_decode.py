@@ -33,6 +33,7 @@ class _Event(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
 
 class _Queued(_Event, tag="evaluation:queued", kw_only=True):
     code: str
+    run_id: _EvalId | None = None
     language: _Text = None
     submitter: _Text = None
 
@@ -55,6 +56,7 @@ class _Result(_Event, kw_only=True):
 
 class _Completed(_Result, tag="evaluation:completed", kw_only=True):
     exit_code: _Int64
+    score: float | None = None
 
 
 class _Failed(_Result, tag="evaluation:failed", kw_only=True):
@@ -141,7 +143,7 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
     if len(body) > max_content_bytes or b"\\u0000" in body or not _USUAL_ID.fullmatch(event.event_id):
         return None
     # msgspec would write NaN as null.
-    if not math.isfinite(getattr(event, _NUMBERS[kind], None) or 0):
+    if not all(math.isfinite(getattr(event, name) or 0) for name in _NUMBERS[kind]):
         return None
     if metadata and not _is_sound(metadata, len(body)):
         return None
@@ -159,8 +161,11 @@ def _is_finite(members: dict[str, Any]) -> bool:
 
 
 _KINDS: Final[dict[Any, type[_Usual]]] = {tag: kind for kind, tag in _TYPES.items()}
-# The field of each that takes any number; the others take integers alone, or none.
-_NUMBERS: Final[dict[Any, str]] = dict.fromkeys(_KINDS.values(), "duration_ms") | {_Started: "timeout_s"}
+# The fields of each that take any number; the others take integers alone, or none.
+_NUMBERS: Final[dict[Any, tuple[str, ...]]] = {
+    kind: tuple(name for name in ("duration_ms", "score", "timeout_s") if name in kind.__struct_fields__)
+    for kind in _KINDS.values()
+}
 _TEXT: Final[frozenset[type]] = frozenset({str})
 _PLAIN: Final[frozenset[type]] = frozenset({str, int, float, dict})
 _PLAIN_METADATA: Final[frozenset[type]] = frozenset({str, int, float, bool, type(None)})
@@ -178,22 +183,23 @@ def _fact(event: _Usual, body: bytes, max_content_bytes: int) -> Fact | None:
     match event:
         case _Queued():
             language = "python" if event.language is None else event.language
-            rest: tuple[Any, ...] = (language, event.submitter, *_NOTHING[:7], event.code.encode(), *_NOTHING[:3])
+            rest: tuple[Any, ...] = (event.run_id, language, event.submitter, *_NOTHING[:8], event.code.encode(), *_NOTHING[:3])
         case _Started():
-            rest = (None, None, event.executor_id, event.container_id, event.timeout_s, *_NOTHING[:8])
+            rest = (*_NOTHING[:3], event.executor_id, event.container_id, *_NOTHING[:4], event.timeout_s, *_NOTHING[:5])
         case _Cancelled():
-            rest = (*_NOTHING[:8], event.reason, *_NOTHING[:4])
+            rest = (*_NOTHING, event.reason, *_NOTHING[:4])
         case _Result():
             output = None if event.output is None else event.output.encode()
             error = None if event.error is None else event.error.encode()
-            rest = (None, None, event.executor_id, event.container_id, None, event.exit_code, event.duration_ms)
-            rest += (event.memory_bytes, None, None, output, error, None)
+            score = event.score if type(event) is _Completed else None
+            rest = (None, None, None, event.executor_id, event.container_id, event.exit_code, event.duration_ms)
+            rest += (event.memory_bytes, score, None, None, None, output, error, None)
     return _new(Fact, head + rest)  # `_make` counts the fields once more
 
 
 _new = tuple.__new__
 # Fills the columns of a fact that its type of event has not; tests/unit/test_wire.py would notice one too many or too few.
-_NOTHING = (None,) * 8
+_NOTHING = (None,) * 10
 
 
 def _uuid(text: str) -> UUID | None:

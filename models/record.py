@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from models import content
 from models.content import Reference
-from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event
+from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event, known_values
 
 
 class Fact(NamedTuple):
@@ -30,14 +30,16 @@ class Fact(NamedTuple):
     attempt: int
     occurred_at: datetime
     metadata: dict[str, Any] | None = None
+    run_id: str | None = None
     language: str | None = None
     submitter: str | None = None
     executor_id: str | None = None
     container_id: str | None = None
-    timeout_s: float | None = None
     exit_code: int | None = None
     duration_ms: float | None = None
     memory_bytes: int | None = None
+    score: float | None = None
+    timeout_s: float | None = None
     reason: str | None = None
     code: bytes | Reference | None = None
     output: bytes | Reference | None = None
@@ -57,6 +59,7 @@ class State(NamedTuple):
     status: str
     attempt: int
     version: int
+    run_id: str | None
     language: str | None
     submitter: str | None
     executor_id: str | None
@@ -64,6 +67,7 @@ class State(NamedTuple):
     exit_code: int | None
     duration_ms: float | None
     memory_bytes: int | None
+    score: float | None
     timeout_s: float | None
     reason: str | None
     metadata: dict[str, Any]
@@ -86,6 +90,7 @@ class Record(BaseModel):
     status: str
     attempt: int
     version: int
+    run_id: str | None = None
     language: str | None = None
     submitter: str | None = None
     executor_id: str | None = None
@@ -93,6 +98,7 @@ class Record(BaseModel):
     exit_code: int | None = None
     duration_ms: float | None = None
     memory_bytes: int | None = None
+    score: float | None = None
     timeout_s: float | None = None
     reason: str | None = None
     metadata: dict[str, Any] = {}
@@ -130,14 +136,16 @@ def fact(event: Event) -> Fact:
         event.attempt or 1,
         event.occurred_at,
         event.metadata or None,
+        get("run_id"),
         _language(event),
         get("submitter"),
         get("executor_id"),
         get("container_id"),
-        get("timeout_s"),
         get("exit_code"),
         get("duration_ms"),
         get("memory_bytes"),
+        get("score"),
+        get("timeout_s"),
         get("reason"),
         contents.get("code"),
         contents.get("output"),
@@ -156,6 +164,37 @@ def _extra(event: Event) -> str | None:
     """The fields this release does not know. A null means absent here as everywhere."""
     given = {name: value for name, value in (event.model_extra or {}).items() if value is not None}
     return canonical_json(given) if given else None
+
+
+def promote(row: Fact) -> Fact:
+    """Return `row` with the fields that an older worker kept in `extra` in their columns.
+
+    A worker that does not know a field keeps it in `extra`. Values that the field does not take stay there.
+    """
+    if row.extra is None:
+        return row
+    extra = json.loads(row.extra)
+    columns = known_values(row.type, {name: value for name, value in extra.items() if getattr(row, name, ...) is None})
+    if not columns:
+        return row
+    left = {name: value for name, value in extra.items() if name not in columns}
+    return row._replace(**columns, extra=canonical_json(left) if left else None)
+
+
+def demote(row: Fact, stored_extra: str | None) -> Fact | None:
+    """Return `row` as an older worker stores it: the fields that are in `stored_extra` go from their columns to `extra`.
+
+    None if no such field has the value that `row` has.
+    """
+    if stored_extra is None:
+        return None
+    stored = json.loads(stored_extra)
+    moved = {name: stored[name] for name, value in known_values(row.type, stored).items() if value == getattr(row, name)}
+    if not moved:
+        return None
+    nothing: dict[str, Any] = dict.fromkeys(moved)
+    own = json.loads(row.extra) if row.extra else {}
+    return row._replace(**nothing, extra=canonical_json(own | moved))
 
 
 def fold(facts: list[Fact]) -> State:
@@ -185,6 +224,7 @@ def fold(facts: list[Fact]) -> State:
         status,
         attempt,
         len(facts),
+        code.run_id if code else None,
         code.language if code else None,
         code.submitter if code else None,
         # Each by itself: an ending that does not say where it ran leaves what the last started event said.
@@ -193,6 +233,7 @@ def fold(facts: list[Fact]) -> State:
         result.exit_code if result else None,
         result.duration_ms if result else None,
         result.memory_bytes if result else None,
+        result.score if result else None,
         first_started.timeout_s if first_started else None,
         result.reason if result else None,
         metadata,

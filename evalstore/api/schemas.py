@@ -46,6 +46,7 @@ _GIVEN: Final[dict[str, Schema]] = {
     "metadata": _nullable(_METADATA),
 }
 _QUEUED: Final[dict[str, Schema]] = {
+    "run_id": _nullable({**EVAL_ID, "description": "The run it belongs to."}),
     "language": _nullable({**_TEXT, "description": "python, where it is missing."}),
     "submitter": _nullable(_TEXT),
     **_content("code"),
@@ -57,6 +58,7 @@ _CHANGED: Final[dict[str, Schema]] = {
     "exit_code": _nullable(_INT64),
     "duration_ms": _nullable({"type": "number"}),
     "memory_bytes": _nullable(_INT64),
+    "score": _nullable({"type": "number", "description": "What a grader gave."}),
     "reason": _nullable(_TEXT),
     **_content("output"),
     **_content("error"),
@@ -66,10 +68,12 @@ _STATE: Final[dict[str, Schema]] = {
     "status": {"type": "string", "enum": list(STATUSES)},
     "attempt": _ATTEMPT,
     "version": {"type": "integer", "minimum": 1, "description": "The number of its events; also the ETag."},
+    "run_id": _nullable(EVAL_ID),
     **{name: _nullable(_TEXT) for name in ("language", "submitter", "executor_id", "container_id", "reason")},
     "exit_code": _nullable(_INT64),
     "duration_ms": _nullable({"type": "number"}),
     "memory_bytes": _nullable(_INT64),
+    "score": _nullable({"type": "number"}),
     "timeout_s": _nullable({"type": "number"}),
     "metadata": {"type": "object"},
     **{name: _nullable(_TIME) for name in ("queued_at", "started_at", "finished_at")},
@@ -105,7 +109,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
         },
         "required": ["eval_id"],
         "additionalProperties": False,
-        "examples": [{"eval_id": "run-1", "code": "print(1)", "language": "python", "metadata": {"team": "blue"}}],
+        "examples": [
+            {"eval_id": "eval-1", "run_id": "run-1", "code": "print(1)", "language": "python", "metadata": {"team": "blue"}}
+        ],
     },
     "Reference": {
         "type": "object",
@@ -133,7 +139,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             **_CHANGED,
         },
         "additionalProperties": False,
-        "examples": [{"status": "completed", "exit_code": 0, "output": "1\n", "duration_ms": 12.5}],
+        "examples": [{"status": "completed", "exit_code": 0, "output": "1\n", "duration_ms": 12.5, "score": 0.75}],
     },
     "Event": {
         "type": "object",

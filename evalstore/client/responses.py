@@ -46,6 +46,7 @@ class Evaluation(BaseModel):
     status: str
     version: int
     attempt: int | None = None
+    run_id: str | None = None
     language: str | None = None
     submitter: str | None = None
     executor_id: str | None = None
@@ -53,6 +54,7 @@ class Evaluation(BaseModel):
     exit_code: int | None = None
     duration_ms: float | None = None
     memory_bytes: int | None = None
+    score: float | None = None
     timeout_s: float | None = None
     reason: str | None = None
     metadata: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from evalstore.storage import content_reader, database, event_writer
 from evalstore.storage.content_reader import Content
 from models.content import Reference
 from models.events import ENDINGS, Event
-from models.record import Fact, Record, State, fact, fold, record
+from models.record import Fact, Record, State, demote, fact, fold, record
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
@@ -31,6 +31,7 @@ class Confirmation(msgspec.Struct, gc=False):
     eval_id: str
     version: int
     status: str
+    run_id: str | msgspec.UnsetType
     event_ids: list[UUID]
     recorded_at: str
 
@@ -150,8 +151,16 @@ def _where(data: bytes | Reference) -> tuple[Any, ...]:
 
 def _reused(way: "event_writer.Few | event_writer.Many", facts: list[Fact], repeated: set[int]) -> list[int]:
     """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
-    stored = way.compare({position: _without_large(facts[position], []) for position in repeated})
-    return [position for position in repeated if stored[position] != [True, *map(_digest, _contents(facts[position]))]]
+    rows = {position: _without_large(facts[position], []) for position in repeated}
+    same = {position: [True, *map(_digest, _contents(facts[position]))] for position in repeated}
+    stored = way.compare(rows)
+    different = [position for position in repeated if stored[position][:-1] != same[position]]
+    # An older worker kept fields that it does not know in `extra`: compare with the event as that worker stores it.
+    older = {~position: row for position in different if (row := demote(rows[position], stored[position][-1]))}
+    if older:
+        stored = way.compare(older)
+        different = [position for position in different if ~position not in older or stored[~position][:-1] != same[position]]
+    return different
 
 
 def _contents(one: Fact) -> tuple[bytes | Reference | None, ...]:
@@ -182,6 +191,7 @@ def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> li
             eval_id,
             state.version,
             state.status,
+            msgspec.UNSET if state.run_id is None else state.run_id,
             [facts[position].event_id for position in written.new[eval_id]],
             recorded_at,
         )

@@ -13,18 +13,18 @@ import psycopg
 
 from evalstore.storage import database, sessions
 from models.errors import DatabaseOutage
-from models.record import Fact, State, jsonb, rfc3339
+from models.record import Fact, State, jsonb, promote, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
 _SMALL_BYTES: Final = 256 * 1024
 
 _PG_TYPES: Final[dict[str, list[str]]] = {
-    "text": ["eval_id", "type", "status", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
+    "text": ["eval_id", "type", "status", "run_id", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
     "uuid": ["event_id", "code_event_id", "result_event_id"],
     "int4": ["attempt", "version"],
     "int8": ["exit_code", "memory_bytes"],
-    "float8": ["timeout_s", "duration_ms"],
+    "float8": ["timeout_s", "duration_ms", "score"],
     "timestamptz": ["occurred_at", "queued_at", "started_at", "finished_at"],
     "jsonb": ["metadata"],
     "bytea": [*CONTENTS],
@@ -59,7 +59,7 @@ _LOCK: Final = """
 SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
 _READ_LOG: Final = f"""
-SELECT {columns(name for name in Fact._fields if name not in {*CONTENTS, "extra"})}
+SELECT {columns(name for name in Fact._fields if name not in CONTENTS)}
 FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
 _INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(State._fields)})"
@@ -141,7 +141,8 @@ class Many(_Way):
         self._cursor.execute(_UPDATE)
 
     def compare(self, facts: dict[int, Fact]) -> Compared:
-        """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes."""
+        """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes; and
+        the `extra` stored there."""
         self._stage("evalstore_stage_events", _FACT_TYPES)
         _copy(
             self._cursor,
@@ -176,7 +177,7 @@ UPDATE evaluations e SET ({columns(_CHANGED)}, updated_at) = ROW({columns(_CHANG
 FROM evalstore_stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
 _COMPARE: Final = f"""
-SELECT s.number, ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({columns(_COMPARED, "s.{}")}), {_HASHES}
+SELECT s.number, ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({columns(_COMPARED, "s.{}")}), {_HASHES}, e.extra
 FROM evalstore_stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
 """
 _CONFIRM: Final = "INSERT INTO confirmations (count, body, traceparents) VALUES (%s, %s, %s)"
@@ -237,7 +238,8 @@ UPDATE evaluations SET {", ".join(f"{name} = %s::{_STATE_TYPES[name]}" for name 
 WHERE eval_id = %s::text
 """
 _COMPARE_ONE: Final = f"""
-SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: _TYPE_OF[name] for name in _COMPARED})}), {_HASHES}
+SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: _TYPE_OF[name] for name in _COMPARED})}),
+    {_HASHES}, e.extra
 FROM evaluation_events e WHERE e.eval_id = %s::text AND e.event_id = %s::uuid
 """
 
@@ -263,5 +265,7 @@ def _log_of(rows: Iterable[Any], eval_ids: list[str]) -> Log:
     committed before they let go."""
     logged: Log = {eval_id: [] for eval_id in eval_ids}
     for row in rows:
-        logged[row[0]].append(Fact(*row))
+        *columns, extra = row
+        one = Fact(*columns)
+        logged[one.eval_id].append(one if extra is None else promote(one._replace(extra=extra)))
     return logged

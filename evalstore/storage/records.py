@@ -11,7 +11,7 @@ from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database
 from evalstore.storage.content_reader import Connect, Content, Kind
 from evalstore.storage.event_store import WITH_CONTENT
-from models.record import Fact, State
+from models.record import Fact, State, promote
 
 INLINE_BYTES: Final = 64 * 1024
 PREVIEW_BYTES: Final = 1024
@@ -124,4 +124,11 @@ def log(conn: Connection, eval_id: str, *, limit: int, after: tuple[datetime, UU
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         rows = cursor.execute(_LOG, [eval_id, *(after or _BEGINNING), limit]).fetchall()
     names = [*_LOGGED, "recorded_at"]
-    return [RecordView("", dict(zip(names, row[:-6], strict=True)), _parts(row[-6:])) for row in rows]
+    return [RecordView("", _promoted(eval_id, dict(zip(names, row[:-6], strict=True))), _parts(row[-6:])) for row in rows]
+
+
+def _promoted(eval_id: str, logged: dict[str, Any]) -> dict[str, Any]:
+    if logged["extra"] is None:
+        return logged
+    row = promote(Fact(eval_id=eval_id, **{name: logged[name] for name in _LOGGED}))
+    return logged | {name: getattr(row, name) for name in _LOGGED}

@@ -84,11 +84,14 @@ def client(api: Any) -> Iterator[StorageClient]:
 
 
 def test_what_the_client_stores_it_reads_back(client: StorageClient) -> None:
-    made = client.create_evaluation("e", "print(1)", submitter="anna", metadata={"team": "blue"})
-    ended = client.update_evaluation("e", "completed", if_version=1, exit_code=0, output=b"\xff\0", error="é" * 70_000)
+    made = client.create_evaluation("e", "print(1)", run_id="r", metadata={"team": "blue"})
+    ended = client.update_evaluation(
+        "e", "completed", if_version=1, exit_code=0, score=0.5, output=b"\xff\0", error="é" * 70_000
+    )
     read = client.get_evaluation("e")
     assert (made.status, made.version, ended.version, read) == ("queued", 1, 2, ended)
     assert (read.code, read.output, read.error, read.error_size) == ("print(1)", b"\xff\0", None, 140_000)
+    assert (made.run_id, read.run_id, read.score) == ("r", "r", 0.5)
     assert client.get_output("e") == b"\xff\0"
     assert client.get_content("e", "error").decode() == "é" * 70_000
     assert b"".join(client.stream_content("e", "error", start=100_000)).decode() == "é" * 20_000

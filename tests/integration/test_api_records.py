@@ -26,17 +26,18 @@ def put(api: Any, eval_id: str = "e", headers: dict[str, str] | None = None, **f
 
 
 def test_what_is_created_and_changed_is_read(api: Any) -> None:
-    made = create(api, submitter="anna", metadata={"team": "blue"})
+    made = create(api, submitter="anna", run_id="r", metadata={"team": "blue"})
     assert (made.status_code, made.headers["location"], made.headers["etag"]) == (201, f"{E}/e", '"1"')
     started = put(api, status="running", executor_id="x")
-    ended = put(api, status="completed", exit_code=0, output="1\n")
+    ended = put(api, status="completed", exit_code=0, output="1\n", score=0.5)
     read = api.both.get(f"{E}/e")
     assert (started.json()["status"], started.status_code) == ("running", 200)
     assert (read.status_code, read.headers["etag"]) == (200, '"3"')
     assert read.json() == ended.json()
     record = read.json()
-    assert [record[name] for name in ("status", "version", "code", "output", "executor_id", "submitter", "metadata")] == [
-        "completed", 3, "print(1)", "1\n", "x", "anna", {"team": "blue"},
+    names = ("status", "version", "code", "output", "executor_id", "submitter", "run_id", "score", "metadata")
+    assert [record[name] for name in names] == [
+        "completed", 3, "print(1)", "1\n", "x", "anna", "r", 0.5, {"team": "blue"},
     ]  # fmt: skip
 
 

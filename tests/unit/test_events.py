@@ -37,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "code": "x",
     "code_b64": "eA==",
     "code_ref": REF,
+    "run_id": "r",
     "language": "python",
     "submitter": "s",
     "executor_id": "x",
@@ -51,6 +52,7 @@ FIELDS: dict[str, Any] = {
     "error_ref": REF,
     "duration_ms": 1.5,
     "memory_bytes": 1,
+    "score": 0.5,
     "reason": "r",
 }
 TEXTS = [
@@ -58,7 +60,7 @@ TEXTS = [
     *((event, name) for event in RAN for name in ("executor_id", "container_id")),
     (CANCELLED, "reason"),
 ]
-NUMBERS = [(STARTED, "timeout_s"), *((event, "duration_ms") for event in RESULTS)]
+NUMBERS = [(STARTED, "timeout_s"), (COMPLETED, "score"), *((event, "duration_ms") for event in RESULTS)]
 INTEGERS = [(event, name) for event in RESULTS for name in ("exit_code", "memory_bytes")]
 CONTENTS = [(QUEUED, "code"), *((event, name) for event in RESULTS for name in ("output", "error"))]
 INT64 = (-(2**63), 2**63 - 1)
@@ -111,13 +113,13 @@ def test_exit_code_is_required_only_where_the_code_ran_to_its_end() -> None:
 @pytest.mark.parametrize("event", SENT, ids=lambda event: event["type"])
 def test_each_type_takes_its_own_fields_and_names_every_other(event: dict[str, Any]) -> None:
     allowed = {
-        "evaluation:queued": {"code", "code_b64", "code_ref", "language", "submitter"},
+        "evaluation:queued": {"code", "code_b64", "code_ref", "run_id", "language", "submitter"},
         "evaluation:started": {"executor_id", "container_id", "timeout_s"},
         "evaluation:cancelled": {"reason"},
     }.get(
         event["type"],
-        set(FIELDS) - {"code", "code_b64", "code_ref", "language", "submitter", "timeout_s", "reason"},
-    )
+        set(FIELDS) - {"code", "code_b64", "code_ref", "run_id", "language", "submitter", "timeout_s", "reason", "score"},
+    ) | ({"score"} if event == COMPLETED else set())
     for name, value in FIELDS.items():
         with_field = without(event, name.removesuffix("_b64").removesuffix("_ref")) | {name: value}
         if name in allowed:
@@ -168,6 +170,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         "error_b64": "?",
         "duration_ms": math.nan,
         "memory_bytes": True,
+        "score": "high",
         "exitcode": 1,
     }
     assert set(faults_of(wrong)) == set(wrong) - {"type"}
@@ -186,6 +189,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"attempt": 0}, "attempt: expected at least 1"),
         ({"attempt": 1_000_001}, "attempt: expected at most 1,000,000"),
         ({"duration_ms": "1"}, "duration_ms: expected a number, not str"),
+        ({"score": math.nan}, "score: expected a finite number"),
         ({"duration_ms": math.inf}, "duration_ms: expected a finite number"),
         ({"executor_id": "a\0"}, "executor_id: NUL is not allowed"),
         ({"executor_id": "\ud800"}, "executor_id: lone surrogates are not allowed"),

@@ -73,11 +73,12 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
         "attempt": attempt,
         "status": status,
         "version": len(events),
-        **{name: said(name, result) for name in ("exit_code", "duration_ms", "memory_bytes", "reason")},
+        **{name: said(name, result) for name in ("exit_code", "duration_ms", "memory_bytes", "score", "reason")},
         **{name: said(name, result, last_started) for name in ("executor_id", "container_id")},
         "timeout_s": said("timeout_s", first_started),
         "language": queued and queued.get("language", "python"),
         "submitter": said("submitter", queued),
+        "run_id": said("run_id", queued),
         "metadata": metadata,
         "queued_at": moment(queued),
         "started_at": moment(first_started),
@@ -91,6 +92,7 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
 
 
 texts = st.sampled_from(["", "a", "b", None])
+ids = st.sampled_from(["a", "b", None])
 numbers = st.sampled_from([0, -0.0, 1.5, 2**53, None])
 integers = st.sampled_from([0, 1, -(2**63), None])
 contents = st.sampled_from(["", "\0", "\ud800", "\ud83d\ude00"])
@@ -128,10 +130,16 @@ nothing: st.SearchStrategy[Json] = st.just({})
 output, error = nothing | one_form("output"), nothing | one_form("error")
 measured = {**ran, "duration_ms": numbers, "memory_bytes": integers}
 events = st.one_of(
-    kind("evaluation:queued", {"language": texts, "submitter": texts}, one_form("code")),
+    kind("evaluation:queued", {"language": texts, "submitter": texts, "run_id": ids}, one_form("code")),
     kind("evaluation:started", {**ran, "timeout_s": numbers}),
     kind("evaluation:running", {**ran, "timeout_s": numbers}),
-    kind("evaluation:completed", measured, st.fixed_dictionaries({"exit_code": st.sampled_from([0, 1])}), output, error),
+    kind(
+        "evaluation:completed",
+        {**measured, "score": numbers},
+        st.fixed_dictionaries({"exit_code": st.sampled_from([0, 1])}),
+        output,
+        error,
+    ),
     kind("evaluation:failed", {**measured, "exit_code": integers}, output, one_form("error")),
     kind("evaluation:timed_out", {**measured, "exit_code": integers}, output, error),
     kind("evaluation:cancelled", {"reason": texts}),

@@ -23,9 +23,15 @@ from tasks import store_evaluation
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
 REF = {"sha256": "0f" * 32, "size": 5, "encoding": "zstd"}
 USUAL: dict[str, dict[str, Any]] = {
-    "queued": {"code": "print(1)", "language": "lua", "submitter": "me", "metadata": {"a": [1, 2.5, None, {"b": "c"}]}},
+    "queued": {
+        "code": "print(1)",
+        "run_id": "r",
+        "language": "lua",
+        "submitter": "me",
+        "metadata": {"a": [1, 2.5, None, {"b": "c"}]},
+    },
     "started": {"executor_id": "e", "container_id": "", "timeout_s": 30, "attempt": 3},
-    "completed": {"exit_code": -1, "output": "é😀", "error": "", "duration_ms": 1.5, "memory_bytes": 2**40},
+    "completed": {"exit_code": -1, "output": "é😀", "error": "", "duration_ms": 1.5, "memory_bytes": 2**40, "score": 1},
     "failed": {"error": "no", "exit_code": 137, "executor_id": "e"},
     "timed_out": {"output": "…", "duration_ms": 9},
     "cancelled": {"reason": "enough"},
@@ -139,6 +145,8 @@ of_field: dict[str, st.SearchStrategy[Any]] = {
     "exit_code": st.sampled_from([0, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 0.0, False]),
     "memory_bytes": st.sampled_from([0, 2**63 - 1, 2**63, 1.5]),
     "duration_ms": st.sampled_from([0, -0.0, 1e308, 10**400, 2**53 + 1, -1, True]),
+    "score": st.sampled_from([0, -0.0, 1e308, 10**400, -1, "1", None]),
+    "run_id": st.sampled_from(["r", "", ".", "a" * 200, "a" * 201, "a b", None]),
     "timeout_s": st.sampled_from([0, 0.1, 10**30, "1"]),
     "language": st.sampled_from(["", "x" * 1000, "x" * 1001, "😀" * 1000, "a\0b", "\ud800"]),
     "output": st.text(st.characters(exclude_categories=()), max_size=20),
@@ -218,6 +226,7 @@ odd = st.sampled_from(
     st.sets(st.sampled_from(["event_id", "occurred_at", "code", "exit_code", "error"])),
 )
 @example("started", {}, {"timeout_s": float("nan")}, set())
+@example("completed", {}, {"score": float("nan")}, set())
 @example("started", {}, {"metadata": {5: 1}}, set())
 @example("completed", {}, {"output": b"bytes"}, set())
 @example("completed", {"memory_bytes": 2**70}, {}, set())
