@@ -14,41 +14,16 @@ from pydantic import SecretStr
 
 from evalstore.cli.app import application
 from models.content import MAX_CONTENT_BYTES
-from models.errors import InvalidEvent
-from models.events import ENDINGS, Event, check
+from models.events import ENDINGS
+from models.fields import FIELDS, SENT
 from models.logs import LOGS
 from models.metrics import METRICS, Metric
-from models.plain import MAX_METADATA_BYTES
 from models.record import Record
 from models.settings import Settings
 
 _DOCS: Final = Path(__file__).parent
 _BLOCK: Final = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 _WIDTH: Final = 100
-
-# How a value looks in JSON, for each field of an event. What a field may hold beyond its type is checked in models/events.py.
-_FORMS: Final = {
-    "type": "the event's name",
-    "eval_id": "1 to 200 of `A-Z a-z 0-9 . _ ~ : @ + = -`, not `.` or `..`",
-    "event_id": "UUID",
-    "occurred_at": "RFC 3339 with an offset, years 1970 to 9999 in UTC",
-    "attempt": "integer, 1 to 1,000,000, default 1",
-    "metadata": f"object, up to {MAX_METADATA_BYTES // 1024} KiB",
-    "code": "content",
-    "output": "content",
-    "error": "content",
-    "run_id": "as `eval_id`",
-    "language": "text, default `python`",
-    "submitter": "text",
-    "executor_id": "text",
-    "container_id": "text",
-    "timeout_s": "number",
-    "exit_code": "64-bit integer",
-    "duration_ms": "number",
-    "memory_bytes": "64-bit integer",
-    "score": "number",
-    "reason": "text",
-}
 
 
 def settings() -> str:
@@ -97,32 +72,14 @@ def _help(title: str, command: Any, context: Any) -> str:
 
 
 def events() -> str:
-    """Which field belongs to which event: from the models of `models.events`."""
-    models = {model.model_fields["type"].default: model for model in get_args(Event)}
-    sent = {name: model for name, model in models.items() if name != "evaluation:lost"}
-    where: dict[str, list[str]] = {}
-    for name, model in sent.items():
-        required = {"type", *_required(name)}
-        for field in model.model_fields:
-            if not field.endswith(("_b64", "_ref")):
-                where.setdefault(field, []).append(name.removeprefix("evaluation:") + " (required)" * (field in required))
-    rows = []
-    for field, form in _FORMS.items():
-        names = where.pop(field)
-        everywhere = "all (required)" if names[0].endswith("(required)") else "all"
-        rows.append([f"`{field}`", everywhere if len(names) == len(sent) else ", ".join(names), form])
-    if where:
-        raise KeyError(f"docs/generate.py does not know the form of {', '.join(where)}")
-    return _table(["field", "in", "form"], rows)
-
-
-def _required(name: str) -> set[str]:
-    """The fields that an event without any lacks."""
-    try:
-        check({"type": name})
-    except InvalidEvent as error:
-        return {fault.field for fault in error.faults}
-    return set()
+    """Which field belongs to which event: from the table in `models.fields`."""
+    rows = [["`type`", "all (required)", "text", "the event's name"]]
+    for field in FIELDS:
+        names = [name + " (required)" * (name in field.required) for name in field.events]
+        everywhere = "all (required)" if field.required == SENT else "all"
+        where = everywhere if field.events == SENT else ", ".join(names)
+        rows.append([f"`{field.name}`", where, field.kind.words, field.doc])
+    return _table(["field", "in", "form", "what"], rows)
 
 
 def limits() -> str:

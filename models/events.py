@@ -4,11 +4,8 @@
 older worker; `check`, the sender's way, refuses them, so that a typo shows at once.
 """
 
-import base64
-import binascii
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,190 +14,58 @@ from typing import Annotated, Any, Final, Literal, get_args
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    PlainSerializer,
-    PlainValidator,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from models import content
+from models import content, fields, kinds
 from models.errors import Fault, InvalidEvent, printable
-from models.plain import INT64, SURROGATE, plain_metadata, plain_scalar
+from models.kinds import UUID_FORM, Int64
+from models.plain import SURROGATE, plain_scalar
 from models.validation_errors import did_you_mean, format_error
 
 MAX_EXTRA_DEPTH = 500  # of an unknown field; Python's JSON gives up on some depth below 1,000
-_EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
-UUID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-# As nearly every time is written: nothing to truncate or to convert, and no year before 1970 where it does not begin with 1.
-USUAL_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
-_RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
-)
 
 
-def _eval_id(value: Any) -> str:
-    if not isinstance(value, str) or not _EVAL_ID.fullmatch(value) or value in {".", ".."}:
-        raise ValueError("expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -, and not '.' or '..'")
-    return value
-
-
-def _event_id(value: Any) -> UUID | None:
-    if value is None or isinstance(value, UUID):
-        return value
-    if not isinstance(value, str) or not UUID_FORM.fullmatch(value):
-        raise ValueError("expected a UUID like 0190a2f5-7a4c-7000-8000-000000000000")
-    return UUID(value)
-
-
-def _occurred_at(value: Any) -> datetime | None:
-    """RFC 3339 with an offset, truncated to microseconds, as UTC; a `datetime` must be aware."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if USUAL_TIME.fullmatch(value) and not value.startswith("1"):
-            try:
-                return datetime.fromisoformat(value)
-            except ValueError as error:
-                raise ValueError(f"expected a date that exists: {error}") from None
-        match = _RFC3339.fullmatch(value)
-        if match is None:
-            raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z (no leap seconds)")
-        day, time, fraction, offset = match.groups()
-        try:
-            value = datetime.fromisoformat(f"{day}T{time}{(fraction or '')[:7]}{offset.upper()}")
-        except ValueError as error:
-            raise ValueError(f"expected a date that exists: {error}") from None
-    if not isinstance(value, datetime) or value.utcoffset() is None:
-        raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00.25Z")
-    moment = _in_utc(value)
-    if moment.year < 1970:
-        raise ValueError("expected a year from 1970 to 9999 in UTC")
-    return moment
-
-
-def _in_utc(at: datetime) -> datetime:
-    """Convert `at` to UTC and to `datetime` itself: pandas' Timestamp writes nanoseconds, and its NaT is no time."""
-    try:
-        moment = at.astimezone(UTC)
-    except OverflowError:
-        return datetime.min.replace(tzinfo=UTC)
-    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
-
-
-def _metadata(value: Any) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic turns only ValueError into a fault
-    return plain_metadata(value)
-
-
-def _b64(value: str) -> str:
-    try:
-        base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("expected base64 (RFC 4648, with padding)") from None
-    return value
-
-
-def _reference(value: Any) -> content.Reference | None:
-    return None if value is None else content.reference(value)
-
-
-# In the order of DESIGN: native constraints where pydantic has them, so that the store's hot path stays out of Python.
-EvalId = Annotated[str, PlainValidator(_eval_id)]
-RunId = EvalId
-Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
-Content = InstanceOf[str]
-Base64 = Annotated[str, AfterValidator(_b64)]
-Ref = Annotated[
-    content.Reference | None,
-    PlainValidator(_reference),
-    PlainSerializer(lambda found: found and found._asdict(), return_type=dict | None),
-]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Int64 = Annotated[int, Field(ge=INT64.start, le=INT64.stop - 1)]
-
-
-class _Event(BaseModel):
+class _Event(fields.Common, BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, defer_build=True)
 
-    eval_id: EvalId
-    event_id: Annotated[UUID | None, PlainValidator(_event_id)] = None
-    occurred_at: Annotated[datetime | None, PlainValidator(_occurred_at)] = None
-    attempt: Annotated[int | None, Field(ge=1, le=1_000_000)] = 1
-    metadata: Annotated[dict[str, Any] | None, PlainValidator(_metadata)] = None
 
-
-class EvaluationQueued(_Event):
+class EvaluationQueued(fields.Code, fields.Queued, _Event):
     """The evaluation was accepted: this is the code to run."""
 
     type: Literal["evaluation:queued"] = "evaluation:queued"
-    code: Content | None = None
-    code_b64: Base64 | None = None
-    code_ref: Ref = None
-    run_id: RunId | None = None
-    language: Text | None = None
-    submitter: Text | None = None
 
 
-class EvaluationStarted(_Event):
+class EvaluationStarted(fields.Started, fields.Ran, _Event):
     """An executor took it up, or says that it still runs."""
 
     type: Annotated[Literal["evaluation:started", "evaluation:running"], AfterValidator(lambda _: "evaluation:started")] = (
         "evaluation:started"
     )
-    executor_id: Text | None = None
-    container_id: Text | None = None
-    timeout_s: Number | None = None
 
 
-class _Result(_Event):
-    executor_id: Text | None = None
-    container_id: Text | None = None
-    exit_code: Int64 | None = None
-    output: Content | None = None
-    output_b64: Base64 | None = None
-    output_ref: Ref = None
-    error: Content | None = None
-    error_b64: Base64 | None = None
-    error_ref: Ref = None
-    duration_ms: Number | None = None
-    memory_bytes: Int64 | None = None
-
-
-class EvaluationCompleted(_Result):
+class EvaluationCompleted(fields.Graded, fields.Output, fields.Measured, fields.Ran, _Event):
     """The code ran to its end, whatever its exit code."""
 
     type: Literal["evaluation:completed"] = "evaluation:completed"
-    exit_code: Int64
-    score: Number | None = None
+    exit_code: Int64 = Field()  # required here
 
 
-class EvaluationFailed(_Result):
+class EvaluationFailed(fields.Output, fields.Measured, fields.Ran, _Event):
     """The code could not be run, or not to its end."""
 
     type: Literal["evaluation:failed"] = "evaluation:failed"
 
 
-class EvaluationTimedOut(_Result):
+class EvaluationTimedOut(fields.Output, fields.Measured, fields.Ran, _Event):
     """The code was stopped at its time limit."""
 
     type: Literal["evaluation:timed_out"] = "evaluation:timed_out"
 
 
-class EvaluationCancelled(_Event):
+class EvaluationCancelled(fields.Cancelled, _Event):
     """Somebody called it off."""
 
     type: Literal["evaluation:cancelled"] = "evaluation:cancelled"
-    reason: Text | None = None
 
 
 class EvaluationLost(_Event):
@@ -224,10 +89,11 @@ _MODELS: Final[dict[str, type[_Event]]] = {
 }
 _FIELDS: Final = {model: frozenset(model.model_fields) for model in _MODELS.values()}
 CONTENT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
-    name: tuple(field for field in ("code", "output", "error") if field in model.model_fields)
-    for name, model in _MODELS.items()
+    name: tuple(field for field in fields.CONTENTS if field in model.model_fields) for name, model in _MODELS.items()
 }
-_REQUIRED_CONTENT = {"evaluation:queued": "code", "evaluation:failed": "error"}
+_REQUIRED_CONTENT: Final = {
+    f"evaluation:{type_}": field.name for field in fields.FIELDS if field.is_content for type_ in field.required
+}
 
 
 # Built at the first event, not while a gateway starts.
@@ -324,7 +190,7 @@ def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: 
 def identity(event: Mapping[str, Any]) -> tuple[str | None, UUID | None]:
     """The `eval_id` and `event_id` of an event that may be wrong in any way, each None where it is no such thing."""
     found: list[Any] = []
-    for validate, name in ((_eval_id, "eval_id"), (_event_id, "event_id")):
+    for validate, name in ((kinds.eval_id, "eval_id"), (kinds.event_id, "event_id")):
         try:
             found.append(validate(event.get(name)))
         except ValueError:

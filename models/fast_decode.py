@@ -8,70 +8,48 @@ differ from them: tests/unit/test_wire.py compares the two.
 import math
 import re
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from functools import reduce
+from operator import attrgetter, or_
+from typing import Annotated, Any, Final, Literal, cast
 from uuid import UUID
 
 import msgspec
 from msgspec import Meta
 
-from models.events import USUAL_TIME
+from models.fields import CONTENTS, FIELDS, SCALARS, SENT, Field
+from models.kinds import EVAL_ID_PATTERN, USUAL_TIME
 from models.plain import MAX_METADATA_BYTES, plain_metadata
 from models.record import Fact
 
-_EvalId = Annotated[str, Meta(pattern=r"\A(?!\.{1,2}\Z)[A-Za-z0-9._~:@+=-]{1,200}\Z")]
-_Text = Annotated[str, Meta(max_length=1000)] | None
-_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-
 
 class _Event(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
-    eval_id: _EvalId
+    """The fields of all events. A subclass for each type has the fields that the table gives this type; others are None."""
+
+    eval_id: Annotated[str, Meta(pattern=EVAL_ID_PATTERN)]
     event_id: str
     occurred_at: str
     attempt: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     metadata: dict[str, Any] | None = None
 
 
-class _Queued(_Event, tag="evaluation:queued", kw_only=True):
-    code: str
-    run_id: _EvalId | None = None
-    language: _Text = None
-    submitter: _Text = None
+for _name in (*SCALARS, *CONTENTS):
+    setattr(_Event, _name, None)
 
 
-class _Started(_Event, tag="evaluation:started"):
-    executor_id: _Text = None
-    container_id: _Text = None
-    timeout_s: float | None = None
+def _struct(type_: str) -> type[_Event]:
+    """Return the struct of a type of events. Content is inline: references and base64 take the slow path."""
+
+    def declared(field: Field) -> tuple[str, Any] | tuple[str, Any, None]:
+        wire = field.kind.wire
+        return (field.name, wire) if type_ in field.required else (field.name, wire | None, None)
+
+    own = [declared(field) for field in FIELDS if type_ in field.events and field.name not in _Event.__struct_fields__]
+    return cast("type[_Event]", msgspec.defstruct(type_, own, bases=(_Event,), tag=f"evaluation:{type_}", kw_only=True))
 
 
-class _Result(_Event, kw_only=True):
-    executor_id: _Text = None
-    container_id: _Text = None
-    exit_code: _Int64 | None = None
-    output: str | None = None
-    error: str | None = None
-    duration_ms: float | None = None
-    memory_bytes: _Int64 | None = None
-
-
-class _Completed(_Result, tag="evaluation:completed", kw_only=True):
-    exit_code: _Int64
-    score: float | None = None
-
-
-class _Failed(_Result, tag="evaluation:failed", kw_only=True):
-    error: str
-
-
-class _TimedOut(_Result, tag="evaluation:timed_out"):
-    pass
-
-
-class _Cancelled(_Event, tag="evaluation:cancelled"):
-    reason: _Text = None
-
-
-_Usual = _Queued | _Started | _Completed | _Failed | _TimedOut | _Cancelled
+_STRUCTS: Final[dict[Any, type[_Event]]] = {f"evaluation:{type_}": _struct(type_) for type_ in SENT}
+_Queued: Final = _STRUCTS["evaluation:queued"]
+_AnyEvent: Any = reduce(or_, _STRUCTS.values())
 
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,7 +62,7 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Message(msgspec.Struct):
     actor_name: Literal["store_evaluation"]
-    args: tuple[_Usual]
+    args: tuple[_AnyEvent]
     queue_name: str
     message_id: str
     message_timestamp: int
@@ -92,9 +70,9 @@ class _Message(msgspec.Struct):
     options: _Options
 
 
-_TYPES = {kind: str(kind.__struct_config__.tag) for kind in (_Queued, _Started, _Completed, _Failed, _TimedOut, _Cancelled)}
+_TYPES = {struct: type_ for type_, struct in _STRUCTS.items()}
 _DECODER = msgspec.json.Decoder(_Message)
-_EVENT_DECODER: msgspec.json.Decoder[_Usual] = msgspec.json.Decoder(_Usual)
+_EVENT_DECODER: msgspec.json.Decoder[_Event] = msgspec.json.Decoder(_AnyEvent)
 
 
 def read_fact(
@@ -129,7 +107,7 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
     It has an id in the usual form and no nulls: it travels as it is, but for the form of its time. None leaves it to `check`.
     """
     # Of one kind, as a union would be looked through anew each time; and no JSON is read, which would copy all text.
-    kind = _KINDS.get(tag) if type(tag := data.get("type")) is str else None
+    kind = _STRUCTS.get(tag) if type(tag := data.get("type")) is str else None
     if kind is None or not _is_plain(data, _PLAIN):
         return None
     metadata = data.get("metadata")
@@ -141,9 +119,6 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
     except (msgspec.ValidationError, ValueError, OverflowError):
         return None
     if len(body) > max_content_bytes or b"\\u0000" in body or not _USUAL_ID.fullmatch(event.event_id):
-        return None
-    # msgspec would write NaN as null.
-    if not all(math.isfinite(getattr(event, name) or 0) for name in _NUMBERS[kind]):
         return None
     if metadata and not _is_sound(metadata, len(body)):
         return None
@@ -160,46 +135,35 @@ def _is_finite(members: dict[str, Any]) -> bool:
     return all(math.isfinite(value) for value in members.values() if type(value) is float)
 
 
-_KINDS: Final[dict[Any, type[_Usual]]] = {tag: kind for kind, tag in _TYPES.items()}
-# The fields of each that take any number; the others take integers alone, or none.
-_NUMBERS: Final[dict[Any, tuple[str, ...]]] = {
-    kind: tuple(name for name in ("duration_ms", "score", "timeout_s") if name in kind.__struct_fields__)
-    for kind in _KINDS.values()
-}
 _TEXT: Final[frozenset[type]] = frozenset({str})
 _PLAIN: Final[frozenset[type]] = frozenset({str, int, float, dict})
 _PLAIN_METADATA: Final[frozenset[type]] = frozenset({str, int, float, bool, type(None)})
 _USUAL_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
-def _fact(event: _Usual, body: bytes, max_content_bytes: int) -> Fact | None:
+def _fact(event: Any, body: bytes, max_content_bytes: int) -> Fact | None:
     # Content is at most as long as what it was escaped to; NUL is for content alone.
     if len(body) > max_content_bytes or b"\\u0000" in body:
         return None
     event_id, occurred_at = _uuid(event.event_id), _time(event.occurred_at)
     if event_id is None or occurred_at is None or (event.metadata and not _is_sound(event.metadata, len(body))):
         return None
-    head = (event.eval_id, event_id, _TYPES[type(event)], event.attempt or 1, occurred_at, event.metadata or None)
-    match event:
-        case _Queued():
-            language = "python" if event.language is None else event.language
-            rest: tuple[Any, ...] = (event.run_id, language, event.submitter, *_NOTHING[:8], event.code.encode(), *_NOTHING[:3])
-        case _Started():
-            rest = (*_NOTHING[:3], event.executor_id, event.container_id, *_NOTHING[:4], event.timeout_s, *_NOTHING[:5])
-        case _Cancelled():
-            rest = (*_NOTHING, event.reason, *_NOTHING[:4])
-        case _Result():
-            output = None if event.output is None else event.output.encode()
-            error = None if event.error is None else event.error.encode()
-            score = event.score if type(event) is _Completed else None
-            rest = (None, None, None, event.executor_id, event.container_id, event.exit_code, event.duration_ms)
-            rest += (event.memory_bytes, score, None, None, None, output, error, None)
-    return _new(Fact, head + rest)  # `_make` counts the fields once more
+    kind = type(event)
+    if kind is _Queued and event.language is None:
+        event.language = "python"
+    head = (event.eval_id, event_id, _TYPES[kind], event.attempt or 1, occurred_at, event.metadata or None)
+    code, output, error = event.code, event.output, event.error
+    tail = (
+        None if code is None else code.encode(),
+        None if output is None else output.encode(),
+        None if error is None else error.encode(),
+        None,
+    )
+    return _new(Fact, head + _scalars(event) + tail)  # `_make` counts the fields once more
 
 
 _new = tuple.__new__
-# Fills the columns of a fact that its type of event has not; tests/unit/test_wire.py would notice one too many or too few.
-_NOTHING = (None,) * 10
+_scalars = attrgetter(*SCALARS)
 
 
 def _uuid(text: str) -> UUID | None:

@@ -7,10 +7,11 @@ Neither the order in which events arrive nor how often each does makes a differe
 import base64
 import json
 import re
+from collections import namedtuple
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from uuid import UUID
 
 import msgspec
@@ -19,32 +20,51 @@ from pydantic import BaseModel, ConfigDict
 from models import content
 from models.content import Reference
 from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event, known_values
+from models.fields import EVENT_COLUMNS, FROM_QUEUED, FROM_RESULT, FROM_STARTED, RECORD_COLUMNS, SCALARS, Scalars
+
+if TYPE_CHECKING:  # the named tuples below as type checkers see them: the columns of the table, typed
+
+    class _Row(tuple[Any, ...]):
+        __slots__ = ()
+        _fields: ClassVar[tuple[str, ...]]
+
+        def __new__(cls, *values: Any, **named: Any) -> Self: ...
+        def _replace(self, **changes: Any) -> Self: ...
+        def _asdict(self) -> dict[str, Any]: ...
+
+    class _EventColumns(_Row, Scalars):
+        eval_id: str
+        event_id: UUID
+        type: str
+        attempt: int
+        occurred_at: datetime
+        metadata: dict[str, Any] | None
+        code: bytes | Reference | None
+        output: bytes | Reference | None
+        error: bytes | Reference | None
+        extra: str | None
+
+    class _RecordColumns(_Row, Scalars):
+        eval_id: str
+        status: str
+        attempt: int
+        version: int
+        metadata: dict[str, Any]
+        queued_at: datetime | None
+        started_at: datetime | None
+        finished_at: datetime | None
+        code_event_id: UUID | None
+        result_event_id: UUID | None
+
+else:
+    _EventColumns = namedtuple("_EventColumns", EVENT_COLUMNS, defaults=(None,) * (len(EVENT_COLUMNS) - 5))
+    _RecordColumns = namedtuple("_RecordColumns", RECORD_COLUMNS)
 
 
-class Fact(NamedTuple):
+class Fact(_EventColumns):
     """An event as the event log holds it: one column each. Content is None where it was not read."""
 
-    eval_id: str
-    event_id: UUID
-    type: str
-    attempt: int
-    occurred_at: datetime
-    metadata: dict[str, Any] | None = None
-    run_id: str | None = None
-    language: str | None = None
-    submitter: str | None = None
-    executor_id: str | None = None
-    container_id: str | None = None
-    exit_code: int | None = None
-    duration_ms: float | None = None
-    memory_bytes: int | None = None
-    score: float | None = None
-    timeout_s: float | None = None
-    reason: str | None = None
-    code: bytes | Reference | None = None
-    output: bytes | Reference | None = None
-    error: bytes | Reference | None = None
-    extra: str | None = None
+    __slots__ = ()
 
     @property
     def references(self) -> list[Reference]:
@@ -52,33 +72,20 @@ class Fact(NamedTuple):
         return [found for found in (self.code, self.output, self.error) if isinstance(found, Reference)]
 
 
-class State(NamedTuple):
+class State(_RecordColumns):
     """A record as the table `evaluations` holds it: content by the events that brought it."""
 
+    __slots__ = ()
+
+
+class _Head(BaseModel):
     eval_id: str
     status: str
     attempt: int
     version: int
-    run_id: str | None
-    language: str | None
-    submitter: str | None
-    executor_id: str | None
-    container_id: str | None
-    exit_code: int | None
-    duration_ms: float | None
-    memory_bytes: int | None
-    score: float | None
-    timeout_s: float | None
-    reason: str | None
-    metadata: dict[str, Any]
-    queued_at: datetime | None
-    started_at: datetime | None
-    finished_at: datetime | None
-    code_event_id: UUID | None
-    result_event_id: UUID | None
 
 
-class Record(BaseModel):
+class Record(Scalars, _Head):
     """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON).
 
     `merge`, which reads no object, leaves a `Reference` where an event gave one.
@@ -86,21 +93,6 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, defer_build=True, arbitrary_types_allowed=True)
 
-    eval_id: str
-    status: str
-    attempt: int
-    version: int
-    run_id: str | None = None
-    language: str | None = None
-    submitter: str | None = None
-    executor_id: str | None = None
-    container_id: str | None = None
-    exit_code: int | None = None
-    duration_ms: float | None = None
-    memory_bytes: int | None = None
-    score: float | None = None
-    timeout_s: float | None = None
-    reason: str | None = None
     metadata: dict[str, Any] = {}
     queued_at: datetime | None = None
     started_at: datetime | None = None
@@ -112,6 +104,14 @@ class Record(BaseModel):
     error: Any = None
 
 
+def _slice(names: tuple[str, ...]) -> slice:
+    first = Fact._fields.index(names[0])
+    return slice(first, first + len(names))
+
+
+# The columns of an event's row that the record takes from one event, and what it has without that event.
+_QUEUED, _RESULT, _STARTED = map(_slice, (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
+_NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
 _PHASES: Final = {"evaluation:queued": 0, "evaluation:started": 1, "evaluation:lost": 2} | dict.fromkeys(ENDINGS, 3)
 
 
@@ -136,21 +136,9 @@ def fact(event: Event) -> Fact:
         event.attempt or 1,
         event.occurred_at,
         event.metadata or None,
-        get("run_id"),
-        _language(event),
-        get("submitter"),
-        get("executor_id"),
-        get("container_id"),
-        get("exit_code"),
-        get("duration_ms"),
-        get("memory_bytes"),
-        get("score"),
-        get("timeout_s"),
-        get("reason"),
-        contents.get("code"),
-        contents.get("output"),
-        contents.get("error"),
-        _extra(event),
+        **{name: get(name) for name in SCALARS} | {"language": _language(event)},
+        **contents,
+        extra=_extra(event),
     )
 
 
@@ -224,18 +212,12 @@ def fold(facts: list[Fact]) -> State:
         status,
         attempt,
         len(facts),
-        code.run_id if code else None,
-        code.language if code else None,
-        code.submitter if code else None,
+        *(code[_QUEUED] if code else _NO_QUEUED),
         # Each by itself: an ending that does not say where it ran leaves what the last started event said.
         result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
         result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
-        result.exit_code if result else None,
-        result.duration_ms if result else None,
-        result.memory_bytes if result else None,
-        result.score if result else None,
-        first_started.timeout_s if first_started else None,
-        result.reason if result else None,
+        *(first_started[_STARTED] if first_started else _NO_STARTED),
+        *(result[_RESULT] if result else _NO_RESULT),
         metadata,
         code.occurred_at if code else None,
         first_started.occurred_at if first_started else None,

@@ -1,22 +1,20 @@
 """What the service's JSON looks like, for its OpenAPI document: schemas, examples, and the errors each answer may be."""
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 from models.content import MAX_CONTENT_BYTES
-from models.plain import MAX_METADATA_BYTES
+from models.fields import CONTENTS, FIELDS, SCALARS
 
 Schema = dict[str, Any]
 
-EVAL_ID: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[A-Za-z0-9._~:@+=-]{1,200}$"}
+_FIELDS: Final = {field.name: field for field in FIELDS}
+EVAL_ID: Final[Schema] = _FIELDS["eval_id"].kind.schema
 STATUSES: Final = ("queued", "running", "completed", "failed", "timed_out", "cancelled", "lost")
 ENDED: Final = ("running", "completed", "failed", "timed_out", "cancelled")
-_INT64: Final[Schema] = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_TIME: Final[Schema] = {"type": "string", "format": "date-time"}
-_UUID: Final[Schema] = {"type": "string", "format": "uuid"}
-_TEXT: Final[Schema] = {"type": "string", "maxLength": 1000}
-_ATTEMPT: Final[Schema] = {"type": "integer", "minimum": 1, "maximum": 1_000_000}
-_BASE64: Final = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
-_METADATA: Final[Schema] = {"type": "object", "description": f"Up to {MAX_METADATA_BYTES // 1024} KiB of JSON."}
+_TIME: Final[Schema] = _FIELDS["occurred_at"].kind.schema
+_UUID: Final[Schema] = _FIELDS["event_id"].kind.schema
+_ATTEMPT: Final[Schema] = _FIELDS["attempt"].kind.schema
 
 
 def ref(name: str) -> Schema:
@@ -39,42 +37,24 @@ def _content(name: str) -> dict[str, Schema]:
     }
 
 
-_GIVEN: Final[dict[str, Schema]] = {
-    "event_id": _nullable(_UUID),
-    "occurred_at": _nullable({**_TIME, "description": "With an offset; now, where it is missing."}),
-    "attempt": _nullable(_ATTEMPT),
-    "metadata": _nullable(_METADATA),
-}
-_QUEUED: Final[dict[str, Schema]] = {
-    "run_id": _nullable({**EVAL_ID, "description": "The run it belongs to."}),
-    "language": _nullable({**_TEXT, "description": "python, where it is missing."}),
-    "submitter": _nullable(_TEXT),
-    **_content("code"),
-}
-_CHANGED: Final[dict[str, Schema]] = {
-    "executor_id": _nullable(_TEXT),
-    "container_id": _nullable(_TEXT),
-    "timeout_s": _nullable({"type": "number"}),
-    "exit_code": _nullable(_INT64),
-    "duration_ms": _nullable({"type": "number"}),
-    "memory_bytes": _nullable(_INT64),
-    "score": _nullable({"type": "number", "description": "What a grader gave."}),
-    "reason": _nullable(_TEXT),
-    **_content("output"),
-    **_content("error"),
-}
+def _given(names: Iterable[str]) -> dict[str, Schema]:
+    """The schemas of fields as requests give them."""
+    given: dict[str, Schema] = {}
+    for field in map(_FIELDS.__getitem__, names):
+        described = {**field.kind.schema, "description": f"{field.doc[0].upper()}{field.doc[1:]}."}
+        given |= _content(field.name) if field.is_content else {field.name: _nullable(described)}
+    return given
+
+
+_COMMON: Final = _given(("event_id", "occurred_at", "attempt", "metadata"))
+_QUEUED: Final = _given(field.name for field in FIELDS if field.events == ("queued",))
+_LATER: Final = _given(name for name in (*SCALARS, *CONTENTS) if name not in _QUEUED)
 _STATE: Final[dict[str, Schema]] = {
     "eval_id": EVAL_ID,
     "status": {"type": "string", "enum": list(STATUSES)},
     "attempt": _ATTEMPT,
     "version": {"type": "integer", "minimum": 1, "description": "The number of its events; also the ETag."},
-    "run_id": _nullable(EVAL_ID),
-    **{name: _nullable(_TEXT) for name in ("language", "submitter", "executor_id", "container_id", "reason")},
-    "exit_code": _nullable(_INT64),
-    "duration_ms": _nullable({"type": "number"}),
-    "memory_bytes": _nullable(_INT64),
-    "score": _nullable({"type": "number"}),
-    "timeout_s": _nullable({"type": "number"}),
+    **{name: _nullable(_FIELDS[name].kind.schema) for name in SCALARS},
     "metadata": {"type": "object"},
     **{name: _nullable(_TIME) for name in ("queued_at", "started_at", "finished_at")},
     "created_at": _TIME,
@@ -92,7 +72,7 @@ def _shown(kind: str) -> dict[str, Schema]:
     }
 
 
-_CONTENTS: Final = {name: schema for kind in ("code", "output", "error") for name, schema in _shown(kind).items()}
+_CONTENTS: Final = {name: schema for kind in CONTENTS for name, schema in _shown(kind).items()}
 _EVENT_TYPES: Final = [f"evaluation:{name}" for name in ("queued", "started", "running", *ENDED[1:])]
 _OUTCOMES: Final = ["applied", "duplicate", "reused", "invalid", "accepted"]
 _FAULTS: Final[Schema] = {"type": "array", "items": ref("Fault")}
@@ -104,7 +84,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {
             "type": {"const": "evaluation:queued"},
             "eval_id": EVAL_ID,
-            **_GIVEN,
+            **_COMMON,
             **_QUEUED,
         },
         "required": ["eval_id"],
@@ -134,9 +114,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "status": {"type": "string", "enum": ["queued", *ENDED]},
             "type": {"type": "string", "enum": _EVENT_TYPES, "description": "The event's type, instead of a status."},
             "eval_id": EVAL_ID,
-            **_GIVEN,
+            **_COMMON,
             **_QUEUED,
-            **_CHANGED,
+            **_LATER,
         },
         "additionalProperties": False,
         "examples": [{"status": "completed", "exit_code": 0, "output": "1\n", "duration_ms": 12.5, "score": 0.75}],
@@ -147,9 +127,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {
             "type": {"type": "string", "enum": _EVENT_TYPES},
             "eval_id": EVAL_ID,
-            **_GIVEN,
+            **_COMMON,
             **_QUEUED,
-            **_CHANGED,
+            **_LATER,
         },
         "required": ["type"],
         "additionalProperties": False,

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from models.errors import EvalstoreError, Fault, Outage
+from models.fields import Scalars
 
 
 class ServiceError(EvalstoreError):
@@ -36,27 +37,19 @@ class ServiceOutage(Outage):
     """The service cannot be reached, or what it needs cannot. Nothing that was not answered counts as stored."""
 
 
-class Evaluation(BaseModel):
+class _Head(BaseModel):
+    eval_id: str
+    status: str
+    version: int
+    attempt: int | None = None
+
+
+class Evaluation(Scalars, _Head):
     """A record. Content is text, or bytes where it is no text; None where there is none, or more than 64 KiB: then `…_size`
     tells so, and `get_content` reads it. A key that may not read is told `eval_id`, `version` and `status` alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    eval_id: str
-    status: str
-    version: int
-    attempt: int | None = None
-    run_id: str | None = None
-    language: str | None = None
-    submitter: str | None = None
-    executor_id: str | None = None
-    container_id: str | None = None
-    exit_code: int | None = None
-    duration_ms: float | None = None
-    memory_bytes: int | None = None
-    score: float | None = None
-    timeout_s: float | None = None
-    reason: str | None = None
     metadata: dict[str, Any] = {}
     queued_at: datetime | None = None
     started_at: datetime | None = None

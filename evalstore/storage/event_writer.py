@@ -13,23 +13,13 @@ import psycopg
 
 from evalstore.storage import database, sessions
 from models.errors import DatabaseOutage
+from models.fields import EVENT_COLUMNS, RECORD_COLUMNS
 from models.record import Fact, State, jsonb, promote, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
 _SMALL_BYTES: Final = 256 * 1024
 
-_PG_TYPES: Final[dict[str, list[str]]] = {
-    "text": ["eval_id", "type", "status", "run_id", "language", "submitter", "executor_id", "container_id", "reason", "extra"],
-    "uuid": ["event_id", "code_event_id", "result_event_id"],
-    "int4": ["attempt", "version"],
-    "int8": ["exit_code", "memory_bytes"],
-    "float8": ["timeout_s", "duration_ms", "score"],
-    "timestamptz": ["occurred_at", "queued_at", "started_at", "finished_at"],
-    "jsonb": ["metadata"],
-    "bytea": [*CONTENTS],
-}
-_TYPE_OF: Final = {column: type_ for type_, columns in _PG_TYPES.items() for column in columns}
 _CONTENT_TYPES: Final = dict(
     zip(
         ["eval_id", "event_id", "kind", "occurred_at", "size", "sha256", "data", "store", "encoding"],
@@ -37,9 +27,6 @@ _CONTENT_TYPES: Final = dict(
         strict=True,
     )
 )
-_FACT_TYPES: Final = {column: _TYPE_OF[column] for column in Fact._fields}
-_STATE_TYPES: Final = {column: _TYPE_OF[column] for column in State._fields}
-
 # What of an event's row says whether another is the same; content by its hash, as it may be elsewhere.
 _COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *CONTENTS}]
 
@@ -131,7 +118,7 @@ class Many(_Way):
 
     def log(self, facts: Collection[Fact], contents: Collection[tuple[Any, ...]]) -> None:
         """Write events, and content that has rows of its own."""
-        _copy(self._cursor, "evaluation_events", _FACT_TYPES, facts)
+        _copy(self._cursor, "evaluation_events", EVENT_COLUMNS, facts)
         if contents:
             _copy(self._cursor, "contents", _CONTENT_TYPES, contents)
 
@@ -143,19 +130,19 @@ class Many(_Way):
     def compare(self, facts: dict[int, Fact]) -> Compared:
         """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes; and
         the `extra` stored there."""
-        self._stage("evalstore_stage_events", _FACT_TYPES)
+        self._stage("evalstore_stage_events", EVENT_COLUMNS)
         _copy(
             self._cursor,
             "evalstore_stage_events",
-            {"number": "int4"} | _FACT_TYPES,
+            {"number": "int4"} | EVENT_COLUMNS,
             ((number, *one) for number, one in facts.items()),
         )
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
     def _stage_records(self, number: int, states: Iterable[State]) -> None:
-        self._stage("evalstore_stage_records", _STATE_TYPES)
+        self._stage("evalstore_stage_records", RECORD_COLUMNS)
         _copy(
-            self._cursor, "evalstore_stage_records", {"number": "int4"} | _STATE_TYPES, ((number, *state) for state in states)
+            self._cursor, "evalstore_stage_records", {"number": "int4"} | RECORD_COLUMNS, ((number, *state) for state in states)
         )
 
     def _stage(self, name: str, types: dict[str, str]) -> None:
@@ -229,16 +216,16 @@ def _values(types: dict[str, str]) -> str:
     return ", ".join(f"%s::{type_}" for type_ in types.values())
 
 
-_CREATE_ONE: Final = f"{_INTO_RECORDS} VALUES ({_values(_STATE_TYPES)}) ON CONFLICT DO NOTHING"
-_LOG_ONE: Final = f"INSERT INTO evaluation_events ({columns(_FACT_TYPES)}) VALUES ({_values(_FACT_TYPES)})"
+_CREATE_ONE: Final = f"{_INTO_RECORDS} VALUES ({_values(RECORD_COLUMNS)}) ON CONFLICT DO NOTHING"
+_LOG_ONE: Final = f"INSERT INTO evaluation_events ({columns(EVENT_COLUMNS)}) VALUES ({_values(EVENT_COLUMNS)})"
 _CONTENT_ONE: Final = f"INSERT INTO contents ({columns(_CONTENT_TYPES)}) VALUES ({_values(_CONTENT_TYPES)})"
 _UPDATE_ONE: Final = f"""
-UPDATE evaluations SET {", ".join(f"{name} = %s::{_STATE_TYPES[name]}" for name in _CHANGED)},
+UPDATE evaluations SET {", ".join(f"{name} = %s::{RECORD_COLUMNS[name]}" for name in _CHANGED)},
     updated_at = statement_timestamp()
 WHERE eval_id = %s::text
 """
 _COMPARE_ONE: Final = f"""
-SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: _TYPE_OF[name] for name in _COMPARED})}),
+SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: EVENT_COLUMNS[name] for name in _COMPARED})}),
     {_HASHES}, e.extra
 FROM evaluation_events e WHERE e.eval_id = %s::text AND e.event_id = %s::uuid
 """

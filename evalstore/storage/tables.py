@@ -4,6 +4,9 @@ Every primary key begins with `eval_id` where there is one, so that the tables c
 by time. `eval_id` sorts by bytes, the same on every server, because workers take their locks in that order.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -24,11 +27,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from models.fields import CONTENTS, EVENT_COLUMNS, SCALARS
+
 metadata = MetaData()
 
 _EVAL_ID = Text(collation="C")
 _TIME = DateTime(timezone=True)
 _NOW = text("now()")
+_SQLALCHEMY = {"text": Text, "int4": Integer, "int8": BigInteger, "float8": Double, "bytea": LargeBinary}
+
+
+def _columns(names: Iterable[str]) -> list[Column[Any]]:
+    """Return columns of the table of fields."""
+    return [Column(name, _SQLALCHEMY[EVENT_COLUMNS[name]]) for name in names]
+
 
 # The record of each evaluation: models.record.State, and when the row was made and last changed.
 evaluations = Table(
@@ -38,17 +50,7 @@ evaluations = Table(
     Column("status", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("version", Integer, nullable=False),
-    Column("run_id", Text),
-    Column("language", Text),
-    Column("submitter", Text),
-    Column("executor_id", Text),
-    Column("container_id", Text),
-    Column("exit_code", BigInteger),
-    Column("duration_ms", Double),
-    Column("memory_bytes", BigInteger),
-    Column("score", Double),
-    Column("timeout_s", Double),
-    Column("reason", Text),
+    *_columns(SCALARS),
     Column("metadata", JSONB, nullable=False),
     Column("queued_at", _TIME),
     Column("started_at", _TIME),
@@ -76,21 +78,9 @@ evaluation_events = Table(
     Column("occurred_at", _TIME, nullable=False),
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("metadata", JSONB),
-    Column("run_id", Text),
-    Column("language", Text),
-    Column("submitter", Text),
-    Column("executor_id", Text),
-    Column("container_id", Text),
-    Column("timeout_s", Double),
-    Column("exit_code", BigInteger),
-    Column("duration_ms", Double),
-    Column("memory_bytes", BigInteger),
-    Column("score", Double),
-    Column("reason", Text),
+    *_columns(SCALARS),
     # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES; what is larger has a row in `contents` instead.
-    Column("code", LargeBinary),
-    Column("output", LargeBinary),
-    Column("error", LargeBinary),
+    *_columns(CONTENTS),
     # Fields this release does not know, as canonical JSON: kept, and part of what makes two bodies the same.
     Column("extra", Text),
 )
