@@ -227,9 +227,9 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
 
 def known_values(type_: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of `values` that are fields of events of that type, as their models hold them. Leave out invalid ones."""
+    """Return the scalar fields of that type of events among `values`, as its model holds them. Leave out invalid values."""
     model, found = _MODELS[type_], {}
-    for name in values.keys() & _FIELDS[model]:
+    for name in values.keys() & _FIELDS[model] & set(fields.SCALARS):
         with suppress(ValidationError):
             found[name] = _field_adapter(model, name).validate_python(values[name])
     return found

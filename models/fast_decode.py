@@ -1,8 +1,8 @@
-"""The usual message, read in one pass.
+"""The fast path for events: decode a message in one pass, or leave it to the slow path.
 
-Nearly all that arrives is a valid event as our own senders write it. For those, `read_fact` gives what `models.events.parse`
-and `models.record.fact` give, at a fraction of the cost; for whatever else it gives None, and they decide. It must never
-differ from them: tests/unit/test_wire.py compares the two.
+Nearly all messages hold a valid event as our own senders write it. For these, `read_fact` returns what `models.events.parse`
+and `models.record.fact` return, at a fraction of the cost. For all others it returns None, and the slow path decides. The two
+must never differ: tests/unit/test_wire.py compares them.
 """
 
 import math
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from models.fields import CONTENTS, FIELDS, SCALARS, SENT, Field
-from models.kinds import EVAL_ID_PATTERN, USUAL_TIME
+from models.kinds import EVAL_ID_PATTERN, PLAIN_TIME
 from models.plain import MAX_METADATA_BYTES, plain_metadata
 from models.record import Fact
 
@@ -53,7 +53,7 @@ _AnyEvent: Any = reduce(or_, _STRUCTS.values())
 
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
-    """What our senders put there. What is said of a trace is for whoever follows it to check: the event is as good without."""
+    """The options that our senders set. The reader of a trace checks the trace: an event is valid without it."""
 
     redis_message_id: Any = None
     traceparent: Any = None
@@ -78,9 +78,9 @@ _EVENT_DECODER: msgspec.json.Decoder[_Event] = msgspec.json.Decoder(_AnyEvent)
 def read_fact(
     body: bytes, *, max_content_bytes: int, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b""
 ) -> Fact | None:
-    """The event in a message of `store_evaluation`, if it is a usual one in all respects.
+    """Decode the event in a message of `store_evaluation`. Return None to leave the message to the slow path.
 
-    Into `traceparents`, if that is given, goes what the message says of its trace, unchecked, under its `redis_id`.
+    Put the message's `traceparent`, unchecked, into `traceparents` under `redis_id`, if `traceparents` is given.
     """
     try:
         message = _DECODER.decode(body)
@@ -93,7 +93,10 @@ def read_fact(
 
 
 def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
-    """The same of an event by itself, as HTTP clients send it: with its id and its time, and nothing that `check` refuses."""
+    """Decode an event without a message, as HTTP clients send it. Return None to leave it to `check`.
+
+    `check` accepts every event that this function decodes.
+    """
     try:
         event = _EVENT_DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -102,11 +105,11 @@ def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
 
 
 def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, bytes] | None:
-    """The time of an event that a sender gives, and the event as JSON, if it is a usual one that `check` takes.
+    """Check an event that a sender gives. Return its time and the event as JSON, or None to leave the event to `check`.
 
-    It has an id in the usual form and no nulls: it travels as it is, but for the form of its time. None leaves it to `check`.
+    The event has a lower-case id and no nulls: it can be sent as it is, but for the form of its time.
     """
-    # Of one kind, as a union would be looked through anew each time; and no JSON is read, which would copy all text.
+    # Convert to the struct of one type: msgspec prepares a union anew at each call. Decoding the JSON would copy all text.
     kind = _STRUCTS.get(tag) if type(tag := data.get("type")) is str else None
     if kind is None or not _is_plain(data, _PLAIN):
         return None
@@ -118,7 +121,7 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
         event, body = msgspec.convert(data, kind), msgspec.json.encode(data)
     except (msgspec.ValidationError, ValueError, OverflowError):
         return None
-    if len(body) > max_content_bytes or b"\\u0000" in body or not _USUAL_ID.fullmatch(event.event_id):
+    if len(body) > max_content_bytes or b"\\u0000" in body or not _LOWER_CASE_UUID.fullmatch(event.event_id):
         return None
     if metadata and not _is_sound(metadata, len(body)):
         return None
@@ -127,7 +130,7 @@ def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, 
 
 
 def _is_plain(members: dict[Any, Any], plain: frozenset[type]) -> bool:
-    """Whether JSON says the same as these, NaN aside; msgspec would write much else as something similar."""
+    """Return whether JSON holds these values exactly, NaN aside. msgspec converts other types to similar ones."""
     return plain.issuperset(map(type, members.values())) and _TEXT.issuperset(map(type, members))
 
 
@@ -138,20 +141,20 @@ def _is_finite(members: dict[str, Any]) -> bool:
 _TEXT: Final[frozenset[type]] = frozenset({str})
 _PLAIN: Final[frozenset[type]] = frozenset({str, int, float, dict})
 _PLAIN_METADATA: Final[frozenset[type]] = frozenset({str, int, float, bool, type(None)})
-_USUAL_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+_LOWER_CASE_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
 def _fact(event: Any, body: bytes, max_content_bytes: int) -> Fact | None:
-    # Content is at most as long as what it was escaped to; NUL is for content alone.
+    # Content is no longer than its JSON. Only content may hold NUL: leave every NUL to the slow path.
     if len(body) > max_content_bytes or b"\\u0000" in body:
         return None
     event_id, occurred_at = _uuid(event.event_id), _time(event.occurred_at)
     if event_id is None or occurred_at is None or (event.metadata and not _is_sound(event.metadata, len(body))):
         return None
-    kind = type(event)
-    if kind is _Queued and event.language is None:
+    struct = type(event)
+    if struct is _Queued and event.language is None:
         event.language = "python"
-    head = (event.eval_id, event_id, _TYPES[kind], event.attempt or 1, occurred_at, event.metadata or None)
+    head = (event.eval_id, event_id, _TYPES[struct], event.attempt or 1, occurred_at, event.metadata or None)
     code, output, error = event.code, event.output, event.error
     tail = (
         None if code is None else code.encode(),
@@ -167,7 +170,7 @@ _scalars = attrgetter(*SCALARS)
 
 
 def _uuid(text: str) -> UUID | None:
-    """Of the two forms that msgspec knows, the one of this length has hyphens."""
+    """Return the UUID. msgspec accepts two forms; the one with hyphens has 36 characters."""
     if len(text) != 36:
         return None
     try:
@@ -176,12 +179,15 @@ def _uuid(text: str) -> UUID | None:
         return None
 
 
-# What was decoded from UTF-8, and has no NUL, is sound if it has no integer that is too large.
+# A value that was decoded from UTF-8 without NUL is valid unless it is an integer beyond 64 bits.
 _SOUND = frozenset({str, float, bool, type(None)})
 
 
 def _is_sound(metadata: dict[str, Any], body_bytes: int) -> bool:
-    """Whether `plain_metadata`, which takes longer, accepts it. No number grows to eight times its length when written out."""
+    """Return whether `plain_metadata`, which takes longer, accepts it.
+
+    msgspec writes a number at most eight times as long as the sender did, so small bodies need no check of their size.
+    """
     if body_bytes <= MAX_METADATA_BYTES // 8 and all(
         type(value) in _SOUND or (type(value) is int and abs(value) < 2**63) for value in metadata.values()
     ):
@@ -194,7 +200,7 @@ def _is_sound(metadata: dict[str, Any], body_bytes: int) -> bool:
 
 
 def _time(text: str) -> datetime | None:
-    if not USUAL_TIME.fullmatch(text) or text < "2":
+    if not PLAIN_TIME.fullmatch(text) or text < "2":
         return None
     try:
         return datetime.fromisoformat(text)

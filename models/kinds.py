@@ -17,8 +17,8 @@ from models.plain import INT64, MAX_METADATA_BYTES, plain_metadata
 
 _EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
 UUID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-# As nearly every time is written: nothing to truncate or to convert, and no year before 1970 where it does not begin with 1.
-USUAL_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
+# The form of nearly all times: UTC, nothing to truncate. A time of this form that does not begin with 1 is after 1970.
+PLAIN_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
@@ -39,11 +39,14 @@ def event_id(value: Any) -> UUID | None:
 
 
 def _occurred_at(value: Any) -> datetime | None:
-    """RFC 3339 with an offset, truncated to microseconds, as UTC; a `datetime` must be aware."""
+    """Return a time in UTC, truncated to microseconds.
+
+    Raises ValueError for text that is not RFC 3339 with an offset, and for a naive `datetime`.
+    """
     if value is None:
         return None
     if isinstance(value, str):
-        if USUAL_TIME.fullmatch(value) and not value.startswith("1"):
+        if PLAIN_TIME.fullmatch(value) and not value.startswith("1"):
             try:
                 return datetime.fromisoformat(value)
             except ValueError as error:
@@ -97,8 +100,8 @@ def _reference(value: Any) -> content.Reference | None:
 class Kind:
     """How values of one kind look outside of the event models.
 
-    `words` is for reference pages, `sql` is a PostgreSQL type, `wire` is a type for msgspec that accepts no value which the
-    event models refuse, and `schema` is JSON Schema.
+    `words` is for reference pages, `sql` is a PostgreSQL type, `schema` is JSON Schema. `wire` is a type for msgspec: apart from
+    NUL in text it accepts no value that the event models refuse.
     """
 
     words: str

@@ -22,7 +22,7 @@ from models.content import Reference
 from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event, known_values
 from models.fields import EVENT_COLUMNS, FROM_QUEUED, FROM_RESULT, FROM_STARTED, RECORD_COLUMNS, SCALARS, Scalars
 
-if TYPE_CHECKING:  # the named tuples below as type checkers see them: the columns of the table, typed
+if TYPE_CHECKING:  # the same columns as those of the named tuples below, with types; scalars have them from the table
 
     class _Row(tuple[Any, ...]):
         __slots__ = ()
@@ -62,18 +62,18 @@ else:
 
 
 class Fact(_EventColumns):
-    """An event as the event log holds it: one column each. Content is None where it was not read."""
+    """An event as a row of the event log. Content is None if it was not read."""
 
     __slots__ = ()
 
     @property
     def references(self) -> list[Reference]:
-        """The objects it needs."""
+        """The objects that hold its content."""
         return [found for found in (self.code, self.output, self.error) if isinstance(found, Reference)]
 
 
 class State(_RecordColumns):
-    """A record as the table `evaluations` holds it: content by the events that brought it."""
+    """A record as a row of the table `evaluations`. The events named by its last two columns hold its content."""
 
     __slots__ = ()
 
@@ -116,7 +116,7 @@ _PHASES: Final = {"evaluation:queued": 0, "evaluation:started": 1, "evaluation:l
 
 
 def fact(event: Event) -> Fact:
-    """`event` as a row of the event log. It must have its `event_id` and `occurred_at`."""
+    """Return `event` as a row of the event log. Raises ValueError without `event_id` or `occurred_at`."""
     if event.event_id is None or event.occurred_at is None:
         raise ValueError("an event is stored under an event_id and an occurred_at")
     given = event.__dict__
@@ -149,7 +149,7 @@ def _language(event: Event) -> str | None:
 
 
 def _extra(event: Event) -> str | None:
-    """The fields this release does not know. A null means absent here as everywhere."""
+    """Return the fields that this release does not know, without nulls, as canonical JSON."""
     given = {name: value for name, value in (event.model_extra or {}).items() if value is not None}
     return canonical_json(given) if given else None
 

@@ -135,12 +135,12 @@ class Handler:
         traces = tracing.sender_traces()
         for delivery in deliveries:
             try:
-                usual = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
-                event = usual or unusual_fact(delivery.body, traces, delivery.redis_id)
+                fast = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
+                event = fast or unusual_fact(delivery.body, traces, delivery.redis_id)
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
                 continue
-            (events if usual or self._contents.is_ready(event) else referring).append((delivery, event))
+            (events if fast or self._contents.is_ready(event) else referring).append((delivery, event))
         self._timed("decode", started)
         if events:
             self._store(batch, bad, events)
@@ -265,12 +265,15 @@ class _Stopped(Outage):
 
 
 def fact_of(body: bytes) -> Fact:
-    """The event in a message as the log is to hold it. Raises InvalidEvent, ActorNotFound."""
+    """Return the event in a message as a row of the log. Raises InvalidEvent, ActorNotFound."""
     return read_fact(body, max_content_bytes=settings().max_content_bytes) or unusual_fact(body)
 
 
 def unusual_fact(body: bytes, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b"") -> Fact:
-    """The same, the thorough way: of whatever `read_fact` leaves alone. What is said of the trace goes where it does there."""
+    """Return the event in a message that `read_fact` left to the slow path. `traceparents` is as for `read_fact`.
+
+    Raises InvalidEvent, ActorNotFound.
+    """
     message = read(body)
     if traceparents is not None:
         traceparents[redis_id] = message.options.get("traceparent")

@@ -95,7 +95,7 @@ async def _batch(request: Request, eval_id: str | None) -> Response:
     async with service.body(request) as body:
 
         def work() -> list[dict[str, Any]]:
-            lines = write_requests.lines(body, eval_id, key, service.settings.max_content_bytes, facts=not is_async)
+            lines = write_requests.lines(body, eval_id, key, service.settings.max_content_bytes, fast=not is_async)
             lines = _allowed(service, caller, lines)
             outcomes = _sent(service, lines) if is_async else _stored(service, lines)
             return [_told(line, outcome) for line, outcome in zip(lines, outcomes, strict=True)]

@@ -130,11 +130,11 @@ def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
     return []
 
 
-def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int, *, facts: bool) -> list[Line]:
-    """The events of a batch, a JSON object a line, each checked by itself. With `facts` usual ones come as such, which takes a
-    tenth of the time.
+def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int, *, fast: bool) -> list[Line]:
+    """Read the events of a batch, a JSON object a line, and check each by itself.
 
-    `eval_id`: the one of the path, which they may leave out. Raises InvalidEvent where there are too many or none.
+    `fast`: return rows of the log where the fast path decodes the line, in a tenth of the time.
+    `eval_id`: that of the path, which lines may leave out. Raises InvalidEvent for no lines or too many.
     """
     if eval_id is not None and (faults := _path_faults({}, eval_id)):
         raise InvalidEvent(faults)
@@ -143,16 +143,17 @@ def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_byt
     if not 1 <= len(found) <= MAX_LINES:
         raise InvalidEvent([Fault("body", f"expected 1 to {MAX_LINES:,} events, a line each, not {len(found):,}")])
     return [
-        (facts and _usual(number, text, eval_id, max_content_bytes)) or _line(number, text, eval_id, key, max_content_bytes)
+        (fast and _decode_line(number, text, eval_id, max_content_bytes))
+        or _line(number, text, eval_id, key, max_content_bytes)
         for number, text in found
     ]
 
 
-def _usual(number: int, text: bytes, eval_id: str | None, max_content_bytes: int) -> Line | None:
-    fact = read_event(text, max_content_bytes=max_content_bytes)
-    if fact is None or eval_id not in {None, fact.eval_id}:
+def _decode_line(number: int, text: bytes, eval_id: str | None, max_content_bytes: int) -> Line | None:
+    row = read_event(text, max_content_bytes=max_content_bytes)
+    if row is None or eval_id not in {None, row.eval_id}:
         return None
-    return Line(number, WriteRequest(fact, has_explicit_time=True), fact.eval_id, fact.event_id)
+    return Line(number, WriteRequest(row, has_explicit_time=True), row.eval_id, row.event_id)
 
 
 def _line(number: int, text: bytes | bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
