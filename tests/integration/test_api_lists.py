@@ -135,7 +135,7 @@ def test_a_list_that_takes_too_long_gives_what_it_found_and_where_to_go_on(
 
 def test_a_count_that_takes_too_long_costs_the_count_and_not_the_page(start_api: Callable[..., Any]) -> None:
     impatient = (
-        "import evalstore.storage.listing, evalstore.api.__main__ as main\nstorage.listing.PATIENCE_S = 0.001\nmain.main()"
+        "import evalstore.storage.listing as listing, evalstore.api.__main__ as main\nlisting.PATIENCE_S = 0.001\nmain.main()"
     )
     api = start_api(command=("-c", impatient))
     many = """INSERT INTO evaluations (eval_id, status, attempt, version, metadata, created_at)
