@@ -1,8 +1,8 @@
 """The fast path for events: decode a message in one pass, or leave it to the slow path.
 
-Nearly all messages hold a valid event as our own senders write it. For these, `read_fact` returns what `models.events.parse`
-and `models.record.fact` return, at a fraction of the cost. For all others it returns None, and the slow path decides. The two
-must never differ: tests/unit/test_wire.py compares them.
+Nearly all messages hold a valid event as our own senders write it. For these, `read_fact` returns what
+`models.events.parse` and `models.record.fact` return, at a fraction of the cost. For all others it returns None, and the
+slow path decides. The two must never differ: tests/unit/test_wire.py compares them.
 """
 
 import math

@@ -69,8 +69,10 @@ def times(conn: Connection, events: Sequence[Event | Fact]) -> dict[tuple[str, U
 
 
 def at_time(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:
-    """The event as of that time; as it is where there is none, or where it comes as what the log holds."""
-    return event if occurred_at is None or isinstance(event, Fact) else event.model_copy(update={"occurred_at": occurred_at})
+    """Return the event as of `occurred_at`; unchanged if that is None, or if the event is a row of the log."""
+    if occurred_at is None or isinstance(event, Fact):
+        return event
+    return event.model_copy(update={"occurred_at": occurred_at})
 
 
 _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"

@@ -327,8 +327,8 @@ def nasty_record(database_url: str) -> Json:
     metadata = {NASTY.replace("\0", ""): [NASTY], "text": "word " * 40}
     store(
         database_url,
-        event("queued", code=NASTY, submitter=NASTY, language=NASTY, metadata=metadata),
-        event("completed", exit_code=-(2**63), output="\ud800\0\x1b[2J", error_b64="/5s=", executor_id="x" * 1000),
+        event("queued", code=NASTY, submitter=NASTY, language=NASTY, run_id="r", metadata=metadata),
+        event("completed", exit_code=-(2**63), score=-0.5, output="\ud800\0\x1b[2J", error_b64="/5s=", executor_id="x" * 1000),
     )
     return metadata
 
@@ -348,8 +348,10 @@ def test_the_record_as_json_says_all_and_holds_no_terminal_codes(evalstore: Eval
         "version": 2,
         "submitter": NASTY,
         "language": NASTY,
+        "run_id": "r",
         "metadata": metadata,
         "exit_code": -(2**63),
+        "score": -0.5,
         "code": NASTY,
         "output": "\ud800\0\x1b[2J",
         "error_b64": "/5s=",

@@ -108,7 +108,8 @@ def test_a_message_with_a_trace_is_read_quickly_whatever_is_wrong_with_the_trace
     found: dict[bytes, Any] = {}
     options = {"redis_message_id": "r", "traceparent": traceparent, "tracestate": "a=b"}
 
-    quick = read_fact(message(usual("started"), options=options), max_content_bytes=10**6, traceparents=found, redis_id=b"r")
+    body = message(usual("started"), options=options)
+    quick = read_fact(body, max_content_bytes=10**6, traceparents=found, redis_id=b"r")
 
     assert quick == thorough(message(usual("started")))
     assert found == ({} if traceparent is None else {b"r": traceparent})
