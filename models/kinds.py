@@ -68,12 +68,15 @@ def _occurred_at(value: Any) -> datetime | None:
 
 
 def _in_utc(at: datetime) -> datetime:
-    """Convert `at` to UTC and to `datetime` itself: pandas' Timestamp writes nanoseconds, and its NaT is no time."""
+    """Convert `at` to UTC and to `datetime` itself, without `fold`.
+
+    pandas' Timestamp writes nanoseconds, and its NaT is no time.
+    """
     try:
         moment = at.astimezone(UTC)
     except OverflowError:
         return datetime.min.replace(tzinfo=UTC)
-    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
+    return datetime.combine(moment.date(), moment.time().replace(fold=0), UTC)
 
 
 def _metadata(value: Any) -> dict[str, Any] | None:
@@ -100,8 +103,8 @@ def _reference(value: Any) -> content.Reference | None:
 class Kind:
     """How values of one kind look outside of the event models.
 
-    `words` is for reference pages, `sql` is a PostgreSQL type, `schema` is JSON Schema. `wire` is a type for msgspec: apart from
-    NUL in text it accepts no value that the event models refuse.
+    `words` is for reference pages, `sql` is a PostgreSQL type, `schema` is JSON Schema. `wire` is a type for msgspec; apart
+    from NUL in text it accepts no value that the event models refuse.
     """
 
     words: str

@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -358,6 +358,7 @@ fields = [*COMPLETED, "attempt", "metadata", "memory_bytes", "duration_ms", "exe
     st.dictionaries(st.sampled_from([*fields, "output_b64", "unknown"]), anything, max_size=2),
     st.none() | st.dictionaries(st.text(max_size=3), anything, max_size=3),
 )
+@example(STARTED, {"occurred_at": datetime(2000, 1, 1, fold=1, tzinfo=UTC)}, None)
 def test_whatever_is_given_is_refused_by_name_or_read_back_the_same(
     event: Mapping[str, Any], changed: dict[str, Any], metadata: dict[str, Any] | None
 ) -> None:
