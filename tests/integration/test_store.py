@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from sqlalchemy import Connection, Engine
 
-from evalstore.storage import database, event_store, event_writer, outbox, records
+from evalstore.storage import database, event_store, event_writer, outbox
 from evalstore.storage.event_store import ROW_LIMIT_BYTES, Stored
 from evalstore.storage.outbox import Commit, Relayed, StreamId
 from models import Event, Outage, Record, merge
@@ -352,62 +352,6 @@ def test_content_and_a_reference_to_the_same_bytes_are_the_same_body(
 
 
 @pytest.mark.usefixtures("both_ways")
-def store_as_an_older_worker(engine: Engine, plain: psycopg.Connection[Json], given: Event) -> None:
-    """Leave `given` in the log as a worker that knows neither `run_id` nor `score` does."""
-    store(engine, [given])
-    unknown = {name: value for name in ("run_id", "score") if (value := getattr(given, name, None)) is not None}
-    plain.execute(
-        "UPDATE evaluation_events SET run_id = NULL, score = NULL, extra = %s WHERE event_id = %s",
-        [canonical_json(unknown | (given.model_extra or {})), given.event_id],
-    )
-    plain.execute("UPDATE evaluations SET run_id = NULL, score = NULL")
-
-
-@pytest.mark.usefixtures("both_ways")
-def test_fields_that_an_older_worker_kept_in_extra_count_as_if_columns_held_them(
-    engine: Engine, plain: psycopg.Connection[Json]
-) -> None:
-    queued, completed = event("queued", 1, run_id="r", future=1), event("completed", 2, second=1, score=1)
-    store_as_an_older_worker(engine, plain, queued)
-    store_as_an_older_worker(engine, plain, completed)
-    stored = store(engine, [event("started", 3)])
-    record = get(engine)
-    assert record is not None
-    assert (record.run_id, record.score) == ("r", 1.0)
-    assert stored.confirmations[0].run_id == "r"
-    with engine.connect() as conn:
-        log = {shown.fields["type"]: shown.fields for shown in records.log(conn, "e", limit=10)}
-    assert (log["evaluation:queued"]["run_id"], log["evaluation:queued"]["extra"]) == ("r", '{"future":1}')
-    assert (log["evaluation:completed"]["score"], log["evaluation:completed"]["extra"]) == (1.0, None)
-
-
-@pytest.mark.usefixtures("both_ways")
-def test_an_event_that_an_older_worker_stored_is_a_duplicate_and_with_another_value_it_is_reused(
-    engine: Engine, plain: psycopg.Connection[Json]
-) -> None:
-    queued, completed = event("queued", 1, run_id="r", future=1), event("completed", 2, second=1, score=0.5)
-    store_as_an_older_worker(engine, plain, queued)
-    store_as_an_older_worker(engine, plain, completed)
-    again = [queued, completed, event("queued", 1, run_id="s", future=1), event("queued", 1, run_id="r"), event("completed", 2)]
-    outcomes = store(engine, again).outcomes
-    assert outcomes == ["duplicate", "duplicate", "reused", "reused", "reused"]
-
-
-@pytest.mark.usefixtures("both_ways")
-def test_a_field_that_an_older_worker_kept_and_no_column_can_hold_stays_in_extra(
-    engine: Engine, plain: psycopg.Connection[Json]
-) -> None:
-    extra = '{"run_id":"a b","score":0.5}'  # no run_id, and no field of its type
-    store(engine, [event("queued", 1)])
-    plain.execute("UPDATE evaluation_events SET extra = %s", [extra])
-    store(engine, [event("started", 2)])
-    record = get(engine)
-    assert record is not None
-    assert (record.run_id, record.score) == (None, None)
-    with engine.connect() as conn:
-        assert [shown.fields["extra"] for shown in records.log(conn, "e", limit=10)] == [extra, None]
-
-
 def test_an_event_id_is_unique_within_its_evaluation_alone(engine: Engine) -> None:
     assert store(engine, [event("started"), event("started", eval_id="f")]).outcomes == ["applied", "applied"]
 
