@@ -45,7 +45,7 @@ def _carried_by(*events: str) -> Callable[[_Class], _Class]:
     """Add the fields of a class to the table; these types of events carry them."""
 
     def add(group: _Class) -> _Class:
-        # A dataclass without methods: pydantic reads its fields, type checkers its arguments.
+        # A dataclass without methods: pydantic lets a model inherit its fields.
         dataclass(init=False, repr=False, eq=False, kw_only=True)(group)
         for name, hint in get_type_hints(group, include_extras=True).items():
             if (kind := _kind(hint)) is not None:
@@ -66,6 +66,8 @@ def _kind(hint: Any) -> Kind | None:
 
 @_carried_by(*SENT)
 class Common:
+    """All types of events carry these."""
+
     eval_id: Annotated[EvalId, "the evaluation", Required(SENT)]
     event_id: Annotated[EventId, "the event"] = None
     occurred_at: Annotated[Time, "when it happened; now, where it is missing"] = None
@@ -73,11 +75,10 @@ class Common:
     metadata: Annotated[Metadata, "anything else; later events win, key by key"] = None
 
 
-# ---- the record takes these from the first queued event of the highest attempt that has one
-
-
 @_carried_by("queued")
 class Queued:
+    """The record takes these from the first queued event of the highest attempt that has one."""
+
     run_id: Annotated[RunId | None, "the run it belongs to"] = None
     language: Annotated[Text | None, "the language of the code; default `python`"] = None
     submitter: Annotated[Text | None, "who asked for it"] = None
@@ -85,33 +86,32 @@ class Queued:
 
 @_carried_by("queued")
 class Code:
+    """The record takes these from the event of `Queued`."""
+
     code: Annotated[Content | None, "the code to run", Required(("queued",))] = None
     code_b64: Base64 | None = None
     code_ref: Ref = None
 
 
-# ---- each by itself, from the result where it has the field, else from the attempt's last started event
-
-
 @_carried_by("started", "completed", "failed", "timed_out")
 class Ran:
+    """The record takes each by itself: from the result if it has the field, else from the attempt's last started event."""
+
     executor_id: Annotated[Text | None, "the executor that ran it"] = None
     container_id: Annotated[Text | None, "the container it ran in"] = None
 
 
-# ---- from the first started event of the attempt
-
-
 @_carried_by("started")
 class Started:
+    """The record takes these from the first started event of the attempt."""
+
     timeout_s: Annotated[Number | None, "the time limit of this attempt"] = None
-
-
-# ---- from the result
 
 
 @_carried_by("completed", "failed", "timed_out")
 class Measured:
+    """The record takes these from the result."""
+
     exit_code: Annotated[Int64 | None, "the program's exit code", Required(("completed",))] = None
     duration_ms: Annotated[Number | None, "how long it ran"] = None
     memory_bytes: Annotated[Int64 | None, "the most memory it had"] = None
@@ -119,16 +119,22 @@ class Measured:
 
 @_carried_by("completed")
 class Graded:
+    """The record takes these from the result."""
+
     score: Annotated[Number | None, "what a grader gave"] = None
 
 
 @_carried_by("cancelled")
 class Cancelled:
+    """The record takes these from the result."""
+
     reason: Annotated[Text | None, "why it was called off"] = None
 
 
 @_carried_by("completed", "failed", "timed_out")
 class Output:
+    """The record takes these from the result."""
+
     output: Annotated[Content | None, "standard output"] = None
     output_b64: Base64 | None = None
     output_ref: Ref = None
@@ -142,10 +148,10 @@ class Scalars(Cancelled, Graded, Measured, Started, Ran, Queued):
 
 
 def _names(*groups: type) -> tuple[str, ...]:
-    return tuple(field.name for field in FIELDS if any(field.name in get_type_hints(group) for group in groups))
+    return tuple(field.name for field in FIELDS if any(field.name in group.__annotations__ for group in groups))
 
 
-SCALARS: Final = _names(Scalars)
+SCALARS: Final = _names(*Scalars.__bases__)
 CONTENTS: Final = tuple(field.name for field in FIELDS if field.is_content)
 # The scalars by the event that the record takes them from. Each source's columns follow one another in both rows.
 FROM_QUEUED: Final = _names(Queued)
