@@ -1,7 +1,7 @@
 """The fast path for events: decode a message in one pass, or leave it to the slow path.
 
-Nearly all messages hold a valid event as our own senders write it. For these, `read_fact` returns what
-`models.events.parse` and `models.record.fact` return, at a fraction of the cost. For all others it returns None, and the
+Nearly all messages hold a valid event as our own senders write it. For these, `decode_message` returns what
+`models.events.parse` and `models.record.to_row` return, at a fraction of the cost. For all others it returns None, and the
 slow path decides. The two must never differ: tests/unit/test_wire.py compares them.
 """
 
@@ -19,7 +19,7 @@ from msgspec import Meta
 from models.fields import CONTENTS, FIELDS, SCALARS, SENT, Field
 from models.kinds import EVAL_ID_PATTERN, PLAIN_TIME
 from models.plain import MAX_METADATA_BYTES, plain_metadata
-from models.record import Fact
+from models.record import EventRow
 
 
 class _Event(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
@@ -75,9 +75,9 @@ _DECODER = msgspec.json.Decoder(_Message)
 _EVENT_DECODER: msgspec.json.Decoder[_Event] = msgspec.json.Decoder(_AnyEvent)
 
 
-def read_fact(
+def decode_message(
     body: bytes, *, max_content_bytes: int, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b""
-) -> Fact | None:
+) -> EventRow | None:
     """Decode the event in a message of `store_evaluation`. Return None to leave the message to the slow path.
 
     Put the message's `traceparent`, unchecked, into `traceparents` under `redis_id`, if `traceparents` is given.
@@ -92,7 +92,7 @@ def read_fact(
     return found
 
 
-def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
+def decode_event(body: bytes, *, max_content_bytes: int) -> EventRow | None:
     """Decode an event without a message, as HTTP clients send it. Return None to leave it to `check`.
 
     `check` accepts every event that this function decodes.
@@ -104,7 +104,7 @@ def read_event(body: bytes, *, max_content_bytes: int) -> Fact | None:
     return _fact(event, body, max_content_bytes)
 
 
-def look_at(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, bytes] | None:
+def check_and_encode(data: dict[str, Any], *, max_content_bytes: int) -> tuple[datetime, bytes] | None:
     """Check an event that a sender gives. Return its time and the event as JSON, or None to leave the event to `check`.
 
     The event has a lower-case id and no nulls: it can be sent as it is, but for the form of its time.
@@ -144,7 +144,7 @@ _PLAIN_METADATA: Final[frozenset[type]] = frozenset({str, int, float, bool, type
 _LOWER_CASE_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
-def _fact(event: Any, body: bytes, max_content_bytes: int) -> Fact | None:
+def _fact(event: Any, body: bytes, max_content_bytes: int) -> EventRow | None:
     # Content is no longer than its JSON. Only content may hold NUL: leave every NUL to the slow path.
     if len(body) > max_content_bytes or b"\\u0000" in body:
         return None
@@ -162,7 +162,7 @@ def _fact(event: Any, body: bytes, max_content_bytes: int) -> Fact | None:
         None if error is None else error.encode(),
         None,
     )
-    return _new(Fact, head + _scalars(event) + tail)  # `_make` counts the fields once more
+    return _new(EventRow, head + _scalars(event) + tail)  # `_make` counts the fields once more
 
 
 _new = tuple.__new__

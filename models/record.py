@@ -61,7 +61,7 @@ else:
     _RecordColumns = namedtuple("_RecordColumns", RECORD_COLUMNS)
 
 
-class Fact(_EventColumns):
+class EventRow(_EventColumns):
     """An event as a row of the event log. Content is None if it was not read."""
 
     __slots__ = ()
@@ -72,7 +72,7 @@ class Fact(_EventColumns):
         return [found for found in (self.code, self.output, self.error) if isinstance(found, Reference)]
 
 
-class State(_RecordColumns):
+class RecordRow(_RecordColumns):
     """A record as a row of the table `evaluations`. The events named by its last two columns hold its content."""
 
     __slots__ = ()
@@ -105,7 +105,7 @@ class Record(Scalars, _Head):
 
 
 def _slice(names: tuple[str, ...]) -> slice:
-    first = Fact._fields.index(names[0])
+    first = EventRow._fields.index(names[0])
     return slice(first, first + len(names))
 
 
@@ -115,7 +115,7 @@ _NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_Q
 _PHASES: Final = {"evaluation:queued": 0, "evaluation:started": 1, "evaluation:lost": 2} | dict.fromkeys(ENDINGS, 3)
 
 
-def fact(event: Event) -> Fact:
+def to_row(event: Event) -> EventRow:
     """Return `event` as a row of the event log. Raises ValueError without `event_id` or `occurred_at`."""
     if event.event_id is None or event.occurred_at is None:
         raise ValueError("an event is stored under an event_id and an occurred_at")
@@ -129,7 +129,7 @@ def fact(event: Event) -> Fact:
         elif (reference := given[f"{name}_ref"]) is not None:
             contents[name] = reference
     get = given.get
-    return Fact(
+    return EventRow(
         event.eval_id,
         event.event_id,
         event.type,
@@ -154,7 +154,7 @@ def _extra(event: Event) -> str | None:
     return canonical_json(given) if given else None
 
 
-def promote(row: Fact) -> Fact:
+def promote(row: EventRow) -> EventRow:
     """Return `row` with the fields that an older worker kept in `extra` in their columns.
 
     A worker that does not know a field keeps it in `extra`. Values that the field does not take stay there.
@@ -169,7 +169,7 @@ def promote(row: Fact) -> Fact:
     return row._replace(**columns, extra=canonical_json(left) if left else None)
 
 
-def demote(row: Fact, stored_extra: str | None) -> Fact | None:
+def demote(row: EventRow, stored_extra: str | None) -> EventRow | None:
     """Return `row` as an older worker stores it: the fields that are in `stored_extra` go from their columns to `extra`.
 
     None if no such field has the value that `row` has.
@@ -185,7 +185,7 @@ def demote(row: Fact, stored_extra: str | None) -> Fact | None:
     return row._replace(**nothing, extra=canonical_json(own | moved))
 
 
-def fold(facts: list[Fact]) -> State:
+def fold(facts: list[EventRow]) -> RecordRow:
     """The record of one evaluation from all its facts, each given once. The rule itself: everything else calls it."""
     attempt = max([fact.attempt for fact in facts])
     queued, started, lost, endings = _Phase(), _Phase(), _Phase(), _Phase()
@@ -207,7 +207,7 @@ def fold(facts: list[Fact]) -> State:
     described = [fact for fact in facts if fact.metadata]
     for fact in sorted(described, key=_metadata_order) if len(described) > 1 else described:
         metadata.update(fact.metadata or {})
-    return State(
+    return RecordRow(
         facts[0].eval_id,
         status,
         attempt,
@@ -227,25 +227,25 @@ def fold(facts: list[Fact]) -> State:
     )
 
 
-class _Phase(list[Fact]):
+class _Phase(list[EventRow]):
     """The facts of one phase of an attempt, mostly none or one."""
 
-    def first(self) -> Fact | None:
+    def first(self) -> EventRow | None:
         return min(self, key=_when) if len(self) > 1 else self[0] if self else None
 
-    def last(self) -> Fact | None:
+    def last(self) -> EventRow | None:
         return max(self, key=_when) if len(self) > 1 else self[0] if self else None
 
 
-def _when(fact: Fact) -> tuple[datetime, UUID]:
+def _when(fact: EventRow) -> tuple[datetime, UUID]:
     return fact.occurred_at, fact.event_id
 
 
-def _queued_order(fact: Fact) -> tuple[int, datetime, UUID]:
+def _queued_order(fact: EventRow) -> tuple[int, datetime, UUID]:
     return -fact.attempt, fact.occurred_at, fact.event_id
 
 
-def _metadata_order(fact: Fact) -> tuple[int, int, datetime, UUID]:
+def _metadata_order(fact: EventRow) -> tuple[int, int, datetime, UUID]:
     return fact.attempt, _PHASES[fact.type], fact.occurred_at, fact.event_id
 
 
@@ -255,9 +255,9 @@ def merge(events: Iterable[Event]) -> Record:
     Raises ValueError for no events, events of several evaluations, or one without `event_id` or `occurred_at`. Of two events
     with the same `event_id` the first given stands, as the first committed does in the store.
     """
-    facts: dict[UUID, Fact] = {}
+    facts: dict[UUID, EventRow] = {}
     for event in events:
-        row = fact(event)
+        row = to_row(event)
         facts.setdefault(row.event_id, row)
     if len({row.eval_id for row in facts.values()}) != 1:
         raise ValueError("expected the events of exactly one evaluation")
@@ -268,7 +268,7 @@ def merge(events: Iterable[Event]) -> Record:
 
 
 def record(
-    state: State, code: bytes | Reference | None, output: bytes | Reference | None, error: bytes | Reference | None
+    state: RecordRow, code: bytes | Reference | None, output: bytes | Reference | None, error: bytes | Reference | None
 ) -> Record:
     """`state` for readers, with its content; where that is an object, with the reference to it."""
     fields: dict[str, Any] = {name: value for name, value in state._asdict().items() if name in Record.model_fields}

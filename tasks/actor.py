@@ -17,7 +17,7 @@ from uuid_utils import uuid7
 from models import content
 from models.errors import Fault, InvalidEvent, SendRefused
 from models.events import CONTENT_FIELDS, Event, check, identity
-from models.fast_decode import look_at
+from models.fast_decode import check_and_encode
 from models.record import rfc3339
 from models.settings import settings
 from models.threads import once_at_a_time, raise_if_ending
@@ -119,7 +119,7 @@ def _completed(data: Mapping[str, Any] | Event) -> tuple[dict[str, Any], bytes |
         else:
             travelling = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC)), **data}
         # Nearly all that is sent: tests/unit/test_wire.py compares it with what follows.
-        if (found := look_at(travelling, max_content_bytes=most)) is not None:
+        if (found := check_and_encode(travelling, max_content_bytes=most)) is not None:
             at, written = found
             if len(written) > _SMALL:
                 uploads.check_sizes(travelling)

@@ -29,7 +29,7 @@ from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from evalstore.storage.event_store import Outcome
-from models.record import Fact
+from models.record import EventRow
 from tasks.actor import QUEUE
 from tasks.redrives import REDRIVEN
 from tasks.tracing import NAME, database, flush, messaging, release
@@ -48,7 +48,7 @@ _MOST_BYTES: Final = 8 * 1024 * 1024
 _MOST_TRIES, _MOST_FAILURES = 20, 2
 
 T = TypeVar("T")
-_Pair = tuple[Delivery, Fact]
+_Pair = tuple[Delivery, EventRow]
 
 
 def _id(size: int) -> bytes:

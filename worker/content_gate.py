@@ -9,7 +9,7 @@ from typing import Final
 from evalstore.objects.existence_cache import Absence, ExistenceCache
 from models.errors import ObjectStoreOutage, ObjectUnavailable
 from models.logs import EventLogger
-from models.record import Fact
+from models.record import EventRow
 from models.settings import settings
 from worker.batches import Batch, Delivery, cause, read
 from worker.metrics import Outages
@@ -23,7 +23,7 @@ _OUTAGE_LATEST_S: Final = 300.0
 _ROUNDS_PER_S: Final = 5_000
 _WARN_EVERY_S: Final = 60.0
 
-Pair = tuple[Delivery, Fact]
+Pair = tuple[Delivery, EventRow]
 
 
 class ContentGate:
@@ -36,7 +36,7 @@ class ContentGate:
         self._next_due = 0.0
         self._next_warning = 0.0
 
-    def is_ready(self, fact: Fact) -> bool:
+    def is_ready(self, fact: EventRow) -> bool:
         """Whether it needs no object, or none that was not seen a short time ago."""
         return all(self._presence.is_known(reference) for reference in fact.references)
 

@@ -14,9 +14,9 @@ from evalstore.objects.object_store import Stores
 from evalstore.storage import database, durability, event_store, migrations
 from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
 from models.events import identified, parse
-from models.fast_decode import read_fact
+from models.fast_decode import decode_message
 from models.logs import EventLogger
-from models.record import Fact, fact
+from models.record import EventRow, to_row
 from models.settings import settings
 from tasks.actor import ACTOR, QUEUE
 from tasks.redrives import REDRIVEN
@@ -135,8 +135,8 @@ class Handler:
         traces = tracing.sender_traces()
         for delivery in deliveries:
             try:
-                fast = read_fact(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
-                event = fast or unusual_fact(delivery.body, traces, delivery.redis_id)
+                fast = decode_message(delivery.body, max_content_bytes=most, traceparents=traces, redis_id=delivery.redis_id)
+                event = fast or parse_message(delivery.body, traces, delivery.redis_id)
             except (BadMessage, ActorNotFound) as error:
                 bad[delivery.redis_id] = cause(error)
                 continue
@@ -264,13 +264,13 @@ class _Stopped(Outage):
     """The process is to stop; what it holds goes back."""
 
 
-def fact_of(body: bytes) -> Fact:
+def read_message(body: bytes) -> EventRow:
     """Return the event in a message as a row of the log. Raises InvalidEvent, ActorNotFound."""
-    return read_fact(body, max_content_bytes=settings().max_content_bytes) or unusual_fact(body)
+    return decode_message(body, max_content_bytes=settings().max_content_bytes) or parse_message(body)
 
 
-def unusual_fact(body: bytes, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b"") -> Fact:
-    """Return the event in a message that `read_fact` left to the slow path. `traceparents` is as for `read_fact`.
+def parse_message(body: bytes, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b"") -> EventRow:
+    """Return the event in a message that `decode_message` left to the slow path. `traceparents` is as for `decode_message`.
 
     Raises InvalidEvent, ActorNotFound.
     """
@@ -285,4 +285,4 @@ def unusual_fact(body: bytes, traceparents: dict[bytes, Any] | None = None, redi
     event = parse(given, max_content_bytes=settings().max_content_bytes)
     if event.type == "evaluation:lost":
         raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
-    return fact(event)
+    return to_row(event)

@@ -13,7 +13,7 @@ import msgspec
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.jobs import JOBS
 from models.metrics import QUEUES, TYPES
-from models.record import Fact
+from models.record import EventRow
 from worker.batches import Delivery
 
 LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
@@ -36,7 +36,7 @@ class WorkerMetrics:
         self._events = Counter[str]()
         self._marks = deque([(time.monotonic(), 0)])
 
-    def stored(self, events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[str], conflicting_results: int) -> None:
+    def stored(self, events: Sequence[tuple[Delivery, EventRow]], outcomes: Sequence[str], conflicting_results: int) -> None:
         """A batch was committed just now."""
         now, types = datetime.now(UTC), [event.type for _, event in events]
         applied: Sequence[int]

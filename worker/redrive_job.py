@@ -22,7 +22,7 @@ from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
 from worker.batches import read
 from worker.broker import Broker, time_budget
 from worker.dead_letter_mover import record_stored
-from worker.handler import fact_of
+from worker.handler import read_message
 
 log = EventLogger("evalstore.worker")
 
@@ -174,7 +174,7 @@ def _is_stored(conn: Connection, letter_id: UUID) -> bool:
     if None in key or not event_store.applied(conn, [key]):
         return False
     try:
-        event = fact_of(letter["message"])
+        event = read_message(letter["message"])
     except EvalstoreError:
         return False
     # Storing what is stored changes nothing, and tells whether it is the same.

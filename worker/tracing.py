@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from evalstore.storage.event_store import Outcome
-from models.record import Fact
+from models.record import EventRow
 from tasks.tracing import provider
 from worker import traceparents
 from worker.batches import Batch, Delivery
@@ -62,13 +62,13 @@ def transaction(events: int) -> AbstractContextManager[None]:
     return _OFF if spans is None else spans.transaction(events)
 
 
-def traces_of(events: Sequence[tuple[Delivery, Fact]]) -> Callable[[Sequence[int]], list[str]] | None:
+def traces_of(events: Sequence[tuple[Delivery, EventRow]]) -> Callable[[Sequence[int]], list[str]] | None:
     """What `evaluations.store` asks for the traces that confirmations go on in."""
     spans = _batch.get()
     return None if spans is None else spans.traces_of(events)
 
 
-def record_outcomes(events: Sequence[tuple[Delivery, Fact]], outcomes: Sequence[Outcome]) -> None:
+def record_outcomes(events: Sequence[tuple[Delivery, EventRow]], outcomes: Sequence[Outcome]) -> None:
     """Note what became of events."""
     if spans := _batch.get():
         spans.note(events, outcomes)

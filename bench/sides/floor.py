@@ -8,7 +8,7 @@ from evalstore.storage import event_store
 from models.settings import settings
 from tasks.actor import QUEUE
 from worker.broker import Broker
-from worker.handler import engine, fact_of
+from worker.handler import engine, read_message
 
 __all__ = ["fill"]
 
@@ -20,7 +20,7 @@ def main() -> None:
     with engine().connect() as conn:
         while True:
             if found := consumer._fetch(settings().batch_events):  # noqa: SLF001 - with no more around it than this
-                event_store.store(conn, [fact_of(body) for _, body in found])
+                event_store.store(conn, [read_message(body) for _, body in found])
                 consumer._settle([redis_id for redis_id, _ in found], {})  # noqa: SLF001
             else:
                 broker.client.blmove(consumer.keys.queue, consumer.keys.queue, 1, "LEFT", "LEFT")

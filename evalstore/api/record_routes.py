@@ -20,7 +20,7 @@ from evalstore.storage.conditional import WriteRequest
 from evalstore.storage.event_store import Outcome, Stored
 from models.errors import EventIdReused, Fault, InvalidEvent
 from models.events import Event, identity
-from models.record import Fact
+from models.record import EventRow
 from tasks import store_evaluation
 
 router = APIRouter(prefix="/storage", tags=["evaluations"])
@@ -87,7 +87,7 @@ async def create(request: Request) -> Response:
         if wants_async(request.headers):
             return await accepted(service, await service.thread(read))
 
-        def work() -> tuple[Event | Fact, Outcome]:
+        def work() -> tuple[Event | EventRow, Outcome]:
             (given,) = as_queued(service, [read()])
             return given.event, service.write(1, lambda conn, trace: conditional.create(conn, given, trace))
 
@@ -133,7 +133,7 @@ async def update(request: Request, eval_id: str) -> Response:
     return await _written(request, caller, given.event, outcome, 201 if is_new else 200)
 
 
-def _check_references(service: Service, caller: Caller, event: Event | Fact) -> None:
+def _check_references(service: Service, caller: Caller, event: Event | EventRow) -> None:
     if faults := upload_routes.faults(service, caller, [event])[0]:
         raise InvalidEvent(faults)
 
@@ -143,7 +143,7 @@ async def _attempt(service: Service, eval_id: str) -> int:
     return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
 
 
-async def _written(request: Request, caller: Caller, event: Event | Fact, outcome: Outcome, status: int) -> Response:
+async def _written(request: Request, caller: Caller, event: Event | EventRow, outcome: Outcome, status: int) -> Response:
     service = service_of(request)
     service.metrics.events(outcome)
     if outcome == "reused":
@@ -206,7 +206,7 @@ def as_first_given(service: Service, given: Sequence[WriteRequest]) -> list[Even
 
     def as_first(one: WriteRequest) -> Event:
         event = one.event
-        if isinstance(event, Fact):
+        if isinstance(event, EventRow):
             raise TypeError("what goes through the queue is an event")
         if one.has_explicit_time or event.occurred_at is None:
             return event

@@ -31,7 +31,7 @@ from evalstore.storage.records import RecordView
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage, RedisOutage
 from models.events import Event
 from models.logs import EventLogger
-from models.record import Fact
+from models.record import EventRow
 from models.settings import Settings
 from tasks import tracing
 from tasks.keys import Names
@@ -173,7 +173,7 @@ class Service:
             raise RedisOutage(str(error)) from error
         return datetime.fromisoformat(first.decode())
 
-    def queued_times(self, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+    def queued_times(self, events: Sequence[Event | EventRow]) -> dict[tuple[str, UUID | None], datetime]:
         """Those that `remembered_time` knows. While Redis is away it gives none, and soon."""
         if not events or time.monotonic() < self._redis_rests_until:
             return {}
@@ -186,7 +186,7 @@ class Service:
         times = zip(events, found, strict=True)
         return {(one.eval_id, one.event_id): datetime.fromisoformat(at.decode()) for one, at in times if at is not None}
 
-    def stored_times(self, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+    def stored_times(self, events: Sequence[Event | EventRow]) -> dict[tuple[str, UUID | None], datetime]:
         """When those of `events` occurred that are stored. While PostgreSQL is away it gives none, and soon."""
         if not events or time.monotonic() < self._log_rests_until:
             return {}

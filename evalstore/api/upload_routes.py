@@ -22,7 +22,7 @@ from evalstore.storage import grants
 from models.content import Reference
 from models.errors import Fault, ObjectDamaged
 from models.events import CONTENT_FIELDS, Event
-from models.record import Fact
+from models.record import EventRow
 
 _Start = Callable[[Callable[[], Reference]], asyncio.Future[Reference]]
 
@@ -129,7 +129,7 @@ def _granted_for(service: Service) -> timedelta:
     return timedelta(days=service.settings.sweep_grace_days * _GRANTED_FOR)
 
 
-def faults(service: Service, caller: Caller, events: Sequence[Event | Fact | None]) -> list[tuple[Fault, ...]]:
+def faults(service: Service, caller: Caller, events: Sequence[Event | EventRow | None]) -> list[tuple[Fault, ...]]:
     """Of each event, the references that the caller may not use. For a thread. Raises DatabaseOutage (retry)."""
     given = [_references(event) if event else {} for event in events]
     wanted = {reference for references in given for reference in references.values()}
@@ -142,8 +142,8 @@ def faults(service: Service, caller: Caller, events: Sequence[Event | Fact | Non
     ]
 
 
-def _references(event: Event | Fact) -> dict[str, Reference]:
-    form = "{}" if isinstance(event, Fact) else "{}_ref"
+def _references(event: Event | EventRow) -> dict[str, Reference]:
+    form = "{}" if isinstance(event, EventRow) else "{}_ref"
     given = {f"{kind}_ref": getattr(event, form.format(kind)) for kind in CONTENT_FIELDS[event.type]}
     return {name: reference for name, reference in given.items() if isinstance(reference, Reference)}
 

@@ -13,7 +13,7 @@ from evalstore.storage.conditional import WriteRequest
 from models import content
 from models.errors import Fault, InvalidEvent
 from models.events import Event, check, decode, identity
-from models.fast_decode import read_event
+from models.fast_decode import decode_event
 from models.record import canonical_json
 
 MAX_LINES: Final = 10_000
@@ -150,7 +150,7 @@ def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_byt
 
 
 def _decode_line(number: int, text: bytes, eval_id: str | None, max_content_bytes: int) -> Line | None:
-    row = read_event(text, max_content_bytes=max_content_bytes)
+    row = decode_event(text, max_content_bytes=max_content_bytes)
     if row is None or eval_id not in {None, row.eval_id}:
         return None
     return Line(number, WriteRequest(row, has_explicit_time=True), row.eval_id, row.event_id)

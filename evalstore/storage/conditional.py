@@ -16,14 +16,14 @@ from evalstore.storage import database, event_store
 from evalstore.storage.event_store import Outcome
 from models.errors import EvalstoreError
 from models.events import Event
-from models.record import Fact
+from models.record import EventRow
 
 
 class WriteRequest(NamedTuple):
     """An event to store, and whether when it occurred stands: its sender said so, or nobody can repeat it. Else a repeat takes
     the time of the first."""
 
-    event: Event | Fact
+    event: Event | EventRow
     has_explicit_time: bool
 
 
@@ -61,16 +61,16 @@ def store(
     return outcomes, stored
 
 
-def times(conn: Connection, events: Sequence[Event | Fact]) -> dict[tuple[str, UUID | None], datetime]:
+def times(conn: Connection, events: Sequence[Event | EventRow]) -> dict[tuple[str, UUID | None], datetime]:
     """When those of `events` occurred that are stored, by (eval_id, event_id). Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_TIMES, [[event.eval_id for event in events], [event.event_id for event in events]])
         return {(eval_id, event_id): occurred_at for eval_id, event_id, occurred_at in cursor}
 
 
-def at_time(event: Event | Fact, occurred_at: datetime | None) -> Event | Fact:
+def at_time(event: Event | EventRow, occurred_at: datetime | None) -> Event | EventRow:
     """Return the event as of `occurred_at`; unchanged if that is None, or if the event is a row of the log."""
-    if occurred_at is None or isinstance(event, Fact):
+    if occurred_at is None or isinstance(event, EventRow):
         return event
     return event.model_copy(update={"occurred_at": occurred_at})
 

@@ -16,7 +16,7 @@ from evalstore.storage import content_reader, database, event_writer
 from evalstore.storage.content_reader import Content
 from models.content import Reference
 from models.events import ENDINGS, Event
-from models.record import Fact, Record, State, demote, fact, fold, record
+from models.record import EventRow, Record, RecordRow, demote, fold, record, to_row
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
@@ -53,7 +53,7 @@ class Stored:
 
 
 def store(
-    conn: Connection, events: Sequence[Event | Fact], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
@@ -66,7 +66,7 @@ def store(
     """
     if not events:
         return Stored([])
-    facts = [event if isinstance(event, Fact) else fact(event) for event in events]
+    facts = [event if isinstance(event, EventRow) else to_row(event) for event in events]
     outcomes: list[Outcome] = ["duplicate"] * len(facts)
     with database.errors(), conn.begin(), event_writer.writing(database.driver(conn), conn.connection.info, facts) as way:
         written = _write(way, facts)
@@ -90,11 +90,11 @@ class _Written(NamedTuple):
     new: dict[str, list[int]]
     reused: list[int]
     created: set[str]
-    states: dict[str, State]
+    states: dict[str, RecordRow]
     conflicting_results: int
 
 
-def _write(way: "event_writer.Few | event_writer.Many", facts: list[Fact]) -> _Written:
+def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -> _Written:
     """Write `facts` to the log and the records. Of those with one event_id the first stands, unless one is stored already."""
     firsts: dict[str, dict[UUID, int]] = {}
     for position, one in enumerate(facts):
@@ -128,7 +128,7 @@ def _write(way: "event_writer.Few | event_writer.Many", facts: list[Fact]) -> _W
     )
 
 
-def _without_large(one: Fact, contents: list[tuple[Any, ...]]) -> Fact:
+def _without_large(one: EventRow, contents: list[tuple[Any, ...]]) -> EventRow:
     """`one` without content that is large or an object; rows for that are added to `contents`."""
     large = [
         (kind, data)
@@ -149,7 +149,7 @@ def _where(data: bytes | Reference) -> tuple[Any, ...]:
     return len(data), _digest(data), data, None, None
 
 
-def _reused(way: "event_writer.Few | event_writer.Many", facts: list[Fact], repeated: set[int]) -> list[int]:
+def _reused(way: "event_writer.Few | event_writer.Many", facts: list[EventRow], repeated: set[int]) -> list[int]:
     """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
     rows = {position: _without_large(facts[position], []) for position in repeated}
     same = {position: [True, *map(_digest, _contents(facts[position]))] for position in repeated}
@@ -163,7 +163,7 @@ def _reused(way: "event_writer.Few | event_writer.Many", facts: list[Fact], repe
     return different
 
 
-def _contents(one: Fact) -> tuple[bytes | Reference | None, ...]:
+def _contents(one: EventRow) -> tuple[bytes | Reference | None, ...]:
     return one.code, one.output, one.error
 
 
@@ -174,7 +174,7 @@ def _digest(data: bytes | Reference | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
+def _conflicting_results(before: list[EventRow], new: list[EventRow]) -> int:
     """How many of the `new` events end an attempt that another event ended before."""
     endings = [one.attempt for one in new if one.type in ENDINGS]
     if not endings:
@@ -183,7 +183,7 @@ def _conflicting_results(before: list[Fact], new: list[Fact]) -> int:
     return len(endings) - len(set(endings) - before_that)
 
 
-def _confirmations(facts: list[Fact], written: _Written, recorded_at: str) -> list[Confirmation]:
+def _confirmations(facts: list[EventRow], written: _Written, recorded_at: str) -> list[Confirmation]:
     """One for each evaluation that changed."""
     return [
         Confirmation(
@@ -216,7 +216,7 @@ LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.res
 WHERE e.eval_id = %s
 """
 _GET: Final = f"""
-SELECT {event_writer.columns(State._fields, "e.{}")}, e.created_at, e.updated_at,
+SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
     {event_writer.columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
@@ -232,13 +232,13 @@ def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record 
         row = cursor.execute(_GET, [eval_id]).fetchone()
     if row is None:
         return None
-    state, (created_at, updated_at, *data) = State(*row[: len(State._fields)]), row[len(State._fields) : -12]
+    state, (created_at, updated_at, *data) = RecordRow(*row[: len(RecordRow._fields)]), row[len(RecordRow._fields) : -12]
     found = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
     return found.model_copy(update={"created_at": created_at, "updated_at": updated_at})
 
 
 def _whole(
-    conn: Connection, state: State, stores: Stores | None, at: int, data: bytes | None, columns: Sequence[Any]
+    conn: Connection, state: RecordRow, stores: Stores | None, at: int, data: bytes | None, columns: Sequence[Any]
 ) -> bytes | Reference | None:
     size, sha256, store, encoding = columns[:4]
     event_id = state.result_event_id if at else state.code_event_id

@@ -14,7 +14,7 @@ import psycopg
 from evalstore.storage import database, sessions
 from models.errors import DatabaseOutage
 from models.fields import EVENT_COLUMNS, RECORD_COLUMNS
-from models.record import Fact, State, jsonb, promote, rfc3339
+from models.record import EventRow, RecordRow, jsonb, promote, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
@@ -28,7 +28,7 @@ _CONTENT_TYPES: Final = dict(
     )
 )
 # What of an event's row says whether another is the same; content by its hash, as it may be elsewhere.
-_COMPARED: Final = [name for name in Fact._fields if name not in {"eval_id", "event_id", *CONTENTS}]
+_COMPARED: Final = [name for name in EventRow._fields if name not in {"eval_id", "event_id", *CONTENTS}]
 
 
 def columns(names: Iterable[str], form: str = "{}") -> str:
@@ -46,23 +46,23 @@ _LOCK: Final = """
 SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
 _READ_LOG: Final = f"""
-SELECT {columns(name for name in Fact._fields if name not in CONTENTS)}
+SELECT {columns(name for name in EventRow._fields if name not in CONTENTS)}
 FROM evaluation_events WHERE eval_id = ANY(%s::text[])
 """
-_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(State._fields)})"
+_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(RecordRow._fields)})"
 _HASHES: Final = columns(
     CONTENTS,
     "coalesce(sha256(e.{0}), (SELECT c.sha256 FROM contents c "
     "WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{0}'))",
 )
-_CHANGED: Final = [name for name in State._fields if name != "eval_id"]
+_CHANGED: Final = [name for name in RecordRow._fields if name != "eval_id"]
 
-Log = dict[str, list[Fact]]
+Log = dict[str, list[EventRow]]
 Compared = dict[int, list[Any]]
 
 
 @contextmanager
-def writing(conn: psycopg.Connection[Any], info: dict[str, Any], facts: Sequence[Fact]) -> "Iterator[Few | Many]":
+def writing(conn: psycopg.Connection[Any], info: dict[str, Any], facts: Sequence[EventRow]) -> "Iterator[Few | Many]":
     """The way to write these; `info` goes with the connection. Few are committed at the end of the block."""
     if not are_few(facts):
         yield Many(conn, info)
@@ -71,7 +71,7 @@ def writing(conn: psycopg.Connection[Any], info: dict[str, Any], facts: Sequence
         yield Few(conn, info)
 
 
-def are_few(facts: Sequence[Fact]) -> bool:
+def are_few(facts: Sequence[EventRow]) -> bool:
     """Whether these are few, and small."""
     contents = (data for one in facts for data in (one.code, one.output, one.error) if isinstance(data, bytes))
     return len(facts) <= _FEW and sum(map(len, contents)) <= _SMALL_BYTES
@@ -104,7 +104,7 @@ class Many(_Way):
     """The stages live as long as the connection, and are empty between transactions. Records are 0 as the events of a call
     alone make them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call."""
 
-    def create(self, states: dict[str, State]) -> tuple[set[str], Log]:
+    def create(self, states: dict[str, RecordRow]) -> tuple[set[str], Log]:
         """Make the records that there are not yet, and lock the others; returns the ids of those made, and the log of the
         others, without content."""
         self._stage_records(0, states.values())
@@ -116,18 +116,18 @@ class Many(_Way):
         _all_locked(self._cursor.execute(_LOCK, [existing]), existing)
         return created, _log_of(self._cursor.execute(_READ_LOG, [existing]), existing)
 
-    def log(self, facts: Collection[Fact], contents: Collection[tuple[Any, ...]]) -> None:
+    def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         """Write events, and content that has rows of its own."""
         _copy(self._cursor, "evaluation_events", EVENT_COLUMNS, facts)
         if contents:
             _copy(self._cursor, "contents", _CONTENT_TYPES, contents)
 
-    def update(self, states: list[State]) -> None:
+    def update(self, states: list[RecordRow]) -> None:
         """Change records."""
         self._stage_records(1, states)
         self._cursor.execute(_UPDATE)
 
-    def compare(self, facts: dict[int, Fact]) -> Compared:
+    def compare(self, facts: dict[int, EventRow]) -> Compared:
         """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes; and
         the `extra` stored there."""
         self._stage("evalstore_stage_events", EVENT_COLUMNS)
@@ -139,7 +139,7 @@ class Many(_Way):
         )
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
-    def _stage_records(self, number: int, states: Iterable[State]) -> None:
+    def _stage_records(self, number: int, states: Iterable[RecordRow]) -> None:
         self._stage("evalstore_stage_records", RECORD_COLUMNS)
         _copy(
             self._cursor, "evalstore_stage_records", {"number": "int4"} | RECORD_COLUMNS, ((number, *state) for state in states)
@@ -155,7 +155,7 @@ class Many(_Way):
 
 
 _CREATE: Final = f"""
-{_INTO_RECORDS} SELECT {columns(State._fields)} FROM evalstore_stage_records WHERE number = 0 ORDER BY eval_id
+{_INTO_RECORDS} SELECT {columns(RecordRow._fields)} FROM evalstore_stage_records WHERE number = 0 ORDER BY eval_id
 ON CONFLICT DO NOTHING RETURNING eval_id
 """
 # The time of the statement, not of the transaction: that may have begun before another one created the record.
@@ -180,7 +180,7 @@ def _copy(cursor: psycopg.Cursor[Any], table: str, types: dict[str, str], rows: 
 class Few(_Way):
     """Statements are the same for every call, and PostgreSQL plans them once: all values go as text, NULL or not."""
 
-    def create(self, states: dict[str, State]) -> tuple[set[str], Log]:
+    def create(self, states: dict[str, RecordRow]) -> tuple[set[str], Log]:
         """As of Many; so are the others."""
         # Also locks and reads what it made: to wait and see which these are would take longer.
         eval_ids = list(states)
@@ -192,17 +192,17 @@ class Few(_Way):
         created = {eval_id for eval_id, one in zip(eval_ids, made, strict=True) if one.rowcount}
         return created, _log_of(rows, [eval_id for eval_id in eval_ids if eval_id not in created])
 
-    def log(self, facts: Collection[Fact], contents: Collection[tuple[Any, ...]]) -> None:
+    def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         for one in facts:
             self._conn.execute(_LOG_ONE, _texts(one))
         for row in contents:
             self._conn.execute(_CONTENT_ONE, _texts(row))
 
-    def update(self, states: list[State]) -> None:
+    def update(self, states: list[RecordRow]) -> None:
         for state in states:
             self._conn.execute(_UPDATE_ONE, [*_texts(state[1:]), state.eval_id])
 
-    def compare(self, facts: dict[int, Fact]) -> Compared:
+    def compare(self, facts: dict[int, EventRow]) -> Compared:
         asked = {
             number: self._conn.cursor(binary=True).execute(
                 _COMPARE_ONE, _texts([*(getattr(one, name) for name in _COMPARED), one.eval_id, one.event_id])
@@ -253,6 +253,6 @@ def _log_of(rows: Iterable[Any], eval_ids: list[str]) -> Log:
     logged: Log = {eval_id: [] for eval_id in eval_ids}
     for row in rows:
         *columns, extra = row
-        one = Fact(*columns)
+        one = EventRow(*columns)
         logged[one.eval_id].append(one if extra is None else promote(one._replace(extra=extra)))
     return logged

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database
 from models.errors import DatabaseOutage
-from models.record import State
+from models.record import RecordRow
 
 SCAN: Final = 5_000
 LOOKED: Final = 200_000
@@ -25,7 +25,7 @@ PATIENCE_S: Final = 5.0
 COUNTED: Final = 1_000_000
 _CHUNK: Final = 1_000
 
-COLUMNS: Final = (*(name for name in State._fields if not name.endswith("_event_id")), "created_at", "updated_at")
+COLUMNS: Final = (*(name for name in RecordRow._fields if not name.endswith("_event_id")), "created_at", "updated_at")
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM evaluations"
 
 

@@ -11,7 +11,7 @@ from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database
 from evalstore.storage.content_reader import Connect, Content, Kind
 from evalstore.storage.event_store import WITH_CONTENT
-from models.record import Fact, State, promote
+from models.record import EventRow, RecordRow, promote
 
 INLINE_BYTES: Final = 64 * 1024
 PREVIEW_BYTES: Final = 1024
@@ -49,7 +49,7 @@ def row_versions(conn: Connection, eval_ids: Sequence[str]) -> dict[str, str]:
         return dict(cursor.execute(_ROW_VERSIONS, [list(eval_ids)], prepare=True).fetchall())
 
 
-_FIELDS: Final = [name for name in State._fields if not name.endswith("_event_id")]
+_FIELDS: Final = [name for name in RecordRow._fields if not name.endswith("_event_id")]
 
 
 def _content(kind: str, event: str) -> str:
@@ -103,7 +103,7 @@ def _parts(columns: Sequence[Any]) -> dict[str, ContentView]:
     return {kind: ContentView(size, bytes(data or b"")) for kind, size, data in pairs if size is not None}
 
 
-_LOGGED: Final = [name for name in Fact._fields if name not in {"eval_id", *CONTENTS}]
+_LOGGED: Final = [name for name in EventRow._fields if name not in {"eval_id", *CONTENTS}]
 # In the log, content is shown where it is in the event's own row.
 _LOG: Final = f"""
 SELECT {", ".join(f"e.{name}" for name in _LOGGED)}, e.recorded_at, {
@@ -130,5 +130,5 @@ def log(conn: Connection, eval_id: str, *, limit: int, after: tuple[datetime, UU
 def _promoted(eval_id: str, logged: dict[str, Any]) -> dict[str, Any]:
     if logged["extra"] is None:
         return logged
-    row = promote(Fact(eval_id=eval_id, **{name: logged[name] for name in _LOGGED}))
+    row = promote(EventRow(eval_id=eval_id, **{name: logged[name] for name in _LOGGED}))
     return logged | {name: getattr(row, name) for name in _LOGGED}

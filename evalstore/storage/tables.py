@@ -42,7 +42,7 @@ def _columns(names: Iterable[str]) -> list[Column[Any]]:
     return [Column(name, _SQLALCHEMY[EVENT_COLUMNS[name]]) for name in names]
 
 
-# The record of each evaluation: models.record.State, and when the row was made and last changed.
+# The record of each evaluation: models.record.RecordRow, and when the row was made and last changed.
 evaluations = Table(
     "evaluations",
     metadata,
@@ -67,7 +67,7 @@ evaluations = Table(
     postgresql_with={"fillfactor": "85"},
 )
 
-# The event log: models.record.Fact. Rows are never changed, but for content that moves to the archive.
+# The event log: models.record.EventRow. Rows are never changed, but for content that moves to the archive.
 evaluation_events = Table(
     "evaluation_events",
     metadata,

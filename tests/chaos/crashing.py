@@ -25,14 +25,14 @@ import dramatiq
 
 from evalstore.storage import event_store
 from models.events import Event
-from models.record import Fact
+from models.record import EventRow
 from worker import heartbeat
 from worker.consumer import Consumer
 
 _store, _hand_out = event_store.store, Consumer._hand_out
 
 
-def store(conn: Any, events: Sequence[Event | Fact], *args: Any, **kwargs: Any) -> Any:
+def store(conn: Any, events: Sequence[Event | EventRow], *args: Any, **kwargs: Any) -> Any:
     kinds = {event.eval_id.partition("-")[0]: event.eval_id for event in events}
     if "kill" in kinds:
         os.kill(os.getpid(), signal.SIGKILL)

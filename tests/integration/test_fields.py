@@ -19,17 +19,17 @@ from evalstore.api.schemas import SCHEMAS
 from evalstore.client.responses import Evaluation
 from evalstore.storage import database, event_store, records, listing, tables
 from models.events import check
-from models.fast_decode import look_at, read_event
-from models.record import Record, fact
+from models.fast_decode import check_and_encode, decode_event
+from models.record import Record, to_row
 from docs import generate
 
 event = {"type": "evaluation:completed", "eval_id": "e", "exit_code": 0, "tokens": 2**40}
 event |= {"event_id": "0190a2f5-7a4c-7000-8000-000000000000", "occurred_at": "2026-01-31T09:30:00Z"}
-row = fact(check(event))
+row = to_row(check(event))
 assert row.tokens == 2**40
-assert read_event(json.dumps(event).encode(), max_content_bytes=1000) == row
-assert look_at(event, max_content_bytes=1000) is not None
-assert read_event(json.dumps(event | {"tokens": 2**70}).encode(), max_content_bytes=1000) is None
+assert decode_event(json.dumps(event).encode(), max_content_bytes=1000) == row
+assert check_and_encode(event, max_content_bytes=1000) is not None
+assert decode_event(json.dumps(event | {"tokens": 2**70}).encode(), max_content_bytes=1000) is None
 assert "| `tokens` | completed | 64-bit integer | the tokens it took |" in generate.events()
 assert "`tokens`" in generate.record()
 assert SCHEMAS["Change"]["properties"]["tokens"]["anyOf"][0]["maximum"] == 2**63 - 1

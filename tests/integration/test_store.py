@@ -27,7 +27,7 @@ from models import Event, Outage, Record, merge
 from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import parse
-from models.record import Fact, canonical_json, fact
+from models.record import EventRow, canonical_json, to_row
 
 Json = dict[str, Any]
 MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
@@ -196,15 +196,15 @@ def assert_outcomes_fit(batches: list[list[Event]], done: list[Stored]) -> dict[
     for one, outcome in outcomes:
         stands = standing[one.eval_id, one.event_id]
         if outcome != "applied":
-            assert outcome == ("duplicate" if same(fact(one), fact(stands)) else "reused")
+            assert outcome == ("duplicate" if same(to_row(one), to_row(stands)) else "reused")
     return standing
 
 
-def _inline(one: Fact) -> dict[str, Any]:
+def _inline(one: EventRow) -> dict[str, Any]:
     return {name: LARGE.encode() for name in ("code", "output", "error") if getattr(one, name) == REF}
 
 
-def same(one: Fact, other: Fact) -> bool:
+def same(one: EventRow, other: EventRow) -> bool:
     """Whether two events say the same: content by its bytes, wherever they are; to Python 1 and True are the same."""
     one, other = one._replace(**_inline(one)), other._replace(**_inline(other))
     return one == other and canonical_json(one.metadata or {}) == canonical_json(other.metadata or {})
@@ -246,9 +246,9 @@ def assert_log_is(applied: list[Event], plain: psycopg.Connection[Json]) -> None
             if row[name] is None:
                 row[name] = data.pop((row["event_id"], name), None)
     assert data == {}
-    facts = {row["event_id"]: Fact(**row) for row in logged}
+    facts = {row["event_id"]: EventRow(**row) for row in logged}
     assert len(facts) == len(applied)
-    assert all(same(fact(one), facts[one.event_id]) for one in applied)
+    assert all(same(to_row(one), facts[one.event_id]) for one in applied)
 
 
 def assert_confirmed(record: Record, applied: list[Event], committed: list[list[Json]]) -> None:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from evalstore.local.servers import free_port
 from models.events import Event
-from models.record import Fact
+from models.record import EventRow
 
 WORKER = ("-m", "dramatiq", "worker.tasks", "--processes", "2", "--threads", "2")
 STICKING = ("-m", "dramatiq", "tests.integration.watched", "--processes", "2", "--threads", "2")
@@ -139,7 +139,7 @@ if "dramatiq" in sys.argv[0]:
 
     _store = event_store.store
 
-    def _stick(conn: Any, events: Sequence[Event | Fact], *args: Any, **given: Any) -> Any:
+    def _stick(conn: Any, events: Sequence[Event | EventRow], *args: Any, **given: Any) -> Any:
         if any(event.eval_id == "stick" for event in events):
             threading.Event().wait()
         return _store(conn, events, *args, **given)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from models import EvaluationStarted, Event, InvalidEvent
 from models.content import Reference
 from models.events import check, decode, identified, parse
-from models.record import fact, jsonb
+from models.record import jsonb, to_row
 
 ID = "0190a2f5-7a4c-7000-8000-000000000001"
 AT = "2026-01-31T09:30:00.250000Z"
@@ -131,7 +131,7 @@ def test_running_is_the_same_as_started() -> None:
     running = {**STARTED, "type": "evaluation:running", "timeout_s": 3}
     assert check(running) == check({**STARTED, "timeout_s": 3})
     assert check(running).type == "evaluation:started"
-    assert fact(named(running)) == fact(named({**STARTED, "timeout_s": 3}))
+    assert to_row(named(running)) == to_row(named({**STARTED, "timeout_s": 3}))
 
 
 def test_lost_is_written_by_the_system_alone() -> None:
@@ -209,13 +209,13 @@ def test_null_means_absent_even_where_the_field_has_no_place(field: str) -> None
     for event in SENT:
         if event.get(field) is None:
             assert check(event | {field: None}) == check(event)
-            assert fact(named(event | {field: None})) == fact(named(event))
+            assert to_row(named(event | {field: None})) == to_row(named(event))
 
 
 @pytest.mark.parametrize(("event", "name"), [*TEXTS, *CONTENTS])
 def test_an_empty_text_is_a_value(event: dict[str, Any], name: str) -> None:
     assert check({**event, name: ""}).model_dump()[name] == ""
-    stored = getattr(fact(named({**event, name: ""})), name)
+    stored = getattr(to_row(named({**event, name: ""})), name)
     assert stored in ("", b"")
 
 
@@ -367,7 +367,7 @@ def test_content_is_any_string_or_any_bytes(event: dict[str, Any], name: str) ->
         assert check({**event, name: text}).model_dump()[name] == text
     for data in (b"", every_byte):
         given = without(event, name) | {f"{name}_b64": base64.b64encode(data).decode()}
-        assert getattr(fact(named(given)), name) == data
+        assert getattr(to_row(named(given)), name) == data
         assert check(given) == parse(given)
     bad: Any
     for bad in (1, True, 1.5, b"x", ["x"], {}, bytearray(b"x")):
@@ -403,7 +403,7 @@ def test_a_reference_stands_for_content(event: dict[str, Any], name: str, ref: d
     given = without(event, name) | {f"{name}_ref": ref}
     checked = check(given)
     assert checked.model_dump()[f"{name}_ref"] == ref
-    assert getattr(fact(named(given)), name) == Reference(**ref)
+    assert getattr(to_row(named(given)), name) == Reference(**ref)
     assert check(checked) == checked == parse(given)
     assert check(given | {f"{name}_ref": Reference(**ref)}) == checked
 
@@ -460,12 +460,12 @@ def test_a_field_nobody_knows_is_refused_at_send_and_kept_at_arrival() -> None:
         "exit_code": "not even a number",
     }
     assert set(faults_of({**QUEUED, **unknown})) == {"exitcode", "nested", "\\ud800", "", "exit_code"}
-    kept = fact(named({**QUEUED, **unknown})).extra
+    kept = to_row(named({**QUEUED, **unknown})).extra
     assert kept is not None
     assert kept.isascii()
     assert json.loads(kept) == unknown
-    assert fact(named({**dict(reversed(unknown.items())), **QUEUED})).extra == kept
-    assert fact(named(QUEUED)).extra is None
+    assert to_row(named({**dict(reversed(unknown.items())), **QUEUED})).extra == kept
+    assert to_row(named(QUEUED)).extra is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, [{"a": -math.inf}]])
@@ -482,7 +482,7 @@ def test_nothing_is_nested_so_deeply_that_it_cannot_be_stored(name: str) -> None
     value: Any = 1
     for level in range(deepest):
         value = {"a": value} if level % 2 else [value]
-    assert fact(named({**STARTED, name: value}))
+    assert to_row(named({**STARTED, name: value}))
     with pytest.raises(InvalidEvent, match=rf"^{name}: .*nested deeper than {deepest} levels"):
         parse({**STARTED, name: {"a": value}})
 
@@ -563,7 +563,7 @@ def test_metadata_that_contains_itself_is_refused() -> None:
 
 def test_members_of_a_text_enumeration_are_texts() -> None:
     checked = check({**QUEUED, "language": Colour.red, "metadata": {"colour": Colour.red}})
-    assert fact(named(dict(checked))).language == "red"
+    assert to_row(named(dict(checked))).language == "red"
 
 
 def test_a_model_is_checked_like_an_object() -> None:
@@ -632,7 +632,7 @@ def test_whatever_a_message_holds_it_is_stored_or_refused_and_nothing_else(
 ) -> None:
     given = {**event, **odd}
     try:
-        row = fact(parse(identified(given, message_id, timestamp)))
+        row = to_row(parse(identified(given, message_id, timestamp)))
         said = "".join(value for value in row if isinstance(value, str))
         assert jsonb(row.metadata or {})
     except InvalidEvent as refused:

@@ -11,7 +11,7 @@ from evalstore.client.responses import Evaluation
 from evalstore.storage.tables import evaluation_events, evaluations
 from models import EvaluationCompleted, EvaluationQueued, Event, Record, merge
 from models.fields import CONTENTS, EVENT_COLUMNS, FIELDS, FROM_QUEUED, FROM_RESULT, FROM_STARTED, RECORD_COLUMNS, SCALARS, SENT
-from models.record import Fact, State, canonical_json, demote, fact, promote
+from models.record import EventRow, RecordRow, canonical_json, demote, promote, to_row
 
 ID, AT = UUID(int=1), datetime(2026, 1, 31, tzinfo=UTC)
 MODELS = {model.model_fields["type"].default.removeprefix("evaluation:"): model for model in get_args(Event)}
@@ -34,15 +34,15 @@ def test_each_field_is_in_the_table_once_and_is_documented() -> None:
 
 def test_the_sources_of_the_record_cover_the_scalars_and_their_columns_are_neighbours() -> None:
     assert {*FROM_QUEUED, *FROM_RESULT, *FROM_STARTED, "executor_id", "container_id"} == set(SCALARS)
-    for row in (Fact, State):
+    for row in (EventRow, RecordRow):
         assert row._fields[row._fields.index(SCALARS[0]) :][: len(SCALARS)] == SCALARS
         for names in (FROM_QUEUED, FROM_RESULT, FROM_STARTED):
             assert row._fields[row._fields.index(names[0]) :][: len(names)] == names
 
 
 def test_rows_tables_records_and_schemas_have_the_scalars() -> None:
-    assert Fact._fields == tuple(EVENT_COLUMNS)
-    assert State._fields == tuple(RECORD_COLUMNS)
+    assert EventRow._fields == tuple(EVENT_COLUMNS)
+    assert RecordRow._fields == tuple(RECORD_COLUMNS)
     assert set(evaluation_events.columns.keys()) == {*EVENT_COLUMNS, "recorded_at"}
     assert set(evaluations.columns.keys()) >= {*RECORD_COLUMNS, "created_at", "updated_at"}
     for names in (
@@ -61,7 +61,7 @@ def test_rows_tables_records_and_schemas_have_the_scalars() -> None:
 def test_type_checkers_know_the_types_of_the_attributes() -> None:
     queued = EvaluationQueued(eval_id="e", event_id=ID, occurred_at=AT, code="c", run_id="r")
     ended = EvaluationCompleted(eval_id="e", event_id=UUID(int=2), occurred_at=AT, exit_code=0, score=1.5)
-    row, record = fact(ended), merge([queued, ended])
+    row, record = to_row(ended), merge([queued, ended])
     assert_type(ended.exit_code, int)
     assert_type(row.score, float | None)
     assert_type(row.event_id, UUID)
@@ -83,7 +83,7 @@ def test_type_checkers_know_the_types_of_the_attributes() -> None:
 def test_what_extra_holds_is_promoted_to_the_columns_of_its_type(
     values: dict[str, Any], columns: dict[str, Any], left: str | None
 ) -> None:
-    bare = fact(EvaluationQueued(eval_id="e", event_id=ID, occurred_at=AT, code="c"))
+    bare = to_row(EvaluationQueued(eval_id="e", event_id=ID, occurred_at=AT, code="c"))
     kept = bare._replace(extra=canonical_json(values))
     promoted = promote(kept)
     assert promoted == bare._replace(**columns, extra=left)
@@ -91,6 +91,6 @@ def test_what_extra_holds_is_promoted_to_the_columns_of_its_type(
 
 
 def test_a_row_without_extra_is_promoted_to_itself() -> None:
-    row = fact(EvaluationQueued(eval_id="e", event_id=ID, occurred_at=AT, code="c"))
+    row = to_row(EvaluationQueued(eval_id="e", event_id=ID, occurred_at=AT, code="c"))
     assert promote(row) is row
     assert demote(row, None) is None

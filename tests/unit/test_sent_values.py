@@ -23,11 +23,11 @@ from pydantic import BaseModel
 from models import EvaluationCompleted, EvaluationStarted, InvalidEvent
 from models.content import Reference
 from models.events import check
-from models.record import Fact, fact
+from models.record import EventRow, to_row
 from tasks import store_evaluation, store_evaluations
 from tasks.actor import _completed
 from tasks.broker import encode
-from worker.handler import fact_of
+from worker.handler import read_message
 
 NAMED = {"eval_id": "e", "event_id": "01a202b1-c662-77cc-b904-b98111ee0b99", "occurred_at": "2026-01-31T09:30:00.25Z"}
 STARTED = {**NAMED, "type": "evaluation:started"}
@@ -129,11 +129,11 @@ def endless() -> dict[str, Any]:
     return value
 
 
-def read_back(event: Any) -> Fact:
+def read_back(event: Any) -> EventRow:
     """The event that the worker reads from the message of a single and of a bulk send."""
-    single = fact_of(encode(store_evaluation.message_with_options(args=(event,))))
+    single = read_message(encode(store_evaluation.message_with_options(args=(event,))))
     travelling, written = _completed(event)
-    assert fact_of(encode(store_evaluation.message_of(travelling), written)) == single
+    assert read_message(encode(store_evaluation.message_of(travelling), written)) == single
     return single
 
 
@@ -220,7 +220,7 @@ def test_a_value_that_send_takes_is_what_the_worker_reads(event: dict[str, Any],
     stored = read_back(given)
     read = getattr(stored, name.partition("_b64")[0].partition("_ref")[0])
     assert (read, repr(read)) == (sent, repr(sent))
-    assert stored == fact(check(given))
+    assert stored == to_row(check(given))
 
 
 JUNK: list[Any] = [
@@ -368,4 +368,4 @@ def test_whatever_is_given_is_refused_by_name_or_read_back_the_same(
         stored = read_back(given)
     except InvalidEvent:
         return
-    assert repr(stored) == repr(fact(check(given)))
+    assert repr(stored) == repr(to_row(check(given)))

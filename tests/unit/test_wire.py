@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from models.errors import InvalidEvent
 from models.events import check, decode, parse
-from models.fast_decode import look_at, read_event, read_fact
-from models.record import Fact, fact
+from models.fast_decode import check_and_encode, decode_event, decode_message
+from models.record import EventRow, to_row
 from tasks import store_evaluation
 
 EVENT_ID = "01a202b1-c662-77cc-b904-b98111ee0b99"
@@ -56,9 +56,9 @@ def usual(kind: str, **changed: Any) -> dict[str, Any]:
     return common | USUAL[kind] | changed
 
 
-def thorough(body: bytes) -> Fact | None:
+def thorough(body: bytes) -> EventRow | None:
     try:
-        return fact(parse(decode(body)["args"][0]))
+        return to_row(parse(decode(body)["args"][0]))
     except InvalidEvent:
         return None
 
@@ -67,7 +67,7 @@ def thorough(body: bytes) -> Fact | None:
 def test_the_usual_events_are_read_quickly_and_exactly(kind: str) -> None:
     body = message(usual(kind))
 
-    quick = read_fact(body, max_content_bytes=10**6)
+    quick = decode_message(body, max_content_bytes=10**6)
 
     assert quick is not None
     assert quick == thorough(body)
@@ -81,8 +81,8 @@ def test_absent_and_null_fields_are_the_same_quickly_too(kind: str) -> None:
     bare = {name: value for name, value in usual(kind).items() if name not in USUAL[kind]} | required
     nulls = {**dict.fromkeys([*USUAL[kind], "metadata", "attempt"]), **bare}
 
-    assert read_fact(message(bare), max_content_bytes=10**6) == thorough(message(bare))
-    assert read_fact(message(nulls), max_content_bytes=10**6) == thorough(message(nulls)) == thorough(message(bare))
+    assert decode_message(message(bare), max_content_bytes=10**6) == thorough(message(bare))
+    assert decode_message(message(nulls), max_content_bytes=10**6) == thorough(message(nulls)) == thorough(message(bare))
     assert thorough(message(bare)) is not None
 
 
@@ -100,7 +100,7 @@ def test_absent_and_null_fields_are_the_same_quickly_too(kind: str) -> None:
     ids=str,
 )
 def test_an_unusual_envelope_is_left_to_the_thorough_way(changed: dict[str, Any]) -> None:
-    assert read_fact(message(usual("started"), **changed), max_content_bytes=10**6) is None
+    assert decode_message(message(usual("started"), **changed), max_content_bytes=10**6) is None
 
 
 @pytest.mark.parametrize("traceparent", [f"00-{'ab' * 16}-{'cd' * 8}-01", "nonsense", 5, ["x"], None], ids=str)
@@ -109,14 +109,14 @@ def test_a_message_with_a_trace_is_read_quickly_whatever_is_wrong_with_the_trace
     options = {"redis_message_id": "r", "traceparent": traceparent, "tracestate": "a=b"}
 
     body = message(usual("started"), options=options)
-    quick = read_fact(body, max_content_bytes=10**6, traceparents=found, redis_id=b"r")
+    quick = decode_message(body, max_content_bytes=10**6, traceparents=found, redis_id=b"r")
 
     assert quick == thorough(message(usual("started")))
     assert found == ({} if traceparent is None else {b"r": traceparent})
 
 
 def test_content_that_may_be_too_large_is_left_to_the_thorough_way() -> None:
-    assert read_fact(message(usual("queued", code="x" * 2000)), max_content_bytes=1000) is None
+    assert decode_message(message(usual("queued", code="x" * 2000)), max_content_bytes=1000) is None
 
 
 anything = st.recursive(
@@ -177,15 +177,15 @@ def test_it_gives_the_same_or_nothing(kind: str, changed: dict[str, Any], left_o
     event = {name: value for name, value in usual(kind, **changed).items() if name not in left_out}
     body = message(event)
 
-    quick = read_fact(body, max_content_bytes=10**6)
+    quick = decode_message(body, max_content_bytes=10**6)
 
     if quick is not None:
         assert quick == thorough(body)
         assert repr(quick) == repr(thorough(body))
 
     bare = json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    if (alone := read_event(bare, max_content_bytes=10**6)) is not None:
-        assert repr(alone) == repr(fact(check(decode(bare))))
+    if (alone := decode_event(bare, max_content_bytes=10**6)) is not None:
+        assert repr(alone) == repr(to_row(check(decode(bare))))
     assert changed or left_out or alone == quick is not None
 
 
@@ -239,13 +239,13 @@ def test_an_event_that_a_sender_gives_is_checked_quickly_to_the_same_end(
 ) -> None:
     event = {name: value for name, value in (usual(kind, **changed) | oddly).items() if name not in left_out}
 
-    if (found := look_at(event, max_content_bytes=10**6)) is not None:
+    if (found := check_and_encode(event, max_content_bytes=10**6)) is not None:
         occurred_at, body = found
         checked = check(event)
         assert checked.occurred_at == occurred_at
         assert event["event_id"] == str(checked.event_id)
         assert body == msgspec.json.encode(event)
-        assert read_fact(message(event), max_content_bytes=10**6) == fact(checked) == thorough(message(event))
+        assert decode_message(message(event), max_content_bytes=10**6) == to_row(checked) == thorough(message(event))
 
 
 @pytest.mark.parametrize("kind", USUAL)
@@ -253,7 +253,7 @@ def test_an_event_that_a_sender_gives_is_checked_quickly_to_the_same_end(
 def test_the_usual_events_of_senders_are_checked_quickly(kind: str, at: str) -> None:
     flat = usual(kind, metadata={"a": 1, "b": 2.5, "c": None, "d": "e"}, occurred_at=at)
 
-    found = look_at(flat, max_content_bytes=10**6)
+    found = check_and_encode(flat, max_content_bytes=10**6)
 
     assert found is not None
     assert found[0] == check(flat).occurred_at
@@ -266,6 +266,6 @@ def test_an_event_travels_as_the_thorough_way_would_have_it(kind: str) -> None:
     (quick,) = store_evaluation.message_with_options(args=(usually,)).args
     (slow,) = store_evaluation.message_with_options(args=(usually | {"event_id": EVENT_ID.upper()},)).args
 
-    assert look_at(usually, max_content_bytes=10**6) is not None
-    assert look_at(usually | {"event_id": EVENT_ID.upper()}, max_content_bytes=10**6) is None
+    assert check_and_encode(usually, max_content_bytes=10**6) is not None
+    assert check_and_encode(usually | {"event_id": EVENT_ID.upper()}, max_content_bytes=10**6) is None
     assert quick == slow == usually | {"occurred_at": "2026-01-31T10:30:00.250000Z"}
