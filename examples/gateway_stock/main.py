@@ -11,7 +11,7 @@ import uuid
 from datetime import UTC, datetime
 
 from tasks import greet  # this folder's own
-from tasks.actor import store_evaluation
+from tasks.evaluations import store_evaluation
 
 
 def main() -> None:

@@ -227,7 +227,7 @@ def test_what_is_not_ready_says_why_in_the_servers_words(
     url = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}[variable]
     wrong = changed[1].join(url.rsplit(changed[0], 1)) if changed[0] != "://" else re.sub("://([^@]*@)?", changed[1], url)
     done = evalstore("health", "--ready", "-o", "json", **{variable: wrong})
-    assert done.returncode == 7
+    assert done.returncode == (1 if server == "postgresql" else 7)  # a mistake in settings, or a server that refuses
     states = {row["server"]: row["state"] for row in json.loads(done.stdout)}
     assert said in states[server]
 

@@ -22,7 +22,7 @@ from tests.chaos.world import World, evaluations, wait_until
 from tests.integration.commands import python
 
 PAGE = ROOT / "docs/operations.md"
-ROOMS = ("api", "models", "ops", "storage", "tasks", "worker")
+ROOMS = ("evalstore", "models", "tasks", "worker")
 # Without the time that imports take, but where it is another release's.
 EVALSTORE = """#!/bin/sh
 [ -z "$PYTHONPATH" ] || exec {itself} "$@"
@@ -41,8 +41,8 @@ NEXT_RELEASE = """
 import sys
 sys.path.insert(0, {folder!r})
 from worker.tasks import broker
-import storage
-assert storage.__file__.startswith({folder!r})
+import evalstore
+assert evalstore.__file__.startswith({folder!r})
 """
 
 

@@ -167,7 +167,7 @@ def test_the_gateway_with_tasks_of_its_own_never_loads_ours(redis_url: str) -> N
     sent = python("-X", "importtime", *GATEWAYS["stock"], redis_url=redis_url, stdin=PROGRAM)
     assert sent.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in sent.stderr.splitlines()}
-    assert {"tasks", "tasks.actor", "dramatiq"} <= loaded
+    assert {"tasks", "tasks.evaluations", "dramatiq"} <= loaded
     assert not {"tasks.broker", "models", "pydantic"} & loaded
 
 

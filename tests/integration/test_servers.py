@@ -141,7 +141,7 @@ def test_the_thread_that_started_it_may_end(server: Server) -> None:
 
 def test_it_ends_in_good_order_with_its_guard(server: Server, living_in: LivingIn, eventually: Eventually) -> None:
     write(server, "kept")
-    [guard] = [int(line.split(":")[0]) for line in living_in(server.data) if "guard.py" in line]
+    [guard] = [int(line.split(":")[0]) for line in living_in(server.data) if "supervisor.py" in line]
     os.kill(guard, signal.SIGKILL)
     eventually(lambda: not living_in(server.data), within_s=5, what="the end of the server")
     assert re.search(GOOD_ORDER, server.log.read_text())
@@ -231,7 +231,7 @@ def test_no_server_outlives_a_killed_owner(tmp_path: Path, living_in: LivingIn, 
 
 def test_the_next_start_takes_over_when_all_of_it_was_killed_at_once(tmp_path: Path, living_in: LivingIn) -> None:
     with owner(tmp_path) as (process, servers):
-        guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "guard.py" in line]
+        guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "supervisor.py" in line]
         assert len(guards) == 2
         for pid in (process.pid, *guards, *servers):
             os.kill(pid, signal.SIGKILL)
@@ -245,7 +245,7 @@ def test_the_next_start_takes_over_when_all_of_it_was_killed_at_once(tmp_path: P
 def test_the_next_start_waits_for_a_server_whose_guard_was_killed(tmp_path: Path, living_in: LivingIn) -> None:
     with owner(tmp_path) as (process, servers):
         os.kill(servers[0], signal.SIGSTOP)  # it cannot hear that its guard is gone
-        guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "guard.py" in line]
+        guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "supervisor.py" in line]
         for pid in (process.pid, *guards):
             os.kill(pid, signal.SIGKILL)
         with Postgres(tmp_path / "postgres") as postgres:

@@ -44,7 +44,7 @@ elif act == "read":
     print(len(list(store.objects())))
 elif act == "delete":
     key = given[0] + (".zst" if given[2] == "zstd" else "")
-    print(store.delete(key, unmodified_since=later), store.leftovers(later, remove=True))
+    print(store.delete(key, unmodified_since=later), store.orphans(later, remove=True))
 """
 SPOOL = """
 import sys
