@@ -21,7 +21,8 @@ from models.events import (
     EvaluationTimedOut,
     Event,
 )
-from models.record import Record, merge
+from models.fold import merge
+from models.record import Record
 
 __all__ = [
     "BadMessage",

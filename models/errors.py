@@ -3,7 +3,8 @@
 EvalstoreError
 ├── Outage                wait and try again: nothing is wrong with the message
 │   ├── DatabaseOutage
-│   │   └── DatabaseMisconfigured   … until somebody corrects the settings or the server
+│   │   ├── DatabaseMisconfigured   … until somebody corrects the settings or the server
+│   │   └── DatabaseTimeout   … and the server is there: a time limit of ours ended the work
 │   ├── RedisOutage
 │   │   └── SpoolFull     … and the spool cannot take it either
 │   ├── ObjectStoreOutage
@@ -53,6 +54,13 @@ class DatabaseMisconfigured(DatabaseOutage):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"mistake in settings: {message}")
+
+
+class DatabaseTimeout(DatabaseOutage):
+    """A time limit that evalstore sets ended a statement, a transaction, or a wait for a lock or a connection.
+
+    PostgreSQL itself is there. Retry.
+    """
 
 
 class RedisOutage(Outage):

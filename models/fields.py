@@ -177,6 +177,7 @@ RECORD_COLUMNS: Final[dict[str, str]] = {
     "version": "int4",
     **_SCALAR_TYPES,
     "metadata": "jsonb",
+    "metadata_truncated": "bool",
     **dict.fromkeys(("queued_at", "started_at", "finished_at"), "timestamptz"),
     **dict.fromkeys(("code_event_id", "result_event_id"), "uuid"),
 }

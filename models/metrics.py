@@ -5,7 +5,7 @@ open (`()`), its values come with what is counted, and there are few of them.
 """
 
 from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 Kind = Literal["counter", "gauge", "histogram"]
 # Where a value comes from: what a group of processes counted, or what Redis and PostgreSQL hold, whoever asks.
@@ -40,6 +40,8 @@ REASONS: Final = (
     *("ObjectUnavailable", "WorkerDied"),
     "other",
 )
+# Why a record was made anew from its log: it had no merge state, one of another version, or one that cannot be decoded.
+RebuildReason = Literal["absent", "stale", "undecodable"]
 QUEUES: Final = ("evaluations", "jobs")
 _SERVERS: Final = ("postgresql", "redis")
 _SHORT: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -61,6 +63,13 @@ METRICS: Final = (
         "counter",
         "Endings of an attempt that had ended before; the first by time and id stands.",
         "any",
+    ),
+    Metric(
+        "evalstore_merge_states_rebuilt_total",
+        "counter",
+        "Records made anew from their event log, as their merge state was absent, of another version, or undecodable.",
+        "any",
+        {"reason": get_args(RebuildReason)},
     ),
     Metric("evalstore_batch_events", "histogram", "Events in a batch.", "worker", buckets=_SIZES),
     Metric(

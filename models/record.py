@@ -8,10 +8,9 @@ import base64
 import json
 import re
 from collections import namedtuple
-from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import UUID
 
 import msgspec
@@ -19,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from models import content
 from models.content import Reference
-from models.events import CONTENT_FIELDS, ENDINGS, EvaluationQueued, Event, known_values
-from models.fields import EVENT_COLUMNS, FROM_QUEUED, FROM_RESULT, FROM_STARTED, RECORD_COLUMNS, SCALARS, Scalars
+from models.events import CONTENT_FIELDS, EvaluationQueued, Event, known_values
+from models.fields import EVENT_COLUMNS, RECORD_COLUMNS, SCALARS, Scalars
 
 if TYPE_CHECKING:  # the same columns as those of the named tuples below, with types; scalars have them from the table
 
@@ -50,6 +49,7 @@ if TYPE_CHECKING:  # the same columns as those of the named tuples below, with t
         attempt: int
         version: int
         metadata: dict[str, Any]
+        metadata_truncated: bool
         queued_at: datetime | None
         started_at: datetime | None
         finished_at: datetime | None
@@ -94,6 +94,7 @@ class Record(Scalars, _Head):
     model_config = ConfigDict(frozen=True, defer_build=True, arbitrary_types_allowed=True)
 
     metadata: dict[str, Any] = {}
+    metadata_truncated: bool = False
     queued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -102,17 +103,6 @@ class Record(Scalars, _Head):
     code: Any = None
     output: Any = None
     error: Any = None
-
-
-def _slice(names: tuple[str, ...]) -> slice:
-    first = EventRow._fields.index(names[0])
-    return slice(first, first + len(names))
-
-
-# The columns of an event's row that the record takes from one event, and what it has without that event.
-_QUEUED, _RESULT, _STARTED = map(_slice, (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
-_NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
-_PHASES: Final = {"evaluation:queued": 0, "evaluation:started": 1, "evaluation:lost": 2} | dict.fromkeys(ENDINGS, 3)
 
 
 def to_row(event: Event) -> EventRow:
@@ -183,88 +173,6 @@ def demote(row: EventRow, stored_extra: str | None) -> EventRow | None:
     nothing: dict[str, Any] = dict.fromkeys(moved)
     own = json.loads(row.extra) if row.extra else {}
     return row._replace(**nothing, extra=canonical_json(own | moved))
-
-
-def fold(facts: list[EventRow]) -> RecordRow:
-    """The record of one evaluation from all its facts, each given once. The rule itself: everything else calls it."""
-    attempt = max([fact.attempt for fact in facts])
-    queued, started, lost, endings = _Phase(), _Phase(), _Phase(), _Phase()
-    phases = (queued, started, lost, endings)
-    for fact in facts:
-        phase = _PHASES[fact.type]
-        if fact.attempt == attempt or phase == 0:
-            phases[phase].append(fact)
-    code = min(queued, key=_queued_order, default=None) if len(queued) > 1 else queued.first()
-    result, first_started, last_started, last_lost = endings.first(), started.first(), started.last(), lost.last()
-
-    if result:
-        status = result.type.removeprefix("evaluation:")
-    elif last_lost and (last_started is None or _when(last_lost) > _when(last_started)):
-        status = "lost"
-    else:
-        status = "running" if last_started else "queued"
-    metadata: dict[str, Any] = {}
-    described = [fact for fact in facts if fact.metadata]
-    for fact in sorted(described, key=_metadata_order) if len(described) > 1 else described:
-        metadata.update(fact.metadata or {})
-    return RecordRow(
-        facts[0].eval_id,
-        status,
-        attempt,
-        len(facts),
-        *(code[_QUEUED] if code else _NO_QUEUED),
-        # Each by itself: an ending that does not say where it ran leaves what the last started event said.
-        result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
-        result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
-        *(first_started[_STARTED] if first_started else _NO_STARTED),
-        *(result[_RESULT] if result else _NO_RESULT),
-        metadata,
-        code.occurred_at if code else None,
-        first_started.occurred_at if first_started else None,
-        result.occurred_at if result else None,
-        code.event_id if code else None,
-        result.event_id if result else None,
-    )
-
-
-class _Phase(list[EventRow]):
-    """The facts of one phase of an attempt, mostly none or one."""
-
-    def first(self) -> EventRow | None:
-        return min(self, key=_when) if len(self) > 1 else self[0] if self else None
-
-    def last(self) -> EventRow | None:
-        return max(self, key=_when) if len(self) > 1 else self[0] if self else None
-
-
-def _when(fact: EventRow) -> tuple[datetime, UUID]:
-    return fact.occurred_at, fact.event_id
-
-
-def _queued_order(fact: EventRow) -> tuple[int, datetime, UUID]:
-    return -fact.attempt, fact.occurred_at, fact.event_id
-
-
-def _metadata_order(fact: EventRow) -> tuple[int, int, datetime, UUID]:
-    return fact.attempt, _PHASES[fact.type], fact.occurred_at, fact.event_id
-
-
-def merge(events: Iterable[Event]) -> Record:
-    """The record that a set of events of one evaluation makes, whatever their order and however often each is given.
-
-    Raises ValueError for no events, events of several evaluations, or one without `event_id` or `occurred_at`. Of two events
-    with the same `event_id` the first given stands, as the first committed does in the store.
-    """
-    facts: dict[UUID, EventRow] = {}
-    for event in events:
-        row = to_row(event)
-        facts.setdefault(row.event_id, row)
-    if len({row.eval_id for row in facts.values()}) != 1:
-        raise ValueError("expected the events of exactly one evaluation")
-    state = fold(list(facts.values()))
-    code = facts[state.code_event_id].code if state.code_event_id else None
-    result = facts[state.result_event_id] if state.result_event_id else None
-    return record(state, code, result.output if result else None, result.error if result else None)
 
 
 def record(

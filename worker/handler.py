@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from evalstore.objects.existence_cache import ExistenceCache
 from evalstore.objects.object_store import Stores
 from evalstore.storage import database, durability, event_store, migrations
-from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Fault, InvalidEvent, Outage
+from models.errors import PASSING, BadMessage, DatabaseOutage, DatabaseTimeout, EventIdReused, Fault, InvalidEvent, Outage
 from models.events import identified, parse
 from models.fast_decode import decode_message
 from models.logs import EventLogger
@@ -33,6 +33,7 @@ log = EventLogger("evalstore.worker")
 _LONGEST_WAIT_S = 4.0
 _CONNECT_S = 12.0
 _STOP_GRACE_S = 2.0
+_STEP_S = 10.0
 
 
 @cache
@@ -185,7 +186,7 @@ class Handler:
             for start in range(0, len(events), size):
                 self._store(batch, bad, events[start : start + size])
             return
-        self._metrics.stored(events, stored.outcomes, stored.conflicting_results)
+        self._metrics.stored(events, stored)
         tracing.record_outcomes(events, stored.outcomes)
         for (delivery, event), outcome in zip(events, stored.outcomes, strict=True):
             if outcome == "reused":
@@ -216,11 +217,8 @@ class Handler:
                     if not self._in_flight.stopping and suspicion.record_failure(error):
                         raise
                     self._metrics.retried(QUEUE)
-                    if failures == 1:
-                        self._in_flight.outages += 1
-                        self._metrics.outages.away("postgresql", threading.current_thread().name)
-                    elif failures == 2:  # one is often no more than a connection that broke while it was not used
-                        log.warning("outage", kind=type(error).__name__, events=len(events), error=error)
+                    self._in_flight.outages += failures == 1
+                    self._note_failure(error, failures, len(events))
                     longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(failures, 10))
                     if not self._in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1)):  # noqa: S311
                         raise _Stopped(f"told to stop while waiting: {error}") from error
@@ -230,16 +228,34 @@ class Handler:
                 self._in_flight.outages -= 1
                 self._metrics.outages.back("postgresql", threading.current_thread().name)
 
+    def _note_failure(self, error: Exception, failures: int, events: int) -> None:
+        is_timeout = isinstance(error, DatabaseTimeout)
+        if not is_timeout:
+            self._metrics.outages.away("postgresql", threading.current_thread().name)
+        if failures != 2:  # one is often no more than a connection that broke while it was not used
+            return
+        if is_timeout:
+            log.warning("time_limit", events=events, error=error)
+        else:
+            log.warning("outage", kind=type(error).__name__, events=events, error=error)
+
     def _attempt(self, events: list[Pair], bound_s: float) -> event_store.Stored:
         self._count.set_deadline(bound_s + _CONNECT_S)
         started = time.perf_counter()
         trying = tracing.transaction(len(events))
         with trying, database.errors(), engine().connect() as conn, self._watch.bounded(conn, bound_s):
             connected = self._timed("connect", started)
-            stored = event_store.store(conn, [event for _, event in events], tracing.traces_of(events))
+            stored = event_store.store(
+                conn, [event for _, event in events], tracing.traces_of(events), lambda: self._extend(_STEP_S)
+            )
         self._timed("write", connected, stored.written_at)
         self._timed("commit", stored.written_at)
         return stored
+
+    def _extend(self, seconds: float) -> None:
+        """Give the attempt of this thread so many seconds from now: it makes progress."""
+        self._watch.renew(seconds)
+        self._count.set_deadline(seconds + _CONNECT_S)
 
     def _timed(self, phase: str, started: float, ended: float | None = None) -> float:
         """Note how long a phase took; returns when it ended."""

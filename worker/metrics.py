@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from evalstore.storage.event_store import Stored
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.jobs import JOBS
 from models.metrics import QUEUES, TYPES
@@ -36,8 +37,9 @@ class WorkerMetrics:
         self._events = Counter[str]()
         self._marks = deque([(time.monotonic(), 0)])
 
-    def stored(self, events: Sequence[tuple[Delivery, EventRow]], outcomes: Sequence[str], conflicting_results: int) -> None:
+    def stored(self, events: Sequence[tuple[Delivery, EventRow]], stored: Stored) -> None:
         """A batch was committed just now."""
+        outcomes = stored.outcomes
         now, types = datetime.now(UTC), [event.type for _, event in events]
         applied: Sequence[int]
         if outcomes.count("applied") == len(outcomes):  # the rule, and told sooner
@@ -46,8 +48,10 @@ class WorkerMetrics:
         else:
             applied = [at for at, outcome in enumerate(outcomes) if outcome == "applied"]
             self._count(Counter(zip(outcomes, types, strict=True)))
-        if conflicting_results:
-            self.counters.add("evalstore_conflicting_results_total", by=conflicting_results)
+        if stored.conflicting_results:
+            self.counters.add("evalstore_conflicting_results_total", by=stored.conflicting_results)
+        for reason, count in stored.rebuilt.items():
+            self.counters.add("evalstore_merge_states_rebuilt_total", reason, by=count)
         if not applied:
             return
         size = min(len(applied), _SAMPLE)

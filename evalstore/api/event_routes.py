@@ -69,7 +69,7 @@ async def send(request: Request, eval_id: str) -> Response:
         lambda: service.write(1, lambda conn, trace: conditional.store(conn, [given], trace))
     )
     service.metrics.events(outcome)
-    service.metrics.conflicts(stored.conflicting_results)
+    service.metrics.stored(stored)
     if outcome == "reused":
         raise EventIdReused(given.event.eval_id, given.event.event_id)
     return json_response(_told(line, outcome))
@@ -120,7 +120,7 @@ def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
     if not given:
         return ["invalid"] * len(lines)
     found, stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))
-    service.metrics.conflicts(stored.conflicting_results)
+    service.metrics.stored(stored)
     outcomes = iter(found)
     return [next(outcomes) if line.given else "invalid" for line in lines]
 

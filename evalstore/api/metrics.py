@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from starlette.types import Scope
 
+from evalstore.storage.event_store import Stored
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
 from evalstore.telemetry.exposition import Exposition
@@ -89,9 +90,11 @@ class ApiMetrics:
         """Events were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
         self.counters.add("evalstore_http_events_total", outcome, by=count)
 
-    def conflicts(self, count: int) -> None:
-        """So many endings were stored of attempts that had ended before."""
-        self.counters.add("evalstore_conflicting_results_total", by=count)
+    def stored(self, stored: Stored) -> None:
+        """Events were committed."""
+        self.counters.add("evalstore_conflicting_results_total", by=stored.conflicting_results)
+        for reason, count in stored.rebuilt.items():
+            self.counters.add("evalstore_merge_states_rebuilt_total", reason, by=count)
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """All of it, and its media type, in the form that an Accept header asks for."""

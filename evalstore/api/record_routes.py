@@ -128,7 +128,7 @@ async def update(request: Request, eval_id: str) -> Response:
             return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace))
 
         given, outcome, stored = await service.thread(work)
-        service.metrics.conflicts(stored.conflicting_results)
+        service.metrics.stored(stored)
         is_new = any(one.type == "storage:evaluation:created" for one in stored.confirmations)
     return await _written(request, caller, given.event, outcome, 201 if is_new else 200)
 

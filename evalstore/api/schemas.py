@@ -61,6 +61,10 @@ _STATE: Final[dict[str, Schema]] = {
     "updated_at": _TIME,
 }
 
+_TRUNCATED: Final[dict[str, Schema]] = {
+    "metadata_truncated": {"const": True, "description": "Where `metadata` is less than its events gave."}
+}
+
 
 def _shown(kind: str) -> dict[str, Schema]:
     return {
@@ -137,7 +141,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Record": {
         "type": "object",
-        "properties": {**_STATE, **_CONTENTS},
+        "properties": {**_STATE, **_TRUNCATED, **_CONTENTS},
         "required": [*_STATE, "code", "output", "error"],
         "examples": [{"eval_id": "run-1", "status": "completed", "attempt": 1, "version": 3, "exit_code": 0, "output": "1\n"}],
     },
@@ -150,7 +154,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "Listed": {
         "type": "object",
         "description": "A record without its content.",
-        "properties": _STATE,
+        "properties": {**_STATE, **_TRUNCATED},
         "required": list(_STATE),
     },
     "Page": {

@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from evalstore.cli.commands import COMMANDS, asked_for
-from models.errors import DatabaseMisconfigured, DatabaseOutage, EvalstoreError, InvalidSettings, Outage, RedisOutage
+from models.errors import (
+    DatabaseMisconfigured,
+    DatabaseOutage,
+    DatabaseTimeout,
+    EvalstoreError,
+    InvalidSettings,
+    Outage,
+    RedisOutage,
+)
 
 _OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
@@ -87,6 +95,8 @@ def _find_local_servers(
 
 def _in_a_sentence(error: Outage) -> str:
     """What is away, what it says, and where to look."""
+    if isinstance(error, DatabaseTimeout):
+        return f"a time limit ended the work in PostgreSQL, try again: {' '.join(str(error).split())}"
     known = {DatabaseOutage: ("PostgreSQL", "EVALSTORE_DATABASE_URL"), RedisOutage: ("Redis", "EVALSTORE_REDIS_URL")}
     store = ("the object store", "EVALSTORE_OBJECT_STORE_URL or EVALSTORE_ARCHIVE_URL")
     name, variable = next((told for kind, told in known.items() if isinstance(error, kind)), store)

@@ -51,6 +51,7 @@ class Evaluation(Scalars, _Head):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     metadata: dict[str, Any] = {}
+    metadata_truncated: bool = False
     queued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database, event_store
 from evalstore.storage.event_store import Outcome
-from models.errors import EvalstoreError
+from evalstore.storage.event_writer import Restart
+from models.errors import DatabaseOutage, EvalstoreError
 from models.events import Event
 from models.record import EventRow
 
@@ -49,8 +50,24 @@ def store(
     conn: Connection, given: Sequence[WriteRequest], traceparent: str | None = None
 ) -> tuple[list[Outcome], event_store.Stored]:
     """Store events in one transaction, which their confirmations trace back to. Commits. Raises DatabaseOutage (retry)."""
-    stored = event_store.store(conn, [one.event for one in given], lambda positions: [traceparent or ""] * len(positions))
-    outcomes = list(stored.outcomes)
+    stored = event_store.store(conn, [one.event for one in given], _traces_of(traceparent))
+    return _at_first_times(conn, given, stored.outcomes), stored
+
+
+def _store_once(conn: Connection, given: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
+    """As `store`, in a transaction that has begun. Raises Restart after it rolled that back."""
+    stored = event_store.store_once(conn, [given.event], _traces_of(traceparent))
+    (outcome,) = _at_first_times(conn, [given], stored.outcomes)
+    return outcome, stored
+
+
+def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:
+    return lambda positions: [traceparent or ""] * len(positions)
+
+
+def _at_first_times(conn: Connection, given: Sequence[WriteRequest], stored: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes of events that were stored, where a repeat without a time of its own has that of the first."""
+    outcomes = list(stored)
     doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.has_explicit_time]
     if doubtful:
         events = [given[at].event for at in doubtful]
@@ -58,7 +75,7 @@ def store(
         again = [at_time(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
         for at, outcome in zip(doubtful, event_store.store(conn, again).outcomes, strict=True):
             outcomes[at] = outcome
-    return outcomes, stored
+    return outcomes
 
 
 def times(conn: Connection, events: Sequence[Event | EventRow]) -> dict[tuple[str, UUID | None], datetime]:
@@ -76,7 +93,11 @@ def at_time(event: Event | EventRow, occurred_at: datetime | None) -> Event | Ev
 
 
 _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"
-_QUEUED: Final = "SELECT event_id FROM evaluation_events WHERE eval_id = %s AND type = 'evaluation:queued'"
+# The record names a queued event where there is one. So the log of a long evaluation is not read.
+_QUEUED: Final = """
+SELECT EXISTS (SELECT FROM evaluations WHERE eval_id = %(eval_id)s AND code_event_id <> %(event_id)s) AND NOT EXISTS (
+    SELECT FROM evaluation_events WHERE eval_id = %(eval_id)s AND event_id = %(event_id)s AND type = 'evaluation:queued')
+"""
 
 
 def create(conn: Connection, given: WriteRequest, traceparent: str | None = None) -> Outcome:
@@ -85,14 +106,19 @@ def create(conn: Connection, given: WriteRequest, traceparent: str | None = None
     Of several callers at once, one does. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
     """
     event = given.event
-    with database.errors():
-        raw = database.driver(conn)
-        raw.execute(_ONE_AT_A_TIME, [_lock_key(event.eval_id)])
-        queued = {event_id for (event_id,) in raw.execute(_QUEUED, [event.eval_id]).fetchall()}
-        if queued - {event.event_id} and event.event_id not in queued:
-            raw.rollback()
-            raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
-    return store(conn, [given], traceparent)[0][0]
+    for _ in range(event_store.TRIES):
+        with database.errors():
+            raw = database.driver(conn)
+            raw.execute(_ONE_AT_A_TIME, [_lock_key(event.eval_id)])
+            ((is_queued,),) = raw.execute(_QUEUED, {"eval_id": event.eval_id, "event_id": event.event_id}).fetchall()
+            if is_queued:
+                raw.rollback()
+                raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
+        try:
+            return _store_once(conn, given, traceparent)[0]
+        except Restart as restart:
+            event_store.after_restart(conn, restart)
+    raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
 
 
 def _lock_key(eval_id: str) -> int:
@@ -116,6 +142,21 @@ def update(
     and what became of it. Raises VersionChanged (nothing is stored), DatabaseOutage (retry), and
     what `make` raises.
     """
+    for _ in range(event_store.TRIES):
+        given = _checked(conn, eval_id, make, versions)
+        try:
+            outcome, stored = _store_once(conn, given, traceparent)
+        except Restart as restart:
+            event_store.after_restart(conn, restart)
+        else:
+            return given, outcome, stored
+    raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
+
+
+def _checked(
+    conn: Connection, eval_id: str, make: Callable[[int], WriteRequest], versions: Sequence[int] | None
+) -> WriteRequest:
+    """The event to store, in a transaction that holds the record's lock. Raises VersionChanged and what `make` raises."""
     with database.errors():
         raw = database.driver(conn)
         found = raw.execute(_LOCK, [eval_id]).fetchone()
@@ -132,8 +173,7 @@ def update(
         if not holds:
             raw.rollback()
             raise VersionChanged(version)
-    (outcome,), stored = store(conn, [given], traceparent)
-    return given, outcome, stored
+    return given
 
 
 def _attempt_of(raw: psycopg.Connection[Any], eval_id: str, event_id: UUID | None) -> int | None:

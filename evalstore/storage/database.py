@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
+import msgspec
 import psycopg
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.types.json import set_json_dumps
+from psycopg.types.json import set_json_dumps, set_json_loads
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from evalstore.storage.sessions import Session, set_up, split_options
-from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
+from models.errors import DatabaseMisconfigured, DatabaseOutage, DatabaseTimeout, InvalidSettings
 from models.record import jsonb
 from models.settings import Settings
 
@@ -35,6 +36,8 @@ _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeo
 _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
+# Time limits that `engine` sets.
+_TIMEOUTS = (pg.QueryCanceled, pg.LockNotAvailable, pg.IdleInTransactionSessionTimeout)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
 # No such database; role, password or host refused.
 _MISTAKES: Final = ("3D000", "28000", "28P01")
@@ -108,6 +111,7 @@ def engine(
                 conn.close()
                 raise
         set_json_dumps(jsonb, conn)
+        set_json_loads(msgspec.json.decode, conn)
         conn.add_notice_handler(_note_end)
         return conn
 
@@ -205,13 +209,14 @@ def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn the driver's errors that pass by themselves into DatabaseOutage; others go through as they are."""
+    """Turn the driver's errors that pass by themselves into DatabaseOutage, or DatabaseTimeout where a time limit of ours ended
+    the work; others go through as they are."""
     _this_thread.was_told = False
     before = sys.exception()
     try:
         yield
     except PoolTimeout as error:
-        raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
+        raise DatabaseTimeout("no connection to PostgreSQL came free in time") from error
     except (DBAPIError, psycopg.Error) as error:
         cause = _reason(error.orig if isinstance(error, DBAPIError) else error, before)
         if isinstance(cause, _NOT_MIGRATED):
@@ -223,7 +228,8 @@ def errors() -> Iterator[None]:
         if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
             raise DatabaseMisconfigured(str(cause).strip()) from error
         if isinstance(cause, psycopg.Error) and _is_outage(cause):
-            raise DatabaseOutage(
+            kind = DatabaseTimeout if isinstance(cause, _TIMEOUTS) else DatabaseOutage
+            raise kind(
                 str(cause).strip() or type(cause).__name__,
                 may_be_the_work=isinstance(cause, _OVERTAXED),
                 is_lost=cause.sqlstate is None and not _this_thread.was_told,

@@ -2,24 +2,34 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
+import psycopg
 from sqlalchemy import Connection
 
 from evalstore.objects.object_store import Stores
-from evalstore.storage import content_reader, database, event_writer
+from evalstore.storage import content_reader, database, event_writer, rebuild
 from evalstore.storage.content_reader import Content
+from evalstore.storage.event_writer import Restart, StoredRecord
 from models.content import Reference
-from models.events import ENDINGS, Event
-from models.record import EventRow, Record, RecordRow, demote, fold, record, to_row
+from models.errors import DatabaseOutage
+from models.events import Event
+from models.fold import Folded, fold
+from models.metrics import RebuildReason
+from models.record import EventRow, Record, RecordRow, demote, record, to_row
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
+
+# A transaction begins again each time that another one created a record of its evaluations at the same moment.
+TRIES: Final = 100
+RESTARTED_TOO_OFTEN: Final = f"other transactions made this one begin again {TRIES} times"
 
 Outcome = Literal["applied", "duplicate", "reused"]
 
@@ -43,32 +53,66 @@ _ENCODER: Final = msgspec.json.Encoder()
 class Stored:
     """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox.
 
+    `rebuilt`: why records were made anew from the event log.
     `written_at`: when there was nothing left to do but to commit, on the clock of `time.perf_counter`.
     """
 
     outcomes: list[Outcome]
     confirmations: list[Confirmation] = field(default_factory=list)
     conflicting_results: int = 0
+    rebuilt: Counter[RebuildReason] = field(default_factory=Counter)
     written_at: float = field(default=0.0, compare=False)
 
 
 def store(
-    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+    conn: Connection,
+    events: Sequence[Event | EventRow],
+    traces_of: Callable[[Sequence[int]], list[str]] | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
     An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
-    nothing. Any number of callers may store events of the same evaluations at once: all take their locks in the order of
-    `eval_id`, new records first, so that none waits for another in a circle. `traces_of` gives the traces of events by
-    their positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last event it tells of.
+    nothing. Any number of callers may store events of the same evaluations at once: all lock the records that exist in the
+    order of `eval_id`, and then create the others in that order, so that none waits for another in a circle. `traces_of` gives
+    the traces of events by their positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last
+    event it tells of. `progress` is called while a record is made anew from a long log.
 
     Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
     """
+    rebuilt = Counter[RebuildReason]()
+    for _ in range(TRIES):
+        try:
+            stored = store_once(conn, events, traces_of)
+        except Restart as restart:
+            rebuilt += after_restart(conn, restart, progress)
+        else:
+            return replace(stored, rebuilt=stored.rebuilt + rebuilt) if rebuilt else stored
+    raise DatabaseOutage(RESTARTED_TOO_OFTEN)
+
+
+def after_restart(conn: Connection, restart: Restart, progress: Callable[[], object] = lambda: None) -> Counter[RebuildReason]:
+    """Prepare another try of a transaction that raised `restart`; returns why records were rebuilt. Commits.
+
+    Raises DatabaseOutage (retry).
+    """
+    return Counter(reason for eval_id in restart.to_rebuild if (reason := rebuild.rebuild(conn, eval_id, progress)))
+
+
+def store_once(
+    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+) -> Stored:
+    """As `store`, within a transaction that the caller may have begun. Raises Restart after it rolled that back."""
     if not events:
         return Stored([])
     facts = [event if isinstance(event, EventRow) else to_row(event) for event in events]
     outcomes: list[Outcome] = ["duplicate"] * len(facts)
-    with database.errors(), conn.begin(), event_writer.writing(database.driver(conn), conn.connection.info, facts) as way:
+    with (
+        database.errors(),
+        _restart_after_deadlock(),
+        conn.begin(),
+        event_writer.writing(database.driver(conn), conn.connection.info, facts) as way,
+    ):
         written = _write(way, facts)
         confirmations = _confirmations(facts, written, way.recorded_at())
         if confirmations:
@@ -81,7 +125,17 @@ def store(
             outcomes[position] = "applied"
     for position in written.reused:
         outcomes[position] = "reused"
-    return Stored(outcomes, confirmations, written.conflicting_results, written_at)
+    conflicting_results = sum([one.conflicting_results for one in written.records.values()])
+    return Stored(outcomes, confirmations, conflicting_results, written.rebuilt, written_at)
+
+
+@contextmanager
+def _restart_after_deadlock() -> Iterator[None]:
+    """Workers of releases before merge states create records before they lock others, so these and ours may deadlock."""
+    try:
+        yield
+    except psycopg.errors.DeadlockDetected as error:
+        raise Restart("PostgreSQL ended a deadlock") from error
 
 
 class _Written(NamedTuple):
@@ -89,9 +143,9 @@ class _Written(NamedTuple):
 
     new: dict[str, list[int]]
     reused: list[int]
-    created: set[str]
-    states: dict[str, RecordRow]
-    conflicting_results: int
+    created: Collection[str]
+    records: dict[str, Folded]
+    rebuilt: Counter[RebuildReason]
 
 
 def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -> _Written:
@@ -100,32 +154,45 @@ def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -
     for position, one in enumerate(facts):
         firsts.setdefault(one.eval_id, {}).setdefault(one.event_id, position)
     new = {eval_id: list(firsts[eval_id].values()) for eval_id in sorted(firsts)}
-    states = {eval_id: fold([facts[position] for position in positions]) for eval_id, positions in new.items()}
-    created, before = way.create(states)
-    for eval_id, log in before.items():
-        known = {one.event_id for one in log}
-        new[eval_id] = [position for event_id, position in firsts[eval_id].items() if event_id not in known]
+    begun = way.begin({eval_id: [facts[at] for at in positions] for eval_id, positions in new.items()})
+    for eval_id in {eval_id for eval_id, _ in begun.logged}:
+        new[eval_id] = [at for event_id, at in firsts[eval_id].items() if (eval_id, event_id) not in begun.logged]
         if not new[eval_id]:
-            del new[eval_id], states[eval_id]
-        else:
-            states[eval_id] = fold(log + [facts[position] for position in new[eval_id]])
+            del new[eval_id]
+    added = {eval_id: [facts[at] for at in new[eval_id]] for eval_id in begun.existing if eval_id in new}
+    changed, rebuilt = _fold(way.conn, begun.existing, added)
     applied = [position for positions in new.values() for position in positions]
     # None of these is in the log: an evaluation created here had no events, and the others' are known, and locked.
     if applied:
         contents: list[tuple[Any, ...]] = []
         way.log([_without_large(facts[position], contents) for position in applied], contents)
-    if changed_before := [states[eval_id] for eval_id in before if eval_id in states]:
-        way.update(changed_before)
-    return _Written(
-        new,
-        _reused(way, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else [],
-        created,
-        states,
-        sum(
-            _conflicting_results(before.get(eval_id, []), [facts[position] for position in positions])
-            for eval_id, positions in new.items()
-        ),
-    )
+    if changed:
+        way.update(list(changed.values()))
+    reused = _reused(way, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else []
+    records = begun.created | changed
+    return _Written(new, reused, begun.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt)
+
+
+def _fold(
+    conn: psycopg.Connection[Any], existing: dict[str, StoredRecord], added: dict[str, list[EventRow]]
+) -> tuple[dict[str, Folded], Counter[RebuildReason]]:
+    """Add events to records that exist; returns these, and why some were made anew from the log. Raises Restart."""
+    folded: dict[str, Folded] = {}
+    reasons: dict[str, RebuildReason] = {}
+    for eval_id, events in added.items():
+        result = existing[eval_id].add(events)
+        if isinstance(result, Folded):
+            folded[eval_id] = result
+        else:
+            reasons[eval_id] = result
+    if not reasons:
+        return folded, Counter()
+    versions = {eval_id: existing[eval_id].record.version for eval_id in reasons}
+    if long := [eval_id for eval_id, version in versions.items() if version > rebuild.PAGE]:
+        raise Restart("records with long logs are to be made anew", long)
+    logs = rebuild.fold_logs(conn, versions)
+    folded |= {eval_id: fold(logs.get(eval_id), added[eval_id]) for eval_id in reasons}
+    return {eval_id: folded[eval_id] for eval_id in added}, Counter(reasons.values())
 
 
 def _without_large(one: EventRow, contents: list[tuple[Any, ...]]) -> EventRow:
@@ -174,34 +241,25 @@ def _digest(data: bytes | Reference | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _conflicting_results(before: list[EventRow], new: list[EventRow]) -> int:
-    """How many of the `new` events end an attempt that another event ended before."""
-    endings = [one.attempt for one in new if one.type in ENDINGS]
-    if not endings:
-        return 0
-    before_that = {one.attempt for one in before if one.type in ENDINGS}
-    return len(endings) - len(set(endings) - before_that)
-
-
 def _confirmations(facts: list[EventRow], written: _Written, recorded_at: str) -> list[Confirmation]:
     """One for each evaluation that changed."""
     return [
         Confirmation(
             "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
             eval_id,
-            state.version,
-            state.status,
-            msgspec.UNSET if state.run_id is None else state.run_id,
+            folded.record.version,
+            folded.record.status,
+            msgspec.UNSET if folded.record.run_id is None else folded.record.run_id,
             [facts[position].event_id for position in written.new[eval_id]],
             recorded_at,
         )
-        for eval_id, state in written.states.items()
+        for eval_id, folded in written.records.items()
     ]
 
 
 def _traces(written: _Written, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
     """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
-    traces = traces_of([written.new[eval_id][-1] for eval_id in written.states])
+    traces = traces_of([written.new[eval_id][-1] for eval_id in written.records])
     return "\n".join(traces) if any(traces) else None
 
 

@@ -7,14 +7,19 @@ for their answers: two round trips, whose rows cost several times as much. docs/
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
+from uuid import UUID
+from zlib import crc32
 
 import psycopg
 
 from evalstore.storage import database, sessions
-from models.errors import DatabaseOutage
+from models.errors import EvalstoreError
 from models.fields import EVENT_COLUMNS, RECORD_COLUMNS
-from models.record import EventRow, RecordRow, jsonb, promote, rfc3339
+from models.fold import Folded, fold
+from models.merge_state import Undecodable
+from models.metrics import RebuildReason
+from models.record import EventRow, RecordRow, jsonb, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _FEW: Final = 64
@@ -27,6 +32,13 @@ _CONTENT_TYPES: Final = dict(
         strict=True,
     )
 )
+# A row of `evaluations`, as `_row` makes it.
+_RECORD_TYPES: Final = {**RECORD_COLUMNS, "merge_state": "bytea", "merge_version": "int4"}
+_RECORD: Final = tuple(_RECORD_TYPES)
+# A pooler may give a worker a session in which another release made its stages: these have other names.
+_STAGED_RECORDS: Final = f"evalstore_stage_records_{crc32(repr(_RECORD_TYPES).encode()):08x}"
+_STAGED_EVENTS: Final = f"evalstore_stage_events_{crc32(repr(EVENT_COLUMNS).encode()):08x}"
+
 # What of an event's row says whether another is the same; content by its hash, as it may be elsewhere.
 _COMPARED: Final = [name for name in EventRow._fields if name not in {"eval_id", "event_id", *CONTENTS}]
 
@@ -42,23 +54,59 @@ _BEGIN: Final = f"""
 SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),
     set_config('enable_seqscan', 'off', true), {sessions.DURABLE.format("true")}, now()
 """
-_LOCK: Final = """
-SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
+_LOCK: Final = f"""
+SELECT {columns(_RECORD)} FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
-_READ_LOG: Final = f"""
-SELECT {columns(name for name in EventRow._fields if name not in CONTENTS)}
-FROM evaluation_events WHERE eval_id = ANY(%s::text[])
+# A later statement than the lock: this one sees what other workers committed before they released it.
+_LOGGED: Final = """
+SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
+JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
 """
-_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(RecordRow._fields)})"
+_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(_RECORD)})"
 _HASHES: Final = columns(
     CONTENTS,
     "coalesce(sha256(e.{0}), (SELECT c.sha256 FROM contents c "
     "WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{0}'))",
 )
-_CHANGED: Final = [name for name in RecordRow._fields if name != "eval_id"]
+_CHANGED: Final = [name for name in _RECORD if name != "eval_id"]
 
-Log = dict[str, list[EventRow]]
+Events = dict[str, list[EventRow]]
 Compared = dict[int, list[Any]]
+
+
+class StoredRecord(NamedTuple):
+    """A record that is locked, with its merge state, which is of the version `merge_version`."""
+
+    record: RecordRow
+    merge_state: bytes | None
+    merge_version: int | None
+
+    def add(self, events: Sequence[EventRow]) -> "Folded | RebuildReason":
+        """Return the record with `events`, or the reason why its merge state must be rebuilt from the log first."""
+        if self.merge_state is None:
+            return "absent"
+        if self.merge_version != self.record.version:
+            return "stale"
+        try:
+            return fold(Folded(self.record, self.merge_state), events)
+        except Undecodable:
+            return "undecodable"
+
+
+class Begun(NamedTuple):
+    """The records that were created, those that existed and are locked, and the events of these that are in the log."""
+
+    created: dict[str, Folded]
+    existing: dict[str, StoredRecord]
+    logged: set[tuple[str, UUID]]
+
+
+class Restart(EvalstoreError):
+    """The transaction cannot go on: roll it back, rebuild the records `to_rebuild`, and begin again."""
+
+    def __init__(self, message: str, to_rebuild: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.to_rebuild = tuple(to_rebuild)
 
 
 @contextmanager
@@ -81,7 +129,7 @@ class _Way:
     """What both have in common. `info` goes with the connection."""
 
     def __init__(self, conn: psycopg.Connection[Any], info: dict[str, Any]) -> None:
-        self._conn, self._cursor, self._info = conn, conn.cursor(binary=True), info
+        self.conn, self._cursor, self._info = conn, conn.cursor(binary=True), info
         # Said anew by each commit: after a failure they are made sure of. A pooler may have gone on with another session.
         self._staged: set[str] = info.pop("evalstore_staged", set())
         self._begun = conn.cursor(binary=True).execute(_BEGIN)
@@ -101,20 +149,24 @@ class _Way:
 
 
 class Many(_Way):
-    """The stages live as long as the connection, and are empty between transactions. Records are 0 as the events of a call
-    alone make them, and 1 as all events of theirs do; events that are there already are numbered by their place in the call."""
+    """The stages live as long as the connection, and are empty between transactions. Records to create have the number 0 in
+    them, records to change 1; events that are there already are numbered by their place in the call."""
 
-    def create(self, states: dict[str, RecordRow]) -> tuple[set[str], Log]:
-        """Make the records that there are not yet, and lock the others; returns the ids of those made, and the log of the
-        others, without content."""
-        self._stage_records(0, states.values())
-        self._cursor.execute(_CREATE)
-        if self._cursor.rowcount == len(states):
-            return set(states), {}
-        created = {eval_id for (eval_id,) in self._cursor.fetchall()}
-        existing = [eval_id for eval_id in states if eval_id not in created]
-        _all_locked(self._cursor.execute(_LOCK, [existing]), existing)
-        return created, _log_of(self._cursor.execute(_READ_LOG, [existing]), existing)
+    def begin(self, events: Events) -> Begun:
+        """Lock the records of these evaluations, in order; create those that there are not yet, from `events` alone.
+
+        Raises Restart if another transaction created one meanwhile: to wait for that record's lock could be a deadlock.
+        """
+        existing = records(lock(self.conn, list(events)))
+        found = {eval_id: events[eval_id] for eval_id in existing}
+        logged = _logged(self.conn, found).fetchall() if found else []
+        created = {eval_id: fold(None, of_one) for eval_id, of_one in events.items() if eval_id not in existing}
+        if created:
+            self._stage_records(0, created.values())
+            self._cursor.execute(_CREATE)
+            if self._cursor.rowcount != len(created):
+                raise Restart("another transaction created an evaluation of these")
+        return Begun(created, existing, set(logged))
 
     def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         """Write events, and content that has rows of its own."""
@@ -122,27 +174,30 @@ class Many(_Way):
         if contents:
             _copy(self._cursor, "contents", _CONTENT_TYPES, contents)
 
-    def update(self, states: list[RecordRow]) -> None:
+    def update(self, records: list[Folded]) -> None:
         """Change records."""
-        self._stage_records(1, states)
+        self._stage_records(1, records)
         self._cursor.execute(_UPDATE)
 
     def compare(self, facts: dict[int, EventRow]) -> Compared:
         """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes; and
         the `extra` stored there."""
-        self._stage("evalstore_stage_events", EVENT_COLUMNS)
+        self._stage(_STAGED_EVENTS, EVENT_COLUMNS)
         _copy(
             self._cursor,
-            "evalstore_stage_events",
+            _STAGED_EVENTS,
             {"number": "int4"} | EVENT_COLUMNS,
             ((number, *one) for number, one in facts.items()),
         )
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
-    def _stage_records(self, number: int, states: Iterable[RecordRow]) -> None:
-        self._stage("evalstore_stage_records", RECORD_COLUMNS)
+    def _stage_records(self, number: int, records: Iterable[Folded]) -> None:
+        self._stage(_STAGED_RECORDS, _RECORD_TYPES)
         _copy(
-            self._cursor, "evalstore_stage_records", {"number": "int4"} | RECORD_COLUMNS, ((number, *state) for state in states)
+            self._cursor,
+            _STAGED_RECORDS,
+            {"number": "int4"} | _RECORD_TYPES,
+            ((number, *_row(one)) for one in records),
         )
 
     def _stage(self, name: str, types: dict[str, str]) -> None:
@@ -155,17 +210,16 @@ class Many(_Way):
 
 
 _CREATE: Final = f"""
-{_INTO_RECORDS} SELECT {columns(RecordRow._fields)} FROM evalstore_stage_records WHERE number = 0 ORDER BY eval_id
-ON CONFLICT DO NOTHING RETURNING eval_id
+{_INTO_RECORDS} SELECT {columns(_RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
 """
 # The time of the statement, not of the transaction: that may have begun before another one created the record.
 _UPDATE: Final = f"""
 UPDATE evaluations e SET ({columns(_CHANGED)}, updated_at) = ROW({columns(_CHANGED, "s.{}")}, statement_timestamp())
-FROM evalstore_stage_records s WHERE e.eval_id = s.eval_id AND s.number = 1
+FROM {_STAGED_RECORDS} s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
 _COMPARE: Final = f"""
 SELECT s.number, ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({columns(_COMPARED, "s.{}")}), {_HASHES}, e.extra
-FROM evalstore_stage_events s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
+FROM {_STAGED_EVENTS} s JOIN evaluation_events e ON e.eval_id = s.eval_id AND e.event_id = s.event_id
 """
 _CONFIRM: Final = "INSERT INTO confirmations (count, body, traceparents) VALUES (%s, %s, %s)"
 
@@ -180,31 +234,32 @@ def _copy(cursor: psycopg.Cursor[Any], table: str, types: dict[str, str], rows: 
 class Few(_Way):
     """Statements are the same for every call, and PostgreSQL plans them once: all values go as text, NULL or not."""
 
-    def create(self, states: dict[str, RecordRow]) -> tuple[set[str], Log]:
+    def begin(self, events: Events) -> Begun:
         """As of Many; so are the others."""
-        # Also locks and reads what it made: to wait and see which these are would take longer.
-        eval_ids = list(states)
-        made = [self._conn.execute(_CREATE_ONE, _texts(state)) for state in states.values()]
-        locked = self._conn.execute(_LOCK, [eval_ids])
-        log = self._conn.cursor(binary=True).execute(_READ_LOG, [eval_ids])
-        rows = log.fetchall()
-        _all_locked(locked, eval_ids)
-        created = {eval_id for eval_id, one in zip(eval_ids, made, strict=True) if one.rowcount}
-        return created, _log_of(rows, [eval_id for eval_id in eval_ids if eval_id not in created])
+        # Creating does nothing where a record exists. To wait and see which do would be a round trip more.
+        locked = lock(self.conn, list(events))
+        alone = {eval_id: fold(None, of_one) for eval_id, of_one in events.items()}
+        made = [self.conn.execute(_CREATE_ONE, _texts(_row(one))) for one in alone.values()]
+        logged = _logged(self.conn, events)
+        existing = records(locked)
+        created = {eval_id: alone[eval_id] for eval_id, one in zip(alone, made, strict=True) if one.rowcount}
+        if len(created) + len(existing) != len(events):
+            raise Restart("another transaction created an evaluation of these")
+        return Begun(created, existing, set(logged.fetchall()))
 
     def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         for one in facts:
-            self._conn.execute(_LOG_ONE, _texts(one))
+            self.conn.execute(_LOG_ONE, _texts(one))
         for row in contents:
-            self._conn.execute(_CONTENT_ONE, _texts(row))
+            self.conn.execute(_CONTENT_ONE, _texts(row))
 
-    def update(self, states: list[RecordRow]) -> None:
-        for state in states:
-            self._conn.execute(_UPDATE_ONE, [*_texts(state[1:]), state.eval_id])
+    def update(self, records: list[Folded]) -> None:
+        for one in records:
+            update(self.conn, one)
 
     def compare(self, facts: dict[int, EventRow]) -> Compared:
         asked = {
-            number: self._conn.cursor(binary=True).execute(
+            number: self.conn.cursor(binary=True).execute(
                 _COMPARE_ONE, _texts([*(getattr(one, name) for name in _COMPARED), one.eval_id, one.event_id])
             )
             for number, one in facts.items()
@@ -216,11 +271,11 @@ def _values(types: dict[str, str]) -> str:
     return ", ".join(f"%s::{type_}" for type_ in types.values())
 
 
-_CREATE_ONE: Final = f"{_INTO_RECORDS} VALUES ({_values(RECORD_COLUMNS)}) ON CONFLICT DO NOTHING"
+_CREATE_ONE: Final = f"{_INTO_RECORDS} VALUES ({_values(_RECORD_TYPES)}) ON CONFLICT DO NOTHING"
 _LOG_ONE: Final = f"INSERT INTO evaluation_events ({columns(EVENT_COLUMNS)}) VALUES ({_values(EVENT_COLUMNS)})"
 _CONTENT_ONE: Final = f"INSERT INTO contents ({columns(_CONTENT_TYPES)}) VALUES ({_values(_CONTENT_TYPES)})"
 _UPDATE_ONE: Final = f"""
-UPDATE evaluations SET {", ".join(f"{name} = %s::{RECORD_COLUMNS[name]}" for name in _CHANGED)},
+UPDATE evaluations SET {", ".join(f"{name} = %s::{_RECORD_TYPES[name]}" for name in _CHANGED)},
     updated_at = statement_timestamp()
 WHERE eval_id = %s::text
 """
@@ -241,18 +296,33 @@ _TEXT_OF: Final[dict[type, Any]] = {
 }
 
 
-def _all_locked(locked: psycopg.Cursor[Any], eval_ids: list[str]) -> None:
-    if locked.rowcount != len(eval_ids):
-        # Its events would be in the log, and of no record.
-        raise DatabaseOutage("an evaluation was deleted between finding and locking it")
+def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> psycopg.Cursor[Any]:
+    """Lock the records that exist of these evaluations, in order. Others read them meanwhile."""
+    return conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])
 
 
-def _log_of(rows: Iterable[Any], eval_ids: list[str]) -> Log:
-    """The log of each: read in a later statement than the one that locked them, which therefore sees what other workers
-    committed before they let go."""
-    logged: Log = {eval_id: [] for eval_id in eval_ids}
-    for row in rows:
-        *columns, extra = row
-        one = EventRow(*columns)
-        logged[one.eval_id].append(one if extra is None else promote(one._replace(extra=extra)))
-    return logged
+def update(conn: psycopg.Connection[Any], folded: Folded) -> None:
+    """Change a record that is locked."""
+    eval_id, *changed = _row(folded)
+    conn.execute(_UPDATE_ONE, [*_texts(changed), eval_id])
+
+
+def records(locked: psycopg.Cursor[Any]) -> dict[str, StoredRecord]:
+    """Return the records that `lock` locked."""
+    return {row[0]: StoredRecord(RecordRow(*row[:-2]), *row[-2:]) for row in locked.fetchall()}
+
+
+def _logged(conn: psycopg.Connection[Any], events: Events) -> psycopg.Cursor[Any]:
+    """Look up which of these events are in the log."""
+    ids = [(eval_id, one.event_id.int) for eval_id, of_one in events.items() for one in of_one]
+    arrays = [_array([eval_id for eval_id, _ in ids]), "{" + ",".join([f"{event_id:032x}" for _, event_id in ids]) + "}"]
+    return conn.cursor(binary=True).execute(_LOGGED, arrays)
+
+
+def _array(eval_ids: Iterable[str]) -> str:
+    """The ids as PostgreSQL's text of an array; they hold neither quotes nor backslashes. psycopg takes longer for a list."""
+    return '{"' + '","'.join(eval_ids) + '"}'
+
+
+def _row(folded: Folded) -> tuple[Any, ...]:
+    return *folded.record, folded.merge_state, folded.record.version

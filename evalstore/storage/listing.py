@@ -16,6 +16,7 @@ from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection
 
 from evalstore.storage import database
+from evalstore.storage.records import readable
 from models.errors import DatabaseOutage
 from models.record import RecordRow
 
@@ -115,7 +116,7 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
             scanned = Position(*found) if found else None
         where, values = _where(chosen, after, scanned)
         cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s".encode(), [*values, limit + 1])
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
+        rows = [readable(dict(zip(COLUMNS, row, strict=True))) for row in cursor]
     if len(rows) > limit:
         rows = rows[:limit]
         return Page(rows, Position(rows[-1]["created_at"], rows[-1]["eval_id"]))
@@ -129,7 +130,7 @@ def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) 
     rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
     if rows is None:
         return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
-    found = [dict(zip(COLUMNS, row, strict=True)) for row in rows[:limit]]
+    found = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
     return Page(found, Position(found[-1]["created_at"], found[-1]["eval_id"]) if len(rows) > limit else None)
 
 
@@ -166,4 +167,4 @@ def export(conn: Connection, chosen: Filter) -> Generator[list[dict[str, Any]]]:
         with raw.cursor("evalstore_export", binary=True) as cursor:
             cursor.execute(query.encode(), values)
             while rows := cursor.fetchmany(_CHUNK):
-                yield [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+                yield [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows]

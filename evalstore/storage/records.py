@@ -68,13 +68,20 @@ SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_a
 """
 
 
+def readable(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record as readers see them: `metadata_truncated` only where it is true."""
+    if not fields["metadata_truncated"]:
+        del fields["metadata_truncated"]
+    return fields
+
+
 def load(conn: Connection, eval_id: str) -> RecordView | None:
     """The record, or None; what content of it is an object is left to `complete`. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(_LOAD, [eval_id]).fetchone()
     if row is None:
         return None
-    fields = dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True))
+    fields = readable(dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True)))
     parts: dict[str, ContentView] = {}
     for at, kind in enumerate(CONTENTS):
         size, data, event_id, sha256, store, encoding = row[at * 6 - 18 :][:6]

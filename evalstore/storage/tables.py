@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -60,6 +61,11 @@ evaluations = Table(
     # The events whose content is this evaluation's code, and its output and error.
     Column("code_event_id", Uuid),
     Column("result_event_id", Uuid),
+    # Whether metadata is less than its events gave; see models/merge_state.py.
+    Column("metadata_truncated", Boolean, nullable=False, server_default=text("false")),
+    # See models/merge_state.py, and the record's version that it belongs to. Workers of releases before it write neither.
+    Column("merge_state", LargeBinary),
+    Column("merge_version", Integer),
     # What may be overdue: few at any time. Those stored with their result never enter it.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     # The order of every list. A commit's records share their time and so their entry, at its end; see listing.py.

@@ -27,7 +27,9 @@ _LOOP: Final = struct.Struct("d40s")
 _HEAD_BYTES: Final = 64
 
 
-_COUNTED_BY_ALL: Final = frozenset({"evalstore_conflicting_results_total", "evalstore_database_connections"})
+_COUNTED_BY_ALL: Final = frozenset(
+    {"evalstore_conflicting_results_total", "evalstore_merge_states_rebuilt_total", "evalstore_database_connections"}
+)
 
 
 def counted_by(role: str) -> list[Metric]:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from evalstore.storage import database
-from models.errors import DatabaseOutage, InvalidSettings
+from models.errors import DatabaseOutage, DatabaseTimeout, InvalidSettings
 
 PASSING = ["08006", "25006", "28000", "40001", "40P01", "42501", "42P01", "53100", "53300", "55P03", "57014", "57P01", "58030"]
 LASTING = ["22P05", "22021", "23505", "23514", "54000"]
@@ -19,6 +19,17 @@ def test_what_passes_by_itself_is_an_outage_and_what_a_message_is_to_blame_for_i
         with engine.connect() as conn, pytest.raises(Exception, match="told") as raised, database.errors():
             conn.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'told' USING ERRCODE = '{sqlstate}'; END $$")
         assert isinstance(raised.value, DatabaseOutage) == (sqlstate in PASSING), sqlstate
+
+
+@pytest.mark.parametrize(("limit", "statement"), [("statement", "SELECT pg_sleep(9)"), ("lock", "LOCK TABLE probes")])
+def test_a_time_limit_of_ours_is_told_apart_from_an_outage_of_the_server(database_url: str, limit: str, statement: str) -> None:
+    hasty = database.engine(database_url, statement_timeout_s=0.5, lock_timeout_s=0.05)
+    with hasty.connect() as conn, psycopg.connect(database_url) as holder:
+        holder.execute("LOCK TABLE probes")
+        with pytest.raises(DatabaseTimeout, match=f"{limit} timeout") as raised, database.errors(), conn.begin():
+            database.driver(conn).execute(statement.encode())
+        assert raised.value.is_lock == (limit == "lock")
+    hasty.dispose()
 
 
 def test_behind_a_pooler_that_changes_sessions_nothing_is_prepared_any_more(
@@ -91,7 +102,7 @@ def test_a_transaction_that_stood_still_for_too_long_may_be_what_the_work_does(
         ((pid,),) = raw.execute("SELECT pg_backend_pid()").fetchall()
         lives = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
         eventually(lambda: not plain.execute(lives, [pid]).fetchone(), what="its end")
-        with pytest.raises(DatabaseOutage, match="idle-in-transaction") as raised, database.errors(), standing.begin():
+        with pytest.raises(DatabaseTimeout, match="idle-in-transaction") as raised, database.errors(), standing.begin():
             raw.execute("SELECT 1")
     hasty.dispose()
     assert raised.value.may_be_the_work

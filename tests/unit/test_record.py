@@ -1,7 +1,11 @@
 """The record is what DESIGN's sentences say, whatever the order of its events and however often each comes."""
 
 import base64
+import hashlib
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -10,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import merge
+from models import fold, merge, merge_state
 from models.content import Reference, from_bytes, to_bytes
 from models.events import parse
+from models.fold import Folded
+from models.record import EventRow, to_row
 
 Json = dict[str, Any]
 MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
@@ -64,6 +70,10 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
         for phase in (["evaluation:queued"], ["evaluation:started", "evaluation:running"], ["evaluation:lost"], ENDINGS):
             for event in of({number}, *phase):
                 metadata |= event.get("metadata", {})
+    values = {name: len(json.dumps(value, separators=(",", ":"))) for name, value in metadata.items()}
+    large = {name: size for name, size in values.items() if size > merge_state.MAX_VALUE_BYTES}
+    kept = sorted(metadata, key=lambda name: hashlib.sha256(name.encode()).digest())[: merge_state.MAX_KEYS]
+    bounded = {name: {"$omitted_bytes": large[name]} if name in large else metadata[name] for name in kept}
 
     def moment(event: Json | None) -> datetime | None:
         return datetime.fromisoformat(event["occurred_at"]) if event else None
@@ -79,7 +89,8 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
         "language": queued and queued.get("language", "python"),
         "submitter": said("submitter", queued),
         "run_id": said("run_id", queued),
-        "metadata": metadata,
+        "metadata": bounded,
+        "metadata_truncated": len(metadata) > len(kept) or not large.keys().isdisjoint(kept),
         "queued_at": moment(queued),
         "started_at": moment(first_started),
         "finished_at": moment(result),
@@ -99,7 +110,9 @@ contents = st.sampled_from(["", "\0", "\ud800", "\ud83d\ude00"])
 b64s = st.sampled_from(["", "/w==", "7aCA"])
 refs = st.sampled_from([{"sha256": digit * 64, "size": size, "encoding": "zstd"} for digit in "0f" for size in (1, 5_000_000)])
 metadata = st.none() | st.dictionaries(
-    st.sampled_from("abc"), st.sampled_from([None, 0, 1.5, "x", [1], {"a": None}]), max_size=3
+    st.sampled_from("abcd"),
+    st.sampled_from([None, 0, 1.5, "x", [1], {"a": None}, "long" * 8, ["long"] * 8, {"$omitted_bytes": 34}]),
+    max_size=3,
 )
 common = {
     "attempt": st.sampled_from([None, 1, 2, 3]),
@@ -148,6 +161,16 @@ events = st.one_of(
 event_sets = st.lists(events, min_size=1, max_size=6, unique_by=lambda event: event["event_id"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _low_bounds() -> Iterator[None]:
+    """Let small examples reach the bounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("MAX_KEYS", 3), ("MAX_VALUE_BYTES", 30), ("_SHORT", 4), ("MAX_ENDINGS", 2)):
+            patch.setattr(merge_state, name, value)
+        patch.setattr(fold, "MAX_ENDINGS", 2)
+        yield
+
+
 @settings(max_examples=1000 * MORE, deadline=None)
 @given(event_sets)
 def test_the_record_is_what_the_rule_says(given: list[Json]) -> None:
@@ -161,6 +184,30 @@ def test_neither_order_nor_repetition_makes_a_difference(drawn: tuple[list[Json]
     shuffled = given + repeated
     random.shuffle(shuffled)
     assert merge(map(parse, shuffled)) == merge(map(parse, given))
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[list[EventRow], list[list[EventRow]]]:
+    """A set of events, and the same set in any order and in any parts."""
+    given = [
+        to_row(parse(one)) for one in draw(st.lists(events, min_size=1, max_size=8, unique_by=lambda one: one["event_id"]))
+    ]
+    shuffled = draw(st.permutations(given))
+    ends = sorted({0, len(given), *draw(st.lists(st.integers(0, len(given)), max_size=6))})
+    return given, [shuffled[start:end] for start, end in itertools.pairwise(ends)]
+
+
+@settings(max_examples=1500 * MORE, deadline=None)
+@given(parts())
+def test_a_fold_in_any_parts_is_the_fold_of_all(drawn: tuple[list[EventRow], list[list[EventRow]]]) -> None:
+    given, of_parts = drawn
+    folded: Folded | None = None
+    for part in of_parts:
+        folded = fold.fold(folded, part)
+    expected = fold.fold(None, given)
+    assert folded is not None
+    assert folded[:2] == expected[:2]
+    assert json.dumps(folded.record.metadata, sort_keys=True) == json.dumps(expected.record.metadata, sort_keys=True)
 
 
 @settings(max_examples=300 * MORE, deadline=None)

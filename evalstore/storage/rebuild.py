@@ -1,0 +1,85 @@
+"""Records made anew from the event log, because their merge state is not of their version or cannot be decoded.
+
+Workers of releases before merge states change records and leave the merge state as it is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+from sqlalchemy import Connection
+
+from evalstore.storage import database, event_writer
+from evalstore.storage.event_writer import CONTENTS, columns
+from models.fold import Folded, fold
+from models.metrics import RebuildReason
+from models.record import EventRow, promote
+
+# A log of up to one page is read within the transaction of the batch, a longer one in a transaction of its own before it.
+PAGE: Final = 1000
+_ROWS_AT_ONCE: Final = 5000
+_LAST: Final = UUID(int=(1 << 128) - 1)
+
+_READ: Final = [name for name in EventRow._fields if name not in CONTENTS]
+_PAGES: Final = f"""
+SELECT {columns(_READ, "logged.{}")} FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id) CROSS JOIN LATERAL (
+    SELECT {columns(_READ, "e.{}")} FROM evaluation_events e
+    WHERE e.eval_id = wanted.eval_id AND e.event_id >= wanted.event_id ORDER BY e.event_id LIMIT %s
+) logged
+"""
+
+
+def fold_logs(
+    conn: psycopg.Connection[Any], versions: Mapping[str, int], progress: Callable[[], object] = lambda: None
+) -> dict[str, Folded]:
+    """Return the records of these evaluations as their logs give them. The caller holds their locks, and gives their versions.
+
+    Reads the logs by pages, so that memory does not grow with their length, and calls `progress` after each.
+    """
+    folded: dict[str, Folded] = {}
+    for eval_ids in _groups(versions):
+        after = dict.fromkeys(eval_ids, UUID(int=0))
+        while after:
+            cursor = conn.cursor(binary=True).execute(_PAGES, [[*after], [*after.values()], PAGE])
+            pages: dict[str, list[EventRow]] = {}
+            for row in cursor:
+                pages.setdefault(row[0], []).append(promote(EventRow(**dict(zip(_READ, row, strict=True)))))
+            for eval_id, page in pages.items():
+                folded[eval_id] = fold(folded.get(eval_id), page)
+            after = {
+                eval_id: UUID(int=last.int + 1)
+                for eval_id, page in pages.items()
+                if len(page) == PAGE and (last := max([one.event_id for one in page])) != _LAST
+            }
+            progress()
+    return folded
+
+
+def _groups(versions: Mapping[str, int]) -> Iterable[list[str]]:
+    """The evaluations in groups whose pages are not too many rows together."""
+    group: list[str] = []
+    rows = 0
+    for eval_id, version in versions.items():
+        if group and rows + min(version, PAGE) > _ROWS_AT_ONCE:
+            yield group
+            group, rows = [], 0
+        group.append(eval_id)
+        rows += min(version, PAGE)
+    if group:
+        yield group
+
+
+def rebuild(conn: Connection, eval_id: str, progress: Callable[[], object] = lambda: None) -> RebuildReason | None:
+    """Make the record of `eval_id` anew, in a transaction that is committed when this returns; holds the record's lock.
+
+    Returns why that was needed, None if it was not any more. Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin():
+        raw = database.driver(conn)
+        found = event_writer.records(event_writer.lock(raw, [eval_id])).get(eval_id)
+        if found is None or isinstance(reason := found.add([]), Folded):
+            return None
+        for folded in fold_logs(raw, {eval_id: found.record.version}, progress).values():
+            event_writer.update(raw, folded)
+        return reason

@@ -1,0 +1,290 @@
+"""What a record's columns do not hold of its events, and a later fold needs.
+
+The state is a function of the set of events, and so are its bytes: the number of the rule, then msgpack. A record made of one
+event needs no more than the number, where its columns name that event.
+"""
+
+import heapq
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from hashlib import sha256
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from models.errors import EvalstoreError
+from models.events import ENDINGS
+from models.fields import FROM_QUEUED, FROM_RESULT, FROM_STARTED, SCALARS
+from models.record import EventRow, RecordRow
+
+MAX_KEYS: Final = 1024
+MAX_VALUE_BYTES: Final = 8 * 1024
+MAX_ENDINGS: Final = 64
+
+# Change this number with the rule or with the columns that it fills: a state of another rule is rebuilt from the log.
+_RULE: Final = b"\x01"
+# The merge state of a record whose columns name the one event that it is made of.
+ONLY_EVENT: Final = _RULE
+QUEUED, STARTED, LOST, ENDING = range(4)
+PHASES: Final = {
+    "evaluation:queued": QUEUED,
+    "evaluation:started": STARTED,
+    "evaluation:lost": LOST,
+    **dict.fromkeys(ENDINGS, ENDING),
+}
+
+Moment = tuple[datetime, UUID]
+# The order in which metadata is merged: attempt, phase, occurred_at, event_id.
+Stamp = tuple[int, int, datetime, UUID]
+# The metadata of an event that still counts, and which of its values are omitted.
+Described = tuple[Stamp, dict[str, Any], frozenset[str]]
+
+
+class Undecodable(EvalstoreError):
+    """The bytes are no merge state of the record beside them, by this release's rule."""
+
+
+class MergeState(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """All but `queued_attempt`, `endings` and metadata is of the record's attempt.
+
+    `last_started` is None where the first started event is the last. `last_executor_id` and `last_container_id` are the last
+    started event's, where the result names its own. `keys` has, for each metadata key in sorted order, the place of its event
+    in `stamps`; it is empty if there is one stamp. `omitted` has the places of the keys whose values were too large.
+    """
+
+    queued_attempt: int
+    first_started_id: UUID | None
+    last_started: Moment | None
+    result_names_executor: bool
+    result_names_container: bool
+    last_executor_id: str | None
+    last_container_id: str | None
+    last_lost: Moment | None
+    endings: list[int]
+    stamps: list[Stamp]
+    keys: list[int]
+    omitted: list[int]
+    dropped: bool
+
+
+class Past(NamedTuple):
+    """The events that a record and its merge state stand for, as far as a later event can make a difference to them."""
+
+    events: list[EventRow]
+    described: list[Described]
+    endings: Sequence[int]
+    dropped: bool
+
+
+NOTHING: Final = Past([], [], (), False)
+
+
+class Metadata(NamedTuple):
+    """Merged metadata, and what its merge state needs."""
+
+    values: dict[str, Any]
+    stamps: list[Stamp]
+    keys: list[int]
+    omitted: list[int]
+    dropped: bool
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a key was dropped or a value omitted."""
+        return self.dropped or bool(self.omitted)
+
+
+_ENCODER: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
+_DECODER: Final = msgspec.msgpack.Decoder(MergeState)
+
+
+def encode(state: MergeState) -> bytes:
+    """Return the bytes to store beside a record that does not name its only event."""
+    return _RULE + _ENCODER.encode(state)
+
+
+def names_its_event(record: RecordRow) -> bool:
+    """Whether the columns of `record` hold all that counts of the one event that it is made of."""
+    return record.version == 1 and record.status not in ("running", "lost") and not record.metadata_truncated
+
+
+def decode(record: RecordRow, data: bytes) -> Past:
+    """Return what `record` and its merge state stand for. Raises Undecodable."""
+    if data[:1] != _RULE:
+        raise Undecodable("the merge state is of another rule")
+    if data == ONLY_EVENT:
+        return _only_event(record)
+    try:
+        state = _DECODER.decode(memoryview(data)[1:])
+        described = _described(record.metadata, state)
+    except (msgspec.MsgspecError, ValueError, IndexError) as error:
+        raise Undecodable(f"the merge state cannot be decoded: {error}") from error
+    if (record.started_at is None) != (state.first_started_id is None) or (record.code_event_id is None) != (
+        state.queued_attempt == 0
+    ):
+        raise Undecodable("the merge state is of another record")
+    return Past(_events(record, state), described, state.endings, state.dropped)
+
+
+def _only_event(record: RecordRow) -> Past:
+    if not names_its_event(record):
+        raise Undecodable("the merge state is of another record")
+    event_id, at = (
+        (record.result_event_id, record.finished_at) if record.result_event_id else (record.code_event_id, record.queued_at)
+    )
+    if event_id is None or at is None:
+        raise Undecodable("the merge state is of another record")
+    event = EventRow(
+        eval_id=record.eval_id,
+        event_id=event_id,
+        type=f"evaluation:{record.status}",
+        attempt=record.attempt,
+        occurred_at=at,
+        metadata=record.metadata or None,
+        **{name: getattr(record, name) for name in SCALARS},
+    )
+    return Past([event], [], [record.attempt] if record.result_event_id else [], dropped=False)
+
+
+def _events(record: RecordRow, state: MergeState) -> list[EventRow]:
+    """The queued, started, lost and ending events that count, without metadata and content."""
+    events: list[EventRow] = []
+    if record.code_event_id and record.queued_at:
+        events.append(
+            EventRow(
+                record.eval_id,
+                record.code_event_id,
+                "evaluation:queued",
+                state.queued_attempt,
+                record.queued_at,
+                **{name: getattr(record, name) for name in FROM_QUEUED},
+            )
+        )
+    if state.first_started_id and record.started_at:
+        last_at, last_id = state.last_started or (record.started_at, state.first_started_id)
+        last = EventRow(
+            record.eval_id,
+            last_id,
+            "evaluation:started",
+            record.attempt,
+            last_at,
+            executor_id=state.last_executor_id if state.result_names_executor else record.executor_id,
+            container_id=state.last_container_id if state.result_names_container else record.container_id,
+            **{} if state.last_started else {name: getattr(record, name) for name in FROM_STARTED},
+        )
+        events.append(last)
+        if state.last_started:
+            events.append(
+                last._replace(
+                    event_id=state.first_started_id,
+                    occurred_at=record.started_at,
+                    executor_id=None,
+                    container_id=None,
+                    **{name: getattr(record, name) for name in FROM_STARTED},
+                )
+            )
+    if state.last_lost:
+        at, event_id = state.last_lost
+        events.append(EventRow(record.eval_id, event_id, "evaluation:lost", record.attempt, at))
+    if record.result_event_id and record.finished_at:
+        events.append(
+            EventRow(
+                record.eval_id,
+                record.result_event_id,
+                f"evaluation:{record.status}",
+                record.attempt,
+                record.finished_at,
+                executor_id=record.executor_id if state.result_names_executor else None,
+                container_id=record.container_id if state.result_names_container else None,
+                **{name: getattr(record, name) for name in FROM_RESULT},
+            )
+        )
+    return events
+
+
+def _described(metadata: dict[str, Any], state: MergeState) -> list[Described]:
+    """The merged metadata by the events that it is of. Raises ValueError, IndexError."""
+    stamps, keys = state.stamps, state.keys
+    if not metadata and not stamps:
+        return []
+    if len(stamps) == 1 and not keys and not state.omitted:
+        return [(stamps[0], metadata, _NONE)]
+    names = sorted(metadata)
+    omitted = frozenset([names[place] for place in state.omitted])
+    values: list[dict[str, Any]] = [{} for _ in stamps]
+    for name, place in zip(names, keys or [0] * len(names), strict=True):
+        values[place][name] = metadata[name]
+    return [(stamp, of_event, omitted & of_event.keys()) for stamp, of_event in zip(stamps, values, strict=True)]
+
+
+def merge_metadata(past: Past, events: Iterable[EventRow]) -> Metadata:
+    """Merge the metadata of `events` into that of the past."""
+    described = past.described + [_describe(event) for event in events if event.metadata]
+    if not described:
+        return Metadata({}, [], [], [], past.dropped)
+    if len(described) == 1 and len(described[0][1]) <= MAX_KEYS:
+        stamp, values, omitted = described[0]
+        return Metadata(values, [stamp], [], _places(sorted(values), omitted) if omitted else [], past.dropped)
+    described.sort(key=_stamp)
+    merged: dict[str, Any] = {}
+    winners: dict[str, int] = {}
+    omitted = _NONE
+    for number, (_, values, too_large) in enumerate(described):
+        merged |= values
+        winners |= dict.fromkeys(values, number)
+        if omitted or too_large:
+            omitted = (omitted - values.keys()) | too_large
+    if dropped := len(merged) > MAX_KEYS:
+        kept = heapq.nsmallest(MAX_KEYS, merged, key=lambda name: sha256(name.encode()).digest())
+        merged = {name: merged[name] for name in kept}
+    names = sorted(merged)
+    keys = [winners[name] for name in names]
+    stamps = [stamp for stamp, _, _ in described]
+    if len(numbers := set(keys)) < len(stamps):
+        places = {number: place for place, number in enumerate(sorted(numbers))}
+        keys = [places[number] for number in keys]
+        stamps = [stamps[number] for number in places]
+    return Metadata(
+        merged,
+        stamps,
+        keys if len(stamps) > 1 else [],
+        _places(names, omitted) if omitted else [],
+        past.dropped or dropped,
+    )
+
+
+def _places(names: list[str], chosen: frozenset[str]) -> list[int]:
+    return [place for place, name in enumerate(names) if name in chosen]
+
+
+_stamp = itemgetter(0)
+_NONE: Final[frozenset[str]] = frozenset()
+
+
+def _describe(event: EventRow) -> Described:
+    """The metadata of an event, with a marker instead of each value that is too large."""
+    values = event.metadata or {}
+    stamp = event.attempt, PHASES[event.type], event.occurred_at, event.event_id
+    large: dict[str, Any] | None = None
+    for name, value in values.items():
+        kind = type(value)
+        if (kind is str and len(value) > _SHORT) or kind is dict or kind is list:
+            size = _json_bytes(value)
+            if size > MAX_VALUE_BYTES:
+                large = large or {}
+                large[name] = {"$omitted_bytes": size}
+    return (stamp, values | large, frozenset(large)) if large else (stamp, values, _NONE)
+
+
+# No character takes more bytes of JSON than \u0000 does.
+_SHORT: Final = MAX_VALUE_BYTES // 6 - 1
+_NEGATIVE_ZERO: Final = re.compile(rb"-0\.0(?![0-9e])")
+
+
+def _json_bytes(value: Any) -> int:
+    """The size of `value` as JSON, the same for what was sent and what was read back: jsonb has no -0.0."""
+    text = msgspec.json.encode(value)
+    return len(text) if len(text) <= MAX_VALUE_BYTES else len(text) - len(_NEGATIVE_ZERO.findall(text))
