@@ -54,6 +54,7 @@ def store_as_before(conn: Connection, events: list[Event]) -> Stored:
                 for eval_id, of_one in new.items():
                     folded = fold(logged.get(eval_id), of_one)
                     conflicts += folded.conflicting_results
+                    made = folded.record
                     raw.execute(
                         f"UPDATE evaluations SET ({names}) = ({values}), updated_at = statement_timestamp() "
                         "WHERE eval_id = %s".encode(),
@@ -61,7 +62,9 @@ def store_as_before(conn: Connection, events: list[Event]) -> Stored:
                     )
                     kind: Any = f"storage:evaluation:{'created' if created[eval_id] else 'updated'}"
                     ids_of_one = [one.event_id for one in of_one]
-                    confirmed.append(Confirmation(kind, eval_id, folded.record.version, folded.record.status, ids_of_one, ""))
+                    confirmed.append(
+                        Confirmation(kind, eval_id, made.version, made.status, made.run_id or msgspec.UNSET, ids_of_one, "")
+                    )
                 if confirmed:
                     body = msgspec.json.Encoder().encode_lines(confirmed)[:-1].decode()
                     raw.execute("INSERT INTO confirmations (count, body) VALUES (%s, %s)", [len(confirmed), body])
