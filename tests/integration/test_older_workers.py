@@ -54,7 +54,7 @@ def store_as_an_older_worker(engine: Engine, plain: psycopg.Connection[Json], gi
         "UPDATE evaluation_events SET run_id = NULL, score = NULL, extra = %s WHERE event_id = %s",
         [canonical_json(unknown | (given.model_extra or {})), given.event_id],
     )
-    plain.execute("UPDATE evaluations SET run_id = NULL, score = NULL")
+    plain.execute("UPDATE evaluations SET run_id = NULL, score = NULL, merge_state = NULL, merge_version = NULL")
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -94,6 +94,7 @@ def test_a_field_that_an_older_worker_kept_and_no_column_can_hold_stays_in_extra
     extra = '{"run_id":"a b","score":0.5}'  # no run_id, and no field of its type
     store(engine, [event("queued", 1)])
     plain.execute("UPDATE evaluation_events SET extra = %s", [extra])
+    plain.execute("UPDATE evaluations SET merge_state = NULL, merge_version = NULL")
     store(engine, [event("started", 2)])
     record = get(engine)
     assert record is not None
