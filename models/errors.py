@@ -40,11 +40,21 @@ class DatabaseOutage(Outage):
 
     `may_be_the_work`: what was asked for may be the cause (it took too long, needed too much memory, or the connection broke
     over it). If it keeps failing so while small writes go through, it is no outage. `is_lost`: the connection ended, and nobody
-    said why. `is_lock`: somebody else held a lock for too long.
+    said why. `is_lock`: somebody else held a lock for too long. `is_time_limit`: a limit that evalstore sets ended the work,
+    which alone shows no outage of the server.
     """
 
-    def __init__(self, message: str, *, may_be_the_work: bool = False, is_lost: bool = False, is_lock: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        may_be_the_work: bool = False,
+        is_lost: bool = False,
+        is_lock: bool = False,
+        is_time_limit: bool = False,
+    ) -> None:
         super().__init__(message)
+        self.is_time_limit = is_time_limit
         self.may_be_the_work, self.is_lost, self.is_lock = may_be_the_work or is_lost, is_lost, is_lock
 
 

@@ -30,6 +30,8 @@ from models.settings import Settings
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
 # Of these, what the work itself may have brought about.
 _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeout)
+# The time limits that `engine` sets.
+_TIME_LIMITS = (pg.QueryCanceled, pg.LockNotAvailable, pg.IdleInTransactionSessionTimeout)
 # How a server says that it ends a connection: on request, or because another's process crashed. It arrives as a notice where
 # nothing was asked just then, https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
 _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
@@ -153,7 +155,7 @@ def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], Connection
                     raw.autocommit = True
                     raw.execute("SELECT", prepare=False)
                     raw.autocommit = False
-            except psycopg.Error:
+            except (psycopg.Error, DatabaseOutage):
                 raise InvalidatePoolError from None  # the others broke with it: the pool makes new ones
         record.info["was_used"] = True
 
@@ -211,7 +213,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise DatabaseOutage("no connection to PostgreSQL came free in time") from error
+        raise DatabaseOutage("no connection of this process's pool came free in time", is_time_limit=True) from error
     except (DBAPIError, psycopg.Error) as error:
         cause = _reason(error.orig if isinstance(error, DBAPIError) else error, before)
         if isinstance(cause, _NOT_MIGRATED):
@@ -228,6 +230,7 @@ def errors() -> Iterator[None]:
                 may_be_the_work=isinstance(cause, _OVERTAXED),
                 is_lost=cause.sqlstate is None and not _this_thread.was_told,
                 is_lock=isinstance(cause, pg.LockNotAvailable),
+                is_time_limit=isinstance(cause, _TIME_LIMITS),
             ) from error
         raise
 
@@ -295,50 +298,69 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: dict[int, tuple[psycopg.Connection[Any], float]] = {}
+        self._calls: dict[int, _Call] = {}
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
-        """Break the connection, so that what uses it fails, unless this is left in time."""
+        """Break the connection when the block takes longer than `seconds`.
+
+        Raises DatabaseOutage with `is_time_limit` where this process broke the connection, and not the server or the network.
+        """
         with self.bounded_driver(driver(conn), seconds):
             yield
 
     @contextmanager
     def bounded_driver(self, raw: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
-        """The same with psycopg's connection."""
-        key = threading.get_ident()
+        """Do as `bounded` does for a connection of psycopg."""
+        key, call = threading.get_ident(), _Call(raw, time.monotonic() + seconds)
         with self._lock:
-            self._calls[key] = raw, time.monotonic() + seconds
+            self._calls[key] = call
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="evalstore-watch", daemon=True)
                 self._thread.start()
         try:
             yield
+        except (DatabaseOutage, DBAPIError, psycopg.Error) as error:
+            if not call.broken_because:
+                raise
+            raise DatabaseOutage(call.broken_because, may_be_the_work=True, is_time_limit=True) from error
         finally:
             with self._lock:
                 del self._calls[key]
 
     def renew(self, seconds: float) -> None:
-        """The calling thread, within `bounded`, got on: it has so many seconds from now."""
-        key = threading.get_ident()
+        """Give the calling thread, which is within `bounded`, so many seconds from now."""
         with self._lock:
-            self._calls[key] = self._calls[key][0], time.monotonic() + seconds
+            self._calls[threading.get_ident()].deadline = time.monotonic() + seconds
 
     def break_all(self) -> None:
         """Break every connection in use."""
         with self._lock:
-            for raw, _ in self._calls.values():
-                _break(raw)
+            for call in self._calls.values():
+                call.break_off("this process stops, and did not wait for the answer")
 
     def _run(self) -> None:
         while True:
             time.sleep(0.5)
             with self._lock:
                 now = time.monotonic()
-                for raw, deadline in self._calls.values():
-                    if now > deadline:
-                        _break(raw)
+                for call in self._calls.values():
+                    if now > call.deadline:
+                        call.break_off(f"gave up after {now - call.began:.0f} s without an answer")
+
+
+class _Call:
+    """A block that uses a connection until `deadline`, on the clock of `time.monotonic`."""
+
+    def __init__(self, raw: psycopg.Connection[Any], deadline: float) -> None:
+        self.deadline, self.began = deadline, time.monotonic()
+        self.broken_because = ""
+        self._raw = raw
+
+    def break_off(self, because: str) -> None:
+        self.broken_because = self.broken_because or because
+        _break(self._raw)
 
 
 def _break(raw: psycopg.Connection[Any]) -> None:
