@@ -269,7 +269,7 @@ def probe(conn: Connection) -> None:
 
 
 class ControlConnection:
-    """A connection that does nothing. Where another ended without a word, it tells what happened to both."""
+    """An idle connection. Where another one ended without a reason, its own end tells why. docs/decisions/0021"""
 
     def __init__(self, engine: Engine) -> None:
         """Raises DatabaseOutage."""
@@ -279,7 +279,7 @@ class ControlConnection:
         driver(self._conn).add_notice_handler(lambda notice: self._told.append(notice.sqlstate))
 
     def fate(self, watch: "Watch", seconds: float) -> Literal["alive", "crash", "ended"]:
-        """Whether it is still there, or ended because a server process crashed, or because something ended it."""
+        """Return whether this connection is alive, ended because a server process crashed, or ended for another reason."""
         try:
             with errors(), watch.bounded(self._conn, seconds):
                 driver(self._conn).execute("SELECT")
@@ -288,7 +288,7 @@ class ControlConnection:
         return "alive"
 
     def close(self) -> None:
-        """It is not used again."""
+        """Close the connection for good."""
         self._conn.invalidate()
         self._conn.close()
 
