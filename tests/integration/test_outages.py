@@ -270,7 +270,7 @@ def test_a_time_limit_of_ours_is_no_outage_of_the_server(
         send(broker, event("waits"))
         log = tmp_path / "worker.log"
         eventually(lambda: "exceeded a time limit" in log.read_text(), within_s=20, what="the wait for the lock ends")
-        seen = broker.client.hvals(broker.keys(QUEUE).workers)
+        seen: Any = broker.client.hvals(broker.keys(QUEUE).workers)
     eventually(lambda: stored(database) == 2, within_s=20, what="it is stored once the table is free")
     assert "until it is over" not in log.read_text()
     assert all(json.loads(value.partition(b" ")[2])["away"] == [] for value in seen)
