@@ -24,7 +24,6 @@ log = EventLogger("evalstore.worker")
 # Longer than the time between two runs: with much to do, a few workers share it.
 _LONGEST_S: Final = 240.0
 _PARTS: Final = 48  # of a day: half hours
-# For one step, such as a large upload over a slow line.
 STEP_S: Final = 300.0
 
 

@@ -88,7 +88,7 @@ class Background(threading.Thread):
             self._stopping.wait(timeout=1)
         else:
             self._failing.discard(what)
-            if not go_on():  # it used its whole turn, and may have more to do
+            if not go_on():  # there may be more to do
                 self.wake()
 
     def stop(self) -> None:

@@ -53,7 +53,6 @@ def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
             traces += commit.traceparents.split("\n") if commit.traceparents else [""] * commit.number
     start = 0
     while len(lines) - start > _BYTES:
-        # After the last line that fits, or else after one that is longer.
         end = lines.rfind("\n", start, start + _BYTES)
         end = lines.find("\n", start + _BYTES) if end < 0 else end
         if end < 0:

@@ -188,7 +188,7 @@ class Consumer(DramatiqConsumer):
             else:
                 self._dead_letter(dict.fromkeys(redis_ids, cause(error)))
         except BaseException:
-            self._in_flight.remove(redis_ids)  # Heartbeat requeues it
+            self._in_flight.remove(redis_ids)
             raise
         finally:
             self._release()
@@ -227,7 +227,7 @@ class Consumer(DramatiqConsumer):
     def nack(self, message: Any) -> None:
         """Make a dead letter of a message, with its actor's exception as the cause. After an outage, retry it instead."""
         error = getattr(message, "_exception", None) or BadMessage("rejected")
-        if isinstance(error, PASSING):  # an outage used up Dramatiq's retries
+        if isinstance(error, PASSING):
             self.ack(message)
             return
         try:

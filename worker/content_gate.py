@@ -44,7 +44,8 @@ class ContentGate:
         They are retried. After the grace an event whose object is still missing is a dead letter.
         """
         absent = self._existence.missing(reference for _, fact in events for reference in fact.references)
-        self._log_changes(self._existence.outage)
+        if not self._existence.stopping:  # a stop cuts the look short, which is no outage
+            self._log_changes(self._existence.outage)
         found: list[Pair] = []
         outcome = BatchOutcome()
         for delivery, fact in events:

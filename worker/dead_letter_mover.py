@@ -60,7 +60,7 @@ def _chunks(broker: SendingBroker, queue: str) -> Iterator[tuple[list[DeadLetter
             inserts = [
                 _insert_of(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
                 for (redis_id, died_ms), body, cause in zip(found, bodies, causes, strict=True)
-                if body is not None  # another worker moved it meanwhile
+                if body is not None
             ]
             yield inserts, redis_ids
     except redis.RedisError as error:
@@ -83,16 +83,17 @@ def _within(broker: SendingBroker, key: str, found: list[tuple[bytes, float]]) -
 
 
 def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> DeadLetterInsert:
+    """Return the row of a dead letter, with as many of its fields as the message lets one read."""
     actor = eval_id = event_id = None
     attempts = 1
     try:
-        message = decode(body)  # the fields are read in turn: one that is wrong hides none of those before
+        message = decode(body)
         actor = message["actor_name"][:200].replace("\0", "")
         if isinstance(options := message.get("options"), dict) and isinstance(retries := options.get("retries"), int):
             attempts = retries + 1
         eval_id, event_id = identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))
     except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
-        pass  # an unreadable message is kept as well
+        pass
     error_class, error_message = str(cause.get("error_class", "Unknown")), str(cause.get("error_message", ""))
     return DeadLetterInsert(
         id=_dead_letter_id(queue, redis_id),

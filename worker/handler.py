@@ -187,10 +187,12 @@ class Handler:
                         with self._transaction(events, limit_s * 2**classifier.blamed) as (conn, connected_at):
                             stored = event_store.store(conn, [event for _, event in events], tracing.traces_of(events))
                     except PASSING as error:
+                        if self._in_flight.stopping:
+                            raise _Stopping from error
                         if isinstance(error, DatabaseOutage) and error.is_lock and self._are_locked(events):
                             raise _EvaluationsLocked from error
                         self._counters.set_deadline(WORK_S)
-                        verdict = "outage" if self._in_flight.stopping else classifier.classify(error)
+                        verdict = classifier.classify(error)
                         if verdict == "batch":
                             raise
                         self._metrics.retried(QUEUE)

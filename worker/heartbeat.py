@@ -57,7 +57,7 @@ def is_gone(name: str) -> bool:
         return False
     ticks = start_ticks(int(parts[3]))
     if "?" in parts or (ticks is None and exists(int(parts[3]))):
-        return False  # unknown
+        return False
     return ticks is None or ticks != parts[4]
 
 
@@ -174,7 +174,6 @@ class Heartbeat(threading.Thread):
         return [one for one in self._all_queues() if not chosen or one.queue in chosen]
 
     def _check_server(self) -> None:
-        # Again after each outage: a failover may have brought another server.
         for doubt in redis_config_warnings(self._broker.client):
             log.warning("redis_doubtful", doubt=doubt)
         self._is_server_checked = True

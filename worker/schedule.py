@@ -26,7 +26,7 @@ from worker.metrics import WorkerMetrics
 from worker.time_budget import time_budget
 from worker.verified_database import VerifiedDatabase
 
-# With the time it takes to connect, less than worker.metrics.WORK_S.
+# Less than WORK_S, with the time to connect.
 _LONGEST_S: Final = 15.0
 # Longer than other turns: each search for overdue evaluations reads all that are open. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0

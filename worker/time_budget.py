@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-# Work without a fixed end continues in a later turn, so that other work of the thread gets its turn.
 BUDGET_S: Final = 2.0
 
 
