@@ -85,8 +85,7 @@ def _store(place: Place, environment: dict[str, str]) -> None:
     os.environ.update(place.environment() | environment)
     from worker import confirmation_relay, tracing  # noqa: PLC0415 - they read the environment
     from worker.batches import Batch, Delivery  # noqa: PLC0415
-    from worker.handler import engine  # noqa: PLC0415
-    from worker.tasks import broker, store  # noqa: PLC0415
+    from worker.tasks import broker, connections, store  # noqa: PLC0415
 
     traces = tracing.traces()
     gc.freeze()
@@ -100,8 +99,8 @@ def _store(place: Place, environment: dict[str, str]) -> None:
             begun = time.thread_time()
             store(batch)
             stored = time.thread_time()
-            with engine().connect() as conn:
-                confirmation_relay.relay(conn, broker)
+            with connections.engine.connect() as conn:
+                confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
             relayed, sending = time.thread_time(), time.process_time()
             if traces and name != "off":
                 traces.flush()

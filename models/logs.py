@@ -24,7 +24,9 @@ LOGS: Final = (
     Entry("misspelt_setting", "warning", "a variable of the environment does nothing: %s", ("problem",)),
     # Outages, and their end.
     Entry("outage", "warning", "%s, holding %d events until it is over: %s", ("kind", "events", "error")),
-    Entry("time_limit", "warning", "a time limit ended the work on %d events, trying again: %s", ("events", "error")),
+    Entry(
+        "time_limit", "warning", "a transaction of %d events exceeded a time limit, trying it again: %s", ("events", "error")
+    ),
     Entry("redis_refuses", "warning", "Redis refuses queue %s, trying again until it does not: %s", ("queue", "error")),
     Entry("heartbeat_failed", "debug", "no heartbeat: %s", ("error",)),
     Entry("redis_doubtful", "warning", "Redis is not set up to keep what it confirms: %s", ("doubt",)),

@@ -1,13 +1,10 @@
-"""The archive's periodic jobs: each run has an end, and an object store that is away is told of and not waited for."""
+"""The archive's periodic jobs. Each run is bounded in time; it reports an object store that is away, and does not wait."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from evalstore.storage import archive as moving
 from evalstore.storage import garbage_collect as sweeping
@@ -15,47 +12,52 @@ from evalstore.storage.archive import Archive
 from evalstore.telemetry import backlog
 from models.errors import InvalidSettings, ObjectStoreOutage
 from models.logs import EventLogger
-from models.settings import settings
+from models.settings import Settings
+from tasks.broker import SendingBroker
 from tasks.spool import Spool, folder_of
-from worker.broker import Broker
+from worker.in_flight import InFlight
+from worker.metrics import WorkerMetrics
+from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 
-# Longer than the time between two runs: while there is much to do, a few workers at once share it.
+# Longer than the time between two runs: with much to do, a few workers share it.
 _LONGEST_S: Final = 240.0
 _PARTS: Final = 48  # of a day: half hours
-# For how long one step may take, such as a large upload over a slow line.
-_STEP_S: Final = 300.0
+STEP_S: Final = 300.0
 
 
-@contextmanager
-def long_running(broker: Broker, engine: Callable[[], Engine]) -> Iterator[Connection]:
-    """A connection for work that takes long, as long as it gets on: see `_gets_on`."""
-    with engine().connect() as conn, broker.watch.bounded(conn, _STEP_S):
-        broker.metrics.counters.set_deadline(_STEP_S)
-        yield conn
+class Progress:
+    """Gives a job on the calling thread more time with each step that it finishes."""
+
+    def __init__(self, connections: VerifiedDatabase, metrics: WorkerMetrics) -> None:
+        self._connections, self._counters = connections, metrics.counters
+
+    def begin(self) -> None:
+        """Allow STEP_S until the first step."""
+        self._counters.set_deadline(STEP_S)
+
+    def step(self, *_: object) -> None:
+        """Allow STEP_S for the next step."""
+        self._connections.renew(STEP_S)
+        self._counters.set_deadline(STEP_S)
 
 
-def _makes_progress(broker: Broker) -> None:
-    broker.watch.renew(_STEP_S)
-    broker.metrics.counters.set_deadline(_STEP_S)
-
-
-@cache
-def _archive() -> Archive | None:
-    """This process's connections to the archive, if there is one."""
+def archive_of(settings: Settings) -> Archive | None:
+    """Return access to the archive, or None where none is set up."""
     try:
-        return Archive.of(settings())
+        return Archive.of(settings)
     except InvalidSettings:
         return None
 
 
-def move(conn: Connection, broker: Broker) -> dict[str, Any]:
-    """Move what is due to the archive; returns how many contents, their bytes, and how many could not be moved.
+def move(
+    conn: Connection, archive: Archive | None, in_flight: InFlight, metrics: WorkerMetrics, progress: Progress
+) -> dict[str, Any]:
+    """Move due content to the archive; returns how many contents, their bytes, and how many failed.
 
     Raises DatabaseOutage (retry).
     """
-    archive = _archive()
     if archive is None:
         return {"moved": 0, "archive": "not set up"}
     give_up = time.monotonic() + _LONGEST_S
@@ -63,10 +65,10 @@ def move(conn: Connection, broker: Broker) -> dict[str, Any]:
         conn,
         archive,
         datetime.now(UTC),
-        go_on=lambda: time.monotonic() < give_up and not broker.in_flight.stopping,
-        watch=lambda _step, _row: _makes_progress(broker),
+        go_on=lambda: time.monotonic() < give_up and not in_flight.stopping,
+        watch=progress.step,
     )
-    broker.metrics.archived(done.moved, done.bytes, done.failed)
+    metrics.archived(done.moved, done.bytes, done.failed)
     told: dict[str, Any] = {"moved": done.moved, "bytes": done.bytes, "failed": done.failed}
     if done.failed:
         log.warning("archive_failed", count=done.failed)
@@ -75,17 +77,17 @@ def move(conn: Connection, broker: Broker) -> dict[str, Any]:
     return told
 
 
-def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
-    """Remove what nothing refers to among a part of all objects, another one each half hour; returns what was seen.
+def sweep(conn: Connection, broker: SendingBroker, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Remove objects that nothing refers to, among a part of all objects that changes each half hour; returns the counts.
 
     Raises DatabaseOutage, RedisOutage (retry).
     """
-    read, now = settings(), datetime.now(UTC)
-    folder = folder_of(read)
-    spool = Spool(folder, max_bytes=read.spool_max_bytes) if folder else None
-    grace = timedelta(days=read.sweep_grace_days)
+    now = datetime.now(UTC)
+    folder = folder_of(settings)
+    spool = Spool(folder, max_bytes=settings.spool_max_bytes) if folder else None
+    grace = timedelta(days=settings.sweep_grace_days)
     told: dict[str, Any] = {"objects": 0, "removed": 0, "bytes": 0}
-    for target in sweeping.targets(read):
+    for target in sweeping.targets(settings):
         try:
             done = sweeping.run_once(
                 conn,
@@ -93,7 +95,7 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, Any]:
                 now,
                 grace,
                 lambda: backlog.snapshot(broker, spool, longest_s=sweeping.longest_wait(grace).total_seconds()),
-                watch=lambda _: _makes_progress(broker),
+                watch=progress.step,
                 part=((now.hour * 60 + now.minute) * _PARTS // 1440, _PARTS),
             )
         except ObjectStoreOutage as error:

@@ -1,47 +1,59 @@
-"""What a worker process does beside storing: it relays confirmations and moves dead letters, as soon as there are any."""
+"""A worker's background thread: relays confirmations and moves dead letters as soon as there are any."""
 
 import threading
 from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
+from sqlalchemy import Connection
 
-from evalstore.storage.database import Watch
 from models.errors import PASSING, Outage, SchemaMismatch
 from models.logs import EventLogger
+from tasks.broker import SendingBroker
 from worker import confirmation_relay, dead_letter_mover, tracing
-from worker.broker import BUDGET_S, Broker, time_budget
-from worker.handler import Handler, engine
-from worker.metrics import WORK_S
+from worker.handler import Handler
+from worker.metrics import WORK_S, WorkerMetrics
+from worker.scripts import Scripts
+from worker.time_budget import BUDGET_S, time_budget
+from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 
-# Also without being told: another process may have died between its commit and what follows it.
+# Another process may have died between its commit and the relay: look without being woken, too.
 _TICK_S: Final = 5.0
 _LONGEST_S: Final = 15.0
 
 
 class Background(threading.Thread):
-    """Call `wake` when there is something to do. Each duty has a turn of `turn_s` at a time."""
+    """Call `wake` when there is something to do. Each duty works for `turn_s` at a time."""
 
-    def __init__(self, broker: Broker, *, turn_s: float = BUDGET_S) -> None:
+    def __init__(
+        self,
+        connections: VerifiedDatabase,
+        broker: SendingBroker,
+        scripts: Scripts,
+        metrics: WorkerMetrics,
+        *,
+        turn_s: float = BUDGET_S,
+    ) -> None:
         super().__init__(name="evalstore-background", daemon=True)
-        self._broker, self._turn_s = broker, turn_s
+        self._connections, self._broker, self._scripts, self._metrics = connections, broker, scripts, metrics
+        self._turn_s = turn_s
         self._wanted = threading.Event()
         self._stopping = threading.Event()
         self._failing: set[str] = set()
-        self._watch = Watch()
 
     def wake(self) -> None:
-        """There is something to relay or to move."""
+        """Look for work now."""
         self._wanted.set()
 
     def run(self) -> None:
-        ledger = self._broker.metrics.counters
-        ledger.watch_thread(self.name)
-        ledger.set_deadline(WORK_S)
+        counters = self._metrics.counters
+        counters.watch_thread(self.name)
+        counters.set_deadline(WORK_S)
         try:
-            engine()
+            with self._connections.connect(_LONGEST_S):
+                pass  # log at the start what keeps this worker from storing
         except SchemaMismatch as error:
             log.critical("schema_mismatch", error=error)
         except Outage as error:
@@ -49,24 +61,25 @@ class Background(threading.Thread):
         while not self._stopping.is_set():
             self._wanted.wait(timeout=_TICK_S)
             self._wanted.clear()
-            self._count_connections()
-            ledger.set_deadline(WORK_S)
-            self._try("confirmations", confirmation_relay.relay)
-            ledger.set_deadline(WORK_S)
-            self._try("dead letters", dead_letter_mover.move)
+            for state, count in self._connections.connection_counts().items():
+                counters.set("evalstore_database_connections", state, to=count)
+            counters.set_deadline(WORK_S)
+            self._try("confirmations", self._relay)
+            counters.set_deadline(WORK_S)
+            self._try("dead letters", self._move)
 
-    def _count_connections(self) -> None:
-        if engine.cache_info().currsize:  # else it would connect
-            pool: Any = engine().pool
-            for state, count in (("used", pool.checkedout()), ("idle", pool.checkedin())):
-                self._broker.metrics.counters.set("evalstore_database_connections", state, to=count)
+    def _relay(self, conn: Connection, go_on: Callable[[], bool]) -> None:
+        confirmation_relay.relay(conn, self._broker.names, self._scripts, self._metrics.counters, go_on=go_on)
 
-    def _try(self, what: str, work: Callable[..., int]) -> None:
-        """Do one of the duties. Whatever goes wrong with it, it is tried again, and neither the other nor storing suffers."""
-        goes_on = time_budget(self._turn_s)
+    def _move(self, conn: Connection, go_on: Callable[[], bool]) -> None:
+        dead_letter_mover.move(conn, self._broker, self._scripts, go_on=go_on)
+
+    def _try(self, what: str, work: Callable[[Connection, Callable[[], bool]], None]) -> None:
+        """Do one duty. After any failure it is tried again, and the other duty and storing continue."""
+        go_on = time_budget(self._turn_s)
         try:
-            with engine().connect() as conn, self._watch.bounded(conn, _LONGEST_S):
-                work(conn, self._broker, go_on=goes_on)
+            with self._connections.connect(_LONGEST_S) as conn:
+                work(conn, go_on)
         except Exception as error:
             if what not in self._failing:
                 known = isinstance(error, PASSING)
@@ -75,25 +88,25 @@ class Background(threading.Thread):
             self._stopping.wait(timeout=1)
         else:
             self._failing.discard(what)
-            if not goes_on():  # it took all of its turn, and may have more to do
+            if not go_on():  # there may be more to do
                 self.wake()
 
     def stop(self) -> None:
-        """Once more, and no longer: what cannot be done now is left to others."""
+        """Do each duty once more, and wait 1 s for it. Other processes do what is left."""
         self._stopping.set()
         self._wanted.set()
         self.join(timeout=1)
 
 
 class BackgroundMiddleware(dramatiq.Middleware):
-    """Runs a Background beside each worker, and lets `store` know when that is to stop."""
+    """Runs `make()`'s thread beside each worker, and tells `handler` when the worker stops."""
 
-    def __init__(self, store: Handler) -> None:
-        self._store = store
+    def __init__(self, handler: Handler, make: Callable[[], Background]) -> None:
+        self._handler, self._make = handler, make
         self.thread: Background | None = None
 
     def before_worker_boot(self, broker: Any, worker: dramatiq.Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
-        tracing.traces()  # loading OpenTelemetry takes a fifth of a second, which the first events would wait for
+        tracing.traces()  # loading OpenTelemetry takes 0.2 s, for which the first events would wait
 
     def after_ack(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         if self.thread:
@@ -102,11 +115,11 @@ class BackgroundMiddleware(dramatiq.Middleware):
     after_nack = after_ack
 
     def after_worker_boot(self, broker: Any, worker: dramatiq.Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
-        self.thread = Background(broker)
+        self.thread = self._make()
         self.thread.start()
 
     def before_worker_shutdown(self, broker: Any, worker: dramatiq.Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
-        self._store.stop_soon()
+        self._handler.stop_soon()
 
     def after_worker_shutdown(self, broker: Any, worker: dramatiq.Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
         if self.thread:

@@ -33,7 +33,7 @@ from models.record import EventRow
 from tasks.actor import QUEUE
 from tasks.redrives import REDRIVEN
 from tasks.tracing import NAME, database, flush, messaging, release
-from worker.batches import Batch, Delivery
+from worker.batches import Batch, BatchOutcome, Delivery
 from worker.traceparents import LENGTH, FixedWidthColumn, below, binary, interleave, is_sampled, sampled, senders
 
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
@@ -122,9 +122,9 @@ class Traces:
         self._scope = ScopeSpans(scope=InstrumentationScope(name=NAME, version=release())).SerializeToString()
         self._processor = BatchSpanProcessor(_Exporter(), max_queue_size=_WAITING, max_export_batch_size=_TOGETHER)
 
-    def batch(self, batch: Batch) -> "BatchSpans":
+    def batch(self, batch: Batch, outcome: BatchOutcome) -> "BatchSpans":
         """The spans of a batch that is begun now."""
-        return BatchSpans(self, batch)
+        return BatchSpans(self, batch, outcome)
 
     def samples(self, trace_id: bytes, name: str) -> bool:
         """Whether a trace that begins here is to be sent."""
@@ -185,8 +185,8 @@ class _Stored(NamedTuple):
 class BatchSpans:
     """Gathers what becomes of a batch, and sends its spans at the end. `traceparents`: what messages say, by their ids."""
 
-    def __init__(self, traces: Traces, batch: Batch) -> None:
-        self._traces, self._batch = traces, batch
+    def __init__(self, traces: Traces, batch: Batch, outcome: BatchOutcome) -> None:
+        self._traces, self._batch, self._outcome = traces, batch, outcome
         self._trace_id, self._span_id = _id(16), _id(8)
         self._began = time.time_ns()
         self.traceparents: dict[bytes, Any] = {}
@@ -260,7 +260,7 @@ class BatchSpans:
         spans: list[bytes] = []
         for stored in self._stored:
             self._settled(stored, ended, links, spans)
-        if self._batch.buried or self._batch.later or self._batch.returned:
+        if self._outcome.dead or self._outcome.retry_ms or self._outcome.requeue:
             self._unsettled(ended, links, spans)
         if spans or self._traces.samples(self._trace_id, f"process {QUEUE}"):
             transactions = [_framed(span.SerializeToString()) for span in self._transactions]
@@ -282,26 +282,26 @@ class BatchSpans:
 
     def _unsettled(self, ended: int, links: dict[str, None], spans: list[bytes]) -> None:
         """The spans of those that died, or come again."""
-        batch, sender_of = self._batch, self._read()
+        outcome_of, sender_of = self._outcome, self._read()
         facts = {
             delivery.redis_id: (fact, outcome)
             for stored in self._stored
             for (delivery, fact), outcome in zip(stored.events, stored.outcomes, strict=True)
         }
-        for delivery in batch:
+        for delivery in self._batch:
             redis_id = delivery.redis_id
             fact, outcome = facts.get(redis_id, (None, None))
             found = sender_of.get(redis_id, "")
             if not is_sampled(found) or outcome in {"applied", "duplicate"}:
                 continue
             links[found] = None
-            became = "dead" if redis_id in batch.buried else "later" if redis_id in batch.later else "returned"
-            common = self._of_event(ended, fact.type if fact else "", became, batch.buried.get(redis_id))
+            became = "dead" if redis_id in outcome_of.dead else "later" if redis_id in outcome_of.retry_ms else "returned"
+            common = self._of_event(ended, fact.type if fact else "", became, outcome_of.dead.get(redis_id))
             common += _REDRIVEN if delivery.is_redriven else b""
             spans += _spans([found], _id(8), common, [fact.eval_id] if fact else [])
 
     def _of_batch(self, ended: int) -> bytes:
-        count = {"messaging.batch.message_count": len(self._batch), "evalstore.dead": len(self._batch.buried)}
+        count = {"messaging.batch.message_count": len(self._batch), "evalstore.dead": len(self._outcome.dead)}
         encoded: bytes = Span(
             trace_id=self._trace_id,
             span_id=self._span_id,

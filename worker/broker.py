@@ -1,108 +1,129 @@
-"""The consuming half of the broker, which Dramatiq's own worker and command line run.
+"""The consuming half of the broker, which Dramatiq's worker and command line run.
 
-Where a message is, is what Redis says: in the queue, in a process's unacknowledged set, delayed, suspected, or dead. A process
-that dies leaves its set to the others; one that lives compares its set with what it holds, and gives back the difference.
+A message is in one place in Redis: in the queue, in a process's unacknowledged set, delayed, in quarantine, or dead. Other
+processes reclaim the set of a process that died. A process that lives requeues what is in its set and in none of its threads.
 """
 
 import gc
-import time
-from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
 import dramatiq
 from dramatiq import Actor, Message, Worker
 
-from evalstore.storage.database import Watch
 from tasks.broker import SendingBroker
-from worker.batches import Batch
-from worker.consumer import Consumer, DeliveryHandle
-from worker.heartbeat import Heartbeat, process_name
+from worker.batches import Batch, BatchOutcome
+from worker.consumer import BatchActor, Consumer
+from worker.delivery_handle import DeliveryHandle
+from worker.heartbeat import Heartbeat, Limits, process_name
 from worker.in_flight import InFlight
 from worker.metrics import WORK_S, WorkerMetrics
-
-_LUA: Final = Path(__file__).parent / "lua"
-# A thread is not kept longer than this by work of which there may be any amount: it goes on later, and other work has its turn.
-BUDGET_S: Final = 2.0
-
-
-def time_budget(seconds: float = BUDGET_S) -> Callable[[], bool]:
-    """What tells whether a turn that begins now goes on."""
-    give_up = time.monotonic() + seconds
-    return lambda: time.monotonic() < give_up
+from worker.queue_client import QueueClient
+from worker.scripts import Scripts
 
 
 class Broker(SendingBroker):
-    """Takes what RedisBroker takes, and: `max_deaths`, how many processes a message may kill, alone in each, before it is a
-    dead letter; `batch_events`, `batch_bytes`, how much is fetched together for actors that take batches."""
+    """Takes the parameters of SendingBroker, and these.
+
+    `max_deaths`: a message that killed so many processes, alone in each, becomes a dead letter. `batch_events`, `batch_bytes`:
+    the most that is fetched for one batch.
+    """
 
     def __init__(
         self, *, max_deaths: int = 5, batch_events: int = 2000, batch_bytes: int = 8 * 1024 * 1024, **given: Any
     ) -> None:
         super().__init__(**given)
-        self.max_deaths, self.batch_events, self.batch_bytes = max_deaths, batch_events, batch_bytes
-        self.batched: dict[str, str] = {}
-        self.in_flight = InFlight()
-        self.metrics = WorkerMetrics()
-        self.watch = Watch()
-        self.fetches: dict[str, int] = defaultdict(int)
+        self.in_flight, self.metrics, self.lua = InFlight(), WorkerMetrics(), Scripts(self.client)
         self.process = process_name()
-        self._scripts = {path.stem: self.script(path) for path in sorted(_LUA.glob("*.lua"))}
+        self._max_deaths, self._batch_events, self._batch_bytes = max_deaths, batch_events, batch_bytes
+        self._batch_actors: dict[str, BatchActor] = {}
+        self._queue_clients: dict[str, QueueClient] = {}
         self._heartbeat: Heartbeat | None = None
         self.add_middleware(_Lifecycle())
 
-    def declare_batch_actor(self, actor: Actor[..., None], run: Callable[[Batch], None]) -> None:
-        """Declare an actor that is called with batches of whatever arrives on its queue, and what it does with them."""
-        actor.fn = run
-        self.batched[actor.queue_name] = actor.actor_name
+    def declare_batch_actor(self, actor: Actor[..., None], handle: Callable[[Batch], BatchOutcome]) -> None:
+        """Declare an actor whose queue is handled in batches: `handle` returns what the consumer does with each message."""
+        actor.fn = partial(_run, handle)
+        self._batch_actors[actor.queue_name] = BatchActor(actor.actor_name, self._batch_events)
         self.declare_actor(actor)
 
-    def run(self, name: str, keys: list[str], *args: Any) -> Any:
-        """Run the script worker/lua/<name>.lua. Raises what redis raises; every script may be run again."""
-        return self._scripts[name](keys=keys, args=args)
-
     def unacked(self, queue: str, process: str | None = None) -> str:
-        """The key of what a process holds of a queue; without a name, this process."""
+        """Return the key of a process's unacknowledged messages; without `process`, of this process."""
         return self.keys(queue).unacked_prefix + (process or self.process)
 
+    def queue_client(self, queue: str) -> QueueClient:
+        """Return this process's access to a queue."""
+        if queue not in self._queue_clients:
+            self._queue_clients[queue] = QueueClient(self, self.lua, queue, self.process)
+        return self._queue_clients[queue]
+
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 1000) -> Consumer:
-        """What Dramatiq's worker iterates over."""
-        return Consumer(self, queue_name, prefetch, timeout)
+        """Return the consumer that Dramatiq's worker iterates over."""
+        if self._batch_actors.keys() - {queue_name}:
+            # Dramatiq prefetches two messages a thread. Leave one thread to the batches, if there is more than one.
+            prefetch = max(1, prefetch // 2 - 1)
+        return Consumer(
+            self.queue_client(queue_name),
+            self.in_flight,
+            self.metrics,
+            self.get_actor,
+            batch_actor=self._batch_actors.get(queue_name),
+            max_bytes=self._batch_bytes,
+            prefetch=prefetch,
+            timeout_ms=timeout,
+        )
+
+    def make_heartbeat(self, worker: Worker) -> Heartbeat:
+        """Return the heartbeat of this process, not started yet."""
+        return Heartbeat(
+            worker,
+            lambda: [self.queue_client(queue) for queue in sorted(self.queues)],
+            self,
+            self.in_flight,
+            self.metrics,
+            Limits(self._max_deaths, self._batch_actors.keys()),
+        )
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        """Send a message. A retry, which Dramatiq's middleware asks for in this way, is one step with the acknowledgement."""
+        """Send a message. Where Dramatiq's middleware retries a message, the consumer schedules that as it acknowledges."""
         if isinstance(message, DeliveryHandle):
             message.retry_ms = delay or 0
             return message
         return super().enqueue(message, delay=delay)
 
     def boot(self, worker: Worker) -> None:
-        """Begin to live, under a new name."""
-        # A batch makes objects by the ten thousand, and no circles: to look for some after each 700 took a tenth of the time.
+        """Start the heartbeat, under a new process name."""
+        # Batches create no reference cycles; frequent garbage collection cost 10 % of CPU.
         gc.freeze()
         gc.set_threshold(100_000, 10, 10)
         self.process = process_name()
+        self._queue_clients.clear()
         self.in_flight.open()
-        self._heartbeat = Heartbeat(self, worker)
+        self._heartbeat = self.make_heartbeat(worker)
         self._heartbeat.start()
 
     def stopping(self) -> None:
-        """Take nothing more."""
+        """Fetch nothing more."""
         self.in_flight.close()
         self.metrics.counters.disable_deadlines()
         if self._heartbeat:
             self._heartbeat.stop_in_time()
 
     def stopped(self) -> None:
-        """Leave nothing behind."""
+        """Requeue what is left, and deregister the process."""
         if self._heartbeat:
             self._heartbeat.stop()
             self._heartbeat = None
 
 
+def _run(handle: Callable[[Batch], BatchOutcome], batch: Batch) -> None:
+    # Dramatiq discards what an actor returns, with a warning: the outcome reaches the consumer in the message.
+    batch.outcome = handle(batch)
+
+
 class _Lifecycle(dramatiq.Middleware):
-    """Consumers are made after `before_worker_boot`, so the process has its name by then."""
+    """Dramatiq makes consumers after `before_worker_boot`, so that they have the new process name."""
 
     def before_worker_boot(self, broker: Any, worker: Worker) -> None:
         broker.boot(worker)

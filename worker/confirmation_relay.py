@@ -1,4 +1,4 @@
-"""Telling other services what was stored: the Redis stream, and a pub/sub channel for each type."""
+"""Publishes confirmations of what was stored: to the Redis stream, and to a pub/sub channel for each type."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -8,28 +8,30 @@ from sqlalchemy import Connection
 
 from evalstore.storage import outbox
 from evalstore.storage.outbox import Commit, Relayed, StreamId
+from evalstore.telemetry.counters import Counters
 from models.errors import RedisOutage
+from tasks.keys import Names
 from worker import tracing
-from worker.broker import Broker
+from worker.scripts import Scripts
 
 KEEP_S: Final = 24 * 3600
-# At once: for these Redis serves nobody else, about 5 ms.
+# For one call of the script, which keeps Redis from other work for about 5 ms.
 _BYTES: Final = 256 * 1024
 
 
-def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda: True) -> int:
-    """Publish what is pending, until `go_on` says no; returns how many confirmations were.
+def relay(
+    conn: Connection, names: Names, scripts: Scripts, counters: Counters, *, go_on: Callable[[], bool] = lambda: True
+) -> int:
+    """Publish pending confirmations, until `go_on` returns False; returns how many.
 
-    Raises DatabaseOutage, RedisOutage (retry: at worst some are published again).
+    Raises DatabaseOutage, RedisOutage (retry: some may be published again).
     """
-
-    names = broker.names
 
     def publish(known: StreamId, commits: Sequence[Commit]) -> Relayed:
         try:
             for lines, traces in _parts(commits):
                 with tracing.publishing(names.stream, traces) as traceparents:
-                    ms, seq, done = broker.run(
+                    ms, seq, done = scripts.run(
                         "confirm", [names.stream], *known, KEEP_S * 1000, lines, traceparents, names.prefix
                     )
                 known = StreamId(ms, seq)
@@ -37,21 +39,20 @@ def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambd
                     return Relayed(known, done=False)
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
-        broker.metrics.counters.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
+        counters.add("evalstore_confirmations_relayed_total", by=sum(commit.number for commit in commits))
         return Relayed(known, done=True)
 
     return outbox.relay(conn, publish, go_on=go_on)
 
 
 def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
-    """What goes to Redis at once: lines, and their traces where there are any. One part at least, which may be empty."""
+    """Give lines and their traces in parts of at most _BYTES, or one line. There is at least one part, which may be empty."""
     lines, traces = "\n".join(commit.body for commit in commits), list[str]()
     if any(commit.traceparents for commit in commits):
         for commit in commits:
             traces += commit.traceparents.split("\n") if commit.traceparents else [""] * commit.number
     start = 0
     while len(lines) - start > _BYTES:
-        # The last line that ends in time, or else one that is longer.
         end = lines.rfind("\n", start, start + _BYTES)
         end = lines.find("\n", start + _BYTES) if end < 0 else end
         if end < 0:

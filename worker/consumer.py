@@ -1,66 +1,68 @@
-"""How a queue's messages reach Dramatiq's worker threads, and how they are settled."""
+"""Fetching a queue's messages for Dramatiq's worker threads, and settling them."""
 
 import json
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import redis
-from dramatiq import Message, MessageProxy
+from dramatiq import Message
 from dramatiq.broker import Consumer as DramatiqConsumer
 
 from models.errors import PASSING, BadMessage, Outage
 from models.logs import EventLogger
 from tasks.broker import encode
 from tasks.connections import as_bytes
-from worker.batches import Batch, Delivery, cause, read
-from worker.metrics import LOOP_S, WORK_S, named
-
-if TYPE_CHECKING:
-    from worker.broker import Broker
+from worker.batches import Batch, BatchOutcome, Delivery
+from worker.delivery_handle import DeliveryHandle
+from worker.in_flight import InFlight
+from worker.messages import cause, read_envelope
+from worker.metrics import LOOP_S, WORK_S, WorkerMetrics, named
+from worker.queue_client import QueueClient
 
 log = EventLogger("evalstore.worker")
 
-# Two: while one batch waits for PostgreSQL, the next is fetched and read.
+# While one batch waits for PostgreSQL, the next is fetched and decoded.
 BATCHES: Final = 2
-# While few messages come, those that come during a batch go together in the next, and wait for it no longer than this.
+# At a low rate, messages that arrive during a batch gather for the next batch, at most for this long.
 COALESCE_S: Final = 0.02
 _LONGEST_WAIT_S: Final = 1.0
 _OUTAGE_DELAY_MS: Final = 5_000
 _MAX_LOGGED: Final = 20
 
 
-class DeliveryHandle(MessageProxy):
-    """A message, or a batch as the one argument of its actor, that is to be settled under `redis_ids`."""
+class BatchActor(NamedTuple):
+    """An actor that takes batches of at most `max_events`."""
 
-    def __init__(self, message: Message[Any], redis_ids: list[bytes]) -> None:
-        super().__init__(message)
-        self.redis_ids = redis_ids
-        self.retry_ms: int | None = None
-
-    @property
-    def batch(self) -> Batch | None:
-        args = self._message.args
-        return args[0] if args and isinstance(args[0], Batch) else None
+    name: str
+    max_events: int
 
 
 class Consumer(DramatiqConsumer):
-    """Hands out batches for actors that take them, single messages for others. Never raises for what Redis does or holds."""
+    """Hands out batches where the queue has a batch actor, else single messages. Waits while Redis is away."""
 
-    def __init__(self, broker: "Broker", queue_name: str, prefetch: int, timeout_ms: int) -> None:
-        self.broker, self.queue_name, self.prefetch = broker, queue_name, prefetch
-        if broker.batched.keys() - {queue_name}:
-            # Dramatiq asks for two messages a thread. Long jobs leave one thread to the batches, if there is more than one.
-            self.prefetch = max(1, prefetch // 2 - 1)
+    def __init__(
+        self,
+        queue: QueueClient,
+        in_flight: InFlight,
+        metrics: WorkerMetrics,
+        get_actor: Callable[[str], Any],
+        *,
+        batch_actor: BatchActor | None,
+        max_bytes: int,
+        prefetch: int,
+        timeout_ms: int,
+    ) -> None:
+        self.queue_name, self.keys, self.prefetch = queue.queue, queue.keys, prefetch
         self.timeout_s = min(timeout_ms / 1000, _LONGEST_WAIT_S)
-        self.keys = broker.keys(queue_name)
-        self.unacked = broker.unacked(queue_name)
         self.outstanding_message_count = 0
         self.loops = 0
+        self._queue, self._in_flight, self._metrics = queue, in_flight, metrics
+        self._get_actor, self._batch_actor, self._max_bytes = get_actor, batch_actor, max_bytes
         self._counting = threading.Lock()
         self._ready: deque[DeliveryHandle] = deque()
         self._has_quarantined = self._is_asking_quarantine = self._is_empty = False
@@ -68,9 +70,9 @@ class Consumer(DramatiqConsumer):
         self._failures = 0
 
     def __next__(self) -> DeliveryHandle | None:
-        """The next batch or message; None after a while without one."""
+        """Return the next batch or message; None after a while without one."""
         self.loops += 1
-        self.broker.metrics.counters.set_deadline(LOOP_S)
+        self._metrics.counters.set_deadline(LOOP_S)
         if not self._ready:
             try:
                 self._fill()
@@ -78,110 +80,91 @@ class Consumer(DramatiqConsumer):
                 self._wait_for_redis(error)
                 return None
             self._failures = 0
-            self.broker.metrics.outages.back("redis", self.queue_name)
+            self._metrics.outages.back("redis", self.queue_name)
         return self._ready.popleft() if self._ready else None
 
     def _fill(self) -> None:
-        """Fetch what there is, or wait a while for it."""
-        in_flight, is_batched = self.broker.in_flight, self.queue_name in self.broker.batched
-        # Once asked for they may be ours, whatever became of the answer: we stay alone and ask until there is one.
+        """Fetch messages, or wait a while for some."""
+        in_flight = self._in_flight
+        # The reply may be lost after Redis assigned the messages: stay exclusive and ask again.
         if self._is_asking_quarantine or (self._has_quarantined and in_flight.enter_exclusive()):
             self._is_asking_quarantine = True
-            suspects = self._fetch_quarantined()
+            quarantined = self._register(self._queue.fetch_quarantined())
             self._is_asking_quarantine = False
-            if not suspects:
+            if not quarantined:
                 self._has_quarantined = False
                 in_flight.leave_exclusive()
-            self._hand_out(suspects)
+            self._hand_out(quarantined)
             return
-        room = (BATCHES if is_batched else self.prefetch) - self.outstanding_message_count
+        room = (BATCHES if self._batch_actor else self.prefetch) - self.outstanding_message_count
         if room > 0 and self._is_empty and not self._has_quarantined and in_flight.may_fetch():
-            if is_batched:
+            if self._batch_actor:
                 in_flight.wait_until(lambda: not self.outstanding_message_count, COALESCE_S)
             self._wait_for_message()
         with in_flight.fetching() as may_fetch:
-            found = self._fetch(self.broker.batch_events if is_batched else room) if may_fetch and room > 0 else None
+            found = self._fetch(room) if may_fetch and room > 0 else None
         if found is None:
             in_flight.wait_for_change(min(self.timeout_s, 0.1))
             return
         self._hand_out(found)
 
     def _wait_for_message(self) -> None:
-        """Block until the queue has an element: woken at once, by any sender.
-
-        The element is put aside where the next fetch, whosever it is, takes it from: so it wakes one of those who wait and not
-        all of them, and nothing is lost with whoever is woken. Refused when Redis is full, as it might allocate, or to a user
-        who may not; then the fetch comes a little later.
-        """
-        wait_s: Any = max(0.001, min(self._next_due_s, self.timeout_s))
-        self._is_empty = False  # the next fetch will tell, also where the answer to this is lost
+        self._is_empty = False  # the next fetch finds out, also where this reply is lost
         try:
-            self.broker.client.blmove(self.keys.queue, self.keys.woken, wait_s, "LEFT", "RIGHT")
+            self._queue.wait_for_message(min(self._next_due_s, self.timeout_s))
         except (redis.OutOfMemoryError, redis.exceptions.NoPermissionError):
-            self.broker.in_flight.sleep_unless_stopping(0.05)
+            # A full Redis refuses BLMOVE, and so does one whose user may not block: poll instead.
+            self._in_flight.sleep_unless_stopping(0.05)
 
-    def _fetch(self, most: int) -> list[tuple[bytes, bytes]]:
-        keys = self.keys
-        places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
-        places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes, keys.woken]
-        number, process = self.broker.fetches[self.queue_name] + 1, self.broker.process
-        suspects, next_due_ms, left, ids, *along = self.broker.run(
-            "fetch", places, number, most, self.broker.batch_bytes, process
-        )
-        self._has_quarantined, self._is_empty = suspects > 0, left == 0
-        self._next_due_s = self.timeout_s if next_due_ms < 0 else next_due_ms / 1000
-        bodies: list[Any] = along[0] if along else self.broker.client.hmget(keys.bodies, ids) if ids else []
-        if gone := [redis_id for redis_id, body in zip(ids, bodies, strict=True) if body is None]:
-            self.broker.run("settle", [self.unacked, keys.bodies, keys.deaths], *gone)
-        return self._register(number, {one: body for one, body in zip(ids, bodies, strict=True) if body is not None})
+    def _fetch(self, max_messages: int) -> list[Delivery]:
+        max_messages = self._batch_actor.max_events if self._batch_actor else max_messages
+        fetched = self._queue.fetch(max_messages, self._max_bytes)
+        self._has_quarantined, self._is_empty = fetched.quarantined > 0, fetched.left == 0
+        self._next_due_s = self.timeout_s if fetched.next_due_s is None else fetched.next_due_s
+        return self._register(fetched.bodies)
 
-    def _fetch_quarantined(self) -> list[tuple[bytes, bytes]]:
-        places = [self.keys.suspects, self.keys.bodies, self.unacked, self.keys.processes]
-        number = self.broker.fetches[self.queue_name] + 1
-        found = self.broker.run("fetch_quarantined", places, number, self.broker.process)
-        return self._register(number, dict(zip(found[::2], found[1::2], strict=True)))
+    def _register(self, bodies: dict[bytes, bytes]) -> list[Delivery]:
+        # In this order: Heartbeat requeues what an answered fetch brought and nobody holds.
+        new = self._in_flight.add(self.queue_name, bodies)
+        self._queue.mark_answered()
+        return [Delivery(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
 
-    def _register(self, number: int, found: dict[Any, Any]) -> list[tuple[bytes, bytes]]:
-        """Note what a fetch brought: first that it is held, then that the fetch is answered, as reconciling relies on."""
-        bodies = {as_bytes(redis_id): as_bytes(body) for redis_id, body in found.items()}
-        new = self.broker.in_flight.add(self.queue_name, bodies)
-        self.broker.fetches[self.queue_name] = number
-        return [(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
-
-    def _hand_out(self, found: list[tuple[bytes, bytes]]) -> None:
-        """Put what was fetched where the worker takes it from: as a batch, which its actor reads, or one by one."""
+    def _hand_out(self, found: list[Delivery]) -> None:
+        """Make what was fetched available to `__next__`: as a batch for a batch actor, else one by one."""
         if not found:
             return
-        if batch_actor := self.broker.batched.get(self.queue_name):
-            batch = Batch([Delivery(redis_id, body) for redis_id, body in found])
-            message: Message[Any] = Message(self.queue_name, batch_actor, (batch,), {}, {}, str(uuid4()))
-            self._add(message, [redis_id for redis_id, _ in found])
+        if self._batch_actor:
+            self._add_batch(self._batch_actor.name, found)
             return
         try:
             self._hand_out_singly(found)
         except BaseException:
-            # Memory, say. Reconciling gives it back; held here, with nobody at work on it, it would stay for ever.
-            self.broker.in_flight.remove([redis_id for redis_id, _ in found])
+            # Out of memory, for example. Heartbeat requeues what is not in flight; in flight without a worker it would stay.
+            self._in_flight.remove([redis_id for redis_id, _ in found])
             raise
 
-    def _hand_out_singly(self, found: list[tuple[bytes, bytes]]) -> None:
+    def _add_batch(self, actor_name: str, deliveries: list[Delivery]) -> None:
+        message: Message[Any] = Message(self.queue_name, actor_name, (Batch(deliveries),), {}, {}, str(uuid4()))
+        self._add(message, [delivery.redis_id for delivery in deliveries])
+
+    def _hand_out_singly(self, found: list[Delivery]) -> None:
         bad: dict[bytes, bytes] = {}
         for redis_id, body in found:
             try:
-                message = read(body)
-                self.broker.get_actor(message.actor_name)
+                message = read_envelope(body)
+                self._get_actor(message.actor_name)
             except MemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on
+            except Exception as error:  # noqa: BLE001 - one unreadable message must not stop the others
                 bad[redis_id] = cause(error)
                 continue
-            # The eta is over, and Dramatiq's worker looks its consumer up by the name in the message.
+            # The eta has passed, and Dramatiq's worker finds its consumer by the message's queue_name.
             options = {name: value for name, value in message.options.items() if name != "eta"}
             options["redis_message_id"] = redis_id.decode(errors="replace")
             self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
         if bad:
             log.error("no_messages_for_us", count=len(bad), queue=self.queue_name)
-            self._settle([], bad)
+            self._dead_letter(bad)
 
     def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:
         with self._counting:
@@ -189,80 +172,74 @@ class Consumer(DramatiqConsumer):
         self._ready.append(DeliveryHandle(message, redis_ids))
 
     def ack(self, message: Any) -> None:
-        """Settle what was worked on: done with, to be tried again, or dead, whichever its actor and middleware decided."""
+        """Settle a message as its handler, actor or middleware decided: done, try again, or dead letter."""
         redis_ids, error = _ids(message), getattr(message, "_exception", None)
         batch = message.batch if isinstance(message, DeliveryHandle) else None
         try:
-            if batch is not None and (batch.returned or isinstance(error, Outage)):
-                self._requeue(redis_ids)
-            elif batch is not None and error is not None and len(batch) > 1:
-                self._bisect(message)
+            if batch is not None:
+                self._settle_batch(batch, redis_ids, error)
             elif error is None:
-                self._acknowledge(redis_ids, batch)
+                self._acknowledge(redis_ids)
             elif isinstance(error, PASSING):
-                # As it came: Dramatiq's middleware has counted this as a try, and an outage uses up none.
+                # Unchanged: Dramatiq's middleware has counted this as a retry, and an outage uses up none.
                 self._retry_later(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
             elif isinstance(message, DeliveryHandle) and message.retry_ms is not None:
                 self._retry(redis_ids[0], message, message.retry_ms)
             else:
-                self._dead_letter(redis_ids, batch, error)
+                self._dead_letter(dict.fromkeys(redis_ids, cause(error)))
         except BaseException:
-            self.broker.in_flight.remove(redis_ids)  # reconciling gives it back
+            self._in_flight.remove(redis_ids)
             raise
         finally:
             self._release()
-            self.broker.metrics.counters.set_deadline(None)
+            self._metrics.counters.set_deadline(None)
 
-    def _acknowledge(self, redis_ids: list[bytes], batch: Batch | None) -> None:
-        buried, later = (batch.buried, batch.later) if batch else ({}, {})
+    def _settle_batch(self, batch: Batch, redis_ids: list[bytes], error: BaseException | None) -> None:
+        """Settle what the handler returned. Where it raised, bisect the batch until the cause is alone."""
+        if isinstance(error, Outage):
+            self._requeue(redis_ids)
+            return
+        if error is not None and len(batch) > 1:
+            middle = len(batch) // 2
+            for half in (batch.deliveries[:middle], batch.deliveries[middle:]):
+                self._add_batch(self._batch_actor.name if self._batch_actor else "", half)
+            return
+        outcome = batch.outcome if error is None else BatchOutcome(dead=dict.fromkeys(redis_ids, cause(error)))
         started = time.perf_counter()
-        self._settle([one for one in redis_ids if one not in buried and one not in later], buried)
-        self._retry_later(later)
-        if batch:
-            seconds = time.perf_counter() - started
-            self.broker.metrics.counters.observe("evalstore_store_duration_seconds", "acknowledge", value=seconds)
-            self._log_dead_letters(batch, buried)
+        self._acknowledge(outcome.stored(redis_ids))
+        self._dead_letter(outcome.dead)
+        self._retry_later(outcome.retry_ms)
+        self._requeue(outcome.requeue)
+        self._metrics.counters.observe("evalstore_store_duration_seconds", "acknowledge", value=time.perf_counter() - started)
+        self._report_dead_letters(batch, outcome.dead)
 
-    def _dead_letter(self, redis_ids: list[bytes], batch: Batch | None, error: BaseException) -> None:
-        why = dict.fromkeys(redis_ids, cause(error))
-        self._settle([], why)
-        if batch:
-            self._log_dead_letters(batch, why)
-
-    def _log_dead_letters(self, batch: Batch, buried: dict[bytes, bytes]) -> None:
-        bodies = {delivery.redis_id: delivery.body for delivery in batch if delivery.redis_id in buried}
-        self.broker.metrics.buried(bodies.values())
+    def _report_dead_letters(self, batch: Batch, causes: dict[bytes, bytes]) -> None:
+        if not causes:
+            return
+        bodies = {delivery.redis_id: delivery.body for delivery in batch if delivery.redis_id in causes}
+        self._metrics.buried(bodies.values())
         for redis_id in list(bodies)[:_MAX_LOGGED]:
-            event, error_class = named(bodies[redis_id]), json.loads(buried[redis_id])["error_class"]
+            event, error_class = named(bodies[redis_id]), json.loads(causes[redis_id])["error_class"]
             log.warning("dead_letter", error_class=error_class, eval_id=event.eval_id, event_id=event.event_id, type=event.type)
         if len(bodies) > _MAX_LOGGED:
             log.warning("more_dead_letters", count=len(bodies) - _MAX_LOGGED)
 
-    def _bisect(self, message: DeliveryHandle) -> None:
-        """Hand out a batch whose actor failed, and did not say why, in halves: whatever causes that dies alone."""
-        deliveries = message.batch.deliveries if message.batch else []
-        middle = len(deliveries) // 2
-        for half in (deliveries[:middle], deliveries[middle:]):
-            options = {"queue_name": self.queue_name, "args": (Batch(half),), "message_id": str(uuid4())}
-            self._add(message.copy(**options), [delivery.redis_id for delivery in half])
-
     def nack(self, message: Any) -> None:
-        """Make a dead letter of it, with what its actor raised as the cause."""
+        """Make a dead letter of a message, with its actor's exception as the cause. After an outage, retry it instead."""
         error = getattr(message, "_exception", None) or BadMessage("rejected")
-        if isinstance(error, PASSING):  # rejected for tries that an outage used up
+        if isinstance(error, PASSING):
             self.ack(message)
             return
         try:
-            self._settle([], dict.fromkeys(_ids(message), cause(error)))
+            self._dead_letter(dict.fromkeys(_ids(message), cause(error)))
         finally:
             self._release()
-            self.broker.metrics.counters.set_deadline(None)
+            self._metrics.counters.set_deadline(None)
 
     def requeue(self, messages: Iterable[Any]) -> None:
-        """Put back, at the head of the queue, what was handed out and not begun."""
+        """Put messages that no worker thread began back at the head of the queue."""
         left = list(messages)
-        if left:
-            self._requeue([redis_id for message in left for redis_id in _ids(message)])
+        self._requeue([redis_id for message in left for redis_id in _ids(message)])
         for _ in left:
             self._release()
 
@@ -270,70 +247,66 @@ class Consumer(DramatiqConsumer):
         """Put back what was fetched and not handed out."""
         if self._is_asking_quarantine:
             self._is_asking_quarantine = False
-            self.broker.in_flight.leave_exclusive()
+            self._in_flight.leave_exclusive()
         self.requeue(list(self._ready))
         self._ready.clear()
 
     def _release(self) -> None:
-        with self._counting:  # many threads do this, and what went uncounted would never be free again
+        with self._counting:
             self.outstanding_message_count = max(0, self.outstanding_message_count - 1)
-        self.broker.in_flight.remove(())
+        self._in_flight.remove(())
 
-    def _settle(self, done: list[bytes], bad: dict[bytes, bytes]) -> None:
-        keys = self.keys
-        if done:
-            places = [self.unacked, keys.bodies, keys.deaths]
-            self._until_done(done, lambda: self.broker.run("settle", places, *done))
-        if bad:
-            places = [self.unacked, keys.bodies, keys.dead, keys.dead_bodies, keys.causes, keys.deaths]
-            pairs = [part for pair in bad.items() for part in pair]
-            self._until_done(list(bad), lambda: self.broker.run("dead_letter", places, *pairs))
+    def _acknowledge(self, redis_ids: Sequence[bytes]) -> None:
+        if redis_ids:
+            self._until_done(redis_ids, lambda: self._queue.settle(redis_ids))
 
-    def _retry(self, redis_id: bytes, message: Any, retry_ms: int | None) -> None:
-        keys = [self.unacked, self.keys.bodies, self.keys.delayed]
+    def _dead_letter(self, causes: dict[bytes, bytes]) -> None:
+        if causes:
+            self._until_done(list(causes), lambda: self._queue.dead_letter(causes))
+
+    def _retry(self, redis_id: bytes, message: Any, delay_ms: int) -> None:
         try:
             body = encode(message)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            self._settle([], {redis_id: cause(error)})
+            self._dead_letter({redis_id: cause(error)})
             return
-        self._until_done([redis_id], lambda: self.broker.run("retry", keys, redis_id, body, retry_ms))
-        self.broker.metrics.retried(self.queue_name)
+        self._until_done([redis_id], lambda: self._queue.retry(redis_id, body, delay_ms))
+        self._metrics.retried(self.queue_name)
 
-    def _retry_later(self, later: dict[bytes, int]) -> None:
-        if later:
-            pairs = [part for pair in later.items() for part in pair]
-            self._until_done(list(later), lambda: self.broker.run("retry_later", [self.unacked, self.keys.delayed], *pairs))
-            self.broker.metrics.retried(self.queue_name, len(later))
+    def _retry_later(self, delays_ms: dict[bytes, int]) -> None:
+        if delays_ms:
+            self._until_done(list(delays_ms), lambda: self._queue.retry_later(delays_ms))
+            self._metrics.retried(self.queue_name, len(delays_ms))
 
     def _requeue(self, redis_ids: list[bytes]) -> None:
-        self._until_done(redis_ids, lambda: self.broker.run("requeue", [self.unacked, self.keys.queue], *redis_ids))
-        self.broker.metrics.redelivered(self.queue_name, "stopped", len(redis_ids))
+        if redis_ids:
+            self._until_done(redis_ids, lambda: self._queue.requeue(redis_ids))
+            self._metrics.redelivered(self.queue_name, "stopped", len(redis_ids))
 
-    def _until_done(self, redis_ids: list[bytes], act: Callable[[], Any]) -> None:
-        """Do it however long Redis is away. When the process is to stop, one try more: what stays behind is reclaimed."""
-        in_flight = self.broker.in_flight
-        while not in_flight.abandoned:
-            self.broker.metrics.counters.set_deadline(WORK_S)
+    def _until_done(self, redis_ids: Sequence[bytes], act: Callable[[], Any]) -> None:
+        """Repeat `act` while Redis is away. Once the process stops, try one more time; other processes reclaim the rest."""
+        while not self._in_flight.abandoned:
+            self._metrics.counters.set_deadline(WORK_S)
             try:
                 act()
             except redis.RedisError as error:
                 if not self._wait_for_redis(error):
-                    in_flight.abandoned = True
+                    self._in_flight.abandoned = True
             else:
-                self.broker.in_flight.remove(redis_ids)
-                self.broker.metrics.outages.back("redis", self.queue_name)
+                self._in_flight.remove(redis_ids)
+                self._metrics.outages.back("redis", self.queue_name)
                 return
 
     def _wait_for_redis(self, error: redis.RedisError) -> bool:
-        """Wait a moment, longer each time; say so once. Returns whether to go on."""
+        """Wait, longer after each failure, and log the first; returns whether to go on."""
         self.loops += 1
         self._failures += 1
-        self.broker.metrics.outages.away("redis", self.queue_name)
-        self.broker.reset_if_readonly(error)
+        self._metrics.outages.away("redis", self.queue_name)
+        self._queue.reset_if_readonly(error)
         if self._failures == 1:
             log.warning("redis_refuses", queue=self.queue_name, error=error)
         longest_s = min(_LONGEST_WAIT_S, 0.05 * 2 ** min(self._failures, 10))
-        return self.broker.in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1))  # noqa: S311
+        return self._in_flight.sleep_unless_stopping(longest_s * random.uniform(0.5, 1))  # noqa: S311
 
 
 def _ids(message: Any) -> list[bytes]:

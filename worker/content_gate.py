@@ -1,4 +1,4 @@
-"""Events whose content is in the object store: none is stored before that is known to be there."""
+"""Events whose content is in the object store are stored once their objects are known to be there."""
 
 import random
 import threading
@@ -10,8 +10,8 @@ from evalstore.objects.existence_cache import Absence, ExistenceCache
 from models.errors import ObjectStoreOutage, ObjectUnavailable
 from models.logs import EventLogger
 from models.record import EventRow
-from models.settings import settings
-from worker.batches import Batch, Delivery, cause, read
+from worker.batches import BatchOutcome, Delivery, Pair
+from worker.messages import cause, read_envelope
 from worker.metrics import Outages
 
 log = EventLogger("evalstore.worker")
@@ -19,34 +19,35 @@ _SOONEST_S: Final = 1.0
 _LATEST_S: Final = 30.0
 _OUTAGE_S: Final = 5.0
 _OUTAGE_LATEST_S: Final = 300.0
-# What waits for the store comes by again and again; no faster than this, so that it leaves room for all that needs no object.
+# Retries of all messages that wait for the store are spread to this rate, which leaves room for events without objects.
 _ROUNDS_PER_S: Final = 5_000
 _WARN_EVERY_S: Final = 60.0
 
-Pair = tuple[Delivery, EventRow]
-
 
 class ContentGate:
-    """Tells which events can be stored. For many threads."""
+    """Tells which events can be stored. Any thread may use it."""
 
-    def __init__(self, presence: ExistenceCache, outages: Outages) -> None:
-        self._presence, self._outages = presence, outages
+    def __init__(self, existence: ExistenceCache, outages: Outages, grace_s: float) -> None:
+        self._existence, self._outages, self._grace_s = existence, outages, grace_s
         self._lock = threading.Lock()
         self._away = False
         self._next_due = 0.0
         self._next_warning = 0.0
 
     def is_ready(self, fact: EventRow) -> bool:
-        """Whether it needs no object, or none that was not seen a short time ago."""
-        return all(self._presence.is_known(reference) for reference in fact.references)
+        """Return whether an event refers to no object, or only to objects that were seen a short time ago."""
+        return all(self._existence.is_known(reference) for reference in fact.references)
 
-    def split_ready(self, events: Sequence[Pair], batch: Batch, bad: dict[bytes, bytes]) -> list[Pair]:
-        """Those of `events` whose objects are there. The others come again later, or are `bad` when the grace is over."""
-        if not events:
-            return []
-        absent = self._presence.missing(reference for _, fact in events for reference in fact.references)
-        self._log_changes(self._presence.outage)
-        found = []
+    def split_ready(self, events: Sequence[Pair]) -> tuple[list[Pair], BatchOutcome]:
+        """Look for objects; returns the events whose objects are there, and what to do with the other messages.
+
+        They are retried. After the grace an event whose object is still missing is a dead letter.
+        """
+        absent = self._existence.missing(reference for _, fact in events for reference in fact.references)
+        if not self._existence.stopping:  # a stop cuts the look short, which is no outage
+            self._log_changes(self._existence.outage)
+        found: list[Pair] = []
+        outcome = BatchOutcome()
         for delivery, fact in events:
             absences = [absent[reference] for reference in fact.references if reference in absent]
             if not absences:
@@ -54,12 +55,12 @@ class ContentGate:
                 continue
             self._warn_refused(absences)
             missing = next((one for one in absences if _ends_with_grace(one)), None)
-            wait_s = self._outage_s() if missing is None else _missing_s(delivery)
+            wait_s = self._outage_s() if missing is None else _missing_s(delivery, self._grace_s)
             if missing is not None and wait_s is None:
-                bad[delivery.redis_id] = cause(missing)
+                outcome.dead[delivery.redis_id] = cause(missing)
             else:
-                batch.later[delivery.redis_id] = int((wait_s or 0) * 1000)
-        return found
+                outcome.retry_ms[delivery.redis_id] = int((wait_s or 0) * 1000)
+        return found, outcome
 
     def _warn_refused(self, absences: list[Absence]) -> None:
         refused = next((one for one in absences if isinstance(one, ObjectUnavailable)), None)
@@ -77,7 +78,7 @@ class ContentGate:
             return self._next_due - now
 
     def _log_changes(self, outage: ObjectStoreOutage | None) -> None:
-        """Say once that the store is away, and that it is back."""
+        """Log once that the store is away, and once that it is back."""
         with self._lock:
             changed, self._away = self._away != (outage is not None), outage is not None
             if outage is None:
@@ -93,16 +94,16 @@ class ContentGate:
 
 
 def _ends_with_grace(absence: Absence) -> bool:
-    """Whether the event becomes a dead letter if this lasts for longer than the grace."""
+    """Return whether an event becomes a dead letter when its object is absent for longer than the grace."""
     return absence.needs_operator if isinstance(absence, ObjectUnavailable) else not isinstance(absence, ObjectStoreOutage)
 
 
-def _missing_s(delivery: Delivery) -> float | None:
-    """How long to wait for an object that is missing, the longer the longer it has been; None: no longer.
+def _missing_s(delivery: Delivery, grace_s: float) -> float | None:
+    """Return how long to wait for a missing object, longer each time; None after the grace.
 
-    A message whose time is as far in the future is by a clock that tells nothing.
+    A message whose time is further in the future than the grace has waited long enough: its sender's clock is wrong.
     """
-    grace_s, waited_s = settings().object_grace_s, time.time() - read(delivery.body).message_timestamp / 1000
+    waited_s = time.time() - read_envelope(delivery.body).message_timestamp / 1000
     if abs(waited_s) >= grace_s:
         return None
     return min(max(_SOONEST_S, waited_s / 4), _LATEST_S, grace_s - waited_s)

@@ -1,4 +1,4 @@
-"""Moving dead letters from Redis, where the broker puts them with their cause, to the table that keeps them."""
+"""Moves dead letters from Redis, where consumers put them with their cause, to PostgreSQL."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -7,15 +7,17 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
 import redis
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
-from evalstore.storage import database, dead_letters, redrives
+from evalstore.storage import dead_letters, redrives
 from evalstore.storage.dead_letters import DeadLetterInsert
 from models.errors import InvalidEvent, Outage, RedisOutage
 from models.events import decode, identified, identity
 from models.logs import EventLogger
+from tasks.broker import SendingBroker
 from tasks.redrives import REDRIVEN
-from worker.broker import Broker
+from worker.scripts import Scripts
+from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 _CHUNK: Final = 50
@@ -23,27 +25,28 @@ _LONGEST_S: Final = 10.0
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
-def move(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambda: True) -> int:
-    """Move all there are, until `go_on` says no; returns how many. Each is in the table before it leaves Redis, and there once.
+def move(conn: Connection, broker: SendingBroker, scripts: Scripts, *, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Move the dead letters of all queues, until `go_on` returns False; returns how many.
 
+    Each is committed to the table before it leaves Redis. Moving one again changes nothing.
     Raises DatabaseOutage, RedisOutage (retry).
     """
     moved = 0
     for queue in sorted(broker.queues):
-        for burials, redis_ids in _chunks(broker, queue):
-            dead_letters.write(conn, burials)
+        for inserts, redis_ids in _chunks(broker, queue):
+            dead_letters.write(conn, inserts)
             keys = broker.keys(queue)
             try:
-                broker.run("remove_dead_letters", [keys.dead, keys.dead_bodies, keys.causes], *redis_ids)
+                scripts.run("remove_dead_letters", [keys.dead, keys.dead_bodies, keys.causes], *redis_ids)
             except redis.RedisError as error:
                 raise RedisOutage(str(error)) from error
-            moved += len(burials)
+            moved += len(inserts)
             if not go_on():
                 return moved
     return moved
 
 
-def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[DeadLetterInsert], list[bytes]]]:
+def _chunks(broker: SendingBroker, queue: str) -> Iterator[tuple[list[DeadLetterInsert], list[bytes]]]:
     keys = broker.keys(queue)
     try:
         while True:
@@ -54,18 +57,18 @@ def _chunks(broker: Broker, queue: str) -> Iterator[tuple[list[DeadLetterInsert]
             redis_ids = [redis_id for redis_id, _ in found]
             bodies = broker.client.hmget(keys.dead_bodies, redis_ids)
             causes = broker.client.hmget(keys.causes, redis_ids)
-            burials = [
+            inserts = [
                 _insert_of(queue, redis_id, body, msgspec.json.decode(cause or b"{}"), died_ms)
                 for (redis_id, died_ms), body, cause in zip(found, bodies, causes, strict=True)
-                if body is not None  # else another worker moved it meanwhile
+                if body is not None
             ]
-            yield burials, redis_ids
+            yield inserts, redis_ids
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
 
 
-def _within(broker: Broker, key: str, found: list[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
-    """The first of them that together are small enough for this process's memory, and always one."""
+def _within(broker: SendingBroker, key: str, found: list[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
+    """Return the first of `found` whose bodies together fit in memory, at least one."""
     with broker.client.pipeline(transaction=False) as pipeline:
         for redis_id, _ in found:
             pipeline.hstrlen(key, redis_id)
@@ -80,16 +83,17 @@ def _within(broker: Broker, key: str, found: list[tuple[bytes, float]]) -> list[
 
 
 def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> DeadLetterInsert:
+    """Return the row of a dead letter, with as many of its fields as the message lets one read."""
     actor = eval_id = event_id = None
     attempts = 1
     try:
-        message = decode(body)  # whatever is wrong with some of it, the rest can be read
+        message = decode(body)
         actor = message["actor_name"][:200].replace("\0", "")
         if isinstance(options := message.get("options"), dict) and isinstance(retries := options.get("retries"), int):
             attempts = retries + 1
         eval_id, event_id = identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))
     except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
-        pass  # what cannot be read is kept all the same
+        pass
     error_class, error_message = str(cause.get("error_class", "Unknown")), str(cause.get("error_message", ""))
     return DeadLetterInsert(
         id=_dead_letter_id(queue, redis_id),
@@ -110,12 +114,12 @@ def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], 
 
 
 def _dead_letter_id(queue: str, redis_id: bytes) -> UUID:
-    """The letter's own id if the message was redriven under it, else one that every move of this message agrees on."""
+    """Return the id under which a message was redriven, else one that is the same for every move of this message."""
     return dead_letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
 
 
 def dead_letter_of(redis_id: bytes) -> UUID | None:
-    """The letter that was redriven under this id, if it is such an id: a sender may have made up anything."""
+    """Return the dead letter that was redriven under a Redis id; None for other ids, which senders may make up."""
     if not redis_id.startswith(REDRIVEN):
         return None
     try:
@@ -124,14 +128,14 @@ def dead_letter_of(redis_id: bytes) -> UUID | None:
         return None
 
 
-def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Watch) -> None:
-    """Note of messages that were redriven that what they ask for is done: after it was committed, before they are acknowledged.
+def record_stored(connections: VerifiedDatabase, redis_ids: Sequence[bytes]) -> None:
+    """Note in their dead letters that redriven messages are done. Call it after their commit, before they are acknowledged.
 
-    What cannot be noted now is found out by the next sweep: an outage is no reason to do the work again.
+    Never raises for an outage: the redrive sweep finds out what is not noted here.
     """
     letters = [letter for redis_id in redis_ids if (letter := dead_letter_of(redis_id))]
     try:
-        with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
+        with connections.connect(_LONGEST_S) as conn:
             redrives.stored(conn, letters)
     except Outage as error:
         log.warning("redrive_outcome_left", count=len(letters), error=error)

@@ -1,59 +1,65 @@
-"""Whether work that fails again and again brings its failures about itself, or PostgreSQL is away."""
+"""Why a transaction fails again and again: an outage of PostgreSQL, a time limit, or the batch itself."""
 
-from collections.abc import Callable
-from typing import Final
-
-from sqlalchemy import Engine
+from typing import Final, Literal
 
 from evalstore.storage import database
-from models.errors import PASSING, DatabaseOutage
+from models.errors import PASSING, DatabaseOutage, DatabaseTimeout
+from worker.verified_database import VerifiedDatabase
 
-_ENOUGH: Final = 5
+_FAILURES: Final = 5
 _PROBE_S: Final = 5.0
+
+Verdict = Literal["outage", "time limit", "batch"]
 
 
 class BatchFailureClassifier:
-    """What speaks against the work of one thread, from attempt to attempt. `begin` each, and give `note` how it failed.
+    """Classifies the failures of one batch. Call `begin` before each attempt, and `classify` with its error.
 
-    Right after a failure that the work may have caused, a small write is tried: where it fails as well, it is an outage. A
-    connection that ends without a word may have been ended by the work, by an administrator, or by the network. So a witness
-    stands beside each further attempt, a connection that does nothing: if that ends as well, the work is acquitted, unless it
-    ended because a server process crashed.
+    After a failure that the batch may have caused, a small write is tried. If the write fails too, it is an outage. After
+    _FAILURES such failures in a row while the write succeeds, the batch is the cause.
+
+    A connection that ends without a reason may have been ended by the batch, an administrator, or the network. A control
+    connection, which does nothing, is open beside each further attempt. If both end, the batch is not the cause, unless a
+    server process crashed: then the server tells every connection so but the one whose work crashed it.
+    See docs/decisions/0021.
     """
 
-    def __init__(self, engine: Callable[[], Engine], watch: database.Watch) -> None:
-        self._engine, self._watch = engine, watch
+    def __init__(self, connections: VerifiedDatabase, watch: database.Watch) -> None:
+        self._connections, self._watch = connections, watch
         self.blamed = 0
         self._wants_control = False
         self._control: database.ControlConnection | None = None
 
     def begin(self) -> None:
-        """An attempt follows. Raises DatabaseOutage."""
+        """Prepare for an attempt. Raises DatabaseOutage (retry)."""
         if self._wants_control and self._control is None:
-            self._control = database.ControlConnection(self._engine())
+            self._control = database.ControlConnection(self._connections.engine)
 
-    def record_failure(self, error: Exception) -> bool:
-        """An attempt failed; whether it did so often enough for the work to be what causes it."""
+    def classify(self, error: Exception) -> Verdict:
+        """Return why the last attempt failed."""
+        is_time_limit = isinstance(error, DatabaseTimeout)
         if not isinstance(error, DatabaseOutage) or not error.may_be_the_work:
-            if self._control is not None:  # without one it may not have got as far as the work
+            if self._control is not None:  # without one, the attempt may not have reached the work
                 self.blamed = 0
             self.close()
-            return False
+            return "time limit" if is_time_limit else "outage"
         self._wants_control = True
-        verdict = self._is_caused_by_batch(error)
-        if verdict is not None:
-            self.blamed = self.blamed + 1 if verdict else 0
-        return self.blamed >= _ENOUGH
+        is_well = self._probe_succeeds()
+        is_blamed = self._is_blamed(error, is_well=is_well)
+        if is_blamed is not None:
+            self.blamed = self.blamed + 1 if is_blamed else 0
+        if self.blamed >= _FAILURES:
+            return "batch"
+        return "time limit" if is_time_limit and is_well else "outage"
 
     def close(self) -> None:
-        """Leave no connection behind."""
+        """Close the control connection."""
         if self._control is not None:
             self._control.close()
             self._control = None
 
-    def _is_caused_by_batch(self, error: DatabaseOutage) -> bool | None:
-        """None where it cannot be told."""
-        is_well = self._probe_succeeds()
+    def _is_blamed(self, error: DatabaseOutage, *, is_well: bool) -> bool | None:
+        """Return whether a failure speaks against the batch; None where it is unknown."""
         if not error.is_lost:
             return is_well
         if self._control is None:
@@ -64,10 +70,9 @@ class BatchFailureClassifier:
         return fate == "crash" or (fate == "alive" and is_well)
 
     def _probe_succeeds(self) -> bool:
-        """Whether a small write goes through."""
         try:
-            self._engine().dispose()  # what is left in the pool may have broken with it
-            with database.errors(), self._engine().connect() as conn, self._watch.bounded(conn, _PROBE_S):
+            self._connections.engine.dispose()  # idle connections may have ended with the one that failed
+            with self._connections.connect(_PROBE_S, self._watch) as conn:
                 database.probe(conn)
         except PASSING:
             return False

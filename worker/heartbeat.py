@@ -1,8 +1,8 @@
-"""How processes know of each other's death, and what a process holds.
+"""Heartbeats: how processes notice that another process died, and take back the messages that it held.
 
-Each process beats every BEAT_S: it writes a count that goes up. Whoever sees another's count stand still for DEAD_AFTER_S,
-while its own beats went through, takes back what that one held. No clock is compared with another host's, and an outage of
-Redis, in which nobody beats, makes nobody dead. A process that is seen to be gone from this machine is dead at once.
+Every HEARTBEAT_S a process writes a count that goes up. When a process sees another count unchanged for DEAD_AFTER_S, while its
+own heartbeats succeed, it reclaims the messages of that process. No clock of another host is used. During an outage of Redis no
+process writes heartbeats, and none is declared dead. A process that is gone from this machine is declared dead at once.
 """
 
 import faulthandler
@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Final, NoReturn
+from collections.abc import Callable, Container, Sequence
+from typing import Final, NamedTuple, NoReturn
 from uuid import uuid4
 
 import msgspec
@@ -21,12 +22,12 @@ from dramatiq import Worker
 
 from evalstore.telemetry.process_registry import exists, host_id, start_ticks
 from models.logs import EventLogger
-from worker.batches import cause
-from worker.metrics import LOOP_S
+from tasks.broker import SendingBroker
+from worker.in_flight import InFlight
+from worker.messages import cause
+from worker.metrics import LOOP_S, WorkerMetrics
+from worker.queue_client import QueueClient
 from worker.redis_config import redis_config_warnings
-
-if TYPE_CHECKING:
-    from worker.broker import Broker
 
 log = EventLogger("evalstore.worker")
 
@@ -41,11 +42,11 @@ _BEATS: Final = 4
 
 
 class WorkerDied(Exception):
-    """The processes that held this message, and nothing else, died, as often as the setting allows."""
+    """As many processes as the setting allows died while they held this message and nothing else."""
 
 
 def process_name() -> str:
-    """A name no other process has or had, in which others on this machine recognise it."""
+    """Return a unique name for this process, by which others on this machine tell whether it still runs."""
     return "|".join([socket.gethostname(), *host_id(), str(os.getpid()), start_ticks(os.getpid()) or "?", uuid4().hex[:12]])
 
 
@@ -56,18 +57,18 @@ def is_gone(name: str) -> bool:
         return False
     ticks = start_ticks(int(parts[3]))
     if "?" in parts or (ticks is None and exists(int(parts[3]))):
-        return False  # it cannot be told
+        return False
     return ticks is None or ticks != parts[4]
 
 
 class PeerMonitor:
-    """What one process saw of the others' beats."""
+    """The heartbeats of other processes, as one process saw them."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, float, int]] = {}
 
     def dead(self, beats: dict[str, str], own: str) -> dict[str, str]:
-        """Those of `beats` (process -> count) who are dead. To be called once for each beat of our own."""
+        """Return those of `beats` (process -> count) that are dead. Call it once for each own heartbeat."""
         now = time.monotonic()
         before, self._seen = self._seen, {}
         dead = {}
@@ -83,13 +84,35 @@ class PeerMonitor:
         return dead
 
 
-class Heartbeat(threading.Thread):
-    """Beats, reclaims what the dead held, reconciles what is held here, and ends a process whose threads died."""
+class Limits(NamedTuple):
+    """A message becomes a dead letter once it has killed `max_deaths` processes that held nothing else.
 
-    def __init__(self, broker: "Broker", worker: Worker) -> None:
+    `event_queues`: the queues whose dead letters count as events.
+    """
+
+    max_deaths: int
+    event_queues: Container[str]
+
+
+class Heartbeat(threading.Thread):
+    """Writes heartbeats, reclaims messages of dead processes, and requeues messages that no thread of this process holds.
+
+    Ends the process when one of its threads died or stands still.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        queues: Callable[[], Sequence[QueueClient]],
+        broker: SendingBroker,
+        in_flight: InFlight,
+        metrics: WorkerMetrics,
+        limits: Limits,
+    ) -> None:
         super().__init__(name="evalstore-vitals", daemon=True)
         self.wake = threading.Event()
-        self._broker, self._worker = broker, worker
+        self._worker, self._all_queues, self._broker = worker, queues, broker
+        self._in_flight, self._metrics, self._limits = in_flight, metrics, limits
         self._monitors: dict[str, PeerMonitor] = {}
         self._beats = 0
         self._done = threading.Event()
@@ -99,7 +122,6 @@ class Heartbeat(threading.Thread):
         self._state: str | None = None
         self._loop_counts: dict[str, tuple[int, int]] = {}
         self._reconciled = time.monotonic()
-        self._metrics = broker.metrics
         self._since = time.time()
 
     def run(self) -> None:
@@ -110,7 +132,7 @@ class Heartbeat(threading.Thread):
                 self._watch_threads()
                 self._run_and_wait()
         except BaseException:
-            # Without a heartbeat the others take what this process holds, again and again.
+            # Without heartbeats, other processes would reclaim this process's messages again and again.
             log.critical("heartbeat_ended", exc_info=True)
             _end_process(THREAD_DIED)
 
@@ -127,44 +149,43 @@ class Heartbeat(threading.Thread):
             self._metrics.outages.away("redis", self.name)
             self._broker.reset_if_readonly(error)
             self._monitors.clear()
-        # A change of state shows at once: a death soon after an outage began is none of its messages' making.
+        # A new state is written at once: when a process dies soon after an outage began, its messages are not the cause.
         until = time.monotonic() + HEARTBEAT_S
-        while time.monotonic() < until and (self._failing or self._state == self._broker.in_flight.state):
+        while time.monotonic() < until and (self._failing or self._state == self._in_flight.state):
             if self.wake.wait(min(HEARTBEAT_S, 0.2)):
                 break
         self.wake.clear()
 
     def run_once(self) -> None:
-        """One beat, and what it shows to be due. Raises what redis raises; nothing is half done."""
+        """Write one heartbeat for each queue, reclaim, and requeue what is stranded. Raises RedisError (call again)."""
         self._beats += 1
-        self._state = self._broker.in_flight.state
-        told, queues = self._status(), self._queues()
+        self._state = self._in_flight.state
+        status, queues = self._status(), self._queues()
         for queue in queues:
-            self._send_heartbeat(queue, told)
+            self._send_heartbeat(queue, status)
         if time.monotonic() - self._reconciled >= RECONCILE_S:
             self._reconciled = time.monotonic()
             for queue in queues:
                 self._reconcile(queue)
 
-    def _queues(self) -> list[str]:
-        """Those that this process works on: all of the broker's, or what `--queues` says."""
+    def _queues(self) -> list[QueueClient]:
+        """Return the queues that this process works on: all, or those of Dramatiq's `--queues`."""
         chosen = self._worker.consumer_whitelist
-        return sorted(queue for queue in self._broker.queues if not chosen or queue in chosen)
+        return [one for one in self._all_queues() if not chosen or one.queue in chosen]
 
     def _check_server(self) -> None:
-        """Say once what could lose events. After an outage it may be another server, or one that was set up anew."""
         for doubt in redis_config_warnings(self._broker.client):
             log.warning("redis_doubtful", doubt=doubt)
         self._is_server_checked = True
 
     def stop_in_time(self) -> None:
-        """From now on the process ends within STOP_WITHIN_S, whatever its threads wait for: a server that hangs, say."""
+        """End the process within STOP_WITHIN_S, even while its threads wait for a server that does not answer."""
         self.wake.set()
         self._late.daemon = True
         self._late.start()
 
     def stop(self) -> None:
-        """Give back whatever this process still holds, and say goodbye."""
+        """Requeue the messages that this process holds, and deregister it."""
         self._late.cancel()
         self._done.set()
         self.wake.set()
@@ -178,83 +199,67 @@ class Heartbeat(threading.Thread):
         _end_process(STOPPED_LATE)
 
     def _deregister(self) -> None:
-        if self._failing or self._broker.in_flight.abandoned:
+        if self._failing or self._in_flight.abandoned:
             log.warning("left_to_others")
             return
         try:
-            for queue in sorted(self._broker.queues):
-                keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
-                left = self._broker.client.zrange(unacked, 0, -1)
-                if left:
-                    self._broker.run("requeue", [unacked, keys.queue], *left)
-                self._broker.client.hdel(keys.workers, self._broker.process)
-                self._broker.client.hdel(keys.processes, self._broker.process)  # last: others clear up after those in here
+            for queue in self._all_queues():
+                queue.deregister()
         except redis.RedisError as error:
             log.warning("no_goodbye", error=error)
 
     def _status(self) -> bytes:
-        """What others may know of this process."""
-        threads = len(self._worker.workers)
-        told = {
+        """Return what `evalstore status` shows of this process, as JSON."""
+        status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": self._since,
-            "threads": threads,
+            "threads": len(self._worker.workers),
             "state": self._state,
         }
-        return msgspec.json.encode(told | self._metrics.status())
+        return msgspec.json.encode(status | self._metrics.status())
 
-    def _send_heartbeat(self, queue: str, told: bytes) -> None:
-        keys, own = self._broker.keys(queue), self._broker.process
-        count = f"{self._state}:{self._beats}"
-        answer = [_as_text(part) for part in self._broker.run("heartbeat", [keys.processes, keys.workers], own, count, told)]
-        beats = dict(zip(answer[::2], answer[1::2], strict=True))
-        for process, last in self._monitors.setdefault(queue, PeerMonitor()).dead(beats, own).items():
-            places = [keys.processes, self._broker.unacked(queue, process), keys.queue, keys.bodies, keys.suspects]
-            places += [keys.deaths, keys.dead, keys.dead_bodies, keys.causes, keys.workers]
-            why = cause(WorkerDied(f"{self._broker.max_deaths} processes died with this message alone; the last was {process}"))
-            at_work = int(last.startswith("working"))
-            held, buried = self._broker.run("reclaim", places, process, last, at_work, self._broker.max_deaths, why)
-            if buried and queue in self._broker.batched:
+    def _send_heartbeat(self, queue: QueueClient, status: bytes) -> None:
+        beats = queue.heartbeat(f"{self._state}:{self._beats}", status)
+        monitor = self._monitors.setdefault(queue.queue, PeerMonitor())
+        for process, last in monitor.dead(beats, queue.process).items():
+            deaths = self._limits.max_deaths
+            why = cause(WorkerDied(f"{deaths} processes died with this message alone; the last was {process}"))
+            held, dead = queue.reclaim(process, last, deaths, why)
+            if dead and queue.queue in self._limits.event_queues:
                 self._metrics.buried([None])
             if held > 0:
-                self._metrics.redelivered(queue, "died", held - buried)
+                self._metrics.redelivered(queue.queue, "died", held - dead)
                 log.warning("process_dead", process=process, state=last.partition(":")[0], messages=held)
 
-    def _reconcile(self, queue: str) -> None:
-        """Give back what Redis has as ours of answered fetches, and we do not hold."""
-        keys, unacked = self._broker.keys(queue), self._broker.unacked(queue)
-        unanswered = (self._broker.fetches[queue] + 1) * 65536
-        ours = self._broker.client.zrangebyscore(unacked, "-inf", f"({unanswered}")
-        held = self._broker.in_flight.ids(queue)
-        stranded = [redis_id for redis_id in ours if redis_id not in held]
-        if stranded and (given := self._broker.run("requeue", [unacked, keys.queue], *stranded)):
-            self._metrics.redelivered(queue, "stranded", given)
-            log.warning("stranded", messages=len(stranded), queue=queue)
+    def _reconcile(self, queue: QueueClient) -> None:
+        """Requeue what Redis has as this process's, and no thread of it holds."""
+        ours = queue.held()  # first: what is fetched after asking what is in flight would look stranded
+        in_flight = self._in_flight.ids(queue.queue)
+        stranded = [redis_id for redis_id in ours if redis_id not in in_flight]
+        if stranded and (given := queue.requeue(stranded)):
+            self._metrics.redelivered(queue.queue, "stranded", given)
+            log.warning("stranded", messages=len(stranded), queue=queue.queue)
 
     def _watch_threads(self) -> None:
-        """A process whose threads died, or that fetches nothing any more, works on nothing and looks alive: end it."""
+        """End a process whose threads died or whose consumer stands still: it would look alive and store nothing."""
         consumers = dict(self._worker.consumers)
         dead = [t for t in (*consumers.values(), *self._worker.workers) if t.ident is not None and not t.is_alive()]
-        # Counted in our own turns and not in time: in a process that was frozen both stood still.
+        # Counted in loops of this thread, not in time: a process that was frozen must not end when it continues.
         before, self._loop_counts = self._loop_counts, {}
         for queue, thread in consumers.items():
-            turns = getattr(thread.consumer, "turns", -1)
-            last, times = before.get(queue, (turns, 0))
-            self._loop_counts[queue] = (turns, times + 1 if last == turns and turns >= 0 and not thread.paused else 0)
+            loops = getattr(thread.consumer, "loops", -1)
+            last, times = before.get(queue, (loops, 0))
+            self._loop_counts[queue] = (loops, times + 1 if last == loops and loops >= 0 and not thread.paused else 0)
             if self._loop_counts[queue][1] * HEARTBEAT_S > WEDGED_AFTER_S:
                 dead.append(thread)
-        if dead and not self._broker.in_flight.stopping:
+        if dead and not self._in_flight.stopping:
             log.critical("thread_died", thread=dead[0])
             _end_process(THREAD_DIED)
 
 
 def _end_process(status: int) -> NoReturn:
-    """With a status that makes a supervisor start it again; the stacks are in its log."""
+    """Write all stacks to stderr, and end with a status that makes a supervisor start the process again."""
     faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
     logging.shutdown()
     os._exit(status)
-
-
-def _as_text(value: str | bytes) -> str:
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""What this process holds, across its queues, and whether it may take more."""
+"""The messages that this process fetched and has not settled, of all queues; and whether it may fetch more."""
 
 import threading
 import time
@@ -10,14 +10,17 @@ _DRAIN_S = 5.0
 
 
 class InFlight:
-    """The ids of the messages this process fetched and has not settled. For use by many threads."""
+    """The ids of messages in flight. Any thread may use it.
+
+    Messages in quarantine are fetched exclusively: the process holds nothing else, so that its death speaks against them alone.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.open()
 
     def open(self) -> None:
-        """Start over, for a worker that boots."""
+        """Reset, for a worker that boots."""
         with self._changed:
             self._queue_of: dict[bytes, str] = {}
             self._is_exclusive = False
@@ -25,47 +28,58 @@ class InFlight:
             self._draining_until = 0.0
             self.stopping = False
             self.abandoned = False
-            self.outages = 0
+            self._waiting = 0
 
     def close(self) -> None:
-        """Take nothing any more, and wake whoever waits."""
+        """Fetch nothing more, and wake every thread that waits."""
         with self._changed:
             self.stopping = True
             self._changed.notify_all()
 
     @property
     def state(self) -> Literal["working", "waiting", "stopping"]:
-        """What this process's death would mean: only one at work speaks against the messages it held."""
-        return "stopping" if self.stopping else "waiting" if self.outages else "working"
+        """The state that heartbeats carry. Only the death of a process that is working speaks against its messages."""
+        return "stopping" if self.stopping else "waiting" if self._waiting else "working"
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the process as waiting for a server while the block runs."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
 
     def ids(self, queue: str) -> set[bytes]:
-        """What is held of a queue."""
+        """Return the ids of a queue."""
         with self._changed:
             return {redis_id for redis_id, held_of in self._queue_of.items() if held_of == queue}
 
     def add(self, queue: str, redis_ids: Iterable[bytes]) -> set[bytes]:
-        """Hold these; returns those that were not held already."""
+        """Add ids; returns those that are new."""
         with self._changed:
             new = {redis_id for redis_id in redis_ids if redis_id not in self._queue_of}
             self._queue_of.update(dict.fromkeys(new, queue))
             return new
 
     def remove(self, redis_ids: Iterable[bytes]) -> None:
-        """Hold these no longer."""
+        """Remove ids."""
         with self._changed:
             dropped = [redis_id for redis_id in redis_ids if self._queue_of.pop(redis_id, None)]
-            # A thread that held none of them has no say: suspects may be on their way.
+            # Only where something was removed: messages in quarantine may be fetched at this moment.
             if dropped and not self._queue_of:
                 self._is_exclusive = False
             self._changed.notify_all()
 
     def may_fetch(self) -> bool:
-        """Whether messages may be taken that are suspected of nothing."""
+        """Return whether messages outside quarantine may be fetched."""
         return not self.stopping and not self._is_exclusive and time.monotonic() >= self._draining_until
 
     @contextmanager
     def fetching(self) -> Iterator[bool]:
-        """Gives whether messages may be fetched that are suspected of nothing; until they are taken, nobody is alone."""
+        """Give whether messages outside quarantine may be fetched. During the block no thread enters exclusive mode."""
         with self._changed:
             may = self.may_fetch()
             self._fetching += may
@@ -76,10 +90,9 @@ class InFlight:
                 self._fetching -= may
 
     def enter_exclusive(self) -> bool:
-        """Whether suspects may be taken now, which must be alone in the process.
+        """Enter exclusive mode where nothing is in flight; returns whether messages in quarantine may be fetched now.
 
-        Where it holds anything else, it takes no more for a while instead: for five seconds of every ten, so that a long job
-        does not keep the process from all other work.
+        Else fetching pauses, so that the process drains: for 5 s of every 10 s, as a long job must not stop all other work.
         """
         with self._changed:
             if self.stopping or self._is_exclusive:
@@ -93,23 +106,23 @@ class InFlight:
             return True
 
     def leave_exclusive(self) -> None:
-        """There were no suspects after all."""
+        """End exclusive mode, as nothing was in quarantine."""
         with self._changed:
             self._is_exclusive = False
             self._changed.notify_all()
 
     def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
-        """Wait until that is so because something was settled."""
+        """Wait until `is_so` returns True, at most so long."""
         with self._changed:
             self._changed.wait_for(is_so, timeout=seconds)
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until something was settled."""
+        """Wait until something is settled, at most so long."""
         with self._changed:
             self._changed.wait(timeout=seconds)
 
     def sleep_unless_stopping(self, seconds: float) -> bool:
-        """Wait, but not beyond the order to stop; returns whether to go on."""
+        """Wait; returns False, at once, when the process is told to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping, timeout=seconds)
             return not self.stopping

@@ -1,4 +1,4 @@
-"""Evaluations that somebody keeps locked, an operator in a transaction of their own, say: their events hold up no others."""
+"""Evaluations whose record another session keeps locked. Their events wait; events of other evaluations do not."""
 
 import random
 import threading
@@ -10,16 +10,15 @@ from sqlalchemy import Connection
 
 from evalstore.storage import event_store
 from models.logs import EventLogger
-from worker.batches import Batch
-from worker.content_gate import Pair
+from worker.batches import Pair
 
 log = EventLogger("evalstore.worker")
-_AGAIN_S: Final = 5.0
+_RETRY_S: Final = 5.0
 _REMEMBER_S: Final = 30.0
 
 
 class LockedEvaluations:
-    """What was found locked. For many threads."""
+    """Remembers the evaluations that were locked. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,18 +26,18 @@ class LockedEvaluations:
         self._found_at = 0.0
 
     def possibly_locked(self, events: Sequence[Pair]) -> list[Pair]:
-        """Those that belong to an evaluation that was locked when it was last looked at."""
+        """Return the events of evaluations that were locked when `refresh` last looked."""
         known = self._known
         if not known:
             return []
-        # Their events may have gone to other processes, and none come here any more.
+        # Other processes may have stored the events since, and none of them comes here.
         if time.monotonic() - self._found_at > _REMEMBER_S:
             with self._lock:
                 self._known = set()
         return [pair for pair in events if pair[1].eval_id in known]
 
     def refresh(self, conn: Connection, events: Sequence[Pair]) -> bool:
-        """Look whether something of these is locked now. Raises DatabaseOutage (retry)."""
+        """Look which evaluations of `events` are locked; returns whether any is. Raises DatabaseOutage (retry)."""
         wanted = {fact.eval_id for _, fact in events}
         locked = event_store.locked(conn, sorted(wanted))
         with self._lock:
@@ -48,11 +47,13 @@ class LockedEvaluations:
             self._found_at = time.monotonic() if locked else self._found_at
         return bool(locked)
 
-    def exclude_locked(self, events: Sequence[Pair], batch: Batch) -> list[Pair]:
-        """Those of `events` that need nothing locked; the others come again later, none of them the worse for it."""
+    def split_locked(self, events: Sequence[Pair]) -> tuple[list[Pair], dict[bytes, int]]:
+        """Return the events of evaluations that are not locked, and for each other message when to retry it, in ms."""
         known = self._known
         free = [pair for pair in events if pair[1].eval_id not in known]
-        for delivery, fact in events:
-            if fact.eval_id in known:
-                batch.later[delivery.redis_id] = int(_AGAIN_S * random.uniform(800, 1200))  # noqa: S311
-        return free
+        retry_ms = {
+            delivery.redis_id: int(_RETRY_S * random.uniform(800, 1200))  # noqa: S311
+            for delivery, fact in events
+            if fact.eval_id in known
+        }
+        return free, retry_ms

@@ -1,4 +1,4 @@
-"""Giving up evaluations whose result is overdue: watch, compare, act. A result that still comes counts all the same."""
+"""Marks evaluations as lost whose result is overdue. A result that still arrives counts."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,23 @@ from evalstore.storage import event_store, stalled
 from evalstore.telemetry.backlog import oldest_age_s
 from models.settings import Settings
 from tasks.actor import QUEUE
-from worker.broker import Broker
+from tasks.broker import SendingBroker
+from worker.metrics import WorkerMetrics
 
 _MOST = 1000
 
 
-def run_once(conn: Connection, broker: Broker, limits: Settings, *, go_on: Callable[[], bool] = lambda: True) -> dict[str, int]:
-    """Mark what is overdue as lost, until `go_on` says no; returns how many were.
+def run_once(
+    conn: Connection,
+    broker: SendingBroker,
+    limits: Settings,
+    metrics: WorkerMetrics,
+    *,
+    go_on: Callable[[], bool] = lambda: True,
+) -> dict[str, int]:
+    """Mark overdue evaluations as lost, until `go_on` returns False; returns how many.
 
-    Nothing is marked while a message has waited for longer than the grace: the result may be among those that wait.
+    Marks none while a message has waited for longer than the grace: it may hold the result.
     Raises DatabaseOutage, RedisOutage (retry: the same events are made again, and stored once).
     """
     marked = 0
@@ -30,7 +38,7 @@ def run_once(conn: Connection, broker: Broker, limits: Settings, *, go_on: Calla
         )
         if found:
             applied = event_store.store(conn, found).outcomes.count("applied")
-            broker.metrics.lost(applied)
+            metrics.lost(applied)
             marked += applied
         if len(found) < _MOST:
             return {"lost": marked}

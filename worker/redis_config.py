@@ -1,23 +1,22 @@
-"""What a Redis server's settings mean for what it confirms: looked at when a worker starts, and after each outage."""
+"""Checks whether a Redis server keeps what it confirms. Workers do so when they start, and after each outage."""
 
 from typing import Any, Final
 
 import redis
 
-# The first with BLMOVE, by which workers wait: https://redis.io/docs/latest/commands/blmove/
+# The first version with BLMOVE, with which workers wait: https://redis.io/docs/latest/commands/blmove/
 _OLDEST: Final = (6, 2)
 
 
 def redis_config_warnings(client: redis.Redis) -> list[str]:
-    """Why this server could lose events that it confirmed, or cannot be worked with: a sentence each.
+    """Return a sentence for each reason why this server may lose confirmed events, or does not work with evalstore.
 
-    Reads INFO and CONFIG where that is allowed: managed servers often forbid CONFIG, careful ones both, as dangerous.
-    Raises what redis raises.
+    Reads INFO and CONFIG where the server allows it: managed servers often forbid CONFIG, some both. Raises RedisError.
     """
     try:
         info: dict[str, Any] = client.info()
     except redis.ResponseError as error:
-        return [f"INFO is forbidden, so that it cannot be told what it keeps ({error})"]
+        return [f"INFO is forbidden, so it is unknown what the server keeps ({error})"]
     found = []
     version = str(info.get("redis_version", ""))
     if version and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:

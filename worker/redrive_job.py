@@ -1,4 +1,4 @@
-"""Sending dead letters again, as an operator asked: paced, carefully at first, and whoever dies meanwhile, each once."""
+"""Redrives: sends dead letters again at the pace that an operator asked for, each once, whichever process dies meanwhile."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -8,21 +8,23 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 import dramatiq
 import redis
 from dramatiq import Message, Retry
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from evalstore.storage import dead_letters, event_store, redrives
 from evalstore.storage.dead_letters import Selection
 from evalstore.storage.redrives import DeadLetterRef, Sent
-from models.errors import PASSING, EvalstoreError, InvalidEvent, Outage, RedisOutage
+from models.errors import PASSING, EvalstoreError, InvalidEvent, RedisOutage
 from models.jobs import QUEUE
 from models.logs import EventLogger
 from tasks.actor import store_evaluation
-from tasks.broker import encode
+from tasks.broker import SendingBroker, encode
 from tasks.redrives import ACTOR, REDRIVEN, ask, job_id
-from worker.batches import read
-from worker.broker import Broker, time_budget
 from worker.dead_letter_mover import record_stored
-from worker.handler import read_message
+from worker.in_flight import InFlight
+from worker.messages import read_envelope, read_message
+from worker.scripts import Scripts
+from worker.time_budget import time_budget
+from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 
@@ -30,19 +32,19 @@ _SHORT_S: Final = 0.2
 _QUESTIONABLE_S: Final = 10.0
 _LONGEST_S: Final = 20.0
 _CHUNK: Final = 500
-# What an earlier life left in the message: with it, the first failure of the new one would be the last.
+# Dramatiq's counts of earlier attempts: with these, the first failure would be the last.
 _OLD_OPTIONS: Final = frozenset({"retries", "traceback", "requeue_timestamp", "eta"})
 
 
-def declare(broker: Broker, engine: Callable[[], Engine]) -> None:
-    """Declare the actor that works on redrives, and note what comes of redriven messages that no batch holds."""
-    broker.add_middleware(_Outcomes(engine))
+def declare(broker: SendingBroker, connections: VerifiedDatabase, scripts: Scripts, in_flight: InFlight) -> None:
+    """Declare the actor of redrives, and a middleware that notes the outcome of redriven messages without a batch."""
+    broker.add_middleware(_Outcomes(connections))
 
-    # Never a dead letter by the count: it ends when the redrive does, and until then asks to come again as often as it takes.
-    # What it `throws` is told without a traceback, as it may be for every few seconds of an outage.
+    # It raises Retry until the redrive ends, and no number of retries makes a dead letter of it. With `throws`, Dramatiq logs
+    # outages without a traceback.
     @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, retry_when=_asked, throws=PASSING)
     def redrive_dead_letters(redrive_id: str) -> None:
-        work_on(engine(), broker, UUID(redrive_id))
+        work_on(connections, broker, scripts, in_flight, UUID(redrive_id))
 
 
 def _asked(_tries: int, error: BaseException) -> bool:
@@ -50,12 +52,12 @@ def _asked(_tries: int, error: BaseException) -> bool:
 
 
 class _Outcomes(dramatiq.Middleware):
-    def __init__(self, engine: Callable[[], Engine]) -> None:
-        self._engine = engine
+    def __init__(self, connections: VerifiedDatabase) -> None:
+        self._connections = connections
 
     def after_process_message(
         self,
-        broker: Any,
+        broker: Any,  # noqa: ARG002 - Dramatiq's signature
         message: Any,
         *,
         result: Any = None,  # noqa: ARG002 - Dramatiq's signature
@@ -63,70 +65,74 @@ class _Outcomes(dramatiq.Middleware):
     ) -> None:
         redis_id = str(message.options.get("redis_message_id", "")).encode(errors="replace")
         if exception is None and redis_id.startswith(REDRIVEN):
-            record_stored(self._engine(), [redis_id], broker.watch)
+            record_stored(self._connections, [redis_id])
 
 
-def work_on(engine: Engine, broker: Broker, redrive_id: UUID) -> None:
-    """Send as many letters of a redrive as its pace and this turn allow.
+def work_on(
+    connections: VerifiedDatabase, broker: SendingBroker, scripts: Scripts, in_flight: InFlight, redrive_id: UUID
+) -> None:
+    """Send as many letters of a redrive as its pace and one turn allow.
 
-    Raises Retry while there is something left to do, Outage (retry). What else goes wrong ends the redrive: its other letters
-    are dead again, and the reason is with it.
+    Raises Retry while letters are left, Outage (retry). Any other error ends the redrive, with the error as the reason; its
+    other letters are dead again.
     """
     try:
-        with engine.connect() as conn, broker.watch.bounded(conn, _LONGEST_S):
-            wait_s = _turn(conn, broker, redrive_id)
-    except Outage:
+        with connections.connect(_LONGEST_S) as conn:
+            wait_s = _turn(conn, lambda letters: send(broker, scripts, letters), in_flight, redrive_id)
+    except PASSING:
         raise
     except Exception as error:
-        with engine.connect() as conn:
+        with connections.connect(_LONGEST_S) as conn:
             redrives.end(conn, redrive_id, "failed", f"{type(error).__name__}: {error}"[:1000])
         raise
     if wait_s is not None:
         raise Retry(delay=int(wait_s * 1000))
 
 
-def _turn(conn: Connection, broker: Broker, redrive_id: UUID) -> float | None:
-    """Send for a while; returns in how many seconds to go on, or None where nothing is left to send."""
+def _turn(
+    conn: Connection, send_letters: Callable[[Sequence[DeadLetterRef]], None], in_flight: InFlight, redrive_id: UUID
+) -> float | None:
+    """Send for one turn; returns in how many seconds to continue, or None where nothing is left to send."""
     goes_on = time_budget()
     while True:
-        wait_s = redrives.step(conn, redrive_id, lambda letters: send(broker, letters)).wait_s
-        if wait_s is None or wait_s > _SHORT_S or not goes_on() or broker.in_flight.stopping:
+        wait_s = redrives.step(conn, redrive_id, send_letters).wait_s
+        if wait_s is None or wait_s > _SHORT_S or not goes_on() or in_flight.stopping:
             return wait_s
-        broker.in_flight.sleep_unless_stopping(wait_s)
+        in_flight.sleep_unless_stopping(wait_s)
 
 
-def send(broker: Broker, letters: Sequence[DeadLetterRef]) -> None:
-    """Put letters in their queues, each under an id of its own, so that it is there once. Raises RedisOutage (retry)."""
+def send(broker: SendingBroker, scripts: Scripts, letters: Sequence[DeadLetterRef]) -> None:
+    """Put letters in their queues, each once: the id in Redis is made of the letter's id. Raises RedisOutage (retry)."""
     by_queue: dict[str, list[bytes]] = {}
     for letter in letters:
         by_queue.setdefault(letter.queue, []).extend([redis_id_of(letter.id), _renewed(letter.message)])
     try:
         for queue, arguments in by_queue.items():
             keys = broker.keys(queue)
-            broker.run("redrive", [keys.queue, keys.bodies, keys.dead_bodies], *arguments)
+            scripts.run("redrive", [keys.queue, keys.bodies, keys.dead_bodies], *arguments)
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
 
 
 def redis_id_of(letter_id: UUID) -> bytes:
-    """The id under which a letter is in Redis."""
+    """Return the id of a redriven letter in Redis."""
     return REDRIVEN + str(letter_id).encode()
 
 
 def _renewed(body: bytes) -> bytes:
-    """The message as received, but for what Dramatiq noted in it when it failed."""
+    """Return a message without Dramatiq's counts of earlier attempts."""
     try:
-        message = read(body)
+        message = read_envelope(body)
     except InvalidEvent:
         return body
     options = {name: value for name, value in message.options.items() if name not in _OLD_OPTIONS}
     return body if options == message.options else encode(Message(**message.asdict() | {"options": options}))
 
 
-def sweep(conn: Connection, broker: Broker) -> dict[str, int]:
-    """Settle what nobody else did: jobs that were lost are asked for again, and so are messages that left Redis unnoticed.
+def sweep(conn: Connection, broker: SendingBroker, max_content_bytes: int) -> dict[str, int]:
+    """Start redrives again whose job was lost, and find out the outcome of redriven messages that left Redis without a note.
 
-    Returns how many redrives were asked for, and how many letters turned out stored, and dead.
+    Returns how many redrives were started, and how many letters are stored, and dead again.
     Raises DatabaseOutage, RedisOutage (retry).
     """
     asked = 0
@@ -142,7 +148,7 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, int]:
     while found := redrives.in_question(conn, after=after, older_than_s=_QUESTIONABLE_S, limit=_CHUNK):
         after = found[-1].id
         gone = _gone(broker, found)
-        done = {letter_id for letter_id in gone if _is_stored(conn, letter_id)}
+        done = {letter_id for letter_id in gone if _is_stored(conn, letter_id, max_content_bytes)}
         redrives.stored(conn, sorted(done))
         stored += len(done)
         dead += redrives.lost(conn, {letter_id: sent_at for letter_id, sent_at in gone.items() if letter_id not in done})
@@ -151,8 +157,8 @@ def sweep(conn: Connection, broker: Broker) -> dict[str, int]:
     return {"redrives": asked, "stored": stored, "dead": dead}
 
 
-def _gone(broker: Broker, letters: Sequence[Sent]) -> dict[UUID, datetime]:
-    """Those that Redis does not hold, at one moment; what came of them was written before they left."""
+def _gone(broker: SendingBroker, letters: Sequence[Sent]) -> dict[UUID, datetime]:
+    """Return the letters that are neither queued nor dead in Redis. Their outcome was written before they left, if at all."""
     try:
         with broker.client.pipeline(transaction=True) as pipeline:
             for letter in letters:
@@ -165,8 +171,8 @@ def _gone(broker: Broker, letters: Sequence[Sent]) -> dict[UUID, datetime]:
     return {letter.id: letter.sent_at for at, letter in enumerate(letters) if not held[2 * at] and not held[2 * at + 1]}
 
 
-def _is_stored(conn: Connection, letter_id: UUID) -> bool:
-    """Whether the event that a letter carries is in the log: that very event, not another one under its id."""
+def _is_stored(conn: Connection, letter_id: UUID, max_content_bytes: int) -> bool:
+    """Return whether the event in a letter is in the log, and not another event with its id."""
     letter = dead_letters.get(conn, letter_id)
     if letter is None or letter["actor"] != store_evaluation.actor_name:
         return False
@@ -174,8 +180,8 @@ def _is_stored(conn: Connection, letter_id: UUID) -> bool:
     if None in key or not event_store.applied(conn, [key]):
         return False
     try:
-        event = read_message(letter["message"])
+        event = read_message(letter["message"], max_content_bytes)
     except EvalstoreError:
         return False
-    # Storing what is stored changes nothing, and tells whether it is the same.
+    # Storing an event again changes nothing, and shows whether it is the same.
     return event_store.store(conn, [event]).outcomes[0] != "reused"

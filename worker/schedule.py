@@ -1,9 +1,9 @@
-"""Periodic jobs: declared for `periodiq` to schedule and for workers to run, once per tick in however many copies."""
+"""Periodic jobs: periodiq schedules them and workers run them, once for each tick however many copies run."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any, Final
 from uuid import uuid4
 
@@ -12,28 +12,30 @@ import msgspec
 import redis
 from dramatiq import Actor, Message
 from periodiq import cron
-from sqlalchemy import Connection
 
 from evalstore.storage import outbox as stored_confirmations
+from evalstore.storage.archive import Archive
 from models.errors import PASSING
 from models.jobs import JOBS, QUEUE
 from models.logs import EventLogger
-from models.settings import settings
-from tasks.broker import encode
+from models.settings import Settings
+from tasks.broker import SendingBroker, encode
 from worker import archive_jobs, confirmation_relay, dead_letter_mover, lost, redrive_job
-from worker.broker import Broker, time_budget
-from worker.handler import engine
+from worker.broker import Broker
+from worker.metrics import WorkerMetrics
+from worker.time_budget import time_budget
+from worker.verified_database import VerifiedDatabase
 
-# Less than worker.metrics.WORK_S, with the time it takes to connect.
+# Less than WORK_S, with the time to connect.
 _LONGEST_S: Final = 15.0
-# Each look for what is overdue goes through all that is open, so that a short turn would hardly get on. Less than _LONGEST_S.
+# Longer than other turns: each search for overdue evaluations reads all that are open. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0
 
 log = EventLogger("evalstore.worker")
 
 
 class _Periodic(dramatiq.Middleware):
-    """Knows the option that periodiq looks for. periodiq's own middleware drops retried jobs as too old."""
+    """Allows the option that periodiq reads. periodiq's own middleware drops retried jobs as too old."""
 
     @property
     def actor_options(self) -> set[str]:
@@ -41,7 +43,7 @@ class _Periodic(dramatiq.Middleware):
 
 
 class _TickActor(Actor[[], None]):
-    """An actor whose scheduled messages are sent once for each minute, whoever else schedules it."""
+    """An actor whose scheduled message is sent once for each minute, however many schedulers run."""
 
     on_tick: Callable[[], None] = staticmethod(lambda: None)
 
@@ -64,83 +66,86 @@ class _TickActor(Actor[[], None]):
         keys = broker.keys(self.queue_name)
         tick = broker.names.tick(self.actor_name, minute)
         try:
-            broker.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
+            broker.lua.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
         except redis.RedisError as error:
-            # The scheduler would end, and with it the other jobs. The next tick does what this one would have.
+            # Raised, it would end the scheduler. The next tick does the same work.
             log.warning("job_not_scheduled", job=self.actor_name, error=error)
         return message
 
 
-def declare(broker: Broker, *, on_tick: Callable[[], None] = lambda: None) -> None:
+def declare(
+    broker: Broker, connections: VerifiedDatabase, settings: Settings, *, on_tick: Callable[[], None] = lambda: None
+) -> None:
     """Declare the periodic jobs on `broker`. `on_tick` is called whenever this process schedules one."""
     broker.add_middleware(_Periodic())
-    work: Final[dict[str, Callable[[], Any]]] = {
-        "relay_confirmations": lambda: _relay_confirmations(broker),
-        "mark_lost_evaluations": lambda: _mark_lost_evaluations(broker),
-        "archive_large_outputs": lambda: _archive_large_outputs(broker),
-        "sweep_objects": lambda: _sweep_objects(broker),
-        "move_dead_letters": lambda: _move_dead_letters(broker),
-    }
+    jobs = _Jobs(broker, connections, settings)
     for job in JOBS:
         declared = dramatiq.actor(
             actor_name=job.name, actor_class=_TickActor, queue_name=QUEUE, broker=broker, periodic=cron(job.schedule)
         )
-        actor: Any = declared(_record_run(broker, job.name, work[job.name]))
+        actor: Any = declared(_record_run(broker, broker.metrics, broker.process, job.name, getattr(jobs, job.name)))
         actor.on_tick = on_tick
-    redrive_job.declare(broker, engine)
+    redrive_job.declare(broker, connections, broker.lua, broker.in_flight)
 
 
-def _relay_confirmations(broker: Broker) -> dict[str, int]:
-    with _connection(broker) as conn:
-        return {
-            "relayed": confirmation_relay.relay(conn, broker, go_on=time_budget()),
-            "forgotten": stored_confirmations.forget(conn),
-        }
+class _Jobs:
+    """The work of each job, by its name. Each run is bounded in time, and leaves the rest to the next run."""
+
+    def __init__(self, broker: Broker, connections: VerifiedDatabase, settings: Settings) -> None:
+        self._broker, self._connections, self._settings = broker, connections, settings
+        self._metrics, self._scripts = broker.metrics, broker.lua
+        self._progress = archive_jobs.Progress(connections, broker.metrics)
+
+    def relay_confirmations(self) -> dict[str, int]:
+        counters = self._metrics.counters
+        with self._connections.connect(_LONGEST_S) as conn:
+            return {
+                "relayed": confirmation_relay.relay(conn, self._broker.names, self._scripts, counters, go_on=time_budget()),
+                "forgotten": stored_confirmations.forget(conn),
+            }
+
+    def mark_lost_evaluations(self) -> dict[str, int]:
+        with self._connections.connect(_LONGEST_S) as conn:
+            return lost.run_once(conn, self._broker, self._settings, self._metrics, go_on=time_budget(_LOST_TURN_S))
+
+    def archive_large_outputs(self) -> dict[str, Any]:
+        self._progress.begin()
+        with self._connections.connect(archive_jobs.STEP_S) as conn:
+            return archive_jobs.move(conn, self._archive, self._broker.in_flight, self._metrics, self._progress)
+
+    def sweep_objects(self) -> dict[str, Any]:
+        self._progress.begin()
+        with self._connections.connect(archive_jobs.STEP_S) as conn:
+            return archive_jobs.sweep(conn, self._broker, self._settings, self._progress)
+
+    def move_dead_letters(self) -> dict[str, int]:
+        with self._connections.connect(_LONGEST_S) as conn:
+            moved = dead_letter_mover.move(conn, self._broker, self._scripts, go_on=time_budget())
+            return {"moved": moved, **redrive_job.sweep(conn, self._broker, self._settings.max_content_bytes)}
+
+    @cached_property
+    def _archive(self) -> Archive | None:
+        return archive_jobs.archive_of(self._settings)
 
 
-def _mark_lost_evaluations(broker: Broker) -> dict[str, int]:
-    with _connection(broker) as conn:
-        return lost.run_once(conn, broker, settings(), go_on=time_budget(_LOST_TURN_S))
-
-
-def _archive_large_outputs(broker: Broker) -> dict[str, Any]:
-    with archive_jobs.long_running(broker, engine) as conn:
-        return archive_jobs.move(conn, broker)
-
-
-def _sweep_objects(broker: Broker) -> dict[str, Any]:
-    with archive_jobs.long_running(broker, engine) as conn:
-        return archive_jobs.sweep(conn, broker)
-
-
-def _move_dead_letters(broker: Broker) -> dict[str, int]:
-    with _connection(broker) as conn:
-        return {"moved": dead_letter_mover.move(conn, broker, go_on=time_budget()), **redrive_job.sweep(conn, broker)}
-
-
-@contextmanager
-def _connection(broker: Broker) -> Iterator[Connection]:
-    """A connection for a while: a server that is frozen keeps no thread for longer. What is left is for the next run."""
-    with engine().connect() as conn, broker.watch.bounded(conn, _LONGEST_S):
-        yield conn
-
-
-def _record_run(broker: Broker, name: str, work: Callable[[], Any]) -> Callable[[], None]:
-    """`work`, told of in Redis: when it ran last, for how long, and how it went."""
+def _record_run(
+    broker: SendingBroker, metrics: WorkerMetrics, process: str, name: str, work: Callable[[], Any]
+) -> Callable[[], None]:
+    """Return a function that does `work` and records the run in Redis: when it began, how long it took, and its outcome."""
 
     def run() -> None:
         started = time.time()
-        told = {"started_at": datetime.now(UTC), "host": broker.process.partition("|")[0]}
+        told = {"started_at": datetime.now(UTC), "host": process.partition("|")[0]}
         try:
             told |= {"outcome": "ok", "result": work()}
         except Exception as error:
             told |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-            # The next tick does what this one would have. Tried again, all those of an outage would be, each with a traceback.
+            # An outage is left to the next tick: Dramatiq would retry, and log a traceback each time.
             if not isinstance(error, PASSING):
                 raise
         finally:
             told["seconds"] = round(time.time() - started, 3)
-            broker.metrics.counters.add("evalstore_job_runs_total", name, str(told["outcome"]))
+            metrics.counters.add("evalstore_job_runs_total", name, str(told["outcome"]))
             try:
                 broker.client.hset(broker.names.last_runs, name, msgspec.json.encode(told))
                 if told["outcome"] == "ok":

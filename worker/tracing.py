@@ -13,7 +13,7 @@ from evalstore.storage.event_store import Outcome
 from models.record import EventRow
 from tasks.tracing import provider
 from worker import traceparents
-from worker.batches import Batch, Delivery
+from worker.batches import Batch, BatchOutcome, Delivery
 
 if TYPE_CHECKING:
     from worker.batch_spans import BatchSpans, Traces
@@ -35,13 +35,13 @@ def traces() -> "Traces | None":
 
 
 @contextmanager
-def processing(batch: Batch) -> Iterator[None]:
-    """The spans of a batch, for the thread that works on it; what follows adds to them."""
+def processing(batch: Batch, outcome: BatchOutcome) -> Iterator[None]:
+    """The spans of a batch, for the thread that works on it; what follows adds to them. `outcome` is read at the end."""
     found = traces()
     if found is None:
         yield
         return
-    spans = found.batch(batch)
+    spans = found.batch(batch, outcome)
     token = _batch.set(spans)
     try:
         yield

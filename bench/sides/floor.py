@@ -8,7 +8,8 @@ from evalstore.storage import event_store
 from models.settings import settings
 from tasks.actor import QUEUE
 from worker.broker import Broker
-from worker.handler import engine, read_message
+from worker.messages import read_message
+from worker.verified_database import VerifiedDatabase
 
 __all__ = ["fill"]
 
@@ -16,14 +17,15 @@ __all__ = ["fill"]
 def main() -> None:
     """Store until killed."""
     broker = Broker(url=settings().redis_url.get_secret_value(), middleware=[])
-    consumer = broker.consume(QUEUE)
-    with engine().connect() as conn:
+    queue, max_bytes = broker.queue_client(QUEUE), settings().max_content_bytes
+    with VerifiedDatabase.of(settings()).engine.connect() as conn:
         while True:
-            if found := consumer._fetch(settings().batch_events):  # noqa: SLF001 - with no more around it than this
-                event_store.store(conn, [read_message(body) for _, body in found])
-                consumer._settle([redis_id for redis_id, _ in found], {})  # noqa: SLF001
+            if found := queue.fetch(settings().batch_events, settings().batch_bytes).bodies:
+                event_store.store(conn, [read_message(body, max_bytes) for body in found.values()])
+                queue.settle(list(found))
+                queue.mark_answered()
             else:
-                broker.client.blmove(consumer.keys.queue, consumer.keys.queue, 1, "LEFT", "LEFT")
+                broker.client.blmove(queue.keys.queue, queue.keys.queue, 1, "LEFT", "LEFT")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def _nothing(*_given: Any, **_more: Any) -> None:
 
 
 for _owner, _names in (
-    (Counters, ("add", "set", "observe", "observe_all", "due", "watch_thread")),
+    (Counters, ("add", "set", "observe", "observe_all", "set_deadline", "watch_thread")),
     (WorkerMetrics, ("stored", "buried", "lost")),
 ):
     for _name in _names:

@@ -157,7 +157,7 @@ def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], Connection
                     raw.autocommit = True
                     raw.execute("SELECT", prepare=False)
                     raw.autocommit = False
-            except psycopg.Error:
+            except (psycopg.Error, DatabaseOutage):
                 raise InvalidatePoolError from None  # the others broke with it: the pool makes new ones
         record.info["was_used"] = True
 
@@ -272,7 +272,7 @@ def probe(conn: Connection) -> None:
 
 
 class ControlConnection:
-    """A connection that does nothing. Where another ended without a word, it tells what happened to both."""
+    """An idle connection. Where another one ended without a reason, its own end tells why. docs/decisions/0021"""
 
     def __init__(self, engine: Engine) -> None:
         """Raises DatabaseOutage."""
@@ -282,7 +282,7 @@ class ControlConnection:
         driver(self._conn).add_notice_handler(lambda notice: self._told.append(notice.sqlstate))
 
     def fate(self, watch: "Watch", seconds: float) -> Literal["alive", "crash", "ended"]:
-        """Whether it is still there, or ended because a server process crashed, or because something ended it."""
+        """Return whether this connection is alive, ended because a server process crashed, or ended for another reason."""
         try:
             with errors(), watch.bounded(self._conn, seconds):
                 driver(self._conn).execute("SELECT")
@@ -291,7 +291,7 @@ class ControlConnection:
         return "alive"
 
     def close(self) -> None:
-        """It is not used again."""
+        """Close the connection for good."""
         self._conn.invalidate()
         self._conn.close()
 
@@ -301,50 +301,69 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: dict[int, tuple[psycopg.Connection[Any], float]] = {}
+        self._calls: dict[int, _Call] = {}
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
-        """Break the connection, so that what uses it fails, unless this is left in time."""
+        """Break the connection when the block takes longer than `seconds`.
+
+        Raises DatabaseTimeout where this process broke the connection, and not the server or the network.
+        """
         with self.bounded_driver(driver(conn), seconds):
             yield
 
     @contextmanager
     def bounded_driver(self, raw: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
-        """The same with psycopg's connection."""
-        key = threading.get_ident()
+        """Do as `bounded` does for a connection of psycopg."""
+        key, call = threading.get_ident(), _Call(raw, time.monotonic() + seconds)
         with self._lock:
-            self._calls[key] = raw, time.monotonic() + seconds
+            self._calls[key] = call
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="evalstore-watch", daemon=True)
                 self._thread.start()
         try:
             yield
+        except (DatabaseOutage, DBAPIError, psycopg.Error) as error:
+            if not call.broken_because:
+                raise
+            raise DatabaseTimeout(call.broken_because, may_be_the_work=True) from error
         finally:
             with self._lock:
                 del self._calls[key]
 
     def renew(self, seconds: float) -> None:
-        """The calling thread, within `bounded`, got on: it has so many seconds from now."""
-        key = threading.get_ident()
+        """Give the calling thread, which is within `bounded`, so many seconds from now."""
         with self._lock:
-            self._calls[key] = self._calls[key][0], time.monotonic() + seconds
+            self._calls[threading.get_ident()].deadline = time.monotonic() + seconds
 
     def break_all(self) -> None:
         """Break every connection in use."""
         with self._lock:
-            for raw, _ in self._calls.values():
-                _break(raw)
+            for call in self._calls.values():
+                call.break_off("this process stops, and did not wait for the answer")
 
     def _run(self) -> None:
         while True:
             time.sleep(0.5)
             with self._lock:
                 now = time.monotonic()
-                for raw, deadline in self._calls.values():
-                    if now > deadline:
-                        _break(raw)
+                for call in self._calls.values():
+                    if now > call.deadline:
+                        call.break_off(f"gave up after {now - call.began:.0f} s without an answer")
+
+
+class _Call:
+    """A block that uses a connection until `deadline`, on the clock of `time.monotonic`."""
+
+    def __init__(self, raw: psycopg.Connection[Any], deadline: float) -> None:
+        self.deadline, self.began = deadline, time.monotonic()
+        self.broken_because = ""
+        self._raw = raw
+
+    def break_off(self, because: str) -> None:
+        self.broken_because = self.broken_because or because
+        _break(self._raw)
 
 
 def _break(raw: psycopg.Connection[Any]) -> None:

@@ -27,6 +27,7 @@ from evalstore.storage import event_store
 from models.events import Event
 from models.record import EventRow
 from worker import heartbeat
+from worker.batches import Delivery
 from worker.consumer import Consumer
 
 _store, _hand_out = event_store.store, Consumer._hand_out
@@ -49,7 +50,7 @@ def store(conn: Any, events: Sequence[Event | EventRow], *args: Any, **kwargs: A
     return stored
 
 
-def hand_out(self: Consumer, found: list[tuple[bytes, bytes]]) -> None:
+def hand_out(self: Consumer, found: list[Delivery]) -> None:
     if any(b'"unthread-' in body for _, body in found):
         raise SystemExit
     if any(b'"wedge-' in body for _, body in found):

@@ -34,7 +34,7 @@ def test_a_worker_killed_while_its_acknowledgement_is_on_the_way_stores_nothing_
     relay.lose(script("settle"), "hold", times=10)
     world.send(evaluations(100))
     wait_until(lambda: world.applied() == 300, what="all is committed")
-    assert relay.lost(script("settle")) > 0
+    wait_until(lambda: relay.lost(script("settle")) > 0, what="an acknowledgement is on the way")
     assert not world.settled()
     workers.kill()
     world.workers().start()

@@ -13,11 +13,12 @@ import pytest
 from tasks.actor import QUEUE, EventActor
 from tests.chaos.relay import Relay, script
 from tests.chaos.world import KEYS, through, wait_until
-from worker import batches, heartbeat
-from worker.batches import Batch
+from worker import heartbeat, messages
+from worker.batches import Batch, BatchOutcome
 from worker.broker import Broker
-from worker.consumer import Consumer, DeliveryHandle
-from worker.heartbeat import Heartbeat, is_gone, process_name
+from worker.consumer import Consumer
+from worker.delivery_handle import DeliveryHandle
+from worker.heartbeat import is_gone, process_name
 from worker.in_flight import InFlight
 
 NAME = "store_evaluation"
@@ -26,9 +27,13 @@ NAME = "store_evaluation"
 def _nothing(_given: object) -> None: ...
 
 
+def _store_all(_batch: Batch) -> BatchOutcome:
+    return BatchOutcome()
+
+
 def make(url: str, **given: Any) -> Broker:
     made = Broker(url=url, middleware=[], **given)
-    made.declare_batch_actor(EventActor(NAME, QUEUE), _nothing)
+    made.declare_batch_actor(EventActor(NAME, QUEUE), _store_all)
     made.declare_queue("jobs")
     return made
 
@@ -44,7 +49,7 @@ def broker(redis_url: str) -> Iterator[Broker]:
 def observer(redis_url: str) -> Iterator[Callable[[], None]]:
     """Another process's heartbeat: each call is one."""
     made = make(redis_url, max_deaths=2)
-    beats = Heartbeat(made, dramatiq.Worker(made))
+    beats = made.make_heartbeat(dramatiq.Worker(made))
     yield beats.run_once
     made.close()
 
@@ -201,7 +206,7 @@ def test_what_nobody_works_on_is_given_back(broker: Broker, monkeypatch: pytest.
     held = take(broker.consume(QUEUE, timeout=200))
     assert held.redis_ids == ids
     broker.in_flight.remove(ids[1:2])  # one gets lost within the process
-    beats = Heartbeat(broker, dramatiq.Worker(broker))
+    beats = broker.make_heartbeat(dramatiq.Worker(broker))
     monkeypatch.setattr(heartbeat, "RECONCILE_S", 0)
     beats.run_once()
     assert broker.client.lrange(KEYS.queue, 0, -1) == ids[1:2]
@@ -218,9 +223,9 @@ def test_a_message_that_no_one_expected_to_be_unreadable_strands_nothing(
     def read(body: bytes) -> dramatiq.Message[Any]:
         if body == odd:
             raise error
-        return batches.read(body)
+        return messages.read_envelope(body)
 
-    monkeypatch.setattr("worker.consumer.read", read)
+    monkeypatch.setattr("worker.consumer.read_envelope", read)
     consumer = broker.consume("jobs", prefetch=16, timeout=200)
     if error is MemoryError:  # which is no fault of the message
         with pytest.raises(MemoryError):
@@ -261,8 +266,8 @@ def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker
 
 
 def test_where_a_process_cannot_be_told_apart_it_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "place", lambda: ("?", "?"))
-    monkeypatch.setattr(heartbeat, "started", _nothing)
+    monkeypatch.setattr(heartbeat, "host_id", lambda: ("?", "?"))
+    monkeypatch.setattr(heartbeat, "start_ticks", _nothing)
     assert not is_gone(process_name())
 
 

@@ -31,7 +31,7 @@ DIES = '''
 """worker.tasks, in a process that dies of SIGKILL right {when} it runs the script {script}, once."""
 import os, pathlib, signal
 from worker.tasks import broker
-run = broker.run
+run = broker.lua.run
 mark = pathlib.Path({mark!r})
 def dying(name, *args):
     if name == {script!r} and not mark.exists():
@@ -40,7 +40,7 @@ def dying(name, *args):
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return run(name, *args)
-broker.run = dying
+broker.lua.run = dying
 '''
 
 

@@ -21,7 +21,7 @@ from tests.chaos.world import wait_until
 from worker import confirmation_relay
 from worker.background import Background
 from worker.broker import Broker
-from worker.handler import engine
+from worker.verified_database import VerifiedDatabase
 
 AT = "2026-01-01T00:00:00Z"
 STREAM = Names("dramatiq").stream
@@ -68,7 +68,7 @@ def test_each_evaluation_and_commit_is_confirmed_with_what_it_holds(conn: Connec
     store(conn, "a", 3)
     store(conn, "a", 3)  # a duplicate changes nothing and is not confirmed
 
-    assert confirmation_relay.relay(conn, broker) == 2
+    assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 2
 
     first, second = read(broker.client)
     assert first["type"] == "storage:evaluation:created"
@@ -84,22 +84,21 @@ def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
 ) -> None:
     """A connection that one thing keeps for too long is broken: the server might be frozen."""
     monkeypatch.setenv("EVALSTORE_DATABASE_URL", database_url)
-    for cache in (settings, engine):
-        cache.cache_clear()
+    settings.cache_clear()
+    connections = VerifiedDatabase.of(settings())
     for number in range(120):
         store(conn, f"{number}", 1)
 
-    assert confirmation_relay.relay(conn, broker, go_on=lambda: False) == 20
-    background = Background(broker, turn_s=0)
+    assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters, go_on=lambda: False) == 20
+    background = Background(connections, broker, broker.lua, broker.metrics, turn_s=0)
     background.start()
     background.wake()
     # Each time it looks by itself, after 5 s, it would have one turn.
     eventually(lambda: pending(conn) == 0, within_s=15, what="the next turns")
 
     background.stop()
-    engine().dispose()
-    for cache in (settings, engine):
-        cache.cache_clear()
+    connections.engine.dispose()
+    settings.cache_clear()
     assert len(entries(broker)) == 120
 
 
@@ -110,7 +109,7 @@ def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broke
         assert listening.get_message(timeout=5)
         store(conn, "published", 1)
         store(conn, "published", 2)
-        confirmation_relay.relay(conn, broker)
+        confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
         heard = [listening.get_message(timeout=5) for _ in range(2)]
 
@@ -147,7 +146,7 @@ def test_however_many_there_are_each_is_published_to_whoever_listens(conn: Conne
     store_many(conn)
     with broker.client.pubsub() as listening:
         subscribed(listening, channel)
-        confirmation_relay.relay(conn, broker)
+        confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
         assert heard(listening) == [fields[b"confirmation"] for _, fields in entries(broker)]
 
@@ -157,7 +156,7 @@ def test_many_are_published_on_the_channel_of_a_namespace(conn: Connection, redi
     store_many(conn)
     with broker.client.pubsub() as listening:
         subscribed(listening, "team:storage:evaluation:created")
-        confirmation_relay.relay(conn, broker)
+        confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
         assert len(heard(listening)) == 100
     broker.client.close()
 
@@ -174,7 +173,7 @@ def test_whoever_listens_to_a_replica_hears_them_too(
         with replica.pubsub() as listening:
             subscribed(listening, "storage:evaluation:created")
             store_many(conn)
-            confirmation_relay.relay(conn, broker)
+            confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
             assert len(heard(listening)) == 100
 
 
@@ -182,7 +181,7 @@ def test_what_nobody_can_hear_is_not_published(conn: Connection, valkey_server: 
     broker = Broker(url=valkey_server.url(), middleware=[])
     store_many(conn)
 
-    assert confirmation_relay.relay(conn, broker) == 100
+    assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 100
 
     assert "cmdstat_publish" not in broker.client.info("commandstats")
     assert len(entries(broker)) == 100
@@ -194,44 +193,44 @@ def test_what_redis_refuses_stays_in_the_outbox(conn: Connection, valkey_server:
     valkey_server.kill()
 
     with pytest.raises(RedisOutage):
-        confirmation_relay.relay(conn, broker)
+        confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
     assert pending(conn) == 1
 
     valkey_server.start()
-    assert confirmation_relay.relay(conn, broker) == 1
+    assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 1
     assert versions(read(broker.client)) == [("a", 1)]
 
 
 def test_what_a_server_lost_is_given_to_it_again_before_anything_newer(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
     (kept,) = entries(broker)
     for number in (2, 3):
         store(conn, "a", number)
-        confirmation_relay.relay(conn, broker)
+        confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
     # As after a failover to a replica that had not come further.
     broker.client.delete(STREAM)
     broker.client.xadd(STREAM, kept[1], id=kept[0])
     store(conn, "a", 4)
 
-    assert confirmation_relay.relay(conn, broker) == 3
+    assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 3
 
     assert versions(read(broker.client)) == [("a", 1), ("a", 2), ("a", 3), ("a", 4)]
 
 
 def test_an_empty_server_is_given_all_that_is_not_forgotten(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
     broker.client.flushdb()
 
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
     assert versions(read(broker.client)) == [("a", 1)]
 
 
 def test_what_was_relayed_is_forgotten_after_a_while(conn: Connection, broker: Broker) -> None:
     store(conn, "a", 1)
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
     assert outbox.forget(conn, older_than_s=600) == 0
     assert outbox.forget(conn, older_than_s=0) == 1
@@ -240,7 +239,7 @@ def test_what_was_relayed_is_forgotten_after_a_while(conn: Connection, broker: B
 def test_a_service_goes_on_where_it_was_and_sees_no_repeats(conn: Connection, broker: Broker) -> None:
     for number in (1, 2, 3):
         store(conn, "a", number)
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
     reading = iter(Confirmations("service", client=broker.client, idle_s=1))
     assert next(reading)["version"] == 1
@@ -258,7 +257,7 @@ def test_old_entries_leave_the_stream(conn: Connection, broker: Broker) -> None:
         broker.client.xadd(STREAM, {"confirmation": "{}"}, id=f"1-{number + 1}")
     store(conn, "a", 1)
 
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
     assert broker.client.xlen(STREAM) < 200
 
@@ -273,7 +272,7 @@ def test_a_worker_whose_clock_is_days_ahead_leaves_the_stream_alone(
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 3 * 86_400)
 
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
 
     assert broker.client.xlen(STREAM) == 301
 
@@ -283,7 +282,7 @@ def test_they_are_read_with_whatever_client_a_service_has(
     conn: Connection, broker: Broker, redis_url: str, options: dict[str, Any]
 ) -> None:
     store(conn, "a", 1)
-    confirmation_relay.relay(conn, broker)
+    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
     with redis.Redis.from_url(redis_url, **options) as client:
         reading = iter(Confirmations("service", client=client, idle_s=1))
         assert next(reading)["version"] == 1

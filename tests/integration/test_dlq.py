@@ -97,7 +97,7 @@ def test_a_message_under_a_made_up_id_is_a_dead_letter_like_any_other(
         world.client.zadd(KEYS.dead, {redis_id.encode(errors="surrogateescape"): time.time() * 1000})
         world.client.hset(KEYS.dead_bodies, redis_id.encode(errors="surrogateescape"), "odd")
     with engine.connect() as conn:
-        assert move(conn, broker) == 4
+        assert move(conn, broker, broker.lua) == 4
     assert len(operator.letters()) == 4
 
 
@@ -108,7 +108,7 @@ def test_whatever_is_wrong_with_a_message_its_letter_names_the_event(world: Worl
         world.client.zadd(KEYS.dead, {str(number): time.time() * 1000})
         world.client.hset(KEYS.dead_bodies, str(number), json.dumps(json.loads(body(world, given)) | wrong))
     with engine.connect() as conn:
-        assert move(conn, broker) == 3
+        assert move(conn, broker, broker.lua) == 3
         found = conn.execute(text("SELECT actor, eval_id, event_id FROM dead_letters")).all()
     assert set(found) == {("store_evaluation", given["eval_id"], UUID(given["event_id"]))}
 

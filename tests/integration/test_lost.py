@@ -52,19 +52,19 @@ def test_it_is_given_up_when_it_is_overdue_and_not_before(
     conn: Connection, broker: Broker, kind: str, fields: dict[str, Any], limit_s: float
 ) -> None:
     stored(conn, event(kind, **fields), recorded_s_ago=limit_s - 5)
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
 
     stored(conn, recorded_s_ago=limit_s + 1)
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
     assert status(conn) == "lost"
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
 
 
 def test_a_sign_of_life_puts_it_off(conn: Connection, broker: Broker) -> None:
     stored(conn, event("started", timeout_s=30), recorded_s_ago=1000)
     event_store.store(conn, [parse(event("started"))])
 
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
 
 
 def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker) -> None:
@@ -82,16 +82,16 @@ def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker)
 def test_one_whose_start_lies_in_the_future_is_given_up_too(conn: Connection, broker: Broker) -> None:
     stored(conn, event("started", timeout_s=1, occurred_at="2999-01-01T00:00:00Z"), recorded_s_ago=1000)
 
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
     assert status(conn) == "lost"
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, -1e12, -1e300])
 def test_a_time_limit_below_zero_is_one_of_zero(conn: Connection, broker: Broker, timeout_s: float) -> None:
     stored(conn, event("started", timeout_s=timeout_s), recorded_s_ago=59)
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
     stored(conn, recorded_s_ago=61)
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_a_time_limit_below_zero_is_one_of_zero(conn: Connection, broker: Broker
 def test_one_that_can_never_be_given_up_keeps_no_other_from_it(conn: Connection, broker: Broker, odd: dict[str, Any]) -> None:
     stored(conn, event("started", eval_id="odd", **odd), event("started", timeout_s=1), recorded_s_ago=1000)
 
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
     assert status(conn) == "lost"
 
 
 @pytest.mark.parametrize("kind", ["completed", "started"])
 def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str) -> None:
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
-    lost.run_once(conn, broker, LIMITS)
+    lost.run_once(conn, broker, LIMITS, broker.metrics)
 
     event_store.store(conn, [parse(event(kind, **({"exit_code": 0} if kind == "completed" else {})))])
 
@@ -127,9 +127,9 @@ def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, b
         broker.client.zadd(broker.unacked(QUEUE, "another"), {redis_id: 1})
         broker.client.hset(keys.processes, "another", "working:1")
         if place == "to come again later":
-            broker.run("retry_later", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
+            broker.lua.run("retry_later", [broker.unacked(QUEUE, "another"), keys.delayed], redis_id, 30_000)
 
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 0, "held_back": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0, "held_back": 1}
     assert status(conn) == "running"
 
 
@@ -140,10 +140,10 @@ def test_thousands_of_overdue_ones_are_given_up_in_one_run_or_as_many_as_its_tur
         event_store.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
     stored(conn, recorded_s_ago=1000)
 
-    assert lost.run_once(conn, broker, LIMITS, go_on=lambda: False) == {"lost": 1000, "more": 1}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics, go_on=lambda: False) == {"lost": 1000, "more": 1}
     counted = "evalstore_events_total", "applied", "evaluation:lost"
     assert broker.metrics.counters.get(*counted) == 1000  # also where the next thousand ends in an outage
-    assert lost.run_once(conn, broker, LIMITS) == {"lost": 2000}
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 2000}
     assert broker.metrics.counters.get(*counted) == 3000
 
 

@@ -30,6 +30,7 @@ from tests.integration.commands import python
 from tests.integration.test_schedule import NOON, jobs
 from worker import schedule
 from worker.broker import Broker
+from worker.verified_database import VerifiedDatabase
 
 ROOT = Path(__file__).parents[2]
 E = "/storage/evaluations"
@@ -153,7 +154,7 @@ def expect_apart(both: list[Evalstore], published: list[tuple[str, str]], client
 def test_a_job_is_sent_once_for_a_tick_of_each_namespace(redis_url: str) -> None:
     for namespace in ("one", "two", "one"):
         broker = Broker(url=redis_url, namespace=namespace, middleware=[Retries()])
-        schedule.declare(broker)
+        schedule.declare(broker, VerifiedDatabase.of(Settings()), Settings())
         Scheduler(jobs(broker)).send_actors(jobs(broker), NOON)
         assert broker.counts("jobs")["ready"] == len(jobs(broker))
         broker.client.close()

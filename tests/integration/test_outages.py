@@ -1,6 +1,7 @@
 """An outage of PostgreSQL costs nothing but time; what looks like one but is a message's fault costs that message alone."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -256,6 +257,23 @@ def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
     eventually(lambda: stored(database) == 603, within_s=10, what="what waited is stored when the lock is gone")
     assert rows(database, "SELECT status, version FROM evaluations WHERE eval_id = 'held'") == [("cancelled", 3)]
     assert rows(database, "SELECT count(*) FROM dead_letters") == [(0,)]
+
+
+def test_a_time_limit_of_ours_is_no_outage_of_the_server(
+    database: Postgres, broker: SendingBroker, start: Start, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    send(broker, event("first"))
+    start()
+    eventually(lambda: stored(database) == 1, within_s=20)
+    with psycopg.connect(database.url()) as holder:
+        holder.execute("LOCK TABLE evaluation_events IN SHARE MODE")
+        send(broker, event("waits"))
+        log = tmp_path / "worker.log"
+        eventually(lambda: "exceeded a time limit" in log.read_text(), within_s=20, what="the wait for the lock ends")
+        seen: Any = broker.client.hvals(broker.keys(QUEUE).workers)
+    eventually(lambda: stored(database) == 2, within_s=20, what="it is stored once the table is free")
+    assert "until it is over" not in log.read_text()
+    assert all(json.loads(value.partition(b" ")[2])["away"] == [] for value in seen)
 
 
 def test_the_breaker_opens_when_most_turns_bad_and_closes_when_one_is_stored(

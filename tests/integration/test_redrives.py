@@ -18,6 +18,7 @@ from evalstore.storage import dead_letters, redrives
 from evalstore.storage.dead_letters import DeadLetterInsert, Selection
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
+from models.settings import Settings
 from tests.chaos.world import World, wait_until
 from tests.integration.shell import (
     JOBS,
@@ -178,7 +179,7 @@ def sent_and_killed(engine: Engine, broker: Broker) -> UUID:
     """A redrive of all there is, which a worker sent and died before it could say so."""
 
     def send_and_die(letters: Sequence[redrives.DeadLetterRef]) -> None:
-        work.send(broker, letters)
+        work.send(broker, broker.lua, letters)
         raise KeyboardInterrupt
 
     with engine.connect() as conn:
@@ -200,12 +201,12 @@ def test_what_died_again_since_it_was_sent_is_not_sent_again_either(
     world.client.zadd(unacked, dict.fromkeys(found, 1))
     causes = [part for redis_id in found for part in (redis_id, b"{}")]
     places = [unacked, KEYS.bodies, KEYS.dead, KEYS.dead_bodies, KEYS.causes, KEYS.deaths]
-    assert broker.run("dead_letter", places, *causes) == 3
+    assert broker.lua.run("dead_letter", places, *causes) == 3
     with engine.connect() as conn:
-        assert move(conn, broker) == 3 if moved == "before" else True
-        redrives.step(conn, redrive_id, lambda letters: work.send(broker, letters))
+        assert move(conn, broker, broker.lua) == 3 if moved == "before" else True
+        redrives.step(conn, redrive_id, lambda letters: work.send(broker, broker.lua, letters))
         assert world.client.hlen(KEYS.bodies) == 0
-        assert move(conn, broker) == (0 if moved == "before" else 3)
+        assert move(conn, broker, broker.lua) == (0 if moved == "before" else 3)
     assert Counter((one["state"], one["deliveries"]) for one in operator.letters()) == {("dead", 2): 3}
     (row,) = operator.rows("SELECT * FROM redrives")
     assert (row["sent"], row["died"], row["state"]) == (3, 3, "done")
@@ -246,7 +247,7 @@ def test_a_redrive_whose_job_redis_lost_is_asked_for_again(
     with engine.connect() as conn:  # an operator's terminal that dies right here
         dead_letters.redrive(conn, Selection(), Intent("redrive", "ada", None, {}), Pace())
         for asked in (1, 1):
-            assert work.sweep(conn, broker)["redrives"] == asked
+            assert work.sweep(conn, broker, Settings().max_content_bytes)["redrives"] == asked
     assert world.client.hlen(JOBS.bodies) == 1
     world.workers().start()
     wait_until(lambda: states(operator) == {"stored": 10}, what="all are stored")
@@ -265,15 +266,15 @@ def test_messages_that_redis_lost_are_dead_letters_again_unless_they_are_stored(
     with engine.connect() as conn:
         redrive_id, _ = dead_letters.redrive(conn, Selection(), Intent("redrive", "ada", None, {}), Pace())
         assert redrive_id
-        assert redrives.step(conn, redrive_id, lambda letters: work.send(broker, letters)).sent == 4
+        assert redrives.step(conn, redrive_id, lambda letters: work.send(broker, broker.lua, letters)).sent == 4
     for letter_id in ids[:3]:
         world.client.lrem(KEYS.queue, 0, work.redis_id_of(letter_id).decode())
         world.client.hdel(KEYS.bodies, work.redis_id_of(letter_id).decode())
     with psycopg.connect(world.database_url) as conn:
         conn.execute("UPDATE dead_letters SET sent_at = sent_at - interval '1 minute'")
     with engine.connect() as conn:
-        assert work.sweep(conn, broker) == {"redrives": 0, "stored": 1, "dead": 2}
-        assert work.sweep(conn, broker) == {"redrives": 0, "stored": 0, "dead": 0}
+        assert work.sweep(conn, broker, Settings().max_content_bytes) == {"redrives": 0, "stored": 1, "dead": 2}
+        assert work.sweep(conn, broker, Settings().max_content_bytes) == {"redrives": 0, "stored": 0, "dead": 0}
     found = {one["id"]: one["state"] for one in operator.letters()}
     assert [found[letter_id] for letter_id in ids] == ["stored", "dead", "dead", "redriving"]
     (row,) = operator.rows("SELECT * FROM redrives")
@@ -302,7 +303,7 @@ def test_a_letter_of_a_job_starts_anew_and_its_outcome_is_recorded(
     world: World, operator: Operator, engine: Engine, broker: Broker
 ) -> None:
     spent = world.message(None, queue_name="jobs", actor_name="move_dead_letters", args=(), options={"retries": 20, "eta": 1})
-    work.send(broker, [redrives.DeadLetterRef(UUID(int=1), "jobs", spent.encode())])
+    work.send(broker, broker.lua, [redrives.DeadLetterRef(UUID(int=1), "jobs", spent.encode())])
     (sent,) = world.client.hvals(JOBS.bodies)
     assert json.loads(sent) == spent.asdict() | {"args": [], "options": {}}
     world.client.delete(JOBS.queue, JOBS.bodies)

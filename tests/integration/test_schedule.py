@@ -18,10 +18,12 @@ from periodiq import Scheduler, cron
 from evalstore.local.servers import Valkey
 from models.errors import DatabaseOutage
 from models.jobs import JOBS, QUEUE
+from models.settings import Settings
 from tasks.redrives import ACTOR
 from tests.integration.commands import python
 from worker import schedule
 from worker.broker import Broker
+from worker.verified_database import VerifiedDatabase
 
 ROOT = Path(__file__).parents[2]
 NOON = pendulum.datetime(2026, 6, 1, 12, 0, 1, tz="UTC")
@@ -30,7 +32,7 @@ NOON = pendulum.datetime(2026, 6, 1, 12, 0, 1, tz="UTC")
 @pytest.fixture
 def broker(redis_url: str) -> Iterator[Broker]:
     made = Broker(url=redis_url, middleware=[Retries(min_backoff=10, max_backoff=10)])
-    schedule.declare(made)
+    schedule.declare(made, VerifiedDatabase.of(Settings()), Settings())
     yield made
     made.client.close()
 
@@ -41,7 +43,7 @@ def jobs(broker: Broker) -> list[Any]:
 
 def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, redis_url: str) -> None:
     another = Broker(url=redis_url, middleware=[Retries()])
-    schedule.declare(another)
+    schedule.declare(another, VerifiedDatabase.of(Settings()), Settings())
 
     for copy in (broker, another):
         Scheduler(jobs(copy)).send_actors(jobs(copy), NOON)
@@ -55,7 +57,7 @@ def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, 
 
 def test_the_scheduler_outlives_an_outage(valkey_server: Valkey) -> None:
     broker = Broker(url=valkey_server.url(), timeout_s=0.5, middleware=[Retries()])
-    schedule.declare(broker)
+    schedule.declare(broker, VerifiedDatabase.of(Settings()), Settings())
     valkey_server.kill()
 
     Scheduler(jobs(broker)).send_actors(jobs(broker), NOON)
@@ -87,7 +89,9 @@ def test_a_job_that_failed_is_tried_again_however_late(broker: Broker, eventuall
         if len(runs) < 3:
             raise RuntimeError("not yet")
 
-    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", fails_twice)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(
+        broker, broker.metrics, "here|0", "relay_confirmations", fails_twice
+    )
     yesterday = pendulum.instance(datetime.now(UTC) - timedelta(days=1))
     broker.actors["relay_confirmations"].send_with_options(scheduled_at=str(yesterday))
     worker = dramatiq.Worker(broker, worker_threads=1)
@@ -105,7 +109,9 @@ def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eve
     def finds_nobody() -> None:
         raise DatabaseOutage("away")
 
-    broker.actors["relay_confirmations"].fn = schedule._record_run(broker, "relay_confirmations", finds_nobody)
+    broker.actors["relay_confirmations"].fn = schedule._record_run(
+        broker, broker.metrics, "here|0", "relay_confirmations", finds_nobody
+    )
     broker.actors["relay_confirmations"].send()
     worker = dramatiq.Worker(broker, worker_threads=1)
     worker.start()
@@ -136,7 +142,7 @@ def test_a_failed_run_is_told_as_such(broker: Broker) -> None:
         raise RuntimeError("no luck")
 
     with pytest.raises(RuntimeError):
-        schedule._record_run(broker, "relay_confirmations", fails)()
+        schedule._record_run(broker, broker.metrics, "here|0", "relay_confirmations", fails)()
 
     assert last_run(broker)["outcome"] == "failed"
     assert last_run(broker)["error"] == "RuntimeError: no luck"

@@ -149,7 +149,7 @@ def test_what_a_message_a_dead_letter_or_a_row_names_stays(
     broker.enqueue(message(delayed), delay=60_000)
     broker.enqueue(message(buried))
     bury(broker, broker.client.rpop(broker.keys(QUEUE).queue))
-    assert dead_letter_mover.move(conn, broker) == 1
+    assert dead_letter_mover.move(conn, broker, broker.lua) == 1
     broker.enqueue(message(dead))
     broker.enqueue(message(queued))
     bury(broker, broker.client.lpop(broker.keys(QUEUE).queue))
@@ -189,7 +189,7 @@ def test_a_dead_letter_redriven_after_a_month_finds_its_content(
     sent = message(content)
     broker.enqueue(sent)
     bury(broker, broker.client.lpop(broker.keys(QUEUE).queue))
-    dead_letter_mover.move(conn, broker)
+    dead_letter_mover.move(conn, broker, broker.lua)
     with conn.begin():
         ((letter_id,),) = database.driver(conn).execute("SELECT id FROM dead_letters").fetchall()
         database.driver(conn).execute("UPDATE dead_letters SET state = 'redriving'")

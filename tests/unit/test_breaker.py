@@ -1,14 +1,13 @@
 """The breaker shows as it is."""
 
-from worker.handler import Handler
-from worker.in_flight import InFlight
+from worker.breaker import Breaker, BreakerLimits
 from worker.metrics import WorkerMetrics
 
 
 def test_a_probe_that_turns_out_bad_after_another_one_was_stored_does_not_show_the_breaker_open() -> None:
     metrics = WorkerMetrics()
-    store = Handler(InFlight(), metrics=metrics)
+    breaker = Breaker(BreakerLimits(), metrics.counters)
 
-    store._log_breaker_open({b"id": b"{}"})  # nothing would ever say that it is closed: it is
+    breaker.report_open({b"id": b"{}"})  # nothing would ever say that it is closed: it is
 
     assert metrics.counters.get("evalstore_breaker_open") == 0

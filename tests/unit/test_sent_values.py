@@ -24,10 +24,13 @@ from models import EvaluationCompleted, EvaluationStarted, InvalidEvent
 from models.content import Reference
 from models.events import check
 from models.record import EventRow, to_row
+from models.settings import Settings
 from tasks import store_evaluation, store_evaluations
 from tasks.actor import _completed
 from tasks.broker import encode
-from worker.handler import read_message
+from worker.messages import read_message
+
+MAX_BYTES = Settings().max_content_bytes
 
 NAMED = {"eval_id": "e", "event_id": "01a202b1-c662-77cc-b904-b98111ee0b99", "occurred_at": "2026-01-31T09:30:00.25Z"}
 STARTED = {**NAMED, "type": "evaluation:started"}
@@ -131,9 +134,9 @@ def endless() -> dict[str, Any]:
 
 def read_back(event: Any) -> EventRow:
     """The event that the worker reads from the message of a single and of a bulk send."""
-    single = read_message(encode(store_evaluation.message_with_options(args=(event,))))
+    single = read_message(encode(store_evaluation.message_with_options(args=(event,))), MAX_BYTES)
     travelling, written = _completed(event)
-    assert read_message(encode(store_evaluation.message_of(travelling), written)) == single
+    assert read_message(encode(store_evaluation.message_of(travelling), written), MAX_BYTES) == single
     return single
 
 

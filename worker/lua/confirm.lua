@@ -1,25 +1,26 @@
--- Append confirmations to the stream, and publish each on the channel of its type where anybody may be listening.
+-- Append confirmations to the stream, and publish each on the channel of its type unless nobody listens.
 --
--- KEYS  1 stream   evalstore:confirmations, behind the prefix in ARGV 6
--- ARGV  1, 2 the last entry it is known to have had, ms and sequence; 3 how long to keep entries, ms; 4 a line of JSON each;
---       5 empty, or 55 characters each: a traceparent to become a field of its own, or spaces;
---       6 empty, or what the names of the channels begin with: <namespace>:
--- Returns { ms, sequence, 1 } with its last entry now; or { ms, sequence, 0 }, having done nothing, where it does not reach to
--- the entry it is known to have had: the server lost what it had confirmed.
+-- KEYS  1 stream   the confirmations                       evalstore:confirmations, after the prefix in ARGV 6
+-- ARGV  1, 2 id of the last entry that was known, ms and sequence; 3 how long entries are kept, ms; 4 confirmations, one JSON
+--       object per line; 5 empty, or 55 characters per confirmation: its traceparent, or spaces; 6 prefix of the channels'
+--       names: empty, or <namespace>:
+-- Returns { ms, sequence, 1 } with the id of the last entry. Returns { ms, sequence, 0 } and does nothing where the stream ends
+-- before the known entry: the server lost entries.
 
 local function parts(id)
     local ms, sequence = string.match(id, "^(%d+)-(%d+)$")
     return tonumber(ms), tonumber(sequence)
 end
 
--- The line of `text` that begins at `first`, and where the next one does. Cut here, a line costs half of one that is an argument.
+-- Return the line of `text` that begins at `first`, and the start of the next. One argument for all lines costs half as much as
+-- one for each.
 local function line_at(text, first)
     local stop = string.find(text, "\n", first, true) or #text + 1
     return string.sub(text, first, stop - 1), stop + 1
 end
 
--- Whether anybody may be listening: here, or to a replica or another node of a cluster, which does not show here. Answers that
--- this server does not give say yes, and so does what is small: to ask takes longer than to publish it. docs/decisions/0025
+-- Return whether a client may listen: to this server, a replica, or another node of a cluster. True where the server does not
+-- tell, and for a small number of confirmations, where asking takes longer than publishing. docs/decisions/0025
 local function may_be_heard()
     if #ARGV[4] < 4096 then
         return true
@@ -60,7 +61,7 @@ while at <= #ARGV[4] do
 end
 if id then
     ms, sequence = parts(id)
-    -- Once: with each entry it is a quarter of the time. By the clock that made the ids: another's may be days ahead.
+    -- Once, as a trim for each entry takes a quarter of the time. By this server's clock, which made the ids.
     redis.call("XTRIM", KEYS[1], "MINID", "~", string.format("%.0f", math.max(0, redis.call("TIME")[1] * 1000 - ARGV[3])))
 end
 return { ms, sequence, 1 }

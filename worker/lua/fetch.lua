@@ -1,20 +1,20 @@
--- Take messages from the head of a queue into a process's unacknowledged set, and return their ids. A few come with their
--- messages, as another round trip takes longer; many are asked for afterwards: through a script each is copied twice more.
+-- Move messages from the head of a queue to a process's unacknowledged set, and return their ids. A small batch comes with its
+-- bodies, which saves a round trip; the caller reads the bodies of a large batch, as a script would copy each twice more.
 --
 -- KEYS  1 queue     list  ids, the next to be fetched first         <namespace>:<queue>
 --       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
---       3 unacked   zset  id -> fetch * 65536 + place in it         evalstore:<namespace>:<queue>:unacked:<process>
---       4 delayed   zset  id -> when it is due, ms                  evalstore:<namespace>:<queue>:delayed
---       5 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
---       6, 7        list, hash: what stock clients delayed          <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
---       8 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
---       9 woken     list  ids, of which each woke one who waited    evalstore:<namespace>:<queue>:woken
--- ARGV  1 number of this fetch, 2 most messages, 3 most bytes, 4 process
--- Returns { suspects waiting, ms until the next delayed one is due or -1, how many stay in the queue, { id, id, ... }
--- [, { message or nil, ... }] }.
+--       3 unacked   zset  id -> fetch number * 65536 + position         evalstore:<namespace>:<queue>:unacked:<process>
+--       4 delayed   zset  id -> due time, ms                        evalstore:<namespace>:<queue>:delayed
+--       5 quarantine list packed groups of ids                      evalstore:<namespace>:<queue>:suspects
+--       6, 7        list, hash: delayed by stock clients            <namespace>:<queue>.DQ, <namespace>:<queue>.DQ.msgs
+--       8 processes hash  process -> state and heartbeat count      evalstore:<namespace>:<queue>:processes
+--       9 woken     list  ids that woke a waiting process           evalstore:<namespace>:<queue>:woken
+-- ARGV  1 number of this fetch, 2 maximum of messages, 3 maximum of bytes, 4 process
+-- Returns { groups in quarantine, ms until the next delayed message is due or -1, messages left in the queue, { id, ... }
+-- [, { body or nil, ... }] }.
 --
--- A client that lost the answer, or could not ask for the messages, asks again with the same number and is given the same ids.
--- Every path begins with a write that frees or moves, so that a full server can be drained.
+-- A client that lost the reply asks again with the same number, and gets the same ids.
+-- Every path begins with a write that frees or moves memory, so that workers can drain a full server.
 
 local first, most = tonumber(ARGV[1]) * 65536, tonumber(ARGV[2])
 local time = redis.call("TIME")
@@ -26,14 +26,14 @@ while woke do
     woke = redis.call("RPOP", KEYS[9])
 end
 
--- What stock clients put aside: kept by its eta, and undecodable messages go on to where they are found out.
+-- Messages that stock clients delayed move to `delayed`, by their eta. Unreadable ones are due now: the worker rejects them.
 for _ = 1, math.min(redis.call("LLEN", KEYS[6]), 100) do
     local id = redis.call("LPOP", KEYS[6])
     local body = redis.call("HGET", KEYS[7], id)
     if body then
         local decoded, message = pcall(cjson.decode, body)
         local due = decoded and type(message) == "table" and type(message.options) == "table" and tonumber(message.options.eta)
-        if not due or due ~= due or math.abs(due) > 1e15 then  -- no time, or none that comes
+        if not due or due ~= due or math.abs(due) > 1e15 then  -- not a time, or out of range
             due = now
         end
         redis.call("HDEL", KEYS[7], id)
@@ -52,9 +52,9 @@ local answer = { redis.call("LLEN", KEYS[5]), next_due and math.max(0, math.ceil
 local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, "(" .. string.format("%.0f", first + 65536))
 local bytes = 0
 if #ids > 0 then
-    bytes = math.huge  -- asked again: who knows
+    bytes = math.huge  -- repeated fetch: the size is unknown
 else
-    -- Names are looked up before the loop, not in it: with thousands of messages that was a tenth of all this takes.
+    -- Locals outside the loop: lookups of names cost 10 % with thousands of messages.
     local call, bodies, limit = redis.call, KEYS[2], tonumber(ARGV[3])
     local places, number, taken = {}, 0, 0
     for place, id in ipairs(call("LRANGE", KEYS[1], 0, most - 1)) do
@@ -76,7 +76,7 @@ else
         redis.call("ZADD", KEYS[3], unpack(places, i, math.min(i + 3999, #places)))
     end
     if #places > 0 then
-        redis.call("HSETNX", KEYS[8], ARGV[4], "working:0")  -- it may die before its first beat
+        redis.call("HSETNX", KEYS[8], ARGV[4], "working:0")  -- it may die before its first heartbeat
     end
 end
 

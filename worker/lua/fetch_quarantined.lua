@@ -1,12 +1,12 @@
--- Take the next group of suspects into a process's unacknowledged set, and return it. The process must hold nothing else.
+-- Move the next group in quarantine to a process's unacknowledged set, and return it. The process must hold nothing else.
 --
--- KEYS  1 suspects  list  packed lists of ids                       evalstore:<namespace>:<queue>:suspects
+-- KEYS  1 quarantine list packed groups of ids                      evalstore:<namespace>:<queue>:suspects
 --       2 bodies    hash  id -> message                             <namespace>:<queue>.msgs
---       3 unacked   zset  id -> fetch * 65536 + place in it         evalstore:<namespace>:<queue>:unacked:<process>
---       4 processes hash  process -> state and count of its beats   evalstore:<namespace>:<queue>:processes
+--       3 unacked   zset  id -> fetch number * 65536 + position         evalstore:<namespace>:<queue>:unacked:<process>
+--       4 processes hash  process -> state and heartbeat count      evalstore:<namespace>:<queue>:processes
 -- ARGV  1 number of this fetch, 2 process
--- Returns { id, message, id, message, ... }; the same again for the same number. Their places end in a half: reclaim.lua
--- tells by it that the process held nothing else.
+-- Returns { id, body, id, body, ... }; the same again for the same number. The scores end in .5, by which reclaim.lua knows that
+-- the process held nothing else.
 
 local first = tonumber(ARGV[1]) * 65536
 local ids = redis.call("ZRANGEBYSCORE", KEYS[3], first, "(" .. string.format("%.0f", first + 65536))

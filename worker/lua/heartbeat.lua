@@ -1,11 +1,11 @@
--- A process says that it lives, and learns of the others.
+-- Write a process's heartbeat, and return those of all processes.
 --
--- KEYS  1 processes  hash  process -> state and count of its beats  evalstore:<namespace>:<queue>:processes
---       2 workers    hash  process -> when, ms, and JSON            evalstore:<namespace>:<queue>:workers
--- ARGV  1 process, 2 its state and count, 3 what others may know of it, as JSON
--- Returns all of them, { process, state and count, ... }.
+-- KEYS  1 processes  hash  process -> state and heartbeat count     evalstore:<namespace>:<queue>:processes
+--       2 workers    hash  process -> time in ms, and JSON          evalstore:<namespace>:<queue>:workers
+-- ARGV  1 process, 2 its state and count, 3 its status as JSON
+-- Returns { process, state and count, process, state and count, ... }.
 
-redis.call("HDEL", KEYS[1], ARGV[1])  -- frees before it allocates: a full server still takes it
+redis.call("HDEL", KEYS[1], ARGV[1])  -- frees before it allocates: a full server accepts the script
 redis.call("HSET", KEYS[1], ARGV[1], ARGV[2])
 local time = redis.call("TIME")
 redis.call("HDEL", KEYS[2], ARGV[1])

@@ -1,10 +1,10 @@
--- Put dead letters at the tail of a queue, each once: not one that is there already, or that died again and is not moved yet.
+-- Put dead letters at the tail of a queue, but for those that are queued already, or died again and are not moved yet.
 --
 -- KEYS  1 queue        list  ids, the next to be fetched first       <namespace>:<queue>
 --       2 bodies       hash  id -> message                           <namespace>:<queue>.msgs
 --       3 dead bodies  hash  id -> message, as received              evalstore:<namespace>:<queue>:dead:msgs
--- ARGV  id, message, id, message, ...
--- Returns how many were new.
+-- ARGV  id, body, id, body, ...
+-- Returns how many were added.
 
 local new = 0
 for i = 1, #ARGV, 2 do

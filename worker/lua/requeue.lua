@@ -1,9 +1,9 @@
--- Put messages back at the head of their queue, the first of them first.
+-- Put messages back at the head of their queue, in their order.
 --
--- KEYS  1 unacked  zset  id -> fetch * 65536 + place in it          evalstore:<namespace>:<queue>:unacked:<process>
+-- KEYS  1 unacked  zset  id -> fetch number * 65536 + position          evalstore:<namespace>:<queue>:unacked:<process>
 --       2 queue    list  ids, the next to be fetched first          <namespace>:<queue>
 -- ARGV  id, id, ...
--- Returns how many were this process's.
+-- Returns how many of the messages this process held.
 
 local given = 0
 for i = #ARGV, 1, -1 do

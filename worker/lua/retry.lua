@@ -1,10 +1,10 @@
 -- Acknowledge a message and schedule its next attempt, in one step.
 --
--- KEYS  1 unacked  zset  id -> fetch * 65536 + place in it          evalstore:<namespace>:<queue>:unacked:<process>
+-- KEYS  1 unacked  zset  id -> fetch number * 65536 + position          evalstore:<namespace>:<queue>:unacked:<process>
 --       2 bodies   hash  id -> message                              <namespace>:<queue>.msgs
---       3 delayed  zset  id -> when it is due, ms                   evalstore:<namespace>:<queue>:delayed
--- ARGV  1 id, 2 the message as it is to be next time, 3 delay in ms
--- Returns 1 if it was this process's.
+--       3 delayed  zset  id -> due time, ms                         evalstore:<namespace>:<queue>:delayed
+-- ARGV  1 id, 2 new body, 3 delay in ms
+-- Returns 1 if this process held the message, else 0.
 
 if redis.call("ZREM", KEYS[1], ARGV[1]) == 0 then
     return 0

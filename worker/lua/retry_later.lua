@@ -1,9 +1,9 @@
--- Let messages come again later, as they are.
+-- Schedule messages for another attempt, unchanged.
 --
--- KEYS  1 unacked  zset  id -> fetch * 65536 + place in it          evalstore:<namespace>:<queue>:unacked:<process>
---       2 delayed  zset  id -> when it is due, ms                   evalstore:<namespace>:<queue>:delayed
+-- KEYS  1 unacked  zset  id -> fetch number * 65536 + position          evalstore:<namespace>:<queue>:unacked:<process>
+--       2 delayed  zset  id -> due time, ms                         evalstore:<namespace>:<queue>:delayed
 -- ARGV  id, delay in ms, id, delay in ms, ...
--- Returns how many were this process's.
+-- Returns how many of the messages this process held.
 
 local time, postponed = redis.call("TIME"), 0
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

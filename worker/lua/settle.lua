@@ -1,10 +1,10 @@
--- Acknowledge messages: they are done with. Those that meanwhile went to another process are left to it.
+-- Acknowledge messages, but for those that another process took over.
 --
--- KEYS  1 unacked  zset  id -> fetch * 65536 + place in it          evalstore:<namespace>:<queue>:unacked:<process>
+-- KEYS  1 unacked  zset  id -> fetch number * 65536 + position          evalstore:<namespace>:<queue>:unacked:<process>
 --       2 bodies   hash  id -> message                              <namespace>:<queue>.msgs
---       3 deaths   hash  id -> processes that died of it alone      evalstore:<namespace>:<queue>:deaths
+--       3 deaths   hash  id -> processes that it killed alone       evalstore:<namespace>:<queue>:deaths
 -- ARGV  id, id, ...
--- Returns how many were this process's.
+-- Returns how many of the messages this process held.
 
 local settled, any_deaths = 0, redis.call("EXISTS", KEYS[3]) == 1
 for i = 1, #ARGV, 4000 do

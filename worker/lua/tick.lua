@@ -1,10 +1,10 @@
--- Send a periodic job's message unless another scheduler has done so for this minute.
+-- Send a periodic job's message, unless a scheduler has sent it for this minute.
 --
--- KEYS  1 tick     string  set once for each job and minute        evalstore:<namespace>:tick:<job>:<minute>
+-- KEYS  1 tick     string  one key per job and minute              evalstore:<namespace>:tick:<job>:<minute>
 --       2 queue    list    ids, the next to be fetched first       <namespace>:<queue>
 --       3 bodies   hash    id -> message                           <namespace>:<queue>.msgs
--- ARGV  1 id, 2 message
--- Returns 1 if it was sent now.
+-- ARGV  1 id, 2 body
+-- Returns 1 if it was sent, else 0.
 
 if not redis.call("SET", KEYS[1], ARGV[1], "NX", "EX", 3600) then
     return 0
