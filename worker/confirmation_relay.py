@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 from evalstore.storage import outbox
 from evalstore.storage.outbox import Commit, Relayed, StreamId
 from models.errors import RedisOutage
-from worker import tracing
 from worker.broker import Broker
 
 KEEP_S: Final = 24 * 3600
+_TRACEPARENT_LENGTH: Final = 55
 # At once: for these Redis serves nobody else, about 5 ms.
 _BYTES: Final = 256 * 1024
 
@@ -28,10 +28,7 @@ def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambd
     def publish(known: StreamId, commits: Sequence[Commit]) -> Relayed:
         try:
             for lines, traces in _parts(commits):
-                with tracing.publishing(names.stream, traces) as traceparents:
-                    ms, seq, done = broker.run(
-                        "confirm", [names.stream], *known, KEEP_S * 1000, lines, traceparents, names.prefix
-                    )
+                ms, seq, done = broker.run("confirm", [names.stream], *known, KEEP_S * 1000, lines, traces, names.prefix)
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)
@@ -43,8 +40,11 @@ def relay(conn: Connection, broker: Broker, *, go_on: Callable[[], bool] = lambd
     return outbox.relay(conn, publish, go_on=go_on)
 
 
-def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
-    """What goes to Redis at once: lines, and their traces where there are any. One part at least, which may be empty."""
+def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, str]]:
+    """Give what goes to Redis at once: lines, and their `traceparent`s, which the script cuts by their length.
+
+    55 characters each, spaces for none; "" where no line has one. There is one part at least, which may be empty.
+    """
     lines, traces = "\n".join(commit.body for commit in commits), list[str]()
     if any(commit.traceparents for commit in commits):
         for commit in commits:
@@ -57,6 +57,10 @@ def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
         if end < 0:
             break
         here = lines.count("\n", start, end) + 1
-        yield lines[start:end], traces[:here]
+        yield lines[start:end], _joined(traces[:here])
         start, traces = end + 1, traces[here:]
-    yield lines[start:], traces
+    yield lines[start:], _joined(traces)
+
+
+def _joined(traceparents: Sequence[str]) -> str:
+    return "".join([one or " " * _TRACEPARENT_LENGTH for one in traceparents]) if any(traceparents) else ""

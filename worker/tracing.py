@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from evalstore.storage.event_store import Outcome
 from models.record import EventRow
 from tasks.tracing import provider
-from worker import traceparents
 from worker.batches import Batch, Delivery
 
 if TYPE_CHECKING:
@@ -72,17 +71,6 @@ def record_outcomes(events: Sequence[tuple[Delivery, EventRow]], outcomes: Seque
     """Note what became of events."""
     if spans := _batch.get():
         spans.note(events, outcomes)
-
-
-def publishing(stream: str, given: Sequence[str]) -> AbstractContextManager[str]:
-    """The spans of publishing confirmations; gives where each goes on, one behind the other. `given`: their `traceparent`s.
-
-    Each is of 55 characters, which are spaces where there is none. Nothing where none of them has a trace.
-    """
-    if not any(given):
-        return nullcontext("")
-    found = traces()
-    return nullcontext(traceparents.joined(traceparents.senders(given))) if found is None else found.publishing(stream, given)
 
 
 def flush() -> None:
