@@ -134,4 +134,4 @@ def record_stored(engine: Engine, redis_ids: Sequence[bytes], watch: database.Wa
         with database.errors(), engine.connect() as conn, watch.bounded(conn, _LONGEST_S):
             redrives.stored(conn, letters)
     except Outage as error:
-        log.warning("redrive_outcome_left", count=len(letters), error=error)
+        log.warning("redrive_outcome_unsettled", count=len(letters), error=error)

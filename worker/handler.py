@@ -42,7 +42,7 @@ def engine() -> Engine:
     with database.errors(), connections.connect() as conn:
         migrations.check(conn)
         for doubt in durability.doubts(conn):
-            log.warning("postgresql_doubtful", doubt=doubt)
+            log.warning("postgresql_config_warning", doubt=doubt)
     return connections
 
 
@@ -87,7 +87,7 @@ class Handler:
                 batch.buried |= bad
                 return
         except _Stopped as stopped:
-            log.info("returned", events=len(batch), why=stopped)
+            log.info("batch_requeued", events=len(batch), why=stopped)
             batch.returned = True
 
     def _probe(self, batch: Batch, left: list[Delivery]) -> list[Delivery]:

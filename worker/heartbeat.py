@@ -154,7 +154,7 @@ class Heartbeat(threading.Thread):
     def _check_server(self) -> None:
         """Say once what could lose events. After an outage it may be another server, or one that was set up anew."""
         for doubt in redis_config_warnings(self._broker.client):
-            log.warning("redis_doubtful", doubt=doubt)
+            log.warning("redis_config_warning", doubt=doubt)
         self._is_server_checked = True
 
     def stop_in_time(self) -> None:
@@ -173,13 +173,13 @@ class Heartbeat(threading.Thread):
         self._deregister()
 
     def _stop_late(self) -> None:
-        log.warning("stopped_late", seconds=STOP_WITHIN_S)
+        log.warning("stop_timed_out", seconds=STOP_WITHIN_S)
         self._deregister()
         _end_process(STOPPED_LATE)
 
     def _deregister(self) -> None:
         if self._failing or self._broker.in_flight.abandoned:
-            log.warning("left_to_others")
+            log.warning("deregistration_skipped")
             return
         try:
             for queue in sorted(self._broker.queues):
@@ -190,7 +190,7 @@ class Heartbeat(threading.Thread):
                 self._broker.client.hdel(keys.workers, self._broker.process)
                 self._broker.client.hdel(keys.processes, self._broker.process)  # last: others clear up after those in here
         except redis.RedisError as error:
-            log.warning("no_goodbye", error=error)
+            log.warning("deregistration_failed", error=error)
 
     def _status(self) -> bytes:
         """What others may know of this process."""
@@ -230,7 +230,7 @@ class Heartbeat(threading.Thread):
         stranded = [redis_id for redis_id in ours if redis_id not in held]
         if stranded and (given := self._broker.run("requeue", [unacked, keys.queue], *stranded)):
             self._metrics.redelivered(queue, "stranded", given)
-            log.warning("stranded", messages=len(stranded), queue=queue)
+            log.warning("stranded_requeued", messages=len(stranded), queue=queue)
 
     def _watch_threads(self) -> None:
         """A process whose threads died, or that fetches nothing any more, works on nothing and looks alive: end it."""

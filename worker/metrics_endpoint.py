@@ -58,7 +58,7 @@ def _serve_beside(group: process_registry.Group) -> None:
         while child := os.fork():
             if (ended := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
                 break
-            log.warning("metrics_ended", status=ended)
+            log.warning("metrics_endpoint_ended", status=ended)
             if select.select([until], [], [], _AGAIN_S)[0]:
                 break
         else:
@@ -127,5 +127,5 @@ def _join(role: process_registry.Role, ledger: Counters) -> process_registry.Gro
     try:
         return process_registry.join(role, ledger)
     except process_registry.RegistryUnavailable as error:
-        log.warning("not_shown", error=error)
+        log.warning("runtime_dir_unusable", error=error)
         return None

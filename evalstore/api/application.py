@@ -55,7 +55,7 @@ def build() -> ASGIApp:
         log_setup.set_up("uvicorn", "uvicorn.access")
         warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
-            log.warning("heads_unbounded")
+            log.warning("request_head_unbounded")
         traces = tracing.start(SERVICE)
         metrics.share()
         service = app.state.service = Service(settings(), metrics)
@@ -133,4 +133,4 @@ def build() -> ASGIApp:
 async def _log_doubts(service: Service) -> None:
     with contextlib.suppress(Outage, problems.Problem):
         for doubt in await service.run(durability.doubts):
-            log.warning("postgresql_doubtful", doubt=doubt)
+            log.warning("postgresql_config_warning", doubt=doubt)

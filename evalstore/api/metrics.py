@@ -58,7 +58,7 @@ class ApiMetrics:
         try:
             self.group = process_registry.join("api", self.counters)
         except process_registry.RegistryUnavailable as error:
-            log.warning("metrics_unshared", error=error)
+            log.warning("metrics_local_only", error=error)
         self._exposition = self._of(self.group)
 
     async def beat(self, service: "Service") -> None:
