@@ -93,7 +93,7 @@ def _link(sender: bytes) -> bytes:
 
 
 class _Encoded(NamedTuple):
-    """Spans, as the request that sends them; for a processor of the SDK, which looks whether they are sampled."""
+    """An encoded request. The SDK's processor reads `context`, and sends only sampled spans."""
 
     parts: Sequence[bytes]
     size: int
@@ -102,8 +102,8 @@ class _Encoded(NamedTuple):
 
 class _Exporter(OTLPSpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        # There is no public way to send what is encoded already. Requests one after the other are one request. To send one
-        # takes a millisecond, so there are few; but receivers refuse what is very large.
+        # The exporter has no public way to send encoded spans. Concatenated protobuf messages merge into one, so
+        # few requests suffice, at a millisecond each. Receivers refuse very large ones.
         left, succeeded = [*cast("Sequence[_Encoded]", spans)], True
         while left and succeeded:
             parts: list[bytes] = []
@@ -117,7 +117,7 @@ class _Exporter(OTLPSpanExporter):
 
 
 class Traces:
-    """Of one process."""
+    """The sender of spans of one process."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._sampler = provider.sampler
@@ -127,26 +127,26 @@ class Traces:
         self._processor = BatchSpanProcessor(_Exporter(), max_queue_size=_MOST_WAITING, max_export_batch_size=_MOST_TOGETHER)
 
     def batch(self, batch: Batch) -> "BatchSpans":
-        """The spans of a batch that is begun now."""
+        """Begin the spans of a batch."""
         return BatchSpans(self, batch)
 
     def samples(self, trace_id: bytes, name: str) -> bool:
-        """Whether a trace that begins here is to be sent."""
+        """Whether the sampler keeps a trace that begins here."""
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Have them sent soon, as `_framed` and `_spans` give them. Where nobody takes them, old ones are dropped."""
+        """Queue encoded spans. If the receiver is away, the oldest are dropped."""
         size = sum(map(len, spans))
         self._processor.on_end(cast("ReadableSpan", _Encoded([self._scope_before(size), *spans], size)))
 
     def _scope_before(self, size: int) -> bytes:
-        """What comes before so many bytes of spans in a request. They are large, and not copied to put it there."""
+        """Return the head of a request with so many bytes of spans."""
         scope = _before(b"\x12", len(self._scope) + size) + self._scope
         made: bytes = _before(b"\x0a", len(self._resource) + len(scope) + size) + self._resource + scope
         return made
 
     def flush(self) -> None:
-        """Send all now."""
+        """Send all waiting spans now."""
         flush(self._processor)
 
 
@@ -160,7 +160,10 @@ class _Stored(NamedTuple):
 
 
 class BatchSpans:
-    """Gathers what becomes of a batch, and sends its spans at the end. `traceparents`: what messages say, by their ids."""
+    """Collects the outcomes of a batch, and sends its spans at the end.
+
+    `traceparents` holds the option of each message that was read, not yet checked, by its id in Redis.
+    """
 
     def __init__(self, traces: Traces, batch: Batch) -> None:
         self._traces, self._batch = traces, batch
@@ -197,7 +200,7 @@ class BatchSpans:
 
     @contextmanager
     def transaction(self, events: int) -> Iterator[None]:
-        """One try to store so many events."""
+        """Trace one attempt to store so many events."""
         span = self._below("transaction evaluations", database(events))
         try:
             yield
@@ -211,7 +214,7 @@ class BatchSpans:
         finally:
             span.end_time_unix_nano = time.time_ns()
             self._transactions.append(span)
-            if len(self._transactions) > _MOST_TRANSACTIONS:  # of a long outage the beginning and the end
+            if len(self._transactions) > _MOST_TRANSACTIONS:  # a long outage keeps its first and last ones
                 del self._transactions[_MOST_TRANSACTIONS // 2]
 
     def _below(self, name: str, attributes: Mapping[str, Any]) -> Span:
@@ -243,7 +246,7 @@ class BatchSpans:
     def _add_stored(self, stored: _Stored, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:
         shared: dict[tuple[str, str, bool], bytes] = {}
         for (delivery, fact), outcome, sender, span_id in zip(*stored, strict=True):
-            if sender[-1:] != "1" or outcome == "reused":  # that one is a dead letter: see below
+            if sender[-1:] != "1" or outcome == "reused":  # a reused event_id is a dead letter
                 continue
             kind = fact.type, outcome, delivery.is_redriven
             if (fields := shared.get(kind)) is None:
