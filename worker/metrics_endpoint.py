@@ -73,7 +73,7 @@ def _serve_beside(group: process_registry.Group) -> None:
 def _serve(group: process_registry.Group, until: int) -> None:
     from evalstore.telemetry import exposition  # noqa: PLC0415 - workers themselves do without
 
-    exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)
+    exposition.start("worker", group, metrics.LAYOUT, settings(), settings().metrics_port)
     parent = multiprocessing.parent_process()
     master = parent.pid if parent and parent.pid else os.getppid()
     began = process_registry.start_ticks(master)
@@ -111,7 +111,7 @@ class Scheduler:
         if group and settings().scheduler_metrics_port:
             from evalstore.telemetry import exposition  # noqa: PLC0415 - workers do without
 
-            exposition.start("scheduler", group, layout, settings().scheduler_metrics_port)
+            exposition.start("scheduler", group, layout, settings(), settings().scheduler_metrics_port)
         return ledger
 
     @staticmethod

@@ -83,13 +83,8 @@ def build() -> ASGIApp:
     for part in parts:
         app.include_router(part.router)
 
-    metrics = ApiMetrics(
-        (method, route.path)
-        for part in parts
-        for route in part.router.routes
-        if isinstance(route, APIRoute)
-        for method in route.methods or ()
-    )
+    routes = (route for part in parts for route in part.router.routes if isinstance(route, APIRoute))
+    metrics = ApiMetrics(settings(), ((method, route.path) for route in routes for method in route.methods or ()))
 
     def made() -> Mapping[str, Any]:
         return document(app, title=TITLE, version=tracing.release(), description=DESCRIPTION)

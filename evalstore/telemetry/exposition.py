@@ -25,7 +25,7 @@ from evalstore.telemetry.process_registry import Group
 from models.addresses import authority
 from models.logs import EventLogger
 from models.metrics import METRICS, Metric
-from models.settings import settings
+from models.settings import Settings
 from tasks.spool import Spool, folder_of
 from tasks.tracing import release
 
@@ -47,12 +47,13 @@ class Exposition(Collector):
         layout: Schema,
         totals: Callable[[], Sequence[float]],
         group: Group | None,
+        settings: Settings,
         standing: BackendStats | None = None,
         always: frozenset[Series] = frozenset(),
     ) -> None:
         self._role, self._layout, self._totals, self._group = role, layout, totals, group
         self._standing, self._always = standing, always
-        self._disks = Disks(settings())
+        self._settings, self._disks = settings, Disks(settings)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -99,7 +100,7 @@ class Exposition(Collector):
         found["evalstore_processes", (self._role, "stuck")] = stuck
         pids = [process.pid for process in processes] or [os.getpid()]
         found["evalstore_process_resident_memory_bytes", ()] = sum(map(_resident_bytes, pids))
-        found |= _spool() | self._disks.numbers()
+        found |= _spool(self._settings) | self._disks.numbers()
         by_name: dict[str, dict[tuple[str, ...], float]] = {}
         for (name, labels), value in found.items():
             by_name.setdefault(name, {})[labels] = float(value)
@@ -126,12 +127,12 @@ def _resident_bytes(pid: int) -> int:
     return 0
 
 
-def _spool() -> dict[Series, float]:
-    folder = folder_of(settings())
+def _spool(settings: Settings) -> dict[Series, float]:
+    folder = folder_of(settings)
     if folder is None:
         return {}
     try:
-        size, age_s = Spool(folder, max_bytes=settings().spool_max_bytes).waiting()
+        size, age_s = Spool(folder, max_bytes=settings.spool_max_bytes).waiting()
     except OSError:  # of another user, for example: show all other metrics
         return {}
     return {("evalstore_spool_bytes", ()): size, ("evalstore_spool_oldest_age_seconds", ()): age_s}
@@ -179,9 +180,9 @@ class _Server(ThreadingHTTPServer):
 class Endpoint:
     """Serves `/metrics`, `/health/live` and `/health/ready`."""
 
-    def __init__(self, role: str, group: Group, layout: Schema, host: str, port: int) -> None:
-        standing = BackendStats(settings())
-        text = Exposition(role, layout, lambda: group.totals(layout), group, standing).text
+    def __init__(self, role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
+        standing = BackendStats(settings)
+        text = Exposition(role, layout, lambda: group.totals(layout), group, settings, standing).text
         answers: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: live(group),
             "/health/ready": lambda: ready(standing),
@@ -211,20 +212,20 @@ class Endpoint:
             def log_message(self, *given: object) -> None:
                 """Log nothing: a scrape comes every few seconds."""
 
-        self.server = _Server(host, port, Handler)
+        self.server = _Server(settings.metrics_host, port, Handler)
 
 
-def start(role: str, group: Group, layout: Schema, port: int) -> None:
+def start(role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
     """Serve from a thread. If it cannot listen, warn once and retry: a process of the last release may still use the port."""
 
     def serve() -> None:
         warned = False
         while True:
             try:
-                server = Endpoint(role, group, layout, settings().metrics_host, port).server
+                server = Endpoint(role, group, layout, settings, port).server
             except OSError as error:
                 if not warned:
-                    log.warning("metrics_not_served", address=authority(settings().metrics_host, port), error=error.strerror)
+                    log.warning("metrics_not_served", address=authority(settings.metrics_host, port), error=error.strerror)
                 warned = True
                 time.sleep(_AGAIN_S)
             else:
