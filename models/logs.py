@@ -21,28 +21,29 @@ class Entry(NamedTuple):
 
 LOGS: Final = (
     # At the start.
-    Entry("misspelt_setting", "warning", "a variable of the environment does nothing: %s", ("problem",)),
+    Entry("unknown_setting", "warning", "ignored environment variable: %s", ("problem",)),
     # Outages, and their end.
     Entry("outage", "warning", "%s, holding %d events until it is over: %s", ("kind", "events", "error")),
-    Entry(
-        "time_limit", "warning", "a transaction of %d events exceeded a time limit, trying it again: %s", ("events", "error")
-    ),
-    Entry("redis_refuses", "warning", "Redis refuses queue %s, trying again until it does not: %s", ("queue", "error")),
-    Entry("heartbeat_failed", "debug", "no heartbeat: %s", ("error",)),
-    Entry("redis_doubtful", "warning", "Redis is not set up to keep what it confirms: %s", ("doubt",)),
-    Entry("postgresql_doubtful", "warning", "PostgreSQL is not set up to keep what it commits: %s", ("doubt",)),
+    Entry("time_limit", "warning", "a transaction of %d events exceeded a time limit, retrying: %s", ("events", "error")),
+    Entry("redis_refuses", "warning", "Redis refuses queue %s, retrying: %s", ("queue", "error")),
+    Entry("heartbeat_failed", "debug", "heartbeat failed: %s", ("error",)),
+    Entry("redis_config_warning", "warning", "Redis is not set up to keep what it confirms: %s", ("doubt",)),
+    Entry("postgresql_config_warning", "warning", "PostgreSQL is not set up to keep what it commits: %s", ("doubt",)),
     Entry("starting_without_database", "warning", "starting without PostgreSQL: %s", ("error",)),
-    Entry("schema_mismatch", "critical", "this worker stores nothing until that is mended: %s", ("error",)),
-    Entry("background_waits", "warning", "%s wait until this is over: %r", ("what", "error")),
+    Entry("schema_mismatch", "critical", "this worker stores nothing until the schema matches: %s", ("error",)),
+    Entry("background_task_failed", "warning", "background task %s failed, retrying: %r", ("what", "error")),
     Entry(
-        "objects_outage", "warning", "events that need an object wait until this is over, all others are stored: %s", ("error",)
+        "objects_outage",
+        "warning",
+        "object store outage; events that need an object wait, all others are stored: %s",
+        ("error",),
     ),
-    Entry("object_refused", "error", "the object store refuses an object, its events wait: %s", ("error",)),
-    Entry("objects_back", "warning", "the object store is back"),
+    Entry("object_refused", "error", "the object store refuses an object; events that need it wait: %s", ("error",)),
+    Entry("objects_outage_over", "warning", "the object store answers again"),
     Entry(
         "evaluations_locked",
         "warning",
-        "%d evaluations are locked by somebody else; their events wait, others do not: %.200s",
+        "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
     # Dead letters and redrives.
@@ -53,7 +54,9 @@ LOGS: Final = (
         ("error_class", "eval_id", "event_id", "type"),
     ),
     Entry("more_dead_letters", "warning", "and %d more dead letters of the same batch", ("count",)),
-    Entry("no_messages_for_us", "error", "%d messages of queue %s are no messages for us: dead letters", ("count", "queue")),
+    Entry(
+        "invalid_messages", "error", "%d messages of queue %s are not valid Dramatiq messages: dead letters", ("count", "queue")
+    ),
     Entry(
         "breaker_opened",
         "critical",
@@ -63,33 +66,51 @@ LOGS: Final = (
     ),
     Entry("breaker_closed", "warning", "the breaker is closed: a message was stored"),
     Entry(
-        "redrive_outcome_left", "warning", "the outcome of %d redriven messages is left to the sweep: %s", ("count", "error")
+        "redrive_outcome_unsettled",
+        "warning",
+        "could not record the outcome of %d redriven messages; the sweep retries: %s",
+        ("count", "error"),
     ),
-    Entry("redriven_lost", "error", "%d redriven messages were lost by Redis: they are dead letters again", ("count",)),
+    Entry("redriven_lost", "error", "Redis lost %d redriven messages; they are dead letters again", ("count",)),
     # Processes.
-    Entry("returned", "info", "%d events go back to the queue: %s", ("events", "why")),
-    Entry("process_dead", "warning", "process %s is dead (it was %s); took back %d messages", ("process", "state", "messages")),
-    Entry("stranded", "warning", "gave %d stranded messages back to queue %s", ("messages", "queue")),
-    Entry("heartbeat_ended", "critical", "the heartbeat ended: ending this process"),
-    Entry("thread_died", "critical", "thread %s died or stands still: ending this process", ("thread",)),
-    Entry("stopped_late", "warning", "still at work %g s after the order to stop: what is held goes back", ("seconds",)),
-    Entry("left_to_others", "warning", "Redis is away: others will take over what this process held"),
-    Entry("no_goodbye", "warning", "could not say goodbye to Redis, others will take over: %s", ("error",)),
+    Entry("batch_requeued", "info", "%d events go back to the queue: %s", ("events", "why")),
+    Entry(
+        "process_dead",
+        "warning",
+        "process %s stopped its heartbeat (state %s); requeued %d messages",
+        ("process", "state", "messages"),
+    ),
+    Entry("stranded_requeued", "warning", "requeued %d stranded messages of queue %s", ("messages", "queue")),
+    Entry("heartbeat_ended", "critical", "the heartbeat thread ended; this process exits"),
+    Entry("thread_died", "critical", "thread %s ended or makes no progress; this process exits", ("thread",)),
+    Entry("stop_timed_out", "warning", "still working %g s after the stop signal; requeueing in-flight messages", ("seconds",)),
+    Entry("deregistration_skipped", "warning", "Redis cannot be reached; other processes requeue the messages of this process"),
+    Entry(
+        "deregistration_failed",
+        "warning",
+        "could not deregister from Redis; other processes requeue the messages of this process: %s",
+        ("error",),
+    ),
     # Periodic jobs.
-    Entry("job_not_scheduled", "warning", "job %s is not scheduled this time: %s", ("job", "error")),
-    Entry("job_not_told", "warning", "could not tell of job %s: %s", ("job", "error")),
+    Entry("job_not_scheduled", "warning", "could not enqueue job %s; the next tick retries: %s", ("job", "error")),
+    Entry("job_status_not_published", "warning", "could not record the status of job %s: %s", ("job", "error")),
     Entry(
         "archive_failed",
         "warning",
-        "%d contents could not be moved to the archive: evalstore archive status says why",
+        "%d contents could not be moved to the archive; see evalstore archive status",
         ("count",),
     ),
-    Entry("sweep_postponed", "warning", "the sweep of the object store is left to another time: %s", ("error",)),
+    Entry("sweep_postponed", "warning", "the sweep of the object store is postponed: %s", ("error",)),
     # Metrics and traces.
-    Entry("metrics_not_served", "warning", "no metrics at %s: %s", ("address", "error")),
-    Entry("metrics_ended", "warning", "the endpoint for metrics ended with status %d, and begins again", ("status",)),
-    Entry("metrics_unshared", "warning", "metrics are of this process alone: %s", ("error",)),
-    Entry("not_shown", "warning", "what this process counts is not shown, nor that it lives: %s", ("error",)),
+    Entry("metrics_not_served", "warning", "cannot serve metrics at %s: %s", ("address", "error")),
+    Entry("metrics_endpoint_ended", "warning", "the metrics endpoint exited with status %d; restarting it", ("status",)),
+    Entry("metrics_local_only", "warning", "metrics cover this process only: %s", ("error",)),
+    Entry(
+        "runtime_dir_unusable",
+        "warning",
+        "cannot write to EVALSTORE_RUNTIME_DIR: no metrics or liveness for this process: %s",
+        ("error",),
+    ),
     Entry(
         "traces_unsupported",
         "warning",
@@ -98,7 +119,7 @@ LOGS: Final = (
     Entry(
         "traces_not_installed",
         "warning",
-        "no traces: the environment asks for them, and evalstore[otel] is not installed: %s",
+        "no traces: OTEL variables are set, but evalstore[otel] is not installed: %s",
         ("error",),
     ),
     Entry(
@@ -109,9 +130,9 @@ LOGS: Final = (
     ),
     # The HTTP service.
     Entry(
-        "heads_unbounded",
+        "request_head_unbounded",
         "warning",
-        "any client may take as long as it likes for the head of a request: use --http evalstore.api.protocol:Protocol",
+        "no time limit for request headers: use --http evalstore.api.protocol:Protocol",
     ),
     Entry(
         "request",
@@ -119,17 +140,24 @@ LOGS: Final = (
         "%s %s: %d, by key %s, request %s, %.0f ms",
         ("method", "path", "status", "key_id", "request_id", "milliseconds"),
     ),
-    Entry("answer_broken_off", "warning", "request %s: the answer broke off: %s: %s", ("request_id", "kind", "error")),
-    Entry("content_not_whole", "error", "what is stored is not whole: %s: %s", ("kind", "error")),
+    Entry("response_aborted", "warning", "request %s: the response was aborted: %s: %s", ("request_id", "kind", "error")),
+    Entry("content_corrupt", "error", "stored content is incomplete or corrupt: %s: %s", ("kind", "error")),
     Entry("request_outage", "warning", "%s: %s", ("kind", "error")),
     Entry("unexpected_error", "error", "unexpected error"),
-    Entry("records_without_objects", "warning", "records are shown without what is in the object store: %s", ("error",)),
-    Entry("log_left_alone", "warning", "what is to be stored later is not looked for in the event log: %s", ("error",)),
-    Entry("redis_left_alone", "warning", "what is stored at once is not looked for in what was sent before: %s", ("error",)),
-    Entry("record_without_content", "warning", "the record of %s is shown without some content: %s", ("eval_id", "error")),
-    Entry("cache_left_alone", "warning", "the cache is left alone for %g s: %s", ("seconds", "error")),
-    Entry("keys_file_unreadable", "warning", "the file of keys cannot be read, its keys stay as they were: %s", ("error",)),
-    Entry("keys_table_unreadable", "warning", "keys are as they were last known: %s", ("error",)),
+    Entry(
+        "records_without_objects",
+        "warning",
+        "object store outage; records are returned without content from there: %s",
+        ("error",),
+    ),
+    Entry(
+        "event_log_skipped", "warning", "PostgreSQL outage; queued events are not compared with the event log: %s", ("error",)
+    ),
+    Entry("queue_skipped", "warning", "Redis outage; stored events are not compared with queued ones: %s", ("error",)),
+    Entry("record_without_content", "warning", "the record of %s is returned without some content: %s", ("eval_id", "error")),
+    Entry("cache_paused", "warning", "the cache is not used for %g s: %s", ("seconds", "error")),
+    Entry("keys_file_unreadable", "warning", "cannot read the keys file; the keys read before stay valid: %s", ("error",)),
+    Entry("keys_table_unreadable", "warning", "cannot read the keys table; the keys read before stay valid: %s", ("error",)),
 )
 
 BY_NAME: Final = {entry.name: entry for entry in LOGS}

@@ -1,19 +1,19 @@
-"""The metrics: one closed, typed list. Nothing else is ever exposed; docs/reference/metrics.md is made from it.
+"""The closed list of metrics, from which docs/reference/metrics.md is made.
 
-Labels hold no ids. A label's known values are given here, and its series are there from the start, at zero; where a label is
-open (`()`), its values come with what is counted, and there are few of them.
+Labels hold no ids. A label with listed values has all its series from the start, at zero. An open label (`()`) gets its values
+as they are counted; keep them few.
 """
 
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
 Kind = Literal["counter", "gauge", "histogram"]
-# Where a value comes from: what a group of processes counted, or what Redis and PostgreSQL hold, whoever asks.
+# Who has the value: a group of processes, or Redis and PostgreSQL (`servers`).
 Source = Literal["worker", "api", "any", "servers"]
 
 
 class Metric(NamedTuple):
-    """`source`: who has it. `across`: how the values of a group's processes become one."""
+    """`across`: how to merge the values of a group's processes."""
 
     name: str
     kind: Kind
@@ -34,7 +34,7 @@ TYPES: Final = (
     *("evaluation:queued", "evaluation:started", "evaluation:completed", "evaluation:failed", "evaluation:timed_out"),
     *("evaluation:cancelled", "evaluation:lost", "unknown"),
 )
-# Classes of errors of which there is always a series, so that the first dead letter of a kind is a step from 0 to 1.
+# Error classes with a series from the start, so that the first dead letter of a class is a step from 0 to 1.
 REASONS: Final = (
     *("ActorNotFound", "BadMessage", "EventIdReused", "InvalidEvent", "ObjectDamaged", "ObjectMissing"),
     *("ObjectUnavailable", "WorkerDied"),
@@ -50,18 +50,18 @@ _HTTP: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 _SIZES: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
 
 METRICS: Final = (
-    # What workers do.
+    # Workers.
     Metric(
         "evalstore_events_total",
         "counter",
-        "Events that workers stored or buried, by what became of them.",
+        "Events that workers processed, by outcome; dead: now a dead letter.",
         "worker",
         {"outcome": ("applied", "duplicate", "dead"), "type": TYPES},
     ),
     Metric(
         "evalstore_conflicting_results_total",
         "counter",
-        "Endings of an attempt that had ended before; the first by time and id stands.",
+        "Results of an attempt that already had another result; the first by time and id stands.",
         "any",
     ),
     Metric(
@@ -75,7 +75,7 @@ METRICS: Final = (
     Metric(
         "evalstore_store_duration_seconds",
         "histogram",
-        "Time a batch takes, by phase.",
+        "Duration of each phase of storing a batch.",
         "worker",
         {"phase": ("decode", "connect", "write", "commit", "acknowledge")},
         _SHORT,
@@ -83,7 +83,7 @@ METRICS: Final = (
     Metric(
         "evalstore_event_latency_seconds",
         "histogram",
-        "Until an event was committed, since it occurred and since it was sent. Of a batch above 32 events, by a sample of 32.",
+        "Time from an event's occurrence, and from its sending, to its commit. A batch above 32 events is sampled: 32 events.",
         "worker",
         {"since": ("occurred", "sent")},
         _LONG,
@@ -91,21 +91,21 @@ METRICS: Final = (
     Metric(
         "evalstore_retries_total",
         "counter",
-        "Messages and batches that are tried once more after a failure.",
+        "Retries of messages and batches after a failure.",
         "worker",
         {"queue": (*QUEUES, "other")},
     ),
     Metric(
         "evalstore_redeliveries_total",
         "counter",
-        "Messages given back to their queue: by a process that stops or lost track of them, or taken from one that died.",
+        "Messages requeued: from a process that died, by one that stops, or stranded after a broken connection.",
         "worker",
         {"queue": (*QUEUES, "other"), "reason": ("died", "stopped", "stranded")},
     ),
     Metric(
         "evalstore_outage_seconds_total",
         "counter",
-        "Time for which a server could not be used, as the process of the group saw it that saw most of it.",
+        "Time that a server could not be used; the largest value among the processes of the group.",
         "worker",
         {"server": (*_SERVERS, "objects")},
         across="max",
@@ -113,40 +113,40 @@ METRICS: Final = (
     Metric(
         "evalstore_outage",
         "gauge",
-        "1 while a process of the group waits for that server; objects: the object store.",
+        "1 while a process of the group waits for this server; objects: the object store.",
         "worker",
         {"server": (*_SERVERS, "objects")},
         across="max",
     ),
-    Metric("evalstore_breaker_open", "gauge", "Processes that consume nothing, as most messages were bad.", "worker"),
+    Metric("evalstore_breaker_open", "gauge", "Processes whose breaker is open, because most messages were bad.", "worker"),
     Metric("evalstore_confirmations_relayed_total", "counter", "Confirmations published.", "worker"),
     Metric(
         "evalstore_job_runs_total",
         "counter",
-        "Runs of periodic jobs, by how they went.",
+        "Runs of periodic jobs, by outcome.",
         "worker",
         {"job_name": (), "outcome": ("ok", "failed")},
     ),
     Metric(
         "evalstore_archived_contents_total",
         "counter",
-        "Contents that were to move to the archive, by how it went.",
+        "Contents due for the archive, by outcome of the move.",
         "worker",
         {"outcome": ("archived", "failed")},
     ),
     Metric("evalstore_archived_bytes_total", "counter", "Bytes of content that moved to the archive.", "worker"),
-    # What the HTTP service does.
+    # The HTTP service.
     Metric(
         "evalstore_http_requests_total",
         "counter",
-        "Requests, by the status of their answer; 0 where there was none.",
+        "Requests by response status; 0: no response.",
         "api",
         {"method": (), "route": (), "status": ()},
     ),
     Metric(
         "evalstore_http_request_duration_seconds",
         "histogram",
-        "From a request's headers to the end of its answer.",
+        "Time from a request's headers to the end of its response.",
         "api",
         {"method": (), "route": ()},
         _HTTP,
@@ -154,28 +154,28 @@ METRICS: Final = (
     Metric(
         "evalstore_http_record_reads_total",
         "counter",
-        "Records read, by where they came from: the caches or the database.",
+        "Records read, by source: a cache or the database.",
         "api",
         {"source": ("memory", "redis", "database")},
     ),
     Metric(
         "evalstore_http_events_total",
         "counter",
-        "Events taken by HTTP, by what became of them.",
+        "Events received by HTTP, by outcome.",
         "api",
         {"outcome": ("applied", "duplicate", "reused", "invalid", "accepted")},
     ),
-    Metric("evalstore_http_threads_busy", "gauge", "Threads of the service that are at work.", "api"),
+    Metric("evalstore_http_threads_busy", "gauge", "Busy threads of the service.", "api"),
     # Each group of processes: a worker's, a scheduler's, a service's.
-    Metric("evalstore_build_info", "gauge", "1; which release runs here.", "any", {"version": (), "python": ()}),
+    Metric("evalstore_build_info", "gauge", "Always 1; the labels name the release.", "any", {"version": (), "python": ()}),
     Metric(
         "evalstore_processes",
         "gauge",
-        "Processes of the group, by whether each of their loops makes progress.",
+        "Processes of the group; stuck: a loop missed its deadline.",
         "any",
         {"role": ("worker", "scheduler", "api"), "state": ("live", "stuck")},
     ),
-    Metric("evalstore_process_resident_memory_bytes", "gauge", "Memory of the group's processes.", "any"),
+    Metric("evalstore_process_resident_memory_bytes", "gauge", "Resident memory of the group's processes.", "any"),
     Metric(
         "evalstore_database_connections",
         "gauge",
@@ -183,36 +183,38 @@ METRICS: Final = (
         "any",
         {"state": ("used", "idle")},
     ),
-    Metric("evalstore_spool_bytes", "gauge", "What the spool of this host holds, where one is set.", "any"),
-    Metric("evalstore_spool_oldest_age_seconds", "gauge", "For how long the oldest event has been in the spool.", "any"),
+    Metric("evalstore_spool_bytes", "gauge", "Size of this host's spool, if one is set.", "any"),
+    Metric("evalstore_spool_oldest_age_seconds", "gauge", "Age of the oldest event in the spool.", "any"),
     Metric(
         "evalstore_disk_free_bytes",
         "gauge",
-        "Room on the disk that holds a folder of ours, as this host sees it. S3, and a folder that cannot be read, tells none.",
+        "Free space on the disk of a folder, as this host sees it. Absent for S3 and for a folder that cannot be read.",
         "any",
         {"folder": ("objects", "archive", "spool")},
     ),
-    Metric("evalstore_disk_bytes", "gauge", "How large that disk is.", "any", {"folder": ("objects", "archive", "spool")}),
-    # What the servers hold. Workers and schedulers all tell the same of it: take the max, not the sum.
+    Metric(
+        "evalstore_disk_bytes", "gauge", "Size of the disk of a folder.", "any", {"folder": ("objects", "archive", "spool")}
+    ),
+    # Read from the servers. All groups report the same values: take the maximum, not the sum.
     Metric(
         "evalstore_server_up",
         "gauge",
-        "Whether a server answers. While one does not, what it holds is absent.",
+        "1 if a server answers. Metrics read from a server are absent while it does not.",
         "servers",
         {"server": _SERVERS},
     ),
-    Metric("evalstore_schema_ready", "gauge", "Whether the tables are those this release works with.", "servers"),
+    Metric("evalstore_schema_ready", "gauge", "1 if the database schema fits this release.", "servers"),
     Metric(
         "evalstore_queue_messages",
         "gauge",
-        "Messages, by queue and state; dead: dead letters, in Redis and in the table.",
+        "Messages by queue and state; dead: dead letters in Redis and in PostgreSQL.",
         "servers",
         {"queue": QUEUES, "state": ("ready", "inflight", "delayed", "dead")},
     ),
     Metric(
         "evalstore_queue_oldest_age_seconds",
         "gauge",
-        "For how long the oldest message that is ready or in flight has waited; 0 if there is none.",
+        "Age of the oldest message that is ready or in flight; 0 without one.",
         "servers",
         {"queue": QUEUES},
     ),
@@ -220,22 +222,22 @@ METRICS: Final = (
     Metric(
         "evalstore_dead_letters",
         "gauge",
-        "Dead letters, by the class of their error: waiting for an operator, or being redriven.",
+        "Dead letters by error class and state.",
         "servers",
         {"reason": REASONS, "state": ("dead", "redriving")},
     ),
     Metric(
         "evalstore_dead_letters_oldest_age_seconds",
         "gauge",
-        "How long ago the oldest dead letter died first; 0 if there is none.",
+        "Age of the oldest dead letter since its first failure; 0 without one.",
         "servers",
         {"reason": REASONS},
     ),
-    Metric("evalstore_redrives_running", "gauge", "Redrives that are not finished.", "servers"),
+    Metric("evalstore_redrives_running", "gauge", "Unfinished redrives.", "servers"),
     Metric(
         "evalstore_redriven_letters_total",
         "counter",
-        "Letters of all redrives, by what became of them.",
+        "Dead letters of all redrives, by outcome.",
         "servers",
         {"outcome": ("stored", "died", "returned")},
     ),
@@ -243,7 +245,7 @@ METRICS: Final = (
     Metric(
         "evalstore_confirmations_oldest_age_seconds",
         "gauge",
-        "For how long the oldest of them has waited; 0 if there is none.",
+        "Age of the oldest pending confirmation; 0 without one.",
         "servers",
     ),
     Metric(
@@ -256,46 +258,52 @@ METRICS: Final = (
     Metric(
         "evalstore_contents",
         "gauge",
-        "Contents apart from their event's row, by where they are.",
+        "Contents stored outside their event's row, by location.",
         "servers",
         {"location": ("database", "objects", "archive")},
     ),
     Metric(
         "evalstore_content_bytes",
         "gauge",
-        "Their bytes, before compression.",
+        "Uncompressed bytes of these contents.",
         "servers",
         {"location": ("database", "objects", "archive")},
     ),
-    Metric("evalstore_archive_due_contents", "gauge", "Contents that are to move to the archive.", "servers"),
-    Metric("evalstore_archive_due_bytes", "gauge", "Their bytes.", "servers"),
+    Metric("evalstore_archive_due_contents", "gauge", "Contents due for the archive.", "servers"),
+    Metric("evalstore_archive_due_bytes", "gauge", "Bytes of contents due for the archive.", "servers"),
     Metric(
         "evalstore_archive_oldest_due_age_seconds",
         "gauge",
-        "How long ago the oldest of them was stored; 0 if there is none.",
+        "Age of the oldest content due for the archive; 0 without one.",
         "servers",
     ),
-    Metric("evalstore_archive_failing_contents", "gauge", "Those of them whose last move failed.", "servers"),
+    Metric("evalstore_archive_failing_contents", "gauge", "Contents whose last move to the archive failed.", "servers"),
     Metric(
         "evalstore_job_last_success_timestamp_seconds",
         "gauge",
-        "When a periodic job last ended well; 0 if never.",
+        "Time of the last successful run of a periodic job; 0: never.",
         "servers",
         {"job_name": ()},
     ),
     Metric(
         "evalstore_job_next_run_timestamp_seconds",
         "gauge",
-        "When a periodic job is due next.",
+        "Time of the next run of a periodic job.",
         "servers",
         {"job_name": ()},
     ),
-    Metric("evalstore_job_last_duration_seconds", "gauge", "How long its last run took.", "servers", {"job_name": ()}),
-    Metric("evalstore_job_failing", "gauge", "1 where its last run failed.", "servers", {"job_name": ()}),
-    Metric("evalstore_redis_memory_bytes", "gauge", "Memory that Redis uses.", "servers"),
-    Metric("evalstore_redis_memory_limit_bytes", "gauge", "What it may use (`maxmemory`); 0 without a limit.", "servers"),
-    Metric("evalstore_postgresql_connections", "gauge", "Connections to PostgreSQL, everybody's.", "servers"),
-    Metric("evalstore_postgresql_connections_limit", "gauge", "How many it takes (`max_connections`).", "servers"),
+    Metric(
+        "evalstore_job_last_duration_seconds",
+        "gauge",
+        "Duration of the last run of a periodic job.",
+        "servers",
+        {"job_name": ()},
+    ),
+    Metric("evalstore_job_failing", "gauge", "1 if the last run of a periodic job failed.", "servers", {"job_name": ()}),
+    Metric("evalstore_redis_memory_bytes", "gauge", "Memory used by Redis.", "servers"),
+    Metric("evalstore_redis_memory_limit_bytes", "gauge", "Memory limit of Redis (`maxmemory`); 0 without a limit.", "servers"),
+    Metric("evalstore_postgresql_connections", "gauge", "Connections to PostgreSQL, of all clients.", "servers"),
+    Metric("evalstore_postgresql_connections_limit", "gauge", "Connection limit of PostgreSQL (`max_connections`).", "servers"),
     Metric("evalstore_postgresql_bytes", "gauge", "Size of the database on disk.", "servers"),
 )
 

@@ -355,7 +355,7 @@ def warn_unknown_env() -> None:
     A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
     """
     for problem in unknown_settings(os.environ):
-        log.warning("misspelt_setting", problem=problem)
+        log.warning("unknown_setting", problem=problem)
 
 
 @cache

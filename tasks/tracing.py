@@ -1,10 +1,10 @@
-"""The trace of an event: OpenTelemetry, off unless its own environment variables ask for it, and then not even imported.
+"""Traces with OpenTelemetry. They are off unless its environment variables turn them on; off, nothing of it is imported.
 
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
 
-The context travels as the options `traceparent` and `tracestate` of the message (https://www.w3.org/TR/trace-context/), which
-stock clients neither need nor mind.
+The options `traceparent` and `tracestate` of a message carry the context (https://www.w3.org/TR/trace-context/). Stock clients
+ignore them.
 """
 
 import os
@@ -34,7 +34,7 @@ _SPAN: Final = "make a span"
 
 
 def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether OpenTelemetry's variables ask for traces, and in a way that we know."""
+    """Whether the environment turns traces on, with a supported exporter."""
     return _asked(environment) == "otlp"
 
 
@@ -52,7 +52,7 @@ def _asked(environment: Mapping[str, str]) -> Literal["nothing", "otlp", "unsupp
 
 @cache
 def provider(service: str | None = None) -> "TracerProvider | None":
-    """What makes and sends this process's spans, if they are asked for. `service`: its name, where the environment has none."""
+    """Return the provider of this process's spans; None with traces off. `service` is its name if the environment has none."""
     if threads.is_within(_SPAN):  # a signal handler interrupted the work below
         return None
     asked = _asked(os.environ)
@@ -86,7 +86,7 @@ def _provider(service: str | None) -> "TracerProvider | None":
 
 
 def start(service: str) -> "TracerProvider | None":
-    """Let all spans of this process, which is one of ours, be made by our provider, unless it was given another before."""
+    """Make `provider(service)` the process-wide provider, unless the process has one."""
     made = provider(service)
     if made is not None:
         from opentelemetry import trace
@@ -97,7 +97,7 @@ def start(service: str) -> "TracerProvider | None":
 
 
 def flush(what: Any, within_s: float = 2.0) -> None:
-    """Send what waits to be sent, before the process ends. What is not taken within that time is given up."""
+    """Send waiting spans before the process ends. Gives up after `within_s`."""
     if what is not None:
         flushing = threads.start(what.force_flush)
         if flushing is not None:
@@ -105,7 +105,7 @@ def flush(what: Any, within_s: float = 2.0) -> None:
 
 
 def tracer() -> "Tracer | None":
-    """What makes spans: of the provider that the process has set, or else of our own; None where traces are off."""
+    """Return a tracer of the process-wide provider, or of our own; None with traces off."""
     trace = sys.modules.get("opentelemetry.trace")
     if trace is not None and not isinstance(found := trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return _tracer_of(found)
@@ -121,12 +121,12 @@ def _tracer_of(made: Any) -> "Tracer":
 
 @cache
 def release() -> str:
-    """Which release of evalstore this is."""
+    """Return the version of evalstore."""
     return metadata.version("evalstore")
 
 
 def sending(queue: str, messages: Sequence[Message[Any]]) -> AbstractContextManager[None]:
-    """The span of sending these; they carry its context from the beginning of the block."""
+    """Trace the sending of messages. They carry the span's context within the block."""
     found = tracer()
     if found is None or queue != QUEUE or threads.is_within(_SPAN):  # a signal handler must not wait for the SDK's locks
         return _OFF
@@ -157,7 +157,7 @@ def _sending(found: "Tracer", queue: str, messages: Sequence[Message[Any]]) -> I
 def receiving(
     stream: str, group: str, fields: Mapping[bytes, bytes], confirmation: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
-    """The span of handling a confirmation: in the trace of the event that it confirms, and current in the block."""
+    """Trace the handling of a confirmation, in the trace of its event. The span is current in the block."""
     found = tracer()
     return _OFF if found is None else _receiving(found, stream, group, fields, confirmation)
 
@@ -184,7 +184,7 @@ def _receiving(
 
 @contextmanager
 def transaction(events: int) -> Iterator[str | None]:
-    """The span of storing events in one transaction; gives its context as a `traceparent`, None where traces are off."""
+    """Trace a transaction that stores events. Gives its `traceparent`; None with traces off."""
     found = tracer()
     if found is None:
         yield None
@@ -199,7 +199,7 @@ def transaction(events: int) -> Iterator[str | None]:
 
 
 def database(events: int) -> dict[str, str | int]:
-    """What a span says of a transaction: https://opentelemetry.io/docs/specs/semconv/database/database-spans/."""
+    """Return the attributes of a transaction's span: https://opentelemetry.io/docs/specs/semconv/database/database-spans/."""
     return {
         "db.system.name": "postgresql",
         "db.operation.name": "transaction",
@@ -209,7 +209,7 @@ def database(events: int) -> dict[str, str | int]:
 
 
 def messaging(system: str, operation: str, destination: str) -> dict[str, str | int]:
-    """What a span says of messages."""
+    """Return the attributes of a span about messages."""
     return {
         "messaging.system": system,
         "messaging.operation.name": operation,

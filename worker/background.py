@@ -83,7 +83,7 @@ class Background(threading.Thread):
         except Exception as error:
             if what not in self._failing:
                 known = isinstance(error, PASSING)
-                log.warning("background_waits", what=what, error=error, exc_info=None if known else error)
+                log.warning("background_task_failed", what=what, error=error, exc_info=None if known else error)
             self._failing.add(what)
             self._stopping.wait(timeout=1)
         else:

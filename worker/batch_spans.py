@@ -1,22 +1,20 @@
-"""A worker's spans, encoded by hand.
+"""A worker's spans, in OTLP's encoding.
 
-The SDK spends more on a span than storing an event costs altogether. Here what the spans of a batch have in common is encoded
-once, and each adds its own ids: the encoding of a protobuf message is that of its fields, in any order, one after the other
-(https://protobuf.dev/programming-guides/encoding/). What is sampled, where spans are sent, and how, is left to the SDK.
+OpenTelemetry's SDK takes three times as long for these spans; docs/decisions/0013 has the figures. The generated classes encode
+the fields that many spans share, once. Each event then adds its ids: the fields of a protobuf message may come in any order
+(https://protobuf.dev/programming-guides/encoding/). The SDK samples, reads the environment and sends.
 
-For each event there is a span in its own trace, below that of its sender. A batch has a trace of its own, with a link to each
+Each event has a span in the trace of its sender, below the sender's span. A batch has a trace of its own, with a link to each
 sender's span, and a span for each of its transactions.
 """
 
 import random
+import re
 import time
-from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, repeat
-from struct import iter_unpack
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from functools import cache
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -31,65 +29,71 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from evalstore.storage.event_store import Outcome
 from models.record import EventRow
 from tasks.actor import QUEUE
-from tasks.redrives import REDRIVEN
 from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import Batch, BatchOutcome, Delivery
-from worker.traceparents import LENGTH, FixedWidthColumn, below, binary, interleave, is_sampled, sampled, senders
 
+_ODD: Final = frozenset("13579bdf")
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
-# The first fields of a span, up to their last byte: its trace, its parent, and itself.
-_IDS: Final = b"\x0a\x10%b\x22\x08%b\x12\x08%b" % (bytes(16), bytes(8), bytes(8))
-_TRACE_AT, _PARENT_AT, _ITSELF_AT = 2, 20, 30
-_LINK: Final = b"\x6a\x21\x0a\x10%b\x12\x08%b\x35" % (bytes(16), bytes(8)) + (_SAMPLED | _REMOTE_PARENT).to_bytes(4, "little")
-_LINK_TRACE_AT, _LINK_SPAN_AT = 4, 22
-# Of what nobody takes, so much is kept for later: a few batches.
-_WAITING, _TOGETHER = 32, 12
-_MOST_BYTES: Final = 8 * 1024 * 1024
-_MOST_TRIES, _MOST_FAILURES = 20, 2
+# A span of a full batch is near 1 MB, so few requests wait.
+_MOST_WAITING, _MOST_TOGETHER = 32, 12
+_MOST_REQUEST_BYTES: Final = 8 * 1024 * 1024
+_MOST_TRANSACTIONS, _MOST_FAILURES = 20, 2
 
-T = TypeVar("T")
+_USUAL: Final = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-0[01]")
+_TRACEPARENT: Final = re.compile(
+    r"([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(-.*)?", re.DOTALL
+)
+
 _Pair = tuple[Delivery, EventRow]
+
+
+def parse_traceparent(given: Any) -> str:
+    """Return a `traceparent` in the form of version 00, with no flag but "sampled"; "" for an invalid one.
+
+    https://www.w3.org/TR/trace-context/#traceparent-header
+    """
+    if not isinstance(given, str):
+        return ""
+    if _USUAL.fullmatch(given):
+        return given
+    found = _TRACEPARENT.fullmatch(given)
+    if found is None or found[1] == "ff" or (found[1] == "00" and found[3]):
+        return ""
+    return f"00{given[2:53]}0{int(found[2] in _ODD)}"
+
+
+def is_sampled(traceparent: str) -> bool:
+    """Whether the sender keeps this trace."""
+    return traceparent.endswith("1")
+
+
+def below(traceparent: str, span_id: bytes) -> str:
+    """Return the `traceparent` of our span below; the given one where the trace is not sampled, as there is no span then."""
+    return f"00-{traceparent[3:35]}-{span_id.hex()}-01" if is_sampled(traceparent) else traceparent
 
 
 def _id(size: int) -> bytes:
     return random.randbytes(size)  # noqa: S311 - no secret
 
 
-def _spans(traceparents: Sequence[str], span_ids: bytes, common: bytes, eval_ids: Sequence[str] = ()) -> list[bytes]:
-    """Framed spans below these, in parts: with those ids, of evaluations with ids of one length, and all else in common."""
-    senders, own = binary(traceparents), _IDS
-    columns = [
-        FixedWidthColumn(_TRACE_AT, 16, senders, 1, 26),
-        FixedWidthColumn(_PARENT_AT, 8, senders, 17, 26),
-        FixedWidthColumn(_ITSELF_AT, 8, span_ids, 0, 8),
-    ]
-    if eval_ids:
-        length = len(eval_ids[0])
-        own += _HEADS[length]
-        columns.append(FixedWidthColumn(len(own), length, "".join(eval_ids).encode(), 0, length))
-        own += bytes(length)
-    many = bytearray(own * len(traceparents))
-    interleave(many, len(own), *columns)
-    # Columns of what is as long as a whole span would fall out of the processor's cache.
-    each, before = chain.from_iterable(iter_unpack(f"{len(own)}s", many)), _before(b"\x12", len(own) + len(common))
-    return [before, (common + before).join(each), common]
-
-
-def _links(traceparents: Sequence[str]) -> bytes:
-    """To each of these."""
-    senders = binary(traceparents)
-    many = bytearray(_LINK * len(traceparents))
-    interleave(
-        many,
-        len(_LINK),
-        FixedWidthColumn(_LINK_TRACE_AT, 16, senders, 1, 26),
-        FixedWidthColumn(_LINK_SPAN_AT, 8, senders, 17, 26),
+def _span(sender: bytes, span_id: bytes, fields: bytes) -> bytes:
+    """Return a span below that of a sender, as a field of ScopeSpans."""
+    return b"\x12%b\x0a\x10%b\x22\x08%b\x12\x08%b%b" % (
+        _varint(len(fields) + 38),
+        sender[1:17],
+        sender[17:25],
+        span_id,
+        fields,
     )
-    return bytes(many)
+
+
+def _link(sender: bytes) -> bytes:
+    """Return a link to the span of a sender, as a field of Span."""
+    return b"\x6a\x21\x0a\x10%b\x12\x08%b\x35\x01\x03\x00\x00" % (sender[1:17], sender[17:25])  # flags 0x301
 
 
 class _Encoded(NamedTuple):
-    """Spans, as the request that sends them; for a processor of the SDK, which looks whether they are sampled."""
+    """An encoded request. The SDK's processor reads `context`, and sends only sampled spans."""
 
     parts: Sequence[bytes]
     size: int
@@ -98,13 +102,13 @@ class _Encoded(NamedTuple):
 
 class _Exporter(OTLPSpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        # There is no public way to send what is encoded already. Requests one after the other are one request. To send one
-        # takes a millisecond, so there are few; but receivers refuse what is very large.
+        # The exporter has no public way to send encoded spans. Concatenated protobuf messages merge into one, so
+        # few requests suffice, at a millisecond each. Receivers refuse very large ones.
         left, succeeded = [*cast("Sequence[_Encoded]", spans)], True
         while left and succeeded:
             parts: list[bytes] = []
             size = 0
-            while left and (not parts or size + left[0].size <= _MOST_BYTES):
+            while left and (not parts or size + left[0].size <= _MOST_REQUEST_BYTES):
                 one = left.pop(0)
                 parts += one.parts
                 size += one.size
@@ -113,77 +117,53 @@ class _Exporter(OTLPSpanExporter):
 
 
 class Traces:
-    """Of one process."""
+    """The sender of spans of one process."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._sampler = provider.sampler
         attributes = dict(provider.resource.attributes)
         self._resource = ResourceSpans(resource=Resource(attributes=_attributes(attributes))).SerializeToString()
         self._scope = ScopeSpans(scope=InstrumentationScope(name=NAME, version=release())).SerializeToString()
-        self._processor = BatchSpanProcessor(_Exporter(), max_queue_size=_WAITING, max_export_batch_size=_TOGETHER)
+        self._processor = BatchSpanProcessor(_Exporter(), max_queue_size=_MOST_WAITING, max_export_batch_size=_MOST_TOGETHER)
 
     def batch(self, batch: Batch, outcome: BatchOutcome) -> "BatchSpans":
-        """The spans of a batch that is begun now."""
+        """Begin the spans of a batch. `outcome` is read at their end."""
         return BatchSpans(self, batch, outcome)
 
     def samples(self, trace_id: bytes, name: str) -> bool:
-        """Whether a trace that begins here is to be sent."""
+        """Whether the sampler keeps a trace that begins here."""
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Have them sent soon, as `_framed` and `_spans` give them. Where nobody takes them, old ones are dropped."""
+        """Queue encoded spans. If the receiver is away, the oldest are dropped."""
         size = sum(map(len, spans))
         self._processor.on_end(cast("ReadableSpan", _Encoded([self._scope_before(size), *spans], size)))
 
     def _scope_before(self, size: int) -> bytes:
-        """What comes before so many bytes of spans in a request. They are large, and not copied to put it there."""
+        """Return the head of a request with so many bytes of spans."""
         scope = _before(b"\x12", len(self._scope) + size) + self._scope
         made: bytes = _before(b"\x0a", len(self._resource) + len(scope) + size) + self._resource + scope
         return made
 
-    @contextmanager
-    def publishing(self, stream: str, traceparents: Sequence[str]) -> Iterator[str]:
-        """Each confirmation that is traced gets a span, below which it goes on."""
-        found, began, ids = senders(traceparents), time.time_ns(), _id(8 * len(traceparents))
-        yield below(found, ids)
-        common: bytes = Span(
-            name=f"send {stream}",
-            kind=Span.SPAN_KIND_PRODUCER,
-            start_time_unix_nano=began,
-            end_time_unix_nano=time.time_ns(),
-            attributes=_attributes(messaging("redis", "send", stream)),
-            flags=_SAMPLED | _REMOTE_PARENT,
-        ).SerializeToString()
-        if len(kept := sampled(found)) < len(found):
-            found, ids = _at(kept, found), _ids_at(kept, ids)
-        if found:
-            self.send(_spans(found, ids, common))
-
     def flush(self) -> None:
-        """Send all now."""
+        """Send all waiting spans now."""
         flush(self._processor)
 
 
 class _Stored(NamedTuple):
-    """Events that are stored together: what became of each, what it says of its trace; and the ids of their spans."""
+    """Events that are stored together, their outcomes, their senders' `traceparent`s, and the ids of their spans."""
 
     events: Sequence[_Pair]
     outcomes: Sequence[Outcome]
-    found: Sequence[str]
-    ids: bytes
-
-    def sampled(self) -> "_Stored":
-        """Those that get a span now: a reused one is a dead letter, and gets it as such."""
-        kept = sampled(self.found)
-        if "reused" in self.outcomes:
-            kept = [at for at in kept if self.outcomes[at] != "reused"]
-        if len(kept) == len(self.found):
-            return self
-        return _Stored(_at(kept, self.events), _at(kept, self.outcomes), _at(kept, self.found), _ids_at(kept, self.ids))
+    senders: Sequence[str]
+    ids: Sequence[bytes]
 
 
 class BatchSpans:
-    """Gathers what becomes of a batch, and sends its spans at the end. `traceparents`: what messages say, by their ids."""
+    """Collects the outcomes of a batch, and sends its spans at the end.
+
+    `traceparents` holds the option of each message that was read, not yet checked, by its id in Redis.
+    """
 
     def __init__(self, traces: Traces, batch: Batch, outcome: BatchOutcome) -> None:
         self._traces, self._batch, self._outcome = traces, batch, outcome
@@ -196,35 +176,31 @@ class BatchSpans:
         self._transactions: list[Span] = []
         self._failures: list[Span.Event] = []
 
-    def _read(self) -> dict[bytes, str]:
-        """The senders of the messages that were read so far, by their ids."""
-        self._senders.update(zip(self.traceparents, senders([*self.traceparents.values()]), strict=True))
+    def _parsed(self) -> dict[bytes, str]:
+        """Return the `traceparent`s of the messages that were read so far, by their ids."""
+        self._senders |= {redis_id: parse_traceparent(given) for redis_id, given in self.traceparents.items()}
         self.traceparents.clear()
         return self._senders
 
     def traces_of(self, events: Sequence[_Pair]) -> Callable[[Sequence[int]], list[str]] | None:
-        """What gives, for events by their positions, where their traces go on; None where no event has one."""
-        if not self.traceparents and not self._senders:
-            self._tried = None
+        """Return a function from positions in `events` to the `traceparent`s of their spans; None if no event has one."""
+        self._tried = None
+        if not (sender_of := self._parsed()):
             return None
-        if len(self.traceparents) == len(events) == len(self._batch):
-            found = senders([*self.traceparents.values()])  # all of the batch, in its order
-        else:
-            sender_of = self._read()
-            found = [sender_of.get(delivery.redis_id, "") for delivery, _ in events]
-        ids = _id(8 * len(events))
-        self._tried = _Stored(events, [], found, ids)
-        goes_on = below(found, ids)
-        return lambda positions: [goes_on[LENGTH * at : LENGTH * at + LENGTH].strip() for at in positions]
+        senders = [sender_of.get(delivery.redis_id, "") for delivery, _ in events]
+        many = _id(8 * len(events))
+        ids = [many[at : at + 8] for at in range(0, len(many), 8)]
+        self._tried = _Stored(events, [], senders, ids)
+        return lambda positions: [below(senders[at], ids[at]) for at in positions]
 
     def note(self, events: Sequence[_Pair], outcomes: Sequence[Outcome]) -> None:
-        """What became of events that are committed. Asked for before that was where their traces go on."""
+        """Record the outcomes of committed events, for which `traces_of` was called before."""
         if self._tried is not None and self._tried.events is events:
             self._stored.append(self._tried._replace(outcomes=outcomes))
 
     @contextmanager
     def transaction(self, events: int) -> Iterator[None]:
-        """One try to store so many events."""
+        """Trace one attempt to store so many events."""
         span = self._below("transaction evaluations", database(events))
         try:
             yield
@@ -238,8 +214,8 @@ class BatchSpans:
         finally:
             span.end_time_unix_nano = time.time_ns()
             self._transactions.append(span)
-            if len(self._transactions) > _MOST_TRIES:  # of a long outage the beginning and the end
-                del self._transactions[_MOST_TRIES // 2]
+            if len(self._transactions) > _MOST_TRANSACTIONS:  # a long outage keeps its first and last ones
+                del self._transactions[_MOST_TRANSACTIONS // 2]
 
     def _below(self, name: str, attributes: Mapping[str, Any]) -> Span:
         return Span(
@@ -256,49 +232,46 @@ class BatchSpans:
     def end(self) -> None:
         """Send the batch's span, and that of each event whose trace is sampled."""
         ended = time.time_ns()
-        links: dict[str, None] = {}
+        links: dict[bytes, None] = {}
         spans: list[bytes] = []
         for stored in self._stored:
-            self._settled(stored, ended, links, spans)
+            self._add_stored(stored, ended, links, spans)
         if self._outcome.dead or self._outcome.retry_ms or self._outcome.requeue:
-            self._unsettled(ended, links, spans)
+            self._add_others(ended, links, spans)
         if spans or self._traces.samples(self._trace_id, f"process {QUEUE}"):
             transactions = [_framed(span.SerializeToString()) for span in self._transactions]
-            self._traces.send([_framed(self._of_batch(ended) + _links([*links])), *transactions, *spans])
+            batch = _framed(self._of_batch(ended) + b"".join(map(_link, links)))
+            self._traces.send([batch, *transactions, *spans])
 
-    def _settled(self, stored: "_Stored", ended: int, links: dict[str, None], spans: list[bytes]) -> None:
-        """The spans of events that went through the store: most of all there are, so each step is for all of a kind at once."""
-        events, outcomes, found, ids = stored.sampled()
-        links |= dict.fromkeys(found)
-        redis_ids = [delivery.redis_id for delivery, _ in events]
-        redriven = [one.startswith(REDRIVEN) for one in redis_ids] if REDRIVEN in b" ".join(redis_ids) else repeat(False)
-        eval_ids, types = [fact.eval_id for _, fact in events], [fact.type for _, fact in events]
-        kinds = defaultdict[tuple[str, Outcome, bool, int], list[int]](list)
-        for at, kind in enumerate(zip(types, outcomes, redriven, map(len, eval_ids), strict=False)):
-            kinds[kind].append(at)
-        for (type_, outcome, is_redriven, _), kept in kinds.items():
-            common = self._of_event(ended, type_, outcome) + (_REDRIVEN if is_redriven else b"")
-            spans += _spans(_at(kept, found), _ids_at(kept, ids), common, _at(kept, eval_ids))
+    def _add_stored(self, stored: _Stored, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:
+        shared: dict[tuple[str, str, bool], bytes] = {}
+        for (delivery, fact), outcome, sender, span_id in zip(*stored, strict=True):
+            if sender[-1:] != "1" or outcome == "reused":  # a reused event_id is a dead letter
+                continue
+            kind = fact.type, outcome, delivery.is_redriven
+            if (fields := shared.get(kind)) is None:
+                fields = shared[kind] = self._of_event(ended, *kind)
+            ids = _binary(sender)
+            links[ids] = None
+            eval_id = fact.eval_id.encode()
+            spans.append(_span(ids, span_id, b"%b%b%b" % (_before_eval_id(len(eval_id)), eval_id, fields)))
 
-    def _unsettled(self, ended: int, links: dict[str, None], spans: list[bytes]) -> None:
-        """The spans of those that died, or come again."""
-        outcome_of, sender_of = self._outcome, self._read()
-        facts = {
-            delivery.redis_id: (fact, outcome)
-            for stored in self._stored
-            for (delivery, fact), outcome in zip(stored.events, stored.outcomes, strict=True)
-        }
+    def _add_others(self, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:
+        """Add the spans of dead letters, and of events that come again."""
+        outcome_of, sender_of = self._outcome, self._parsed()
+        known = {pair[0].redis_id: (pair[1], outcome) for one in self._stored for pair, outcome in zip(*one[:2], strict=True)}
         for delivery in self._batch:
             redis_id = delivery.redis_id
-            fact, outcome = facts.get(redis_id, (None, None))
-            found = sender_of.get(redis_id, "")
-            if not is_sampled(found) or outcome in {"applied", "duplicate"}:
+            fact, outcome = known.get(redis_id, (None, None))
+            sender = sender_of.get(redis_id, "")
+            if not is_sampled(sender) or outcome in {"applied", "duplicate"}:
                 continue
-            links[found] = None
-            became = "dead" if redis_id in outcome_of.dead else "later" if redis_id in outcome_of.retry_ms else "returned"
-            common = self._of_event(ended, fact.type if fact else "", became, outcome_of.dead.get(redis_id))
-            common += _REDRIVEN if delivery.is_redriven else b""
-            spans += _spans([found], _id(8), common, [fact.eval_id] if fact else [])
+            why = outcome_of.dead.get(redis_id)
+            became = "dead" if why is not None else "later" if redis_id in outcome_of.retry_ms else "returned"
+            fields = self._of_event(ended, fact.type if fact else "", became, delivery.is_redriven, why)
+            eval_id = fact.eval_id.encode() if fact else b""
+            links[_binary(sender)] = None
+            spans.append(_span(_binary(sender), _id(8), _before_eval_id(len(eval_id)) + eval_id + fields))
 
     def _of_batch(self, ended: int) -> bytes:
         count = {"messaging.batch.message_count": len(self._batch), "evalstore.dead": len(self._outcome.dead)}
@@ -314,9 +287,10 @@ class BatchSpans:
         ).SerializeToString()
         return encoded
 
-    def _of_event(self, ended: int, type_: str, outcome: str, cause: bytes | None = None) -> bytes:
-        """What spans of events have in common, or of one that died, which has a cause of its own."""
+    def _of_event(self, ended: int, type_: str, outcome: str, is_redriven: bool, cause: bytes | None = None) -> bytes:
+        """Return the fields that spans of such events share. `cause` is that of a dead letter."""
         about = messaging("dramatiq", "process", QUEUE) | {"evalstore.type": type_, "evalstore.outcome": outcome}
+        about |= {"evalstore.redriven": True} if is_redriven else {}
         span = Span(
             name="store evaluation",
             kind=Span.SPAN_KIND_CONSUMER,
@@ -328,19 +302,11 @@ class BatchSpans:
             flags=_SAMPLED | _REMOTE_PARENT,
         )
         if cause is not None:
-            told = msgspec.json.decode(cause)
-            span.events.append(_failure(told["error_class"], told["error_message"], told["traceback"]))
-            span.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=told["error_message"][:1000]))
+            details = msgspec.json.decode(cause)
+            span.events.append(_failure(details["error_class"], details["error_message"], details["traceback"]))
+            span.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=details["error_message"][:1000]))
         encoded: bytes = span.SerializeToString()
         return encoded
-
-
-def _at(positions: Sequence[int], many: Sequence[T]) -> list[T]:
-    return [many[position] for position in positions]
-
-
-def _ids_at(positions: Sequence[int], ids: bytes) -> bytes:
-    return array("Q", _at(positions, array("Q", ids))).tobytes()
 
 
 def _failure(class_: str, message: str, traceback: str = "") -> Span.Event:
@@ -364,18 +330,15 @@ def _value(value: Any) -> AnyValue:
 
 
 def _framed(span: bytes) -> bytes:
-    """As it is among others."""
-    return _field(b"\x12", span)
-
-
-def _field(tag: bytes, data: bytes) -> bytes:
-    return _before(tag, len(data)) + data
+    """Return an encoded span as a field of ScopeSpans."""
+    return _before(b"\x12", len(span)) + span
 
 
 def _before(tag: bytes, length: int) -> bytes:
     return tag + _varint(length)
 
 
+@cache
 def _varint(number: int) -> bytes:
     groups = []
     while number > 127:
@@ -384,12 +347,16 @@ def _varint(number: int) -> bytes:
     return bytes([*groups, number])
 
 
-def _head(length: int) -> bytes:
-    """What comes before an eval_id of that length, in an attribute of a span."""
+@cache
+def _before_eval_id(length: int) -> bytes:
+    """Return the start of an attribute with an eval_id of so many bytes, as a field of Span; none for 0."""
+    if not length:
+        return b""
     value = b"\x0a" + _varint(length)
-    pair = _field(b"\x0a", b"evalstore.eval_id") + b"\x12" + _varint(len(value) + length) + value
+    pair = b"\x0a\x11evalstore.eval_id" + b"\x12" + _varint(len(value) + length) + value
     return b"\x4a" + _varint(len(pair) + length) + pair
 
 
-_HEADS: Final = [_head(length) for length in range(201)]
-_REDRIVEN: Final = Span(attributes=_attributes({"evalstore.redriven": True})).SerializeToString()
+def _binary(traceparent: str) -> bytes:
+    """Return the 26 bytes that a valid `traceparent` holds: version, trace, span and flags."""
+    return bytes.fromhex(traceparent.replace("-", ""))

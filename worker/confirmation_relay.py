@@ -11,10 +11,10 @@ from evalstore.storage.outbox import Commit, Relayed, StreamId
 from evalstore.telemetry.counters import Counters
 from models.errors import RedisOutage
 from tasks.keys import Names
-from worker import tracing
 from worker.scripts import Scripts
 
 KEEP_S: Final = 24 * 3600
+_TRACEPARENT_LENGTH: Final = 55
 # For one call of the script, which keeps Redis from other work for about 5 ms.
 _BYTES: Final = 256 * 1024
 
@@ -30,10 +30,7 @@ def relay(
     def publish(known: StreamId, commits: Sequence[Commit]) -> Relayed:
         try:
             for lines, traces in _parts(commits):
-                with tracing.publishing(names.stream, traces) as traceparents:
-                    ms, seq, done = scripts.run(
-                        "confirm", [names.stream], *known, KEEP_S * 1000, lines, traceparents, names.prefix
-                    )
+                ms, seq, done = scripts.run("confirm", [names.stream], *known, KEEP_S * 1000, lines, traces, names.prefix)
                 known = StreamId(ms, seq)
                 if not done:
                     return Relayed(known, done=False)
@@ -45,8 +42,11 @@ def relay(
     return outbox.relay(conn, publish, go_on=go_on)
 
 
-def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
-    """Give lines and their traces in parts of at most _BYTES, or one line. There is at least one part, which may be empty."""
+def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, str]]:
+    """Give what goes to Redis at once: lines, and their `traceparent`s, which the script cuts by their length.
+
+    55 characters each, spaces for none; "" where no line has one. There is one part at least, which may be empty.
+    """
     lines, traces = "\n".join(commit.body for commit in commits), list[str]()
     if any(commit.traceparents for commit in commits):
         for commit in commits:
@@ -58,6 +58,10 @@ def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, list[str]]]:
         if end < 0:
             break
         here = lines.count("\n", start, end) + 1
-        yield lines[start:end], traces[:here]
+        yield lines[start:end], _joined(traces[:here])
         start, traces = end + 1, traces[here:]
-    yield lines[start:], traces
+    yield lines[start:], _joined(traces)
+
+
+def _joined(traceparents: Sequence[str]) -> str:
+    return "".join([one or " " * _TRACEPARENT_LENGTH for one in traceparents]) if any(traceparents) else ""

@@ -163,7 +163,7 @@ class Consumer(DramatiqConsumer):
             options["redis_message_id"] = redis_id.decode(errors="replace")
             self._add(Message(**message.asdict() | {"queue_name": self.queue_name, "options": options}), [redis_id])
         if bad:
-            log.error("no_messages_for_us", count=len(bad), queue=self.queue_name)
+            log.error("invalid_messages", count=len(bad), queue=self.queue_name)
             self._dead_letter(bad)
 
     def _add(self, message: Message[Any], redis_ids: list[bytes]) -> None:

@@ -90,7 +90,7 @@ class ContentGate:
         if changed and outage is not None:
             log.warning("objects_outage", error=outage)
         elif changed:
-            log.warning("objects_back")
+            log.warning("objects_outage_over")
 
 
 def _ends_with_grace(absence: Absence) -> bool:

@@ -138,4 +138,4 @@ def record_stored(connections: VerifiedDatabase, redis_ids: Sequence[bytes]) -> 
         with connections.connect(_LONGEST_S) as conn:
             redrives.stored(conn, letters)
     except Outage as error:
-        log.warning("redrive_outcome_left", count=len(letters), error=error)
+        log.warning("redrive_outcome_unsettled", count=len(letters), error=error)

@@ -75,7 +75,7 @@ class Handler:
                     result.dead.clear()
                 outcome.update(result)
         if outcome.requeue:
-            log.info("returned", events=len(outcome.requeue), why="told to stop while waiting")
+            log.info("batch_requeued", events=len(outcome.requeue), why="told to stop while waiting")
         return outcome
 
     def stop_soon(self) -> None:

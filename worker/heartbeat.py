@@ -175,7 +175,7 @@ class Heartbeat(threading.Thread):
 
     def _check_server(self) -> None:
         for doubt in redis_config_warnings(self._broker.client):
-            log.warning("redis_doubtful", doubt=doubt)
+            log.warning("redis_config_warning", doubt=doubt)
         self._is_server_checked = True
 
     def stop_in_time(self) -> None:
@@ -194,19 +194,19 @@ class Heartbeat(threading.Thread):
         self._deregister()
 
     def _stop_late(self) -> None:
-        log.warning("stopped_late", seconds=STOP_WITHIN_S)
+        log.warning("stop_timed_out", seconds=STOP_WITHIN_S)
         self._deregister()
         _end_process(STOPPED_LATE)
 
     def _deregister(self) -> None:
         if self._failing or self._in_flight.abandoned:
-            log.warning("left_to_others")
+            log.warning("deregistration_skipped")
             return
         try:
             for queue in self._all_queues():
                 queue.deregister()
         except redis.RedisError as error:
-            log.warning("no_goodbye", error=error)
+            log.warning("deregistration_failed", error=error)
 
     def _status(self) -> bytes:
         """Return what `evalstore status` shows of this process, as JSON."""
@@ -239,7 +239,7 @@ class Heartbeat(threading.Thread):
         stranded = [redis_id for redis_id in ours if redis_id not in in_flight]
         if stranded and (given := queue.requeue(stranded)):
             self._metrics.redelivered(queue.queue, "stranded", given)
-            log.warning("stranded", messages=len(stranded), queue=queue.queue)
+            log.warning("stranded_requeued", messages=len(stranded), queue=queue.queue)
 
     def _watch_threads(self) -> None:
         """End a process whose threads died or whose consumer stands still: it would look alive and store nothing."""

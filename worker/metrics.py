@@ -1,4 +1,4 @@
-"""What a worker counts: a few numbers for each batch, none for each event."""
+"""The metrics of a worker process: a few additions for each batch, none for each event."""
 
 import re
 import threading
@@ -18,7 +18,7 @@ from models.record import EventRow
 from worker.batches import Delivery
 
 LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
-# A thread that makes no progress for so long is stuck. What may wait for a server longer says so: see `Counters.set_deadline`.
+# A thread without progress for so long is stuck. A longer wait for a server sets its own deadline.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0
 _HEARD_FOR_S: Final = 30.0
@@ -29,7 +29,7 @@ _SENT: Final = re.compile(rb'"message_timestamp":\s*(\d{1,16})')
 
 
 class WorkerMetrics:
-    """Of one process. For use by many threads."""
+    """The counters of one process. Thread-safe."""
 
     def __init__(self) -> None:
         self.counters = Counters(LAYOUT)
@@ -38,11 +38,11 @@ class WorkerMetrics:
         self._marks = deque([(time.monotonic(), 0)])
 
     def stored(self, events: Sequence[tuple[Delivery, EventRow]], stored: Stored) -> None:
-        """A batch was committed just now."""
+        """Count a committed batch, right after the commit."""
         outcomes = stored.outcomes
         now, types = datetime.now(UTC), [event.type for _, event in events]
         applied: Sequence[int]
-        if outcomes.count("applied") == len(outcomes):  # the rule, and told sooner
+        if outcomes.count("applied") == len(outcomes):  # the usual case, and faster
             applied = range(len(outcomes))
             self._count({("applied", type_): count for type_, count in Counter(types).items()})
         else:
@@ -63,35 +63,35 @@ class WorkerMetrics:
         self.counters.observe_all(_LATENCY, "sent", values=sent, times=len(applied) / size)
 
     def retried(self, queue: str, count: int = 1) -> None:
-        """Messages of a queue, or a batch, are tried once more."""
+        """Count retries of messages or of a batch."""
         self.counters.add("evalstore_retries_total", _queue(queue), by=count)
 
     def redelivered(self, queue: str, reason: str, count: int) -> None:
-        """Messages went back to their queue."""
+        """Count requeued messages."""
         self.counters.add("evalstore_redeliveries_total", _queue(queue), reason, by=count)
 
     def lost(self, count: int) -> None:
-        """Evaluations were given up."""
+        """Count evaluations marked as lost."""
         self._count({("applied", "evaluation:lost"): count})
 
     def archived(self, moved: int, size: int, failed: int) -> None:
-        """Contents moved to the archive, of so many bytes, or could not."""
+        """Count contents that moved to the archive, their bytes, and failed moves."""
         self.counters.add("evalstore_archived_contents_total", "archived", by=moved)
         self.counters.add("evalstore_archived_contents_total", "failed", by=failed)
         self.counters.add("evalstore_archived_bytes_total", by=size)
 
     def buried(self, bodies: Iterable[bytes | None]) -> None:
-        """Messages turned out to be such that they can never be stored."""
+        """Count dead letters."""
         self._count(Counter(("dead", _type_of(body)) for body in bodies))
 
     def _count(self, events: Mapping[tuple[str, str], int]) -> None:
         for (outcome, type_), count in events.items():
-            if outcome != "reused":  # it is buried, and counted then
+            if outcome != "reused":  # counted as a dead letter
                 self.counters.add("evalstore_events_total", outcome, type_, by=count)
                 self._events[outcome] += count
 
     def status(self) -> dict[str, Any]:
-        """What others may know of this process: what it counted since it began, its rate, and what it waits for."""
+        """Return the outcomes since the start, the events per second, the outages, and the breaker, for `evalstore status`."""
         now, total = time.monotonic(), self._events.total()
         while len(self._marks) > 1 and self._marks[1][0] < now - _RATE_OVER_S:
             self._marks.popleft()
@@ -103,12 +103,12 @@ class WorkerMetrics:
 
 
 def _queue(name: str) -> str:
-    """As a label. Somebody may have declared an actor of their own on a queue of their own."""
+    """Return the label of a queue; `other` for queues of a user's own actors."""
     return name if name in QUEUES else "other"
 
 
 class Named(msgspec.Struct):
-    """What an event says of itself, in a message of which nothing else may be right."""
+    """The identity of an event, read from a message that may be invalid otherwise."""
 
     type: Any = None
     eval_id: Any = None
@@ -123,7 +123,7 @@ _DECODER: Final = msgspec.json.Decoder(_Sent)
 
 
 def named(body: bytes | None) -> Named:
-    """The event in a message, as far as that can be told."""
+    """Return the identity of the event in a message, as far as it can be read."""
     try:
         return _DECODER.decode(body or b"").args[0]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -136,7 +136,7 @@ def _type_of(body: bytes | None) -> str:
 
 
 class Outages:
-    """For how long servers were away, as this process's threads noticed."""
+    """The outages of servers that threads of this process wait for."""
 
     def __init__(self, ledger: Counters, *, heard_for_s: float = _HEARD_FOR_S) -> None:
         self._ledger = ledger
@@ -146,7 +146,7 @@ class Outages:
         self._counted = dict.fromkeys(self._away, 0.0)
 
     def away(self, server: str, who: str) -> None:
-        """`who` waits for that server from now on."""
+        """Record that `who` waits for a server."""
         with self._lock:
             self._count(server)
             self._away[server].add(who)
@@ -154,7 +154,7 @@ class Outages:
             self._ledger.set("evalstore_outage", server, to=1)
 
     def back(self, server: str, who: str) -> None:
-        """`who` does not wait for it, or no longer."""
+        """Record that `who` does not wait for a server."""
         if who in self._away[server]:
             with self._lock:
                 self._count(server)
@@ -162,11 +162,11 @@ class Outages:
                 self._ledger.set("evalstore_outage", server, to=bool(self._away[server]))
 
     def update(self) -> list[str]:
-        """Count what passed so far; returns which servers are away."""
+        """Count the time passed so far, and return the servers with an outage."""
         with self._lock:
             for server in self._away:
                 self._count(server)
-            # Nobody holds what waits for objects: it comes again soon, and maybe to another process, to whom they are back.
+            # Events that wait for objects are delayed in Redis. Another process may receive them after the outage.
             if self._away["objects"] and time.monotonic() - self._heard > self._heard_for_s:
                 self._away["objects"].clear()
                 self._ledger.set("evalstore_outage", "objects", to=0)

@@ -1,4 +1,4 @@
-"""The one endpoint of a worker and all its processes, and of a scheduler: metrics, and health."""
+"""The endpoints for metrics and health: one for all processes of a worker, one for a scheduler."""
 
 import gc
 import multiprocessing
@@ -22,12 +22,12 @@ log = EventLogger("evalstore.worker")
 
 _BEAT_S: Final = 5.0
 _AGAIN_S: Final = 1.0
-# periodiq wakes each minute; it is stuck when it is late by this.
+# periodiq wakes each minute; later than this it is stuck.
 _TICK_S: Final = 60.0 + 25.0
 
 
 class MetricsMiddleware(dramatiq.Middleware):
-    """Keeps what a worker's processes count where the endpoint finds it. Of processes of Dramatiq's command line alone."""
+    """Registers each process of Dramatiq's command line, and starts the endpoint."""
 
     def after_process_boot(self, broker: Any) -> None:
         group = _join("worker", broker.metrics.counters)
@@ -36,16 +36,16 @@ class MetricsMiddleware(dramatiq.Middleware):
 
 
 def _serve_beside(group: process_registry.Group) -> None:
-    """Answer from a process of its own, so that workers are not kept waiting by whoever asks. A group's first process forks it.
+    """Serve from a forked process, so that scrapes do not delay workers. The first process of a group forks it.
 
-    That is done before there are threads and connections. All it needs is loaded by then, which would take it most of a second.
-    What is forked here only forks again, whenever the process that answers has ended: the worker's own could not, with threads.
+    Fork before threads and connections exist; the modules are loaded, which saves most of a second. The fork forks the process
+    that serves, and restarts it when it ended: the worker has threads by then, and cannot fork safely.
     """
     try:
         os.close(os.open(group.folder / "endpoint", os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         return
-    until, here = os.pipe()  # it ends with this process, which never closes `here`
+    until, here = os.pipe()  # the read end sees EOF when this process ends, as it never closes `here`
     gc.freeze()
     if os.fork():
         os.close(until)
@@ -54,11 +54,11 @@ def _serve_beside(group: process_registry.Group) -> None:
     try:
         os.close(here)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)  # what Dramatiq does then is for a worker
+            signal.signal(number, signal.SIG_DFL)  # Dramatiq's handlers are for a worker
         while child := os.fork():
             if (ended := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
                 break
-            log.warning("metrics_ended", status=ended)
+            log.warning("metrics_endpoint_ended", status=ended)
             if select.select([until], [], [], _AGAIN_S)[0]:
                 break
         else:
@@ -73,26 +73,26 @@ def _serve_beside(group: process_registry.Group) -> None:
 def _serve(group: process_registry.Group, until: int) -> None:
     from evalstore.telemetry import exposition  # noqa: PLC0415 - workers themselves do without
 
-    exposition.start("worker", group, metrics.LAYOUT, settings().metrics_port)
+    exposition.start("worker", group, metrics.LAYOUT, settings(), settings().metrics_port)
     parent = multiprocessing.parent_process()
     master = parent.pid if parent and parent.pid else os.getppid()
     began = process_registry.start_ticks(master)
-    while process_registry.start_ticks(master) == began:  # else it was killed, and the next one wants the port
+    while process_registry.start_ticks(master) == began:  # a killed master's successor needs the port
         if select.select([until], [], [], 0.5)[0]:
             return
 
 
 class Scheduler:
-    """What a scheduler shows: that it lives, and how things stand, also while no worker runs."""
+    """The liveness and the metrics of a scheduler, which also serves what the servers hold while no worker runs."""
 
     def __init__(self) -> None:
         self._ledger: Counters | None = None
 
     def tick(self) -> None:
-        """periodiq's loop has come to a job that is due."""
+        """Report progress of periodiq's loop, at each job that is due."""
         if self._ledger is None:
-            # The alarm that wakes periodiq must reach its own thread: another one that is given it wakes nobody, and one may be
-            # given it when the process goes on after it was stopped. Threads inherit what is blocked here.
+            # The alarm that wakes periodiq must reach the main thread. After SIGCONT the kernel may deliver it to any thread
+            # that does not block it. New threads inherit this mask.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
                 self._ledger = self._begin()
@@ -101,7 +101,7 @@ class Scheduler:
         self._ledger.set_deadline(_TICK_S)
 
     def _begin(self) -> Counters:
-        # A container's first process is not ended by a signal that it does not handle, and periodiq handles none but its alarm.
+        # As PID 1 of a container, a process ignores signals that it does not handle; periodiq does not handle SIGTERM.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         layout = Schema(counted_by("scheduler"), {})
         ledger = Counters(layout)
@@ -111,12 +111,12 @@ class Scheduler:
         if group and settings().scheduler_metrics_port:
             from evalstore.telemetry import exposition  # noqa: PLC0415 - workers do without
 
-            exposition.start("scheduler", group, layout, settings().scheduler_metrics_port)
+            exposition.start("scheduler", group, layout, settings(), settings().scheduler_metrics_port)
         return ledger
 
     @staticmethod
     def _beat(ledger: Counters) -> None:
-        """Shows before the next tick is due that the process was frozen."""
+        """Detect a frozen process before the next tick is due."""
         ledger.watch_thread("beat")
         while True:
             ledger.set_deadline(metrics.LOOP_S)
@@ -127,5 +127,5 @@ def _join(role: process_registry.Role, ledger: Counters) -> process_registry.Gro
     try:
         return process_registry.join(role, ledger)
     except process_registry.RegistryUnavailable as error:
-        log.warning("not_shown", error=error)
+        log.warning("runtime_dir_unusable", error=error)
         return None

@@ -151,7 +151,7 @@ def _record_run(
                 if told["outcome"] == "ok":
                     broker.client.hset(broker.names.last_successes, name, time.time())
             except redis.RedisError as error:
-                log.warning("job_not_told", job=name, error=error)
+                log.warning("job_status_not_published", job=name, error=error)
 
     run.__module__, run.__name__ = __name__, name
     return run

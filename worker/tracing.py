@@ -1,7 +1,4 @@
-"""What a worker tells of its work to whoever follows traces. Where they are off, none of it does anything.
-
-How the spans look, and why they are not made by OpenTelemetry's SDK, is in worker/batch_spans.py.
-"""
+"""The traces of a worker. With traces off, these functions do nothing. worker/batch_spans.py makes the spans."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from evalstore.storage.event_store import Outcome
 from models.record import EventRow
 from tasks.tracing import provider
-from worker import traceparents
 from worker.batches import Batch, BatchOutcome, Delivery
 
 if TYPE_CHECKING:
@@ -25,7 +21,7 @@ _batch: ContextVar["BatchSpans | None"] = ContextVar("batch", default=None)
 
 @cache
 def traces() -> "Traces | None":
-    """What sends this process's spans, or None where they are off."""
+    """Return the sender of this process's spans; None with traces off."""
     made = provider(SERVICE)
     if made is None:
         return None
@@ -36,7 +32,10 @@ def traces() -> "Traces | None":
 
 @contextmanager
 def processing(batch: Batch, outcome: BatchOutcome) -> Iterator[None]:
-    """The spans of a batch, for the thread that works on it; what follows adds to them. `outcome` is read at the end."""
+    """Trace a batch. The functions below add to its trace if the same thread calls them in the block.
+
+    `outcome` is read at the end.
+    """
     found = traces()
     if found is None:
         yield
@@ -51,41 +50,30 @@ def processing(batch: Batch, outcome: BatchOutcome) -> Iterator[None]:
 
 
 def sender_traces() -> dict[bytes, Any] | None:
-    """Where to put what each message of the batch says of its trace."""
+    """Return the dictionary for the `traceparent` of each message, by its id in Redis; None with traces off."""
     spans = _batch.get()
     return None if spans is None else spans.traceparents
 
 
 def transaction(events: int) -> AbstractContextManager[None]:
-    """The span of a transaction, and of its failure."""
+    """Trace one attempt to store so many events."""
     spans = _batch.get()
     return _OFF if spans is None else spans.transaction(events)
 
 
 def traces_of(events: Sequence[tuple[Delivery, EventRow]]) -> Callable[[Sequence[int]], list[str]] | None:
-    """What `evaluations.store` asks for the traces that confirmations go on in."""
+    """Return a function from positions in `events` to the `traceparent`s of their confirmations; None without traces."""
     spans = _batch.get()
     return None if spans is None else spans.traces_of(events)
 
 
 def record_outcomes(events: Sequence[tuple[Delivery, EventRow]], outcomes: Sequence[Outcome]) -> None:
-    """Note what became of events."""
+    """Record the outcomes of committed events."""
     if spans := _batch.get():
         spans.note(events, outcomes)
 
 
-def publishing(stream: str, given: Sequence[str]) -> AbstractContextManager[str]:
-    """The spans of publishing confirmations; gives where each goes on, one behind the other. `given`: their `traceparent`s.
-
-    Each is of 55 characters, which are spaces where there is none. Nothing where none of them has a trace.
-    """
-    if not any(given):
-        return nullcontext("")
-    found = traces()
-    return nullcontext(traceparents.joined(traceparents.senders(given))) if found is None else found.publishing(stream, given)
-
-
 def flush() -> None:
-    """Send what waits to be sent, before the process ends."""
+    """Send all waiting spans, before the process ends."""
     if found := traces():
         found.flush()

@@ -49,5 +49,5 @@ class VerifiedDatabase:
     def _verify(self, conn: Connection) -> None:
         migrations.check(conn)
         for doubt in durability.doubts(conn):
-            log.warning("postgresql_doubtful", doubt=doubt)
+            log.warning("postgresql_config_warning", doubt=doubt)
         self._is_verified = True

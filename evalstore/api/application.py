@@ -55,7 +55,7 @@ def build() -> ASGIApp:
         log_setup.set_up("uvicorn", "uvicorn.access")
         warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
-            log.warning("heads_unbounded")
+            log.warning("request_head_unbounded")
         traces = tracing.start(SERVICE)
         metrics.share()
         service = app.state.service = Service(settings(), metrics)
@@ -83,13 +83,8 @@ def build() -> ASGIApp:
     for part in parts:
         app.include_router(part.router)
 
-    metrics = ApiMetrics(
-        (method, route.path)
-        for part in parts
-        for route in part.router.routes
-        if isinstance(route, APIRoute)
-        for method in route.methods or ()
-    )
+    routes = (route for part in parts for route in part.router.routes if isinstance(route, APIRoute))
+    metrics = ApiMetrics(settings(), ((method, route.path) for route in routes for method in route.methods or ()))
 
     def made() -> Mapping[str, Any]:
         return document(app, title=TITLE, version=tracing.release(), description=DESCRIPTION)
@@ -133,4 +128,4 @@ def build() -> ASGIApp:
 async def _log_doubts(service: Service) -> None:
     with contextlib.suppress(Outage, problems.Problem):
         for doubt in await service.run(durability.doubts):
-            log.warning("postgresql_doubtful", doubt=doubt)
+            log.warning("postgresql_config_warning", doubt=doubt)

@@ -66,7 +66,7 @@ class SharedCache:
             return work()
         except redis.RedisError as error:
             self._closed_until = time.monotonic() + _PAUSE_S
-            log.warning("cache_left_alone", seconds=_PAUSE_S, error=error)
+            log.warning("cache_paused", seconds=_PAUSE_S, error=error)
             return None
 
 

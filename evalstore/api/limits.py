@@ -80,7 +80,7 @@ class _Exchange:
                     return  # with a problem; what it was is in the log
                 if self.status:
                     why = error.__cause__ or error  # Starlette says no more than that it came too late to be answered
-                    log.warning("answer_broken_off", request_id=self.request_id, kind=type(why).__name__, error=why)
+                    log.warning("response_aborted", request_id=self.request_id, kind=type(why).__name__, error=why)
                     raise _RequestAborted from None  # the server closes the connection: an answer cut short must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 

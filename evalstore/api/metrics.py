@@ -1,4 +1,4 @@
-"""What the service counts. No ids in labels: a path is counted by its template."""
+"""The metrics of the HTTP service. A path is counted by its template."""
 
 import asyncio
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
 from evalstore.telemetry.exposition import Exposition
 from models.logs import EventLogger
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from evalstore.api.service import Service
@@ -27,12 +28,13 @@ _LOOP_S: Final = 20.0
 
 
 class ApiMetrics:
-    """Of one process, shown together with those of the group's others: `uvicorn --workers` starts several.
+    """The metrics of one process, shown with those of its group: `uvicorn --workers` starts several.
 
-    `routes`: each method and path template there is.
+    `routes` lists each method with each path template.
     """
 
-    def __init__(self, routes: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, settings: Settings, routes: Iterable[tuple[str, str]]) -> None:
+        self._settings = settings
         known = sorted(set(routes))
         values = {
             "method": [*_METHODS, "other"],
@@ -52,18 +54,18 @@ class ApiMetrics:
         def totals() -> list[float]:
             return group.totals(self.layout) if group else self.layout.numbers(self.counters.data())
 
-        return Exposition("api", self.layout, totals, group, always=self._always)
+        return Exposition("api", self.layout, totals, group, self._settings, always=self._always)
 
     def share(self) -> None:
-        """Count where the others of the group do, and find their counts."""
+        """Move the counters into the group's folder, and show those of all its processes."""
         try:
             self.group = process_registry.join("api", self.counters)
         except process_registry.RegistryUnavailable as error:
-            log.warning("metrics_unshared", error=error)
+            log.warning("metrics_local_only", error=error)
         self._exposition = self._of(self.group)
 
     async def beat(self, service: "Service") -> None:
-        """Show that the event loop makes progress, for as long as this is not cancelled, and what is in use."""
+        """Report progress of the event loop, and connections and threads in use, until cancelled."""
         self.counters.watch_thread("event loop")
         while True:
             self.counters.set_deadline(_LOOP_S)
@@ -73,7 +75,7 @@ class ApiMetrics:
             await asyncio.sleep(_BEAT_S)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
-        """An answered request."""
+        """Count a request."""
         method = self._known("method", scope["method"], "other")
         route = self._known("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
         self.counters.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
@@ -83,19 +85,19 @@ class ApiMetrics:
         return value if value in self._values[label] else otherwise
 
     def read(self, source: str) -> None:
-        """A record was read from `memory`, `redis` or the `database`."""
+        """Count a record read from `memory`, `redis` or the `database`."""
         self.counters.add("evalstore_http_record_reads_total", source)
 
     def events(self, outcome: str, count: int = 1) -> None:
-        """Events were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
+        """Count events that were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
         self.counters.add("evalstore_http_events_total", outcome, by=count)
 
     def stored(self, stored: Stored) -> None:
-        """Events were committed."""
+        """Count results of attempts that already had another result, and records made anew from the log."""
         self.counters.add("evalstore_conflicting_results_total", by=stored.conflicting_results)
         for reason, count in stored.rebuilt.items():
             self.counters.add("evalstore_merge_states_rebuilt_total", reason, by=count)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """All of it, and its media type, in the form that an Accept header asks for."""
+        """Return the metrics and their media type, in the format of an Accept header."""
         return self._exposition.text(accept)

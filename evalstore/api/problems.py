@@ -108,7 +108,7 @@ def of(error: Exception) -> Problem:
         case EventIdReused() | AlreadyQueued() | VersionChanged() | ObjectMissing() | ObjectDamaged():
             status, kind = _NAMED[type(error)]
             if status == 500:
-                log.error("content_not_whole", kind=type(error).__name__, error=error)
+                log.error("content_corrupt", kind=type(error).__name__, error=error)
             return Problem(status, kind, str(error))
         case Outage():
             log.warning("request_outage", kind=type(error).__name__, error=error)

@@ -181,7 +181,7 @@ class Service:
             found: Any = self.redis.mget([self._names.given_time(event.eval_id, str(event.event_id)) for event in events])
         except redis.RedisError as error:
             self._redis_rests_until = time.monotonic() + _REST_S
-            log.warning("redis_left_alone", error=error)
+            log.warning("queue_skipped", error=error)
             return {}
         times = zip(events, found, strict=True)
         return {(one.eval_id, one.event_id): datetime.fromisoformat(at.decode()) for one, at in times if at is not None}
@@ -195,7 +195,7 @@ class Service:
                 return conditional.times(conn, events)
         except DatabaseOutage as error:
             self._log_rests_until = time.monotonic() + _REST_S
-            log.warning("log_left_alone", error=error)
+            log.warning("event_log_skipped", error=error)
             return {}
 
     async def run(self, work: Callable[[Connection], T]) -> T:

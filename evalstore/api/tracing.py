@@ -1,4 +1,4 @@
-"""The span of a request: https://opentelemetry.io/docs/specs/semconv/http/http-spans/. Nothing where traces are off."""
+"""The span of a request: https://opentelemetry.io/docs/specs/semconv/http/http-spans/."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,31 +10,31 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 SERVICE: Final = "evalstore-api"
-_UNSEEN: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
+_UNTRACED: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
 
 
 class TracingMiddleware:
-    """Around everything else: a trace that a request brings along goes on in whatever is done for it."""
+    """Continues the trace of each request. Must be the outermost middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tracer = tracing.tracer() if scope["type"] == "http" and scope["path"] not in _UNSEEN else None
+        tracer = tracing.tracer() if scope["type"] == "http" and scope["path"] not in _UNTRACED else None
         if tracer is None:
             await self._app(scope, receive, send)
         else:
             await self._follow(tracer, scope, receive, send)
 
     async def _follow(self, tracer: "Tracer", scope: Scope, receive: Receive, send: Send) -> None:
-        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - only where it is asked for
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - only with traces on
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"] if name in _CARRIED}
         context = TraceContextTextMapPropagator().extract(carrier)
         method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
         with tracer.start_as_current_span(
-            method, context=context, kind=SpanKind.SERVER, attributes=_said(scope, method)
+            method, context=context, kind=SpanKind.SERVER, attributes=_attributes(scope, method)
         ) as span:
 
             async def sending(message: Message) -> None:
@@ -58,9 +58,9 @@ _CARRIED: Final = frozenset({b"traceparent", b"tracestate"})
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
-def _said(scope: Scope, method: str) -> dict[str, Any]:
+def _attributes(scope: Scope, method: str) -> dict[str, Any]:
     host, port = scope.get("server") or (None, None)
-    said = {
+    found = {
         "http.request.method": method,
         "url.scheme": scope.get("scheme", "http"),
         "url.path": scope["path"],
@@ -68,4 +68,4 @@ def _said(scope: Scope, method: str) -> dict[str, Any]:
         "server.address": host,
         "server.port": port,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,7 +1,7 @@
-"""What the servers hold, as numbers for the metrics of `models.metrics` whose source is `servers`.
+"""The metrics of `models.metrics` with the source `servers`, read from Redis and PostgreSQL.
 
-Nobody who asks waits for a server: each is asked in a thread of its own, which is given a moment, and what one answered is
-kept for a while, and what takes long to tell for longer. A server that does not answer in time is away until it does.
+A thread for each probe asks its server, so a scrape waits for a short time only. Results are cached, those of slow probes
+longer. A server that does not answer in time counts as unavailable until it does.
 """
 
 import threading
@@ -38,7 +38,7 @@ T = TypeVar("T")
 Numbers = dict[Series, float]
 
 _KEEP_S: Final = 2.0
-# What takes long is asked for at most this share of the time.
+# A slow probe runs at most this share of the time.
 _SHARE: Final = 1 / 200
 _LONGEST_S: Final = 60.0
 _MOST_REASONS: Final = 30
@@ -46,7 +46,7 @@ _CONTENTS: Final = ("evalstore_evaluations_open", "evalstore_contents", "evalsto
 
 
 class CachedProbe(Generic[T]):
-    """What `read` gives, read by one thread for all who ask. `stale`: give what was read before, while it takes long."""
+    """Caches the result of `read`, which one thread calls for all callers. `stale`: return the last result meanwhile."""
 
     def __init__(self, read: Callable[[], T], patience_s: float, *, stale: bool = False) -> None:
         self._read, self._patience_s, self._stale = read, patience_s, stale
@@ -59,7 +59,7 @@ class CachedProbe(Generic[T]):
         self._give_up = 0.0
 
     def get(self) -> T | None:
-        """None where it cannot be told now."""
+        """Return the result; None if there is none in time."""
         with self._lock:
             now = time.monotonic()
             if self._thread is None and now < self._fresh_until:
@@ -82,14 +82,15 @@ class CachedProbe(Generic[T]):
             with self._lock:
                 now = time.monotonic()
                 self._value, self._thread, self.error = value, None, failed
-                # What took long but once, as the server was frozen or locked, is not kept for as long as what always does.
+                # One slow run, of a frozen or locked server, does not make the result last longer.
                 usual_s, self._took_s = min(self._took_s, now - started), now - started
                 self._fresh_until = now + (max(_KEEP_S, usual_s / _SHARE) if self._stale and value else _KEEP_S)
 
 
 class BackendStatus(NamedTuple):
-    """What the servers said. `errors`: what keeps one from being used, under `redis`, `postgresql` or `schema`. They are
-    the servers' words, which name hosts and users: not for strangers.
+    """The state of both servers. `errors` has the keys `redis`, `postgresql` and `schema`.
+
+    Their texts come from the servers, and name hosts and users: do not show them to unauthenticated clients.
     """
 
     redis: queues.QueueStats | None
@@ -98,7 +99,7 @@ class BackendStatus(NamedTuple):
 
 
 class BackendStats:
-    """For one process that is asked for metrics and health."""
+    """The probes of one process that serves metrics and health."""
 
     def __init__(self, settings: Settings, patience_s: float = 2.0) -> None:
         self._settings = settings
@@ -124,7 +125,7 @@ class BackendStats:
             return None
 
     def probe(self, read: Callable[[Connection], T]) -> CachedProbe[T]:
-        """Of something in the database that may take its time."""
+        """Return a probe of the database that may be slow."""
         return CachedProbe(lambda: self._bounded(read), self._patience_s, stale=True)
 
     def _bounded(self, read: Callable[[Connection], T]) -> T:
@@ -136,7 +137,7 @@ class BackendStats:
             raise
 
     def _server(self, conn: Connection) -> tuple[SchemaMismatch | None, stored.Numbers]:
-        """Whether the schema is another than ours, and what its tables tell."""
+        """Return the mismatch of the schema, if any, and the numbers of the tables."""
         try:
             migrations.check(conn, or_newer=self._had_schema)
         except SchemaMismatch as error:
@@ -156,7 +157,7 @@ class BackendStats:
             self._archive.close()
 
     def status(self) -> BackendStatus:
-        """What both servers say now. Raises InvalidSettings for an address that only libpq can judge."""
+        """Return the state of both servers. Raises InvalidSettings for an address that libpq refuses."""
         seen, answer = self.redis.get(), self.database.get()
         found: dict[str, EvalstoreError] = {}
         if seen is None:
@@ -170,12 +171,12 @@ class BackendStats:
         return BackendStatus(seen, answer, found)
 
     def ready(self) -> dict[str, str]:
-        """What keeps this from working, by server, for anyone to know; nothing where all is well."""
+        """Return the problems by server, without hosts or users; empty if there are none."""
         found = self.status().errors
         return {name: str(error) if name == "schema" else _for_anyone(error) for name, error in found.items()}
 
     def numbers(self) -> Numbers:
-        """All that can be told now."""
+        """Return the numbers of all probes that answer."""
         seen, answer = self.redis.get(), self.database.get()
         found: Numbers = {
             ("evalstore_server_up", ("redis",)): seen is not None,
@@ -211,7 +212,7 @@ def _keyed(numbers: stored.Numbers) -> Numbers:
 
 
 def _letter_numbers(letters: Iterable[tuple[str, str, str, int, float]]) -> Numbers:
-    """By the class of error; of classes there are few, and if not, the rarest together are `other`."""
+    """Return the numbers by error class. Above 30 classes, the rarest are merged into `other`."""
     counts: dict[str, int] = {}
     for _, error_class, _, count, _ in letters:
         counts[error_class] = counts.get(error_class, 0) + count

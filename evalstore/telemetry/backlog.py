@@ -1,4 +1,4 @@
-"""What waits to be stored, as Redis and this machine's spool show it: how old it is, and which objects it needs."""
+"""The messages that wait to be stored, in Redis and in this machine's spool: their age, and the objects they need."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tasks.spool import Spool
 
 
 class Backlog(NamedTuple):
-    """The SHA-256 of every object that some message needs, and for how long the oldest message has waited."""
+    """The SHA-256 of each object that a message needs, and the age of the oldest message."""
 
     objects: set[bytes]
     oldest_age_s: float
@@ -27,13 +27,13 @@ class _Sent(msgspec.Struct):
 
 
 _MOST_DELAYED: Final = 1000
-# What a sender delayed by more than that is not looked at; what waits for something comes again sooner.
+# Messages that a sender delays for longer are ignored; retries come sooner.
 _SOON_S: Final = 300
 _SENT: Final = msgspec.json.Decoder(_Sent)
 
 
 def oldest_age_s(broker: SendingBroker, queue: str) -> float:
-    """For how long the oldest message of a queue has waited, in seconds; infinite where that cannot be told.
+    """Return the age of the oldest message of a queue, in seconds; infinite if it is unknown.
 
     A few short requests. Raises RedisOutage (retry).
     """
@@ -42,7 +42,7 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
         if client.llen(keys.suspects):
             return float("inf")
         ids = queues.oldest_messages(broker, queue, redriven=True)
-        # Those that wait for an object or a lock come again and again, in no order of age.
+        # Messages that wait for an object or a lock are retried, in no order of age.
         now_s: int = client.time()[0]
         ids += client.zrangebyscore(keys.delayed, "-inf", (now_s + _SOON_S) * 1000, start=0, num=_MOST_DELAYED)
         return queues.waited_s(broker, queue, ids) if len(ids) <= _MOST_DELAYED else float("inf")
@@ -51,10 +51,10 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
 
 
 def snapshot(broker: SendingBroker, spool: Spool | None, *, longest_s: float) -> Backlog:
-    """All that waits: in the spool, in the queue or delayed, being worked on, or dead and not yet in the database.
+    """Read all waiting messages: spooled, queued, delayed, in flight, or dead and not yet in the database.
 
-    Reads every message, unless one has waited for longer than `longest_s` where that is quickly seen. One that moves on
-    meanwhile, in this order or to the database, is seen here or there. Raises RedisOutage, OSError (retry).
+    Return early if the oldest is older than `longest_s`. The order of reading is that in which messages move, so a moving
+    message is not missed. Raises RedisOutage, OSError (retry).
     """
     if (age_s := oldest_age_s(broker, QUEUE)) > longest_s:
         return Backlog(set(), age_s)

@@ -1,8 +1,6 @@
-"""What a process counts, and until when each of its loops is to make progress: numbers at fixed places in its memory.
+"""The counters of a process, and a deadline for each of its loops: numbers at fixed offsets of a mapped file.
 
-Once `keep_in` has put that memory into a file, others read it while the process runs, and after it died, without asking it:
-a process that is stuck or gone cannot answer. As the list of metrics is closed, the places are known beforehand, and counting
-costs no more than adding to a number.
+Other processes read the file without asking its process, which may be stuck or dead. docs/decisions/0014
 """
 
 import mmap
@@ -33,12 +31,12 @@ _COUNTED_BY_ALL: Final = frozenset(
 
 
 def counted_by(role: str) -> list[Metric]:
-    """The metrics that processes of a role keep in their ledgers."""
+    """Return the metrics that processes of a role count."""
     return [metric for metric in METRICS if metric.source == role or metric.name in _COUNTED_BY_ALL]
 
 
 class Schema:
-    """The place of each number. `values`: of the labels that `models.metrics` leaves open, by metric and label, or by label."""
+    """The offset of each number. `values` lists those of open labels, by label."""
 
     def __init__(self, metrics: Iterable[Metric], values: Mapping[str, Sequence[str]]) -> None:
         self.metrics = {metric.name: metric for metric in metrics}
@@ -48,7 +46,7 @@ class Schema:
         for metric in self.metrics.values():
             for labels in product(*(known or values[label] for label, known in metric.labels.items())):
                 self.offsets[metric.name, labels] = self.size
-                # Of a histogram: a count for each bucket and for what is above them all, and the sum.
+                # A histogram has a count for each bucket, one above the last bucket, and the sum.
                 width = len(metric.buckets) + 2 if metric.kind == "histogram" else 1
                 self.is_gauge += bytes([metric.kind == "gauge"]) * width
                 self.is_largest += bytes([metric.across == "max"]) * width
@@ -62,31 +60,31 @@ class Schema:
         self.bytes = self.start + 8 * self.size
 
     def series(self, name: str) -> list[tuple[Series, int]]:
-        """The series of a metric, and their places."""
+        """Return the series of a metric, and their offsets."""
         return self._series[name]
 
     def matches(self, data: bytes) -> bool:
-        """Whether `data` is of this layout: that of another release, or a file that was cut short, is not."""
+        """Whether `data` has this schema. A file of another release or a truncated one does not."""
         return len(data) == self.bytes and data.startswith(self.mark)
 
     def numbers(self, data: bytes) -> list[float]:
-        """The numbers in it."""
+        """Unpack the numbers of a counter file."""
         return list(struct.unpack_from(f"{self.size}d", data, self.start))
 
     def data(self, numbers: Sequence[float]) -> bytes:
-        """A ledger's memory that holds these numbers."""
+        """Return a counter file with these numbers, and no loops."""
         return self.mark.ljust(self.start, b"\0") + struct.pack(f"{self.size}d", *numbers)
 
 
 class Loop(NamedTuple):
-    """A loop of a process, and by when, on this machine's monotonic clock, it is to have made progress."""
+    """A loop of a process, and its deadline on the monotonic clock."""
 
     name: str
     deadline: float
 
 
 def loops(data: bytes) -> Iterator[Loop]:
-    """Those in a ledger's memory that are to make progress. None where it is being made just now."""
+    """Yield the loops with a deadline in a counter file. A file that is not complete yet has none."""
     if len(data) < _HEAD_BYTES + _LOOPS * _LOOP.size:
         return
     for place in range(_LOOPS):
@@ -96,7 +94,7 @@ def loops(data: bytes) -> Iterator[Loop]:
 
 
 class Counters:
-    """The numbers of this process. For use by many threads."""
+    """The counters of this process. Thread-safe."""
 
     def __init__(self, layout: Schema) -> None:
         self.schema = layout
@@ -111,10 +109,10 @@ class Counters:
         return memoryview(self._memory)[self.schema.start :].cast("d")
 
     def keep_in(self, path: Path) -> None:
-        """From now on, count in the file `path`, which is made. Raises OSError."""
+        """Move the counters into a new file. Raises OSError; the counters then stay in memory."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Room for all of it: a page that the disk has none for when it is first written to would end the process.
+            # Reserve the space: a write to a mapped page on a full disk ends the process with SIGBUS.
             os.posix_fallocate(file, 0, self.schema.bytes)
             with self._lock:
                 memory = mmap.mmap(file, self.schema.bytes)
@@ -128,12 +126,12 @@ class Counters:
             os.close(file)
 
     def data(self) -> bytes:
-        """All of it, as it is now."""
+        """Return a copy of the counter file."""
         with self._lock:
             return bytes(self._memory)
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
-        """Count."""
+        """Add to a counter."""
         place = self.schema.offsets[name, labels]
         with self._lock:
             self._numbers[place] += by
@@ -143,15 +141,15 @@ class Counters:
         self._numbers[self.schema.offsets[name, labels]] = to
 
     def get(self, name: str, *labels: str) -> float:
-        """What was counted or set."""
+        """Return the value of a counter or gauge."""
         return self._numbers[self.schema.offsets[name, labels]]
 
     def observe(self, name: str, *labels: str, value: float) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
         self.observe_all(name, *labels, values=(value,))
 
     def observe_all(self, name: str, *labels: str, values: Sequence[float], times: float = 1) -> None:
-        """Put values into a histogram, each as often as it was seen."""
+        """Add values to a histogram, each of them `times` times."""
         place, buckets = self.schema.offsets[name, labels], self.schema.metrics[name].buckets
         with self._lock:
             numbers = self._numbers
@@ -160,28 +158,28 @@ class Counters:
             numbers[place + len(buckets) + 1] += sum(values) * times
 
     def watch_thread(self, name: str) -> None:
-        """The calling thread is a loop; see `due`. Where there are too many, it is not watched."""
+        """Register the calling thread as a loop; see `set_deadline`. Above 128 loops, do nothing."""
         with self._lock:
             if getattr(self._here, "place", None) is None and self._free:
                 self._here.place = self._free.pop()
                 _LOOP.pack_into(self._memory, self._offset(), 0.0, name.encode(errors="replace")[:40])
 
     def set_deadline(self, within_s: float | None) -> None:
-        """The calling thread calls this again within so many seconds, or is stuck. None: it waits, for however long."""
+        """Report progress of the calling thread. It is stuck if its next call comes later than this. None: no deadline."""
         if getattr(self._here, "place", None) is not None:
             until = 0.0 if within_s is None or self._deadlines_disabled else time.monotonic() + within_s
             with self._lock:
                 struct.pack_into("d", self._memory, self._offset(), until)
 
     def leave_thread(self) -> None:
-        """The calling thread ends, as it should."""
+        """Unregister the calling thread, before it ends."""
         self.set_deadline(None)
         with self._lock:
             if (place := self._here.__dict__.pop("place", None)) is not None:
                 self._free.append(place)
 
     def disable_deadlines(self) -> None:
-        """No thread is to make progress any more: something else sees to it that the process ends in time."""
+        """Remove all deadlines, for the shutdown of the process."""
         with self._lock:
             self._deadlines_disabled = True
             for place in range(_LOOPS):

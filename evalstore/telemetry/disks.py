@@ -1,4 +1,4 @@
-"""Room on the disks that hold folders of ours, as this machine sees them: the objects', the archive's, the spool's."""
+"""Free space on the disks of the objects, the archive and the spool, as this machine sees them."""
 
 import os
 from contextlib import suppress
@@ -14,7 +14,7 @@ _PATIENCE_S: Final = 2.0
 
 
 class Disks:
-    """For one process that is asked for metrics. S3 has no end, and tells of none."""
+    """The disks that one process reports. S3 has no limit, and reports none."""
 
     def __init__(self, settings: Settings) -> None:
         folders = {
@@ -22,11 +22,11 @@ class Disks:
             "archive": _folder(settings.archive_url),
             "spool": settings.spool_dir,
         }
-        # Each by itself: a mount whose server is away answers nobody, for as long as it is away.
+        # One probe each: a mount blocks all callers while its server is unavailable.
         self._readings = {name: CachedProbe(partial(free_and_total, at), _PATIENCE_S) for name, at in folders.items() if at}
 
     def numbers(self) -> dict[Series, float]:
-        """Of the folders that can be read now."""
+        """Return the numbers of the folders that can be read now."""
         found: dict[Series, float] = {}
         for name, reading in self._readings.items():
             if answer := reading.get():

@@ -1,4 +1,4 @@
-"""Metrics in Prometheus's text format, and health, of a group of processes: over HTTP, for whoever may connect."""
+"""The HTTP endpoint of a group of processes: metrics in Prometheus's text format, and health."""
 
 import json
 import os
@@ -25,12 +25,12 @@ from evalstore.telemetry.process_registry import Group
 from models.addresses import authority
 from models.logs import EventLogger
 from models.metrics import METRICS, Metric
-from models.settings import settings
+from models.settings import Settings
 from tasks.spool import Spool, folder_of
 from tasks.tracing import release
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-# Labels that only those series have that were counted: of all that is possible, few are.
+# Of these metrics only series that were counted are shown, as few of all possible ones are.
 _SPARSE: Final = frozenset({"evalstore_http_requests_total", "evalstore_http_request_duration_seconds"})
 
 _AGAIN_S: Final = 5.0
@@ -39,7 +39,7 @@ log = EventLogger("evalstore")
 
 
 class Exposition(Collector):
-    """What a group shows. `always`: series that are there before they are counted, though their metric is sparse."""
+    """Collects the metrics of a group. `always` lists series of sparse metrics to show at 0."""
 
     def __init__(
         self,
@@ -47,17 +47,18 @@ class Exposition(Collector):
         layout: Schema,
         totals: Callable[[], Sequence[float]],
         group: Group | None,
+        settings: Settings,
         standing: BackendStats | None = None,
         always: frozenset[Series] = frozenset(),
     ) -> None:
         self._role, self._layout, self._totals, self._group = role, layout, totals, group
         self._standing, self._always = standing, always
-        self._disks = Disks(settings())
+        self._settings, self._disks = settings, Disks(settings)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """All of it, and its media type, in the form that an Accept header asks for."""
+        """Return the metrics and their media type, in the format of an Accept header."""
         encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
 
@@ -65,7 +66,7 @@ class Exposition(Collector):
         return []
 
     def collect(self) -> Iterator[Family]:
-        """The families of the list, in its order."""
+        """Yield the families in the order of the list."""
         totals, seen = self._totals(), self._seen()
         for metric in METRICS:
             if metric.name in self._layout.metrics:
@@ -90,7 +91,7 @@ class Exposition(Collector):
         return family
 
     def _seen(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """What is not counted, but looked at now."""
+        """Return the values that are read now, by metric and labels."""
         found: dict[Series, float] = dict(self._standing.numbers()) if self._standing else {}
         found["evalstore_build_info", (release(), platform.python_version())] = 1
         processes = list(self._group.processes()) if self._group else []
@@ -99,7 +100,7 @@ class Exposition(Collector):
         found["evalstore_processes", (self._role, "stuck")] = stuck
         pids = [process.pid for process in processes] or [os.getpid()]
         found["evalstore_process_resident_memory_bytes", ()] = sum(map(_resident_bytes, pids))
-        found |= _spool() | self._disks.numbers()
+        found |= _spool(self._settings) | self._disks.numbers()
         by_name: dict[str, dict[tuple[str, ...], float]] = {}
         for (name, labels), value in found.items():
             by_name.setdefault(name, {})[labels] = float(value)
@@ -126,26 +127,26 @@ def _resident_bytes(pid: int) -> int:
     return 0
 
 
-def _spool() -> dict[Series, float]:
-    folder = folder_of(settings())
+def _spool(settings: Settings) -> dict[Series, float]:
+    folder = folder_of(settings)
     if folder is None:
         return {}
     try:
-        size, age_s = Spool(folder, max_bytes=settings().spool_max_bytes).waiting()
-    except OSError:  # another user's, say: nothing to tell of it, and much of all else
+        size, age_s = Spool(folder, max_bytes=settings.spool_max_bytes).waiting()
+    except OSError:  # of another user, for example: show all other metrics
         return {}
     return {("evalstore_spool_bytes", ()): size, ("evalstore_spool_oldest_age_seconds", ()): age_s}
 
 
 class Answer(NamedTuple):
-    """To a question about health."""
+    """A response to a health probe."""
 
     status: int
     told: dict[str, object]
 
 
 def live(group: Group | None) -> Answer:
-    """Whether a group has processes, and all their loops make progress. Asks no server."""
+    """Check that the group has processes and that all their loops make progress. Asks no server."""
     processes = list(group.processes()) if group else []
     stuck = {str(process.pid): process.stuck for process in processes if process.stuck}
     if processes and not stuck:
@@ -154,34 +155,34 @@ def live(group: Group | None) -> Answer:
 
 
 def ready(standing: BackendStats) -> Answer:
-    """Whether Redis and PostgreSQL answer, and the schema is that of this release."""
+    """Check that Redis and PostgreSQL answer, and that the schema fits this release."""
     found = standing.ready()
     return Answer(503, {"status": "not ready", **found}) if found else Answer(200, {"status": "ready"})
 
 
 class _Server(ThreadingHTTPServer):
-    """Serves each request in a thread of its own, over IPv4 or IPv6; on `::` over both. Raises OSError."""
+    """Serves each request in its own thread, over IPv4 or IPv6; on `::` over both. Raises OSError."""
 
     daemon_threads = True
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # A name may stand for both. IPv4 goes first, as most who scrape localhost ask for 127.0.0.1.
+        # A name may have both kinds of addresses. Most scrapers of localhost use 127.0.0.1, so prefer IPv4.
         self.address_family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         super().__init__(address, handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        TCPServer.server_bind(self)  # HTTPServer also looks the host's name up, which may take seconds
+        TCPServer.server_bind(self)  # HTTPServer would also resolve the host name, which may take seconds
 
 
 class Endpoint:
-    """Answers `/metrics`, `/health/live` and `/health/ready`, each request in a thread of its own."""
+    """Serves `/metrics`, `/health/live` and `/health/ready`."""
 
-    def __init__(self, role: str, group: Group, layout: Schema, host: str, port: int) -> None:
-        standing = BackendStats(settings())
-        text = Exposition(role, layout, lambda: group.totals(layout), group, standing).text
+    def __init__(self, role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
+        standing = BackendStats(settings)
+        text = Exposition(role, layout, lambda: group.totals(layout), group, settings, standing).text
         answers: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: live(group),
             "/health/ready": lambda: ready(standing),
@@ -209,23 +210,22 @@ class Endpoint:
                 self.wfile.write(body)
 
             def log_message(self, *given: object) -> None:
-                """Nothing: whoever scrapes comes every few seconds."""
+                """Log nothing: a scrape comes every few seconds."""
 
-        self.server = _Server(host, port, Handler)
+        self.server = _Server(settings.metrics_host, port, Handler)
 
 
-def start(role: str, group: Group, layout: Schema, port: int) -> None:
-    """Answer from a thread of this process. Where it cannot listen, warn once and try again: the process of the last release
-    may still have the port."""
+def start(role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
+    """Serve from a thread. If it cannot listen, warn once and retry: a process of the last release may still use the port."""
 
     def serve() -> None:
         warned = False
         while True:
             try:
-                server = Endpoint(role, group, layout, settings().metrics_host, port).server
+                server = Endpoint(role, group, layout, settings, port).server
             except OSError as error:
                 if not warned:
-                    log.warning("metrics_not_served", address=authority(settings().metrics_host, port), error=error.strerror)
+                    log.warning("metrics_not_served", address=authority(settings.metrics_host, port), error=error.strerror)
                 warned = True
                 time.sleep(_AGAIN_S)
             else:

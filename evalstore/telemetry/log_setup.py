@@ -1,4 +1,4 @@
-"""How log lines look: JSON for machines, or text for people. Senders keep the logging of whatever program they are part of."""
+"""The format of log lines: JSON, or text. Senders keep the logging of their program."""
 
 import logging
 import os

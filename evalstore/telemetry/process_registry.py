@@ -1,9 +1,8 @@
-"""Groups of processes on this machine, and the folder in which each keeps its ledgers (evalstore/telemetry/counters.py).
+"""The groups of processes on this machine, and the folders with their counter files (evalstore/telemetry/counters.py).
 
-A group is what one command started: the master of `dramatiq worker.tasks` and its processes, a scheduler, a service. Its folder
-is `<role>;<its first process>`, and holds a file for each process, of those that ended too. What groups that ended had
-counted goes to the next one of that role that starts, so that a restart takes nothing from a counter: to one of them,
-whatever crashes meanwhile.
+A command starts a group: the master of `dramatiq worker.tasks` and its processes, a scheduler, a service. Its folder
+`<role>;<first process>` holds a file for each process, running or ended. The next group of the same role takes over the
+counts of ended groups, so a restart does not reset a counter. A crash at any step neither loses nor doubles a count.
 """
 
 import contextlib
@@ -30,11 +29,11 @@ _FORGOTTEN_AFTER_S: Final = 60.0
 
 
 class RegistryUnavailable(EvalstoreError):
-    """The folder for running processes cannot be used."""
+    """EVALSTORE_RUNTIME_DIR cannot be used."""
 
 
 def host_id() -> tuple[str, str]:
-    """This machine's boot and this container's process numbers: only within both does a pid mean anything."""
+    """Return the ids of this boot and of this PID namespace. A pid is unique within both."""
     boot, pids = "?", "?"
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
@@ -43,7 +42,7 @@ def host_id() -> tuple[str, str]:
 
 
 def start_ticks(pid: int) -> str | None:
-    """When the process started, in ticks since boot; None if there is none, or only its remains."""
+    """Return the start time of a process in ticks since boot; None if it does not run or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -53,7 +52,7 @@ def start_ticks(pid: int) -> str | None:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process that /proc does not show is there: with `hidepid` it shows no other user's."""
+    """Whether a process exists. With `hidepid`, /proc does not show processes of other users."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -64,12 +63,12 @@ def exists(pid: int) -> bool:
 
 
 def name_of(pid: int) -> str:
-    """A name that no other process of this machine has or had."""
+    """Return a unique name for a process of this machine."""
     return ";".join([*host_id(), str(pid), start_ticks(pid) or "?"])
 
 
 def _state(name: str) -> Literal["alive", "gone", "elsewhere"]:
-    """Whether the process of that name runs; or it is of a container whose processes do not show here."""
+    """Return the state of a process; `elsewhere` if it belongs to another PID namespace."""
     boot, pids, pid, ticks = [*name.split(";"), "", "", ""][:4]
     here = host_id()
     if boot != here[0]:
@@ -81,7 +80,7 @@ def _state(name: str) -> Literal["alive", "gone", "elsewhere"]:
 
 
 class RegisteredProcess(NamedTuple):
-    """One that has a ledger. `stuck`: its loops that should have made progress by now, and did not."""
+    """A process with a counter file. `stuck` names its loops that missed their deadline."""
 
     name: str
     stuck: list[str]
@@ -92,7 +91,7 @@ class RegisteredProcess(NamedTuple):
 
 
 class Group:
-    """One of the groups on this machine."""
+    """A group of processes on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,18 +101,18 @@ class Group:
         return self.folder.name.partition(";")[0]
 
     def processes(self) -> Iterator[RegisteredProcess]:
-        """Those that run."""
+        """Yield the running processes."""
         for path in _counter_files(self.folder):
             if _state(path.name) == "alive":
                 data, now = path.read_bytes(), time.monotonic()
                 yield RegisteredProcess(path.name, [loop.name for loop in loops(data) if now > loop.deadline])
 
     def totals(self, layout: Schema) -> list[float]:
-        """What its processes counted, with what they took over. Gauges are those of the processes that run."""
+        """Return the numbers of all its processes, with the counts taken over. Gauges come from running processes only."""
         return _totals(self.folder, layout, running=[process.name for process in self.processes()])
 
     def has_ended(self) -> bool:
-        """Whether none of its processes runs any more."""
+        """Whether no process of the group runs."""
         ledgers = _counter_files(self.folder)
         states = {_state(name) for name in (self.folder.name.partition(";")[2], *(path.name for path in ledgers))}
         if states == {"elsewhere"}:
@@ -123,7 +122,7 @@ class Group:
 
 
 def runtime() -> Path:
-    """The folder of all groups, made if need be. Raises Unshared."""
+    """Return the folder of all groups, and create it if it is missing. Raises RegistryUnavailable."""
     folder = settings().runtime_dir or Path(tempfile.gettempdir(), f"evalstore-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,13 +139,13 @@ def runtime() -> Path:
 
 
 def groups() -> list[Group]:
-    """Those of which something runs on this machine. Raises Unshared."""
+    """Return the groups with a running process. Raises RegistryUnavailable."""
     found = [Group(folder) for folder in sorted(runtime().iterdir()) if folder.name.partition(";")[0] in ROLES]
     return [group for group in found if next(group.processes(), None)]
 
 
 def join(role: Role, ledger: Counters) -> Group:
-    """Keep this process's ledger where the others of its group do, and take over from groups that ended. Raises Unshared."""
+    """Move the counters of this process into its group's folder, and take over ended groups. Raises RegistryUnavailable."""
     parent = multiprocessing.parent_process()
     group = Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
     try:
@@ -162,7 +161,7 @@ def join(role: Role, ledger: Counters) -> Group:
 
 
 def _counter_files(folder: Path) -> list[Path]:
-    """Those of its processes, also of those that ended."""
+    """Return the counter files of a group, with those of ended processes."""
     return [path for path in _files(folder) if path.name.count(";") == 3]
 
 
@@ -173,7 +172,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _totals(folder: Path, layout: Schema, running: Collection[str]) -> list[float]:
-    """The sum over the files of a folder, or where the metric says so the largest, with what was taken over added."""
+    """Merge the files of a folder: sums, or maxima for metrics with `across="max"`, plus the counts taken over."""
     total, most = [0.0] * layout.size, [0.0] * layout.size
     for path in _files(folder):
         data = path.read_bytes()
@@ -190,11 +189,11 @@ def _totals(folder: Path, layout: Schema, running: Collection[str]) -> list[floa
 
 
 def _adopt(ended: Path, heir: Path, layout: Schema) -> None:
-    """Move what a group had counted to another one: each step may be the last, and nothing is counted twice or lost."""
+    """Move the counts of an ended group to another. A crash after any step neither loses nor doubles a count."""
     total = ended / _TOTAL
     if _files(ended) and not total.exists():
         new = ended / "total.new"
-        new.unlink(missing_ok=True)  # somebody died here: it would be added to what it is the total of
+        new.unlink(missing_ok=True)  # left by a crash; it would be counted twice
         new.write_bytes(layout.data(_totals(ended, layout, running=())))
         new.rename(total)
     for path in _files(ended):

@@ -1,4 +1,4 @@
-"""What Redis holds of the queues and knows of the workers: read, and nothing changed."""
+"""The queues and the workers, as Redis holds them. Nothing here writes."""
 
 import time
 from typing import Any, Final, NamedTuple
@@ -16,7 +16,7 @@ SILENT_AFTER_S: Final = 15.0
 
 
 class Queue(NamedTuple):
-    """A queue at one moment. `oldest_age_s`: since the oldest message was sent that is ready or in flight; 0 without one."""
+    """A snapshot of a queue. `oldest_age_s` is the age of the oldest message that is ready or in flight; 0 without one."""
 
     name: str
     messages: dict[str, int]
@@ -37,7 +37,7 @@ class QueueStats(NamedTuple):
 
 
 def snapshot(broker: SendingBroker) -> QueueStats:
-    """How things stand. Raises RedisOutage."""
+    """Read the state of all queues, workers and jobs. Raises RedisOutage."""
     client: Any = broker.client
     try:
         seconds, micros = client.time()
@@ -70,7 +70,7 @@ def _memory(client: Any) -> dict[str, Any]:
 
 
 def _live_workers(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
-    """Those that told of themselves a moment ago, by Redis's own clock."""
+    """Return the workers with a recent heartbeat, by the clock of Redis."""
     found = {}
     for name, line in told.items():
         at_ms, _, json = line.partition(b" ")
@@ -97,7 +97,7 @@ def oldest_messages(broker: SendingBroker, queue: str, *, redriven: bool) -> lis
 
 
 def waited_s(broker: SendingBroker, queue: str, ids: list[Any]) -> float:
-    """For how long the oldest of these messages has waited, by its own word; 0 without one. Raises what redis raises."""
+    """Return the age of the oldest of these messages, by its own timestamp; 0 without one. Raises redis.RedisError."""
     found = [0.0]
     for start in range(0, len(ids), 50):  # as each is looked through in Redis, which does nothing else meanwhile
         sent: list[bytes] = broker.waiting(keys=[broker.keys(queue).bodies], args=ids[start : start + 50])

@@ -154,7 +154,7 @@ def test_a_process_whose_consumer_thread_died_or_stands_still_ends_with_a_stack_
     wait_until(lambda: not workers.running, what="the process ended")
     assert workers.exit_status == 70
     assert "most recent call first" in workers.log.read_text()
-    assert "died or stands still" in workers.log.read_text()
+    assert "ended or makes no progress" in workers.log.read_text()
 
 
 def test_clocks_that_are_a_day_apart_steal_no_work_and_hold_no_job_back(world: World) -> None:

@@ -112,7 +112,7 @@ def test_content_that_turns_out_damaged_halfway_ends_the_answer_and_the_log_says
             conn.execute("UPDATE contents SET data = substring(data, 1, 20000000)")
         with pytest.raises(httpx.RemoteProtocolError):
             list(pieces)
-    assert "the answer broke off: ObjectDamaged" in api.said
+    assert "the response was aborted: ObjectDamaged" in api.said
     assert "unexpected error" not in api.said
 
 

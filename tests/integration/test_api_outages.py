@@ -151,7 +151,7 @@ def test_what_was_committed_is_what_is_read_next_also_while_redis_dies_and_comes
     assert old == []
     sources = "".join(api.nobody.get("/metrics").text for api in apis)
     assert all(f'source="{source}"' in sources for source in ("memory", "redis", "database"))
-    assert any("the cache is left alone" in api.log.read_text() for api in apis)
+    assert any("the cache is not used" in api.log.read_text() for api in apis)
 
 
 def _read_until(done: threading.Event, url: str, committed: dict[str, int], old: list[tuple[str, int, int]]) -> int:

@@ -133,7 +133,7 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     (endpoint := worker.endpoint).kill()
     endpoint.wait()
     worker.until(is_counted, **settled)  # another one answers, beside the same processes
-    assert "the endpoint for metrics ended" in worker.log.read_text()
+    assert "the metrics endpoint exited" in worker.log.read_text()
     worker.workers[0].send_signal(SIGKILL)  # Dramatiq's master ends all of them then, and a supervisor starts it again
     eventually(lambda: worker.process and worker.process.poll() is not None, within_s=30, what="the end of the worker")
     worker.start()

@@ -111,11 +111,10 @@ def test_disks_show_their_room_as_df_does_and_a_folder_that_is_not_there_shows_n
     assert found["evalstore_disk_bytes", ("objects",)] == pytest.approx(free + used, abs=2**20)
 
 
-def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool", max_bytes=10**6)
     spool.append(["id", b"{}"])
-    monkeypatch.setattr(exposition, "settings", lambda: Settings(spool_dir=spool.folder))
-    found = exposition._spool()
+    found = exposition._spool(Settings(spool_dir=spool.folder))
     assert found["evalstore_spool_bytes", ()] == len(SpoolRecord(int(time.time() * 1000), b"id", b"{}").line())
     assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
 
@@ -213,5 +212,4 @@ def test_everybodys_connections_are_counted_by_a_role_that_may_not_look_into_the
 
 def test_a_spool_that_may_not_be_read_hides_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "spool").write_text("")
-    monkeypatch.setattr(exposition, "settings", lambda: Settings(spool_dir=tmp_path / "spool"))
-    assert exposition._spool() == {}
+    assert exposition._spool(Settings(spool_dir=tmp_path / "spool")) == {}

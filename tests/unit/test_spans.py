@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from worker.traceparents import below, is_sampled, sampled, sender, senders
+from worker.batch_spans import below, is_sampled, parse_traceparent
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00", f"00-{TRACE}-{SPAN}-ff", f"cc-{TRACE}-{SPAN}-01-what-follows"]
@@ -36,7 +36,7 @@ def by_opentelemetry(traceparent: str) -> tuple[bytes, bytes, bool] | None:
 
 
 def by_us(traceparent: Any) -> tuple[bytes, bytes, bool] | None:
-    found = sender(traceparent)
+    found = parse_traceparent(traceparent)
     return (bytes.fromhex(found[3:35]), bytes.fromhex(found[36:52]), is_sampled(found)) if found else None
 
 
@@ -58,26 +58,8 @@ def test_it_is_never_believed_where_opentelemetry_does_not(traceparent: str) -> 
     assert by_us(traceparent) == by_opentelemetry(traceparent)
 
 
-def test_many_at_once_are_read_as_each_by_itself() -> None:
-    many = [f"00-{2**127 + number:032x}-{2**63 + number:016x}-01" for number in range(100)]
-    assert senders(many) == [sender(one) for one in many]
-    assert all(senders(many))
-    assert senders([*many, *GOOD]) == [*many, *map(sender, GOOD)]
-    for bad in BAD:
-        assert senders([*many, bad]) == [*many, ""]
-    assert senders([]) == []
-
-
 def test_a_trace_goes_on_below_our_span_or_as_it_came() -> None:
-    followed, unsampled = sender(GOOD[0]), sender(f"00-{TRACE}-{SPAN}-f0")
-    ids = [bytes([number]) * 8 for number in (1, 2, 3)]
-    goes_on = [f"00-{TRACE}-{one.hex()}-01" for one in ids]
-    assert below([followed, sender(GOOD[2]), followed], b"".join(ids)) == "".join(goes_on)
-    assert below([followed, unsampled, ""], b"".join(ids)) == goes_on[0] + GOOD[1] + " " * 55
-    assert below([], b"") == ""
-
-
-def test_many_are_sampled_where_each_is() -> None:
-    yes, no, also = map(sender, GOOD[:3])
-    for many in ([], [yes], [yes, also], [no, yes], [no], [yes, "", no, also], [""]):
-        assert [*sampled(many)] == [at for at, one in enumerate(many) if is_sampled(one)]
+    span_id = bytes([1]) * 8
+    assert below(parse_traceparent(GOOD[0]), span_id) == f"00-{TRACE}-{span_id.hex()}-01"
+    assert below(parse_traceparent(f"00-{TRACE}-{SPAN}-f0"), span_id) == GOOD[1]
+    assert below("", span_id) == ""
