@@ -1,8 +1,7 @@
-"""What the service counts. No ids in labels: a path is counted by its template."""
+"""The metrics of the service. Labels hold no ids: a path is counted by its template."""
 
-import asyncio
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping
+from typing import Final
 
 from starlette.types import Scope
 
@@ -11,9 +10,6 @@ from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
 from evalstore.telemetry.exposition import Exposition
 from models.logs import EventLogger
 
-if TYPE_CHECKING:
-    from evalstore.api.service import Service
-
 log = EventLogger("evalstore.api")
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
@@ -21,14 +17,13 @@ _STATUSES: Final = (
     *(0, 200, 201, 202, 204, 206, 304, 307, 400, 401, 403, 404, 405, 406, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417),
     *(422, 428, 429, 431, 500, 501, 502, 503, 504),
 )
-_BEAT_S: Final = 2.0
-_LOOP_S: Final = 20.0
+_STUCK_S: Final = 20.0
 
 
 class ApiMetrics:
-    """Of one process, shown together with those of the group's others: `uvicorn --workers` starts several.
+    """The metrics of one process. The exposition adds those of its group: `uvicorn --workers` starts several.
 
-    `routes`: each method and path template there is.
+    `routes`: each method and path template of the service.
     """
 
     def __init__(self, routes: Iterable[tuple[str, str]]) -> None:
@@ -44,55 +39,52 @@ class ApiMetrics:
         always: set[Series] = {("evalstore_http_request_duration_seconds", key) for key in known}
         always |= {("evalstore_http_requests_total", (*key, status)) for key in known for status in ("200", "500", "503")}
         self._always = frozenset(always)
-        self._exposition = self._of(None)
+        self._exposition = self._expose(None)
         self.group: process_registry.Group | None = None
 
-    def _of(self, group: process_registry.Group | None) -> Exposition:
+    def _expose(self, group: process_registry.Group | None) -> Exposition:
         def totals() -> list[float]:
             return group.totals(self.layout) if group else self.layout.numbers(self.counters.data())
 
         return Exposition("api", self.layout, totals, group, always=self._always)
 
     def share(self) -> None:
-        """Count where the others of the group do, and find their counts."""
+        """Join the group of processes that share their counts."""
         try:
             self.group = process_registry.join("api", self.counters)
         except process_registry.RegistryUnavailable as error:
             log.warning("metrics_unshared", error=error)
-        self._exposition = self._of(self.group)
+        self._exposition = self._expose(self.group)
 
-    async def beat(self, service: "Service") -> None:
-        """Show that the event loop makes progress, for as long as this is not cancelled, and what is in use."""
-        self.counters.watch_thread("event loop")
-        while True:
-            self.counters.set_deadline(_LOOP_S)
-            for state, count in service.connections.items():
-                self.counters.set("evalstore_database_connections", state, to=count)
-            self.counters.set("evalstore_http_threads_busy", to=service.busy)
-            await asyncio.sleep(_BEAT_S)
+    def heartbeat(self, connections: Mapping[str, int], busy_threads: int) -> None:
+        """Set the gauges. Without a call for _STUCK_S, /health/live calls the event loop stuck."""
+        self.counters.set_deadline(_STUCK_S)
+        for state, count in connections.items():
+            self.counters.set("evalstore_database_connections", state, to=count)
+        self.counters.set("evalstore_http_threads_busy", to=busy_threads)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
-        """An answered request."""
-        method = self._known("method", scope["method"], "other")
-        route = self._known("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
-        self.counters.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
+        """Count an answered request."""
+        method = self._listed("method", scope["method"], "other")
+        route = self._listed("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
+        self.counters.add("evalstore_http_requests_total", method, route, self._listed("status", str(status), "other"))
         self.counters.observe("evalstore_http_request_duration_seconds", method, route, value=seconds)
 
-    def _known(self, label: str, value: str, otherwise: str) -> str:
+    def _listed(self, label: str, value: str, otherwise: str) -> str:
         return value if value in self._values[label] else otherwise
 
     def read(self, source: str) -> None:
-        """A record was read from `memory`, `redis` or the `database`."""
+        """Count a record read from `memory`, `redis` or the `database`."""
         self.counters.add("evalstore_http_record_reads_total", source)
 
     def events(self, outcome: str, count: int = 1) -> None:
-        """Events were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
+        """Count events that were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""
         self.counters.add("evalstore_http_events_total", outcome, by=count)
 
     def conflicts(self, count: int) -> None:
-        """So many endings were stored of attempts that had ended before."""
+        """Count endings of attempts that had another ending before."""
         self.counters.add("evalstore_conflicting_results_total", by=count)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """All of it, and its media type, in the form that an Accept header asks for."""
+        """Return the exposition and its media type, in the format that an Accept header asks for."""
         return self._exposition.text(accept)
