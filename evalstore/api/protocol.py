@@ -1,7 +1,7 @@
 """Uvicorn's HTTP/1.1 with a time limit for the head of a request, and problems for malformed requests.
 
 Use it as `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`. Uvicorn has no such limit. So connections
-that send a byte now and then, without any key, take all file descriptors: docs/decisions/0031.
+that send a byte now and then, without any key, take all file descriptors: docs/decisions/0033.
 """
 
 from models.extras import require

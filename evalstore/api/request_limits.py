@@ -19,7 +19,7 @@ from models.logs import EventLogger
 
 log = EventLogger("evalstore.api")
 
-# docs/decisions/0031 says what happens without these three.
+# docs/decisions/0033 says what happens without these three.
 STEP_S: Final = 60.0  # for one piece of a body or an answer
 PACE_BYTES_S: Final = 16_384  # of a body, after the first STEP_S
 # Go on reading so long after an answer to an unfinished request. A connection that is closed at once loses the answer.
