@@ -122,7 +122,7 @@ def test_a_list_that_takes_too_long_gives_what_it_found_and_where_to_go_on(
         assert whole.following is None
         assert [row["eval_id"] for row in whole.rows] == expected
         assert listing.count(conn, rare) == len(expected)
-        monkeypatch.setattr(listing, "PATIENCE_S", 0.005)
+        monkeypatch.setattr(listing, "PATIENCE_S", 0.001)
         monkeypatch.setattr(listing, "LOOKED", COUNT + 5000)
         page = listing.numbered_page(conn, rare, limit=10, offset=0)
         assert page is not None
