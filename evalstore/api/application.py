@@ -98,7 +98,7 @@ def documented_app(**options: Any) -> DocumentedApp:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # it sees no request that a middleware answers
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         **options,
     )
     for router in ROUTERS:

@@ -25,7 +25,7 @@ from models.events import identity
 
 router = APIRouter(prefix="/storage", tags=["content"], responses=openapi.ALWAYS)
 
-# The part of an answer that is in memory while the client reads it.
+
 SLICE_BYTES: Final = 256 * 1024
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 _NEVER_CHANGES: Final = "private, max-age=31536000, immutable"
@@ -159,7 +159,7 @@ class _Reading:
     def _next_piece(self) -> IO[bytes]:
         piece = next(self._pieces, b"")
         if len(piece) > SLICE_BYTES:
-            with contextlib.suppress(OSError):  # a full disk: keep the piece in memory
+            with contextlib.suppress(OSError):
                 return _to_file(piece)
         return io.BytesIO(piece)
 

@@ -22,7 +22,7 @@ log = EventLogger("evalstore.api")
 
 Times = dict[tuple[str, UUID | None], datetime]
 
-_PAUSE_S: Final = 5.0  # without a server after it failed
+_PAUSE_AFTER_FAILURE_S: Final = 5.0
 _REMEMBERED_S: Final = 86_400
 
 
@@ -87,7 +87,7 @@ class EventTimes:
         try:
             times: Any = self._redis.mget([self._names.given_time(event.eval_id, str(event.event_id)) for event in events])
         except redis.RedisError as error:
-            self._redis_paused_until = time.monotonic() + _PAUSE_S
+            self._redis_paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             log.warning("redis_left_alone", error=error)
             return {}
         pairs = zip(events, times, strict=True)
@@ -101,6 +101,6 @@ class EventTimes:
             with self._connect() as conn:
                 return conditional.times(conn, events)
         except DatabaseOutage as error:
-            self._log_paused_until = time.monotonic() + _PAUSE_S
+            self._log_paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             log.warning("log_left_alone", error=error)
             return {}

@@ -83,7 +83,6 @@ def json_body(schema: str) -> dict[str, Any]:
     return body({"application/json": {"schema": ref(schema), "example": example}})
 
 
-# Each request below /storage may have these answers.
 ALWAYS: Final = problems(401, 403, 422, 500, 503)
 LINES: Final = {"application/x-ndjson": {"schema": {"type": "string", "description": "One Event a line, up to 10,000."}}}
 

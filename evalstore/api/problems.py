@@ -113,7 +113,7 @@ def of(error: Exception) -> Problem:
             log.warning("request_outage", kind=type(error).__name__, error=error)
             return unavailable(f"{type(error).__name__}: a server that the service needs cannot be reached; try again")
         case ClientDisconnect():
-            return Problem(400, "broken-off", "the request is incomplete")  # for the metrics: the client has gone
+            return Problem(400, "broken-off", "the request is incomplete")
         case RuntimeError(__cause__=cause) if isinstance(cause, _OURS):
             return of(cause)  # Starlette wraps an error after the answer has begun
         case RequestValidationError():
@@ -130,7 +130,7 @@ def _faults(error: RequestValidationError) -> list[Fault]:
     faults = []
     for fault in error.errors():
         place, *path = fault["loc"]
-        name = ".".join(part for part in path if isinstance(part, str)) or str(place)  # without the index of a repeated one
+        name = ".".join(part for part in path if isinstance(part, str)) or str(place)
         faults.append(Fault(name, format_error(fault)))
     return faults
 

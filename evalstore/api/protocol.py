@@ -48,7 +48,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # ends the handler that reads the body
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
             request_id, problem = (

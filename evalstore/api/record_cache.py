@@ -26,7 +26,7 @@ _MOST_IDS: Final = 500
 # After a query for so many reads, wait a moment for more: a query for many costs hardly more than one for few.
 _BUSY_READS: Final = 4
 _GATHER_S: Final = 0.001
-_REDIS_PAUSE_S: Final = 5.0  # without Redis after it failed
+_PAUSE_AFTER_FAILURE_S: Final = 5.0
 
 
 class Rendered(NamedTuple):
@@ -65,8 +65,8 @@ class SharedCache:
         try:
             return command()
         except redis.RedisError as error:
-            self._paused_until = time.monotonic() + _REDIS_PAUSE_S
-            log.warning("cache_left_alone", seconds=_REDIS_PAUSE_S, error=error)
+            self._paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
+            log.warning("cache_left_alone", seconds=_PAUSE_AFTER_FAILURE_S, error=error)
             return None
 
 

@@ -50,7 +50,7 @@ async def answer(request: Request, eval_id: str, if_none_match: str | None) -> R
     etag = _etag(record)
     is_same = matches_etag(if_none_match, etag)
     response = Response(status_code=304 if is_same else 200)
-    response.raw_headers = [(b"etag", etag.encode()), *_HEADERS]  # Starlette's own encoding costs more than the read
+    response.raw_headers = [(b"etag", etag.encode()), *_HEADERS]
     if not is_same:
         response.body = body = with_prefix(request.scope.get("root_path", ""), record.body)
         response.raw_headers += [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]

@@ -20,7 +20,7 @@ from models.logs import EventLogger
 log = EventLogger("evalstore.api")
 
 # docs/decisions/0033 says what happens without these three.
-STEP_S: Final = 60.0  # for one piece of a body or an answer
+STEP_S: Final = 60.0
 PACE_BYTES_S: Final = 16_384  # of a body, after the first STEP_S
 # Go on reading so long after an answer to an unfinished request. A connection that is closed at once loses the answer.
 LINGER_S: Final = 2.0
@@ -76,9 +76,9 @@ class _Exchange:
                 await app(self.scope, self.receive, self.send)
             except Exception as error:  # noqa: BLE001 - every request is answered
                 if self._answered:
-                    return  # the problem is sent, and the error logged
+                    return
                 if self.status:
-                    cause = error.__cause__ or error  # Starlette wraps an error after the answer has begun
+                    cause = error.__cause__ or error
                     log.warning("answer_broken_off", request_id=self.request_id, kind=type(cause).__name__, error=cause)
                     raise _RequestAborted from None  # the server closes the connection: the answer must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
@@ -123,7 +123,7 @@ class _Exchange:
             return
         if self._is_head:
             await self._send({"type": "http.response.body"})
-            raise _HeadAnswered  # so that the application makes no more of the body
+            raise _HeadAnswered
         more = message.get("more_body", False)
         if not more and not self._all_read and self._has_unread_body():
             await self._send_slices({**message, "more_body": True})

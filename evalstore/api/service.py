@@ -36,7 +36,7 @@ from tasks.keys import Names
 # Each thread holds at most one connection. More would not help: they wait for PostgreSQL's processors.
 THREADS: Final = 12
 EXPORTS: Final = 3
-TURN_S: Final = 10.0  # for a free thread
+TURN_S: Final = 10.0
 WORK_S: Final = 60.0  # for a statement
 # Storing a body takes several times its size in memory. So at most two above the first size, and one above the second, are in
 # memory at a time. Other requests wait with what they have received.
@@ -46,7 +46,7 @@ LARGE_BODIES: Final = 2
 # Uploads at a time. Each holds some frames of 4 MiB.
 UPLOADS: Final = 8
 _LARGE_TURN_S: Final = 25.0  # less than the usual time-out of clients
-_OBJECTS_PAUSE_S: Final = 5.0  # without the object store after it failed
+_PAUSE_AFTER_FAILURE_S: Final = 5.0
 _TIMES_S: Final = 1.0
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class Service:
         try:
             return records.complete(self.connection, self.stores, record)
         except ObjectStoreOutage as error:
-            self._objects_paused_until = time.monotonic() + _OBJECTS_PAUSE_S
+            self._objects_paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             log.warning("records_without_objects", error=error)
         except (ObjectMissing, ObjectDamaged, LookupError) as error:
             log.warning("record_without_content", eval_id=eval_id, error=error)
@@ -176,7 +176,7 @@ class Service:
     async def thread(self, work: Callable[[], T]) -> T:
         """Call `work` in a thread. Raises Problem (503) if none is free in time, and what `work` raises."""
         async with _turn(self._turns, TURN_S, "the service is busy"):
-            context = contextvars.copy_context()  # with the span of the request
+            context = contextvars.copy_context()
             self.busy += 1
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, self._with_deadline, work)
@@ -237,7 +237,7 @@ class Service:
             self._row_version_conn.close()
         self._engine.dispose()
         self.stores.close()
-        if "objects" in self.__dict__:  # was opened
+        if "objects" in self.__dict__:
             self.objects.close()
         self.export_engine.dispose()
         self.redis.close()

@@ -86,7 +86,7 @@ class StorageClient:
         With `if_version`, raises VersionChanged unless the record is at that version.
         """
         headers = {} if if_version is None else {"If-Match": f'"{if_version}"'}
-        if not fields.keys() & {"event_id", "occurred_at"}:  # with these the caller identifies a repeated call
+        if not fields.keys() & {"event_id", "occurred_at"}:
             headers["Idempotency-Key"] = uuid4().hex
         body = _body({"status": status, "occurred_at": _now(), **fields})
         return _evaluation(self._request("PUT", _path(eval_id), content=body, headers=headers).content)
