@@ -8,6 +8,7 @@ Two caches: the memory of this process, and Redis for all processes. An outage o
 """
 
 import asyncio
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import redis
 
 from models.logs import EventLogger
+from models.record import RecordRow
 from tasks.keys import Names
 
 log = EventLogger("evalstore.api")
@@ -42,7 +44,12 @@ class Rendered(NamedTuple):
 
 
 class SharedCache:
-    """The cache in Redis. An entry is the row version, a line break and the JSON."""
+    """The cache in Redis. An entry is the row version, the format, a line break and the JSON.
+
+    The format names the fields of a record: during an upgrade a release must not answer the JSON of another.
+    """
+
+    _FORMAT: Final = hashlib.sha256(",".join(RecordRow._fields).encode()).hexdigest()[:8]
 
     def __init__(self, client: redis.Redis, names: Names, ttl_s: int) -> None:
         self._client, self._names, self._ttl_s = client, names, ttl_s
@@ -52,12 +59,15 @@ class SharedCache:
         """Return the record that is cached with this row version."""
         entry = self._attempt(lambda: self._client.get(self._names.cached_record(eval_id)))
         cached, _, body = entry.partition(b"\n") if isinstance(entry, bytes) else (b"", b"", b"")
-        return Rendered(row_version, body) if cached == row_version.encode() else None
+        return Rendered(row_version, body) if cached == self._head(row_version) else None
 
     def put(self, eval_id: str, record: Rendered) -> None:
         if len(record.body) <= _LARGEST_BYTES:
-            value = record.row_version.encode() + b"\n" + record.body
+            value = self._head(record.row_version) + b"\n" + record.body
             self._attempt(lambda: self._client.set(self._names.cached_record(eval_id), value, ex=self._ttl_s))
+
+    def _head(self, row_version: str) -> bytes:
+        return f"{row_version} {self._FORMAT}".encode()
 
     def _attempt(self, command: Callable[[], Any]) -> Any:
         if not self._ttl_s or time.monotonic() < self._paused_until:
