@@ -1,7 +1,4 @@
-"""`python -m evalstore.api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT.
-
-`uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol` runs the same, with uvicorn's own options.
-"""
+"""`python -m evalstore.api`: the service at EVALSTORE_API_HOST and EVALSTORE_API_PORT."""
 
 from models.extras import require
 
@@ -15,13 +12,13 @@ GRACE_S = 30
 
 
 def main() -> None:
-    """Serve until SIGINT or SIGTERM, then finish what is being answered. Exit status 2 where settings are wrong."""
-    chosen = load_or_exit()
+    """Serve until SIGINT or SIGTERM, and finish open requests. Exit with status 2 if settings are wrong."""
+    settings = load_or_exit()
     uvicorn.run(
-        "evalstore.api.app:app",
+        "evalstore.api.app:app",  # by name, because WEB_CONCURRENCY may ask for several processes
         http="evalstore.api.protocol:Protocol",
-        host="" if chosen.api_host == "::" else chosen.api_host,  # asyncio would serve IPv6 alone on `::`
-        port=chosen.api_port,
+        host="" if settings.api_host == "::" else settings.api_host,  # asyncio would serve IPv6 alone on `::`
+        port=settings.api_port,
         timeout_graceful_shutdown=GRACE_S,
         access_log=False,
         server_header=False,

@@ -1,6 +1,6 @@
-"""Who may do what: keys from the settings, from files that are read again when they change, and from the table `api_keys`.
+"""API keys: from the settings, from files that are read again when they change, and from the table `api_keys`.
 
-Keys are compared by their SHA-256, in constant time, and named in logs by an id that does not give them away.
+Keys are compared by their SHA-256 in constant time. Logs name a key by an id from which it cannot be computed.
 """
 
 import asyncio
@@ -23,39 +23,39 @@ log = EventLogger("evalstore.api")
 
 Permission = Literal["read", "write"]
 
-# So old may be what is known of files and of the table: revoking a key works within this.
+# A revoked key stops working within this time.
 FRESH_S: Final = 1.0
 
 
 class Caller(NamedTuple):
-    """Who asks: the id of the key, and what it may do."""
+    """The id of the key of a request, and its scopes."""
 
     key_id: str
     scopes: frozenset[str]
 
 
-class _File:
-    """The keys of a file, one a line or separated by commas."""
+class _KeyFile:
+    """A file of keys, one a line or separated by commas."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
-        self._failing = False
+        self._read_state: tuple[int, int, int] | None = None
+        self._is_failing = False
         self.keys: tuple[str, ...] = ()
 
     def refresh(self) -> None:
+        """Read the file again if it changed. Keep the last keys while it cannot be read: it may be about to be replaced."""
         try:
-            state = self._path.stat()
-            seen = (state.st_mtime_ns, state.st_ino, state.st_size)
-            if seen != self._seen:
+            stat = self._path.stat()
+            state = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+            if state != self._read_state:
                 self.keys = _split(self._path.read_text(encoding="utf-8-sig"))
-                self._seen = seen
-            self._failing = False
+                self._read_state = state
+            self._is_failing = False
         except (OSError, UnicodeDecodeError) as error:
-            # It may be about to be replaced; what it held before goes on being true.
-            if not self._failing:
+            if not self._is_failing:
                 log.warning("keys_file_unreadable", error=type(error).__name__)
-            self._failing = True
+            self._is_failing = True
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -63,80 +63,82 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 class Access:
-    """The keys that are good now. `load` gives those of the table; it raises Outage."""
+    """The valid keys. `load` reads those of the table, and raises Outage."""
 
     def __init__(self, settings: Settings, load: Callable[[], Awaitable[list[Key]]]) -> None:
-        self._given: dict[Permission, tuple[str, ...]] = {
+        self._settings_keys: dict[Permission, tuple[str, ...]] = {
             "read": _split(settings.read_api_keys.get_secret_value()),
             "write": _split(settings.write_api_keys.get_secret_value()),
         }
         paths: dict[Permission, Path | None] = {"read": settings.read_api_keys_file, "write": settings.write_api_keys_file}
-        self._files: dict[Permission, _File] = {scope: _File(path) for scope, path in paths.items() if path}
+        self._files: dict[Permission, _KeyFile] = {scope: _KeyFile(path) for scope, path in paths.items() if path}
         self._load = load
         self._configured: dict[bytes, Caller] = {}
         self._configured_at = self._table_at = -FRESH_S
         self._table: dict[str, Key] | None = None
         self._loading: asyncio.Task[None] | None = None
 
-    async def caller(self, request: Request, wanted: Permission) -> Caller:
-        """Who asks. Raises Problem: 401 for a key that is missing or no good, 403 where it may not do this, 503."""
+    async def authorize(self, request: Request, permission: Permission) -> Caller:
+        """Return the caller of a request. Raises Problem: 401 for a missing or invalid key, 403 without the scope, 503."""
         key = _presented(request.headers)
         if key is None:
-            raise _unauthorized("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
-        caller = self._of_settings(key) or await self._of_table(key)
+            raise _unauthorized("a key is required: Authorization: Bearer KEY, or X-API-Key: KEY")
+        caller = self._find_configured(key) or await self._find_in_table(key)
         if caller is None:
-            raise _unauthorized("the key is not known, or no longer good")
+            raise _unauthorized("the key is unknown, expired or revoked")
         request.state.key_id = caller.key_id
-        if wanted not in caller.scopes:
-            raise Problem(403, "forbidden", f"this needs a key that may {wanted}")
+        if permission not in caller.scopes:
+            raise Problem(403, "forbidden", f"this request needs a key with the scope {permission}")
         return caller
 
-    def _of_settings(self, key: str) -> Caller | None:
+    def _find_configured(self, key: str) -> Caller | None:
         if time.monotonic() - self._configured_at >= FRESH_S:
-            self._refresh_settings()
+            self._refresh_configured()
         presented = digest(key)
         found = None
-        for kept, caller in self._configured.items():  # all of them: how long it takes tells nothing
-            if hmac.compare_digest(kept, presented):
+        for known, caller in self._configured.items():  # all of them, so that the time does not depend on the key
+            if hmac.compare_digest(known, presented):
                 found = caller
         return found
 
-    def _refresh_settings(self) -> None:
+    def _refresh_configured(self) -> None:
         scopes: dict[bytes, frozenset[str]] = {}
-        for scope, keys in self._given.items():
+        for scope, keys in self._settings_keys.items():
             file = self._files.get(scope)
             if file:
                 file.refresh()
             for key in (*keys, *(file.keys if file else ())):
                 scopes[digest(key)] = scopes.get(digest(key), frozenset()) | {scope}
-        self._configured = {kept: Caller(f"settings-{digest(kept.hex()).hex()[:8]}", may) for kept, may in scopes.items()}
+        self._configured = {
+            hashed: Caller(f"settings-{digest(hashed.hex()).hex()[:8]}", granted) for hashed, granted in scopes.items()
+        }
         self._configured_at = time.monotonic()
 
-    async def _of_table(self, key: str) -> Caller | None:
+    async def _find_in_table(self, key: str) -> Caller | None:
         prefix, _, rest = key.partition("_")
         key_id, _, secret = rest.partition("_")
         if prefix != "evs" or not secret:
             return None
         if time.monotonic() - self._table_at >= FRESH_S:
-            # One loads for all who wait. Whoever goes away meanwhile does not take it along.
+            # All requests share one load. A client that disconnects must not cancel it.
             if self._loading is None or self._loading.done():
                 self._loading = asyncio.create_task(self._refresh_table())
             await asyncio.shield(self._loading)
         if self._table is None:
             raise unavailable("keys cannot be checked: the database cannot be reached")
-        kept = self._table.get(key_id)
-        # Compared for an unknown id too, against something of the same length.
-        if not hmac.compare_digest(kept.digest if kept else bytes(32), digest(key)) or kept is None:
+        stored = self._table.get(key_id)
+        # An unknown id is compared too, with a digest of the same length, so that it takes the same time.
+        if not hmac.compare_digest(stored.digest if stored else bytes(32), digest(key)) or stored is None:
             return None
-        if kept.expires_at is not None and kept.expires_at <= datetime.now(UTC):
+        if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):
             return None
-        return Caller(kept.key_id, kept.scopes)
+        return Caller(stored.key_id, stored.scopes)
 
     async def _refresh_table(self) -> None:
         try:
             self._table = {key.key_id: key for key in await self._load()}
         except Outage as error:
-            # Nobody can revoke a key meanwhile either: what was known goes on being true.
+            # Without the database no key can be revoked either, so the last known keys stay valid.
             log.warning("keys_table_unreadable", error=error)
         self._table_at = time.monotonic()
 

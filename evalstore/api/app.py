@@ -1,6 +1,6 @@
-"""The HTTP service as uvicorn loads it: `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
+"""The HTTP service for uvicorn's own command: `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
 
-Without `--http` uvicorn waits without end for the head of a request, and no application has a say in that: protocol.py.
+Without `--http`, uvicorn waits without limit for the head of a request: protocol.py.
 """
 
 from models.extras import require
@@ -10,5 +10,4 @@ require("api")
 from evalstore.api.application import build
 from evalstore.startup import load_or_exit
 
-load_or_exit()
-app = build()
+app = build(load_or_exit())

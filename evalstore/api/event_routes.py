@@ -1,20 +1,22 @@
-"""`/storage/evaluations/{id}/events` and `/storage/events:batch`: events as they are, one or many."""
+"""`/storage/evaluations/{id}/events` and `/storage/events:batch`: events, one or many."""
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from evalstore.api import upload_routes, write_requests
+from evalstore.api import async_writes, openapi, references, write_requests
 from evalstore.api.access import Caller
-from evalstore.api.openapi import answers, json_body
+from evalstore.api.callers import Writer, reader
+from evalstore.api.openapi import EvalId, IdempotencyKey, Prefer, json_body, success
 from evalstore.api.problems import invalid, not_found
-from evalstore.api.record_routes import IDEMPOTENCY_KEY, PREFER, accepted, as_first_given, as_queued, wants_async
-from evalstore.api.rendering import json_response, logged, to_json
+from evalstore.api.rendering import event_fields, json_response, to_json
+from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.api.write_requests import Line
 from evalstore.storage import conditional, records
@@ -22,148 +24,154 @@ from models.errors import EventIdReused, Fault
 from models.events import decode, identity
 from tasks import store_evaluations
 
-router = APIRouter(prefix="/storage", tags=["events"])
+router = APIRouter(prefix="/storage", tags=["events"], responses=openapi.ALWAYS)
 
-_LINES = {
-    "description": "For lines: an outcome a line. For one event: its outcome.",
-    "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Outcome"}},
-        "application/x-ndjson": {"schema": {"type": "string"}},
-    },
-}
+_LINES: Final = {"application/x-ndjson": {"schema": {"type": "string", "description": "An Outcome a line."}}}
+_OUTCOME: Final = {"application/json": {"schema": ref("Outcome")}}
+_ACCEPTED: Final = {"application/json": {"schema": ref("Accepted")}}
+_LINE_TYPES: Final = {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
 
 
 def _is_lines(request: Request) -> bool:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return media_type in {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() in _LINE_TYPES
 
 
 @router.post(
     "/evaluations/{eval_id}/events",
     operation_id="send_events",
     summary="Store events of one evaluation",
-    responses={**answers(408, 409, 413, 415, s202="Accepted|Outcome"), 200: _LINES},
-    openapi_extra={**json_body("Event", lines=True), "parameters": [IDEMPOTENCY_KEY, PREFER]},
+    responses={
+        200: openapi.response("The outcome of an event, or of each line.", {**_OUTCOME, **_LINES}),
+        202: openapi.response("The events are queued.", {**_ACCEPTED, **_LINES}, ("Location", "Preference-Applied")),
+        **openapi.problems(408, 409, 413, 415),
+    },
+    openapi_extra=openapi.body({**json_body("Event")["requestBody"]["content"], **openapi.LINES}),
 )
-async def send(request: Request, eval_id: str) -> Response:
-    """One event as JSON, or up to 10,000 as NDJSON, which are stored in one transaction: the good lines all together. They
-    may leave out `eval_id`."""
+async def send(
+    request: Request, caller: Writer, eval_id: EvalId, idempotency_key: IdempotencyKey = None, prefer: Prefer = None
+) -> Response:
+    """One event as JSON, or up to 10,000 as NDJSON. The valid lines are stored in one transaction. Events may leave out
+    `eval_id`."""
     if _is_lines(request):
-        return await _batch(request, eval_id)
+        return await _batch(request, caller, eval_id, idempotency_key, prefer)
     service = service_of(request)
-    caller = await service.access.caller(request, "write")
-    key = write_requests.idempotency_key(request.headers)
+    write_requests.check_idempotency_key(idempotency_key)
     async with service.body(request) as body:
 
-        def read() -> Line:
-            line = write_requests.single(body, eval_id, key, service.settings.max_content_bytes)
-            return _allowed(service, caller, [line])[0]
+        def parse() -> Line:
+            line = write_requests.single(body, eval_id, idempotency_key, service.settings.max_content_bytes)
+            return _check_references(service, caller, [line])[0]
 
-        line = await service.thread(read)
-    if line.given is None:
+        line = await service.thread(parse)
+    write = line.request
+    if write is None:
         raise invalid(line.faults)
-    given = line.given
-    if wants_async(request.headers):
-        return await accepted(service, given)
+    if async_writes.is_preferred(prefer):
+        return await async_writes.send(service, write)
     (outcome,), stored = await service.thread(
-        lambda: service.write(1, lambda conn, trace: conditional.store(conn, [given], trace))
+        lambda: service.write(1, lambda conn, trace: conditional.store(conn, [write], trace))
     )
     service.metrics.events(outcome)
     service.metrics.stored(stored)
     if outcome == "reused":
-        raise EventIdReused(given.event.eval_id, given.event.event_id)
-    return json_response(_told(line, outcome))
+        raise EventIdReused(write.event.eval_id, write.event.event_id)
+    return json_response(_describe(line, outcome))
 
 
 @router.post(
     "/events:batch",
     operation_id="send_event_batch",
     summary="Store events of many evaluations",
-    responses={**answers(408, 413, 415, s202="Outcome"), 200: _LINES},
-    openapi_extra={**json_body("Event", lines=True, single=False), "parameters": [IDEMPOTENCY_KEY, PREFER]},
+    responses={
+        200: openapi.response("The outcome of each line.", _LINES),
+        202: openapi.response("The valid events are queued.", _LINES, ("Preference-Applied",)),
+        **openapi.problems(408, 413, 415),
+    },
+    openapi_extra=openapi.body(openapi.LINES),
 )
-async def send_batch(request: Request) -> Response:
-    """Up to 10,000 events as NDJSON. The good ones are stored in one transaction; the answer has a line for each."""
-    return await _batch(request, None)
+async def send_batch(
+    request: Request, caller: Writer, idempotency_key: IdempotencyKey = None, prefer: Prefer = None
+) -> Response:
+    """Up to 10,000 events as NDJSON. The valid lines are stored in one transaction. The answer has a line for each."""
+    return await _batch(request, caller, None, idempotency_key, prefer)
 
 
-async def _batch(request: Request, eval_id: str | None) -> Response:
+async def _batch(request: Request, caller: Caller, eval_id: str | None, key: str | None, prefer: str | None) -> Response:
     service = service_of(request)
-    caller = await service.access.caller(request, "write")
-    key = write_requests.idempotency_key(request.headers)
-    is_async = wants_async(request.headers)
+    write_requests.check_idempotency_key(key)
+    is_async = async_writes.is_preferred(prefer)
     async with service.body(request) as body:
 
         def work() -> list[dict[str, Any]]:
             lines = write_requests.lines(body, eval_id, key, service.settings.max_content_bytes, fast=not is_async)
-            lines = _allowed(service, caller, lines)
-            outcomes = _sent(service, lines) if is_async else _stored(service, lines)
-            return [_told(line, outcome) for line, outcome in zip(lines, outcomes, strict=True)]
+            lines = _check_references(service, caller, lines)
+            outcomes = _queue(service, lines) if is_async else _store(service, lines)
+            return [_describe(line, outcome) for line, outcome in zip(lines, outcomes, strict=True)]
 
-        told = await service.thread(work)
-    for outcome in {str(one["outcome"]) for one in told}:
-        service.metrics.events(outcome, sum(one["outcome"] == outcome for one in told))
-    text = b"".join(to_json(one) + b"\n" for one in told)
-    headers = {"Preference-Applied": "respond-async"} if is_async else {}
+        described = await service.thread(work)
+    for outcome, count in Counter(str(line["outcome"]) for line in described).items():
+        service.metrics.events(outcome, count)
+    text = b"".join(to_json(line) + b"\n" for line in described)
+    headers = async_writes.APPLIED if is_async else {}
     return Response(text, 202 if is_async else 200, headers=headers, media_type="application/x-ndjson")
 
 
-def _allowed(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Line]:
-    """The lines; those with a reference that the caller may not use are invalid."""
-    found = upload_routes.faults(service, caller, [line.given.event if line.given else None for line in lines])
-    pairs = zip(lines, found, strict=True)
-    return [line._replace(given=None, faults=faults) if faults else line for line, faults in pairs]
+def _check_references(service: Service, caller: Caller, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines; those with a reference that the caller may not use become invalid."""
+    faults = references.faults(service, caller, [line.request.event if line.request else None for line in lines])
+    pairs = zip(lines, faults, strict=True)
+    return [line._replace(request=None, faults=wrong) if wrong else line for line, wrong in pairs]
 
 
-def _stored(service: Service, lines: Sequence[Line]) -> list[str]:
-    given = as_queued(service, [line.given for line in lines if line.given])
-    if not given:
+def _store(service: Service, lines: Sequence[Line]) -> list[str]:
+    writes = service.event_times.for_database([line.request for line in lines if line.request])
+    if not writes:
         return ["invalid"] * len(lines)
-    found, stored = service.write(len(given), lambda conn, trace: conditional.store(conn, given, trace))
+    stored_outcomes, stored = service.write(len(writes), lambda conn, trace: conditional.store(conn, writes, trace))
     service.metrics.stored(stored)
-    outcomes = iter(found)
-    return [next(outcomes) if line.given else "invalid" for line in lines]
+    outcomes = iter(stored_outcomes)
+    return [next(outcomes) if line.request else "invalid" for line in lines]
 
 
-def _sent(service: Service, lines: Sequence[Line]) -> list[str]:
-    store_evaluations(as_first_given(service, [line.given for line in lines if line.given]))
-    return ["accepted" if line.given else "invalid" for line in lines]
+def _queue(service: Service, lines: Sequence[Line]) -> list[str]:
+    store_evaluations(service.event_times.for_queue([line.request for line in lines if line.request]))
+    return ["accepted" if line.request else "invalid" for line in lines]
 
 
-def _told(line: Line, outcome: str) -> dict[str, Any]:
-    told: dict[str, Any] = {"line": line.number, "outcome": outcome}
+def _describe(line: Line, outcome: str) -> dict[str, Any]:
+    described: dict[str, Any] = {"line": line.number, "outcome": outcome}
     if line.eval_id is not None:
-        told["eval_id"] = line.eval_id
+        described["eval_id"] = line.eval_id
     if line.event_id is not None:
-        told["event_id"] = line.event_id
+        described["event_id"] = line.event_id
     if line.faults:
-        told["faults"] = [fault._asdict() for fault in line.faults]
-    return told
+        described["faults"] = [fault._asdict() for fault in line.faults]
+    return described
 
 
 @router.get(
     "/evaluations/{eval_id}/events",
     operation_id="get_events",
     summary="Read an event log",
-    responses=answers(404, s200="Log"),
+    responses={200: success("Log"), **openapi.problems(404)},
+    dependencies=[Depends(reader)],
 )
 async def read(
     request: Request,
-    eval_id: str,
+    eval_id: EvalId,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
 ) -> Response:
-    """The events of an evaluation by (`occurred_at`, `event_id`); content up to 4 KiB is in them."""
+    """The events of an evaluation by (`occurred_at`, `event_id`), with content up to 4 KiB."""
     service = service_of(request)
-    await service.access.caller(request, "read")
     if identity({"eval_id": eval_id})[0] is None:
         raise not_found(eval_id)
     after = _position(cursor) if cursor else None
-    found = await service.run(lambda conn: records.log(conn, eval_id, limit=limit + 1, after=after))
-    if not found and after is None:
+    rows = await service.run(lambda conn: records.log(conn, eval_id, limit=limit + 1, after=after))
+    if not rows and after is None:
         raise not_found(eval_id)
-    events = [logged(eval_id, event, request.scope.get("root_path", "")) for event in found[:limit]]
-    following = _cursor(found[limit - 1].fields) if len(found) > limit else None
+    events = [event_fields(eval_id, row, request.scope.get("root_path", "")) for row in rows[:limit]]
+    following = _cursor(rows[limit - 1].fields) if len(rows) > limit else None
     return json_response({"events": events, "next": following})
 
 

@@ -1,4 +1,4 @@
-"""`GET /storage/evaluations`: lists, by page or all at once."""
+"""`GET /storage/evaluations`: lists of records, by page or as one stream."""
 
 import asyncio
 import base64
@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, cast
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from evalstore.api.openapi import answers
+from evalstore.api import openapi
+from evalstore.api.callers import reader
 from evalstore.api.problems import invalid, unavailable
-from evalstore.api.rendering import Streamed, json_response, to_json
+from evalstore.api.rendering import ClosingStream, json_response, to_json
+from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.storage import database, listing
 from evalstore.storage.listing import Filter, Page, Position
@@ -24,22 +26,22 @@ from models.errors import Fault
 from models.events import decode, identity
 
 
-def _moment(value: object, read: ValidatorFunctionWrapHandler) -> datetime:
+def _parse_time(value: object, parse: ValidatorFunctionWrapHandler) -> datetime:
     with contextlib.suppress(ValidationError):
-        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic takes numbers too
-            return cast("datetime", read(value))
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic parses numbers too
+            return cast("datetime", parse(value))
     raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
 
 
-Moment = Annotated[AwareDatetime, WrapValidator(_moment)]
-router = APIRouter(prefix="/storage", tags=["evaluations"])
+Time = Annotated[AwareDatetime, WrapValidator(_parse_time)]
+router = APIRouter(prefix="/storage", tags=["evaluations"], responses=openapi.ALWAYS)
 
 Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
-_ADVICE: Final = (
-    "By `cursor` (empty for the first page, then `next`) a page comes in the same time however many evaluations there are; "
-    "with filters it may hold fewer than `limit`, even none, while there is a `next`. Without, by `offset`, a page is as full "
-    "as can be, and a filter that few match takes as long as it takes to find them, but for 5 s: then it has those among "
-    "the first 200,000, and `next` leads on."
+_PAGING: Final = (
+    "By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. "
+    "With filters such a page may hold fewer than `limit`, even none, although there is a `next`. By `offset` pages are full. "
+    "If a filter matches so few that this takes more than 5 s, the page holds the matches among the first 200,000, and `next` "
+    "goes on."
 )
 _METADATA: Final = {
     "name": "metadata",
@@ -47,7 +49,7 @@ _METADATA: Final = {
     "style": "form",
     "explode": True,
     "required": False,
-    "description": "`metadata.KEY=VALUE`: that key of the metadata has this value, compared as text.",
+    "description": "`metadata.KEY=VALUE`: this key of the metadata has this value, compared as text.",
     "schema": {
         "type": "object",
         "additionalProperties": {"type": "string"},
@@ -56,15 +58,15 @@ _METADATA: Final = {
     "example": {"metadata.team": "blue"},
 }
 _MOST_KEYS: Final = 20
-_KNOWN: Final = {
+_PARAMETERS: Final = {
     *("status", "language", "submitter", "executor", "since", "until", "order"),
     *("limit", "offset", "cursor", "total", "format"),
 }
 _PAGE: Final = {
-    "description": "A page, or all that match.",
+    "description": "A page, or all matches.",
     "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Page"}},
-        "application/x-ndjson": {"schema": {"type": "string", "description": "A record without its content a line."}},
+        "application/json": {"schema": ref("Page")},
+        "application/x-ndjson": {"schema": {"type": "string", "description": "A Listed a line."}},
     },
 }
 _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
@@ -74,27 +76,27 @@ _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
     "/evaluations",
     operation_id="list_evaluations",
     summary="List evaluations",
-    responses={**answers(s200="Page"), 200: _PAGE},
-    description=f"The newest first, or the oldest, by `created_at`, without their content. {_ADVICE}",
+    responses={200: _PAGE},
+    description=f"Records without content, by `created_at`, newest first. {_PAGING}",
     openapi_extra={"parameters": [_METADATA]},
+    dependencies=[Depends(reader)],
 )
-async def read(  # noqa: PLR0913, PLR0917 - as many as there are query parameters
+async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     request: Request,
     status: Annotated[list[Status] | None, Query(description="May be repeated.")] = None,
     language: Annotated[str | None, _TEXT] = None,
     submitter: Annotated[str | None, _TEXT] = None,
     executor: Annotated[str | None, _TEXT] = None,
-    since: Annotated[Moment | None, Query(description="Created then or later.")] = None,
-    until: Annotated[Moment | None, Query(description="Created before.")] = None,
+    since: Annotated[Time | None, Query(description="Created at this time or later.")] = None,
+    until: Annotated[Time | None, Query(description="Created before this time.")] = None,
     order: Annotated[Literal["newest", "oldest"], Query()] = "newest",
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int | None, Query(ge=0, le=100_000)] = None,
     cursor: Annotated[str | None, Query(max_length=600)] = None,
-    total: Annotated[bool, Query(description="Count them too, up to 1,000,000, for up to 5 s.")] = False,
-    format: Annotated[Literal["json", "ndjson"], Query(description="`ndjson`: all that match, streamed.")] = "json",  # noqa: A002
+    total: Annotated[bool, Query(description="Count the matches, up to 1,000,000, for up to 5 s.")] = False,
+    format: Annotated[Literal["json", "ndjson"], Query(description="`ndjson`: all matches, streamed.")] = "json",  # noqa: A002
 ) -> Response:
     service = service_of(request)
-    await service.access.caller(request, "read")
     chosen = Filter(
         statuses=tuple(status or ()),
         language=language,
@@ -102,13 +104,13 @@ async def read(  # noqa: PLR0913, PLR0917 - as many as there are query parameter
         executor_id=executor,
         since=since,
         until=until,
-        metadata=_metadata(request),
+        metadata=_metadata_filters(request),
         oldest_first=order == "oldest",
     )
     if format == "ndjson" or request.headers.get("accept", "").startswith("application/x-ndjson"):
         return await _export(service, chosen)
     if cursor is not None and offset is not None:
-        raise invalid([Fault("offset", "not together with cursor")])
+        raise invalid([Fault("offset", "cannot be combined with cursor")])
 
     def work(conn: Connection) -> tuple[Page | None, int | None]:
         if cursor is None:
@@ -119,32 +121,32 @@ async def read(  # noqa: PLR0913, PLR0917 - as many as there are query parameter
 
     page, count = await service.run(work)
     if page is None:
-        raise invalid([Fault("offset", "too many evaluations to look through for it: cursor reads on from any page")])
-    answer: dict[str, Any] = {"evaluations": page.rows, "next": _cursor(page.following) if page.following else None}
-    return json_response({**answer, "total": count} if total else answer)
+        raise invalid([Fault("offset", "too few evaluations match: read on by cursor, from the `next` of a page")])
+    body: dict[str, Any] = {"evaluations": page.rows, "next": _cursor(page.following) if page.following else None}
+    return json_response({**body, "total": count} if total else body)
 
 
-def _metadata(request: Request) -> dict[str, str]:
-    """The filters by metadata; any other parameter that is not known is refused, so that a typo shows at once."""
-    found: dict[str, str] = {}
+def _metadata_filters(request: Request) -> dict[str, str]:
+    """Return the values of `metadata.KEY`. Raises Problem (422) for unknown parameters too, so that a typo is noticed."""
+    filters: dict[str, str] = {}
     faults: list[Fault] = []
     for name, value in request.query_params.multi_items():
         prefix, dot, key = name.partition(".")
-        if name in _KNOWN:
+        if name in _PARAMETERS:
             continue
         if prefix != "metadata" or not dot or not key:
-            faults.append(Fault(name[:100], "not a parameter; see /docs"))
+            faults.append(Fault(name[:100], "unknown parameter: /docs lists them"))
         elif "\0" in key + value or len(key + value) > 1000:
             faults.append(Fault(name[:100], "expected up to 1,000 characters without NUL"))
-        elif key in found:
+        elif key in filters:
             faults.append(Fault(name[:100], "given twice"))
         else:
-            found[key] = value
-    if len(found) > _MOST_KEYS:
-        faults.append(Fault("metadata", f"expected up to {_MOST_KEYS} keys, not {len(found):,}"))
+            filters[key] = value
+    if len(filters) > _MOST_KEYS:
+        faults.append(Fault("metadata", f"expected up to {_MOST_KEYS} keys, not {len(filters):,}"))
     if faults:
         raise invalid(faults)
-    return found
+    return filters
 
 
 def _cursor(position: Position) -> str:
@@ -158,14 +160,14 @@ def _position(cursor: str) -> Position:
     except (ValueError, TypeError):
         position = None
     if position is None or position.created_at.utcoffset() is None or identity({"eval_id": position.eval_id})[0] is None:
-        raise invalid([Fault("cursor", "expected the `next` of another page, or nothing")])
+        raise invalid([Fault("cursor", "expected the `next` of another page, or an empty value")])
     return position
 
 
 async def _export(service: Service, chosen: Filter) -> Response:
-    """All that match, a line each. It holds a connection, so only a few run at once."""
+    """Stream all matches. Each export keeps a connection, so only EXPORTS run at a time."""
     if service.exports.locked():
-        raise unavailable("as many exports run as may")
+        raise unavailable("the service is busy with other exports")
     await service.exports.acquire()
     export = _Export(service, chosen)
     try:
@@ -173,11 +175,11 @@ async def _export(service: Service, chosen: Filter) -> Response:
     except BaseException:
         export.close()
         raise
-    return Streamed(export.lines(first), export.close, media_type="application/x-ndjson")
+    return ClosingStream(export.lines(first), export.close, media_type="application/x-ndjson")
 
 
 class _Export:
-    """An export in a thread of its own, which ends it too: whoever went away cannot wait for that."""
+    """An export in a thread of its own. The thread also ends it, after the client has disconnected."""
 
     def __init__(self, service: Service, chosen: Filter) -> None:
         self._service = service
@@ -192,7 +194,7 @@ class _Export:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
 
     async def lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-        """Those of that chunk and of the ones after it."""
+        """Yield the lines of that chunk and of all after it."""
         while chunk is not None:
             yield b"".join(to_json(row) + b"\n" for row in chunk)
             chunk = await self.next()

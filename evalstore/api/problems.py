@@ -1,6 +1,6 @@
-"""Errors as clients see them: application/problem+json (RFC 9457), whatever went wrong and wherever."""
+"""Errors as application/problem+json (RFC 9457)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 
 from evalstore.storage.conditional import AlreadyQueued, VersionChanged
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
@@ -30,7 +31,7 @@ _NAMED: Final[dict[type[Exception], tuple[int, str]]] = {
 
 
 class Problem(Exception):
-    """An answer that is an error. `kind` names it for programs: `urn:evalstore:problem:KIND`."""
+    """An error to answer with. `kind` names it for programs: `urn:evalstore:problem:KIND`."""
 
     def __init__(
         self,
@@ -46,31 +47,31 @@ class Problem(Exception):
         self.faults = tuple(faults)
 
 
-def refuse_packed(headers: Mapping[str, str]) -> None:
-    """A body is taken as it is. Raises Problem (415) for one that its client compressed."""
+def refuse_compressed(headers: Mapping[str, str]) -> None:
+    """Raise Problem (415) for a compressed body."""
     if headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-        raise Problem(415, "unsupported-encoding", "a body is taken as it is: send it without Content-Encoding")
+        raise Problem(415, "unsupported-encoding", "compressed bodies are refused: send the body without Content-Encoding")
 
 
 def invalid(faults: Iterable[Fault]) -> Problem:
-    """422, with every wrong field."""
+    """Return 422, which names every wrong field."""
     faults = tuple(faults)
     return Problem(422, "invalid", "; ".join(f"{fault.field}: {fault.problem}" for fault in faults)[:2000], faults=faults)
 
 
-def not_found(eval_id: str, what: str = "") -> Problem:
-    """404 of an evaluation, or of something it does not have."""
-    there = f"evaluation {eval_id!r} has no {what}" if what else f"there is no evaluation {eval_id!r}"
-    return Problem(404, "not-found", there)
+def not_found(eval_id: str, content: str = "") -> Problem:
+    """Return 404 of an evaluation, or of `content` of it."""
+    detail = f"evaluation {eval_id!r} has no {content}" if content else f"there is no evaluation {eval_id!r}"
+    return Problem(404, "not-found", detail)
 
 
 def unavailable(detail: str) -> Problem:
-    """503, with when to try again."""
+    """Return 503, with Retry-After."""
     return Problem(503, "outage", detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 
 def body(problem: Problem, request_id: str) -> dict[str, Any]:
-    """The JSON object of a problem."""
+    """Return the JSON object of a problem."""
     fields: dict[str, Any] = {
         "type": f"urn:evalstore:problem:{problem.kind}",
         "title": HTTPStatus(problem.status).phrase,
@@ -84,22 +85,20 @@ def body(problem: Problem, request_id: str) -> dict[str, Any]:
 
 
 def response(problem: Problem, request_id: str) -> Response:
-    """The answer that tells of `problem`."""
+    """Return the response of a problem."""
     text = msgspec.json.encode(body(problem, request_id))
     return Response(text, problem.status, headers={"Cache-Control": "no-store", **problem.headers}, media_type=MEDIA_TYPE)
 
 
 _ROUTING: Final = {
-    404: ("no-such-path", "there is nothing at this path; /docs shows what there is"),
-    405: ("method-not-allowed", "not with this method; the header Allow names those that are"),
+    404: ("no-such-path", "the service has no such path: /docs lists them"),
+    405: ("method-not-allowed", "the path does not have this method: the header Allow lists its methods"),
 }
-
-
 _OURS: Final = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, ObjectMissing, ObjectDamaged, Outage)
 
 
 def of(error: Exception) -> Problem:
-    """`error` in HTTP's words. What it is not known to be is an error of ours: it is logged, and not told."""
+    """Translate an error. An unexpected one is logged, and answered with 500 without its text."""
     match error:
         case Problem():
             return error
@@ -112,11 +111,11 @@ def of(error: Exception) -> Problem:
             return Problem(status, kind, str(error))
         case Outage():
             log.warning("request_outage", kind=type(error).__name__, error=error)
-            return unavailable(f"{type(error).__name__}: a server this service needs cannot be reached; try again")
+            return unavailable(f"{type(error).__name__}: a server that the service needs cannot be reached; try again")
         case ClientDisconnect():
-            return Problem(400, "broken-off", "the request did not come to its end")  # so it is counted; nobody reads it
+            return Problem(400, "broken-off", "the request is incomplete")
         case RuntimeError(__cause__=cause) if isinstance(cause, _OURS):
-            return of(cause)  # Starlette's word for one that came when the answer had begun
+            return of(cause)  # Starlette wraps an error after the answer has begun
         case RequestValidationError():
             return invalid(_faults(error))
         case HTTPException():
@@ -124,27 +123,34 @@ def of(error: Exception) -> Problem:
             return Problem(error.status_code, kind, detail, headers=error.headers)
         case _:
             log.error("unexpected_error", exc_info=error)
-            return Problem(500, "internal", "an error of the service; its log tells more")
+            return Problem(500, "internal", "an error of the service: its log says more")
 
 
 def _faults(error: RequestValidationError) -> list[Fault]:
     faults = []
     for fault in error.errors():
-        where, *path = fault["loc"]
-        name = ".".join(part for part in path if isinstance(part, str)) or str(where)  # of a repeated one without its number
+        place, *path = fault["loc"]
+        name = ".".join(part for part in path if isinstance(part, str)) or str(place)
         faults.append(Fault(name, format_error(fault)))
     return faults
 
 
-def install(app: FastAPI, methods: Callable[[str], list[str]]) -> None:
-    """Answer every error of `app` so, unknown paths and methods included. `methods` gives those that a path has."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Answer every error of `app` with a problem. `routes`: those whose methods the header Allow lists."""
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = of(error)
-        if problem.status == 405:  # Starlette names those of one route alone
-            problem.headers["Allow"] = ", ".join(methods(request.scope["path"]))
+        if problem.status == 405:
+            problem.headers["Allow"] = ", ".join(_methods(request, routes))
         return response(problem, request.state.request_id)
 
     for kind in (*_OURS, RequestValidationError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle)
+
+
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
+    """Return the methods of a path: Starlette's own Allow has those of one route. The routes of documents have GET alone."""
+    matching = [route for route in routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods or ()} or {"GET"}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)

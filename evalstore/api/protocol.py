@@ -1,9 +1,7 @@
-"""HTTP/1.1 as uvicorn speaks it, with a time limit for the head of a request.
+"""Uvicorn's HTTP/1.1 with a time limit for the head of a request, and problems for malformed requests.
 
-Use it as `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`.
-
-Uvicorn waits without end for the head of a request, so that a few hundred connections that send a byte now and then, without
-any key, take every file descriptor there is. And what is no request at all it answers in words, where all else is a problem.
+Use it as `uvicorn evalstore.api.app:app --http evalstore.api.protocol:Protocol`. Uvicorn has no such limit. So connections
+that send a byte now and then, without any key, take all file descriptors: docs/decisions/0033.
 """
 
 from models.extras import require
@@ -20,8 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from evalstore.api import problems
 from evalstore.api.problems import Problem
 
-# From the connection, or the first byte of a further request, to the end of the head.
-HEAD_S: Final = 30.0
+HEAD_S: Final = 30.0  # from the connection, or the first byte of a further request, to the end of the head
 
 
 class Protocol(H11Protocol):
@@ -49,15 +46,18 @@ class Protocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words for all there can be
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # whatever reads the body finds that it ended, and answers nobody
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            request_id, problem = uuid4().hex, Problem(400, "malformed", "not a request of HTTP/1.1, or its head is too large")
-            told = problems.response(problem, request_id)
-            headers: list[Any] = [*told.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+            request_id, problem = (
+                uuid4().hex,
+                Problem(400, "malformed", "not a valid HTTP/1.1 request, or its head is too large"),
+            )
+            response = problems.response(problem, request_id)
+            headers: list[Any] = [*response.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
             answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            for event in (answer, h11.Data(data=bytes(told.body)), h11.EndOfMessage()):
+            for event in (answer, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

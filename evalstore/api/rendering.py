@@ -10,13 +10,13 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from evalstore.api.cache import Rendered
+from evalstore.api.record_cache import Rendered
 from evalstore.storage.records import CONTENTS, PREVIEW_BYTES, ContentView, RecordView
 from models import content
 
 
 def to_json(value: object) -> bytes:
-    """`value` as JSON; lone surrogates, which UTF-8 has no form for, as escapes."""
+    """Encode `value`, with lone surrogates, which UTF-8 cannot encode, as escapes."""
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
@@ -24,16 +24,15 @@ def to_json(value: object) -> bytes:
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer that holds `value`."""
+    """Return a response that holds `value`."""
     return Response(to_json(value), status, headers=headers, media_type="application/json")
 
 
-class Streamed(StreamingResponse):
-    """An answer in pieces. At its end `close` is called, also where nobody ever read of it: generators end when they are
-    forgotten, which may be late."""
+class ClosingStream(StreamingResponse):
+    """A streamed response that calls `close` at its end, also if it was never read: generators are finalized late."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None], **shown: Any) -> None:
-        super().__init__(pieces, **shown)
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None], **options: Any) -> None:
+        super().__init__(pieces, **options)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,23 +42,23 @@ class Streamed(StreamingResponse):
             self._close()
 
 
-def url(eval_id: str) -> str:
-    """The path of an evaluation."""
+def path_of(eval_id: str) -> str:
+    """Return the path of an evaluation."""
     return f"/storage/evaluations/{quote(eval_id, safe=':@+=~')}"
 
 
-def rendered(record: RecordView) -> Rendered:
-    """A record as it is answered: small content whole, of the rest the beginning, and where to read it."""
+def render(record: RecordView) -> Rendered:
+    """Encode a record: small content whole, of large content the size, the beginning and the address."""
     fields: dict[str, Any] = dict(record.fields)
     for kind in CONTENTS:
         fields[kind] = None
         if (part := record.contents.get(kind)) is not None:
-            fields |= _content(kind, part, f"{url(fields['eval_id'])}/{kind}")
+            fields |= _content(kind, part, f"{path_of(fields['eval_id'])}/{kind}")
     return Rendered(record.stamp, to_json(fields))
 
 
-def below(prefix: str, body: bytes) -> bytes:
-    """A rendered record whose addresses begin with `prefix`: the cache, which several services share, has them without."""
+def with_prefix(prefix: str, body: bytes) -> bytes:
+    """Add `prefix` to the addresses in a rendered record. The cache, which several services share, has them without."""
     if not prefix or b'_url":"/storage/' not in body:
         return body
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -69,13 +68,13 @@ def below(prefix: str, body: bytes) -> bytes:
     return msgspec.json.encode(fields)
 
 
-def logged(eval_id: str, event: RecordView, prefix: str) -> dict[str, Any]:
-    """An event of the log as it is answered, without what it does not have."""
+def event_fields(eval_id: str, event: RecordView, prefix: str) -> dict[str, Any]:
+    """Return an event of the log as a JSON object, without absent fields."""
     fields = {name: value for name, value in event.fields.items() if value is not None}
     if isinstance(extra := fields.pop("extra", None), str):
         fields["extra"] = json.loads(extra)
     for kind, part in event.contents.items():
-        fields |= _content(kind, part, f"{prefix}{url(eval_id)}/{kind}?event_id={fields['event_id']}")
+        fields |= _content(kind, part, f"{prefix}{path_of(eval_id)}/{kind}?event_id={fields['event_id']}")
     return fields
 
 

@@ -1,4 +1,4 @@
-"""What the service's JSON looks like, for its OpenAPI document: schemas, examples, and the errors each answer may be."""
+"""The schemas and examples of the service's JSON, for its OpenAPI document."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -18,7 +18,7 @@ _ATTEMPT: Final[Schema] = _FIELDS["attempt"].kind.schema
 
 
 def ref(name: str) -> Schema:
-    """A schema by its name."""
+    """Refer to a schema by its name."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -27,13 +27,11 @@ def _nullable(schema: Schema) -> Schema:
 
 
 def _content(name: str) -> dict[str, Schema]:
-    limit = f"Any string, up to {MAX_CONTENT_BYTES // 1024**2} MiB; comes back exactly."
+    limit = f"Any string, up to {MAX_CONTENT_BYTES // 1024**2} MiB. It is kept exactly."
     return {
         name: _nullable({"type": "string", "description": limit}),
-        f"{name}_b64": _nullable(
-            {"type": "string", "contentEncoding": "base64", "description": f"{name} as raw bytes, instead."}
-        ),
-        f"{name}_ref": _nullable({**ref("Reference"), "description": f"{name} that was uploaded before, instead."}),
+        f"{name}_b64": _nullable({"type": "string", "contentEncoding": "base64", "description": f"{name} as raw bytes."}),
+        f"{name}_ref": _nullable({**ref("Reference"), "description": f"{name} that was uploaded before."}),
     }
 
 
@@ -68,11 +66,11 @@ _TRUNCATED: Final[dict[str, Schema]] = {
 
 def _shown(kind: str) -> dict[str, Schema]:
     return {
-        kind: _nullable({"type": "string", "description": "Where it is text and up to 64 KiB."}),
-        f"{kind}_b64": {"type": "string", "description": "Where it is not text, and up to 64 KiB."},
+        kind: _nullable({"type": "string", "description": "If it is text and up to 64 KiB."}),
+        f"{kind}_b64": {"type": "string", "description": "If it is not text, and up to 64 KiB."},
         f"{kind}_size": {"type": "integer", "minimum": 0, "description": "Bytes."},
-        f"{kind}_preview": {"type": "string", "description": "The beginning of what is larger."},
-        f"{kind}_url": {"type": "string", "description": "Where to read what is larger."},
+        f"{kind}_preview": {"type": "string", "description": "The beginning of larger content."},
+        f"{kind}_url": {"type": "string", "description": "The address of larger content."},
     }
 
 
@@ -99,11 +97,11 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Reference": {
         "type": "object",
-        "description": "Content that was uploaded, as POST /storage/content answers it.",
+        "description": "Uploaded content: the answer of POST /storage/content.",
         "properties": {
             "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
             "size": {"type": "integer", "minimum": 0, "description": "Bytes."},
-            "encoding": {"type": "string", "enum": ["identity", "zstd"], "description": "How it is kept."},
+            "encoding": {"type": "string", "enum": ["identity", "zstd"], "description": "How it is stored."},
         },
         "required": ["sha256", "size", "encoding"],
         "additionalProperties": False,
@@ -113,7 +111,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Change": {
         "type": "object",
-        "description": "What happened next: a status, and the fields of the event that tells of it.",
+        "description": "A status, and the fields of its event.",
         "properties": {
             "status": {"type": "string", "enum": ["queued", *ENDED]},
             "type": {"type": "string", "enum": _EVENT_TYPES, "description": "The event's type, instead of a status."},
@@ -127,7 +125,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Event": {
         "type": "object",
-        "description": "One fact about an evaluation; which field belongs to which type is in the reference of events.",
+        "description": "One fact about an evaluation. The reference of events lists the fields of each type.",
         "properties": {
             "type": {"type": "string", "enum": _EVENT_TYPES},
             "eval_id": EVAL_ID,
@@ -147,7 +145,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Written": {
         "type": "object",
-        "description": "What a key that may not read is told of its writes.",
+        "description": "The answer to a write of a key without the scope read.",
         "properties": {name: _STATE[name] for name in ("eval_id", "version", "status")},
         "required": ["eval_id", "version", "status"],
     },
@@ -165,7 +163,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "total": _nullable(
                 {
                     "type": "integer",
-                    "description": "With total=true: how many match, counted up to 1,000,000; null where that takes too long.",
+                    "description": "With total=true: the number of matches, up to 1,000,000; null if that takes too long.",
                 }
             ),
         },
@@ -179,7 +177,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "attempt": _ATTEMPT,
             "occurred_at": _TIME,
             "recorded_at": _TIME,
-            "extra": {"type": "object", "description": "Fields this release does not know."},
+            "extra": {"type": "object", "description": "Fields that this release does not know."},
         },
         "required": ["event_id", "type", "attempt", "occurred_at", "recorded_at"],
     },

@@ -1,8 +1,8 @@
-"""What clients ask to be written, as events: checked whole, with every id and time they left out."""
+"""Bodies of requests that write, as checked events with an id and a time."""
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -17,7 +17,7 @@ from models.fast_decode import decode_event
 from models.record import canonical_json
 
 MAX_LINES: Final = 10_000
-_BRIEF_CHARACTERS: Final = 65_536
+_LARGE_CHARACTERS: Final = 65_536
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _TYPES: Final = {
     "queued": "evaluation:queued",
@@ -30,41 +30,40 @@ _TYPES: Final = {
 
 
 class Line(NamedTuple):
-    """A line of a batch: the event to store, or what is wrong with it."""
+    """A line of a batch: the request to store its event, or its faults."""
 
     number: int
-    given: WriteRequest | None
+    request: WriteRequest | None
     eval_id: str | None
     event_id: UUID | None
     faults: tuple[Fault, ...] = ()
 
 
-def idempotency_key(headers: Mapping[str, str]) -> str | None:
-    """The Idempotency-Key of a request. Raises InvalidEvent."""
-    key = headers.get("idempotency-key")
+def check_idempotency_key(key: str | None) -> None:
+    """Raise InvalidEvent for a key in a wrong form."""
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidEvent([Fault("Idempotency-Key", "expected 1 to 255 printable ASCII characters without spaces")])
-    return key
 
 
 def _object(body: bytes | bytearray) -> dict[str, Any]:
     data = decode(body, "body")
     if isinstance(body, bytearray):
-        body.clear()  # large content in it is in memory often enough
+        body.clear()  # its memory is needed for the content
     if not isinstance(data, dict):
         raise InvalidEvent([Fault("body", f"expected a JSON object, not {type(data).__name__}")])
     return {name: value for name, value in data.items() if value is not None}
 
 
 def created(body: bytearray, key: str | None, max_content_bytes: int) -> WriteRequest:
-    """The queued event that a POST asks for. Raises InvalidEvent."""
+    """Return the queued event of a POST. Raises InvalidEvent."""
     data = _object(body)
     if data.setdefault("type", "evaluation:queued") != "evaluation:queued":
-        raise InvalidEvent([Fault("type", "expected evaluation:queued; what happens later is told with PUT")])
-    return _completed(check(data, max_content_bytes=max_content_bytes), key)
+        raise InvalidEvent([Fault("type", "expected evaluation:queued: PUT takes later events")])
+    return _complete(check(data, max_content_bytes=max_content_bytes), key)
 
 
-def _completed(event: Event, key: str | None) -> WriteRequest:
+def _complete(event: Event, key: str | None) -> WriteRequest:
+    """Fill in the id and the time. With a key the id follows from it, so that a repeated request makes the same event."""
     changes: dict[str, Any] = {}
     is_repeatable = event.event_id is not None or key is not None
     if event.event_id is None:
@@ -75,8 +74,7 @@ def _completed(event: Event, key: str | None) -> WriteRequest:
 
 
 class Change(NamedTuple):
-    """What a PUT asks for: `make` gives the event for the record's attempt. `attempt`, if the request says which. `event`: as
-    far as it is known without."""
+    """The event of a PUT. `make` completes it for the record's attempt. `attempt`: that of the request, if it has one."""
 
     event: Event
     make: Callable[[int], WriteRequest]
@@ -84,9 +82,9 @@ class Change(NamedTuple):
 
 
 def changed(body: bytearray, eval_id: str, key: str | None, max_content_bytes: int) -> Change:
-    """The event that a PUT asks for. Raises InvalidEvent.
+    """Return the event of a PUT. Raises InvalidEvent.
 
-    Without an event_id of its own it takes one that follows from what it says, so that saying it again changes nothing.
+    Without an event_id and a key the id follows from the content, so that the same change again stores nothing.
     """
     data = _object(body)
     faults = _path_faults(data, eval_id)
@@ -101,23 +99,23 @@ def changed(body: bytearray, eval_id: str, key: str | None, max_content_bytes: i
     if faults:
         raise InvalidEvent(faults)
     event = check(data, max_content_bytes=max_content_bytes)
-    unsaid = {"eval_id", "event_id", "attempt", "type"}
-    said = {name: _in_brief(value) for name, value in data.items() if name not in unsaid}
+    not_content = {"eval_id", "event_id", "attempt", "type"}
+    content_fields = {name: _hash_if_large(value) for name, value in data.items() if name not in not_content}
 
     def make(attempt: int) -> WriteRequest:
         attempt = attempt if "attempt" not in data else event.attempt or 1
         changes: dict[str, Any] = {"attempt": attempt}
         if event.event_id is None and key is None:
-            name = canonical_json({"eval_id": eval_id, "attempt": attempt, "type": event.type, "said": said})
+            name = canonical_json({"eval_id": eval_id, "attempt": attempt, "type": event.type, "said": content_fields})
             changes["event_id"] = uuid5(NAMESPACE_URL, f"evalstore:change:{name}")
-        return _completed(event.model_copy(update=changes), key)
+        return _complete(event.model_copy(update=changes), key)
 
     return Change(event, make, event.attempt if "attempt" in data else None)
 
 
-def _in_brief(value: Any) -> Any:
-    """Large text by its hash: written as JSON once more it would be in memory some more times."""
-    if isinstance(value, str) and len(value) > _BRIEF_CHARACTERS:
+def _hash_if_large(value: Any) -> Any:
+    """Replace large text by its hash, to save the memory of its JSON."""
+    if isinstance(value, str) and len(value) > _LARGE_CHARACTERS:
         return {"sha256": hashlib.sha256(content.to_bytes(value)).hexdigest()}
     return value
 
@@ -126,7 +124,7 @@ def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
     if identity({"eval_id": eval_id})[0] is None:
         return [Fault("eval_id", "expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -, and not '.' or '..', in the path")]
     if data.setdefault("eval_id", eval_id) != eval_id:
-        return [Fault("eval_id", "not the one of the path")]
+        return [Fault("eval_id", "not the id in the path")]
     return []
 
 
@@ -162,12 +160,12 @@ def _line(number: int, text: bytes | bytearray, eval_id: str | None, key: str | 
         data = _object(text)
         if eval_id is not None and (faults := _path_faults(data, eval_id)):
             return Line(number, None, *identity(data), tuple(faults))
-        given = _completed(check(data, max_content_bytes=max_content_bytes), f"{key}:{number}" if key else None)
+        request = _complete(check(data, max_content_bytes=max_content_bytes), f"{key}:{number}" if key else None)
     except InvalidEvent as error:
         return Line(number, None, *identity(data), error.faults)
-    return Line(number, given, given.event.eval_id, given.event.event_id)
+    return Line(number, request, request.event.eval_id, request.event.event_id)
 
 
 def single(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
-    """The one event of a JSON body."""
+    """Read the event of a JSON body, as line 1."""
     return _line(1, body, eval_id, key, max_content_bytes)

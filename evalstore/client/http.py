@@ -1,11 +1,11 @@
-"""The service from Python: needs httpx, and of evalstore `models` alone.
+"""The HTTP service from Python. Needs httpx and `models` alone.
 
     with StorageClient("http://localhost:8086", key) as storage:
         storage.create_evaluation("run-1", code="print(1)")
         storage.update_evaluation("run-1", "completed", exit_code=0, output="1\\n")
         print(storage.get_evaluation("run-1").status)
 
-Every call that writes may be repeated: what it says is stored once. So whatever does not answer is tried again.
+Every write is repeatable: the same call is stored once. So the client retries whatever is not answered.
 """
 
 import base64
@@ -37,10 +37,10 @@ _LONGEST_WAIT_S: Final = 5.0
 
 
 class StorageClient:
-    """A connection pool to one service. Safe to share among threads.
+    """A connection pool to one service. Threads may share it.
 
-    Every call raises ServiceError for what the service refuses, and ServiceOutage when it still cannot be reached after
-    `retry_s` seconds. `timeout_s` bounds each step of one attempt. Raises ValueError for an address or a key that can be none.
+    Every call raises ServiceError for a refused request, and ServiceOutage if the service cannot be reached for `retry_s`
+    seconds. `timeout_s` bounds each step of one attempt. Raises ValueError for an invalid address or key.
     """
 
     def __init__(
@@ -72,27 +72,27 @@ class StorageClient:
         self._http.close()
 
     def create_evaluation(self, eval_id: str, code: str | bytes | None = None, **fields: Any) -> Evaluation:
-        """Store that an evaluation was queued: `language`, `submitter`, `metadata`, … `code`, or `code_ref` from `put_content`.
+        """Create an evaluation. `fields`: `language`, `submitter`, `metadata`, … `code`, or `code_ref` from `put_content`.
 
-        Raises Conflict where it was before.
+        Raises Conflict if another event created it.
         """
         body = _body({"eval_id": eval_id, "code": code, "occurred_at": _now(), **fields})
         answer = self._request("POST", "/storage/evaluations", content=body, headers={"Idempotency-Key": uuid4().hex})
         return _evaluation(answer.content)
 
     def update_evaluation(self, eval_id: str, status: str, *, if_version: int | None = None, **fields: Any) -> Evaluation:
-        """Store what happened next: `running`, `completed`, `failed`, `timed_out` or `cancelled`, and its fields.
+        """Store a new status: `running`, `completed`, `failed`, `timed_out` or `cancelled`, and the fields of that event.
 
-        With `if_version` only while the record is at that version; raises VersionChanged.
+        With `if_version`, raises VersionChanged unless the record is at that version.
         """
         headers = {} if if_version is None else {"If-Match": f'"{if_version}"'}
-        if not fields.keys() & {"event_id", "occurred_at"}:  # else it is for the caller to say what is the same
+        if not fields.keys() & {"event_id", "occurred_at"}:
             headers["Idempotency-Key"] = uuid4().hex
         body = _body({"status": status, "occurred_at": _now(), **fields})
         return _evaluation(self._request("PUT", _path(eval_id), content=body, headers=headers).content)
 
     def get_evaluation(self, eval_id: str) -> Evaluation:
-        """The record as it is now. Raises NotFound."""
+        """Return the current record. Raises NotFound."""
         return _evaluation(self._request("GET", _path(eval_id)).content)
 
     def list_evaluations(
@@ -103,10 +103,12 @@ class StorageClient:
         page_size: int = 500,
         **filters: Any,
     ) -> Iterator[Evaluation]:
-        """All that match, without their content, newest first: `language`, `submitter`, `executor`, `since`, `until`,
-        `order="oldest"`. They are read page by page while you iterate."""
+        """Yield all matching records without content, newest first. Reads a page at a time while you iterate.
+
+        `filters`: `language`, `submitter`, `executor`, `since`, `until`, `order="oldest"`.
+        """
         query: dict[str, Any] = {"limit": page_size, "cursor": ""}
-        query |= {name: _moment(value) for name, value in filters.items() if value is not None}
+        query |= {name: _to_text(value) for name, value in filters.items() if value is not None}
         query |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
         if status is not None:
             query["status"] = [status] if isinstance(status, str) else list(status)
@@ -118,49 +120,49 @@ class StorageClient:
             query["cursor"] = page["next"]
 
     def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
-        """Upload content, and return what an event names it by: give it as `output_ref`, `code_ref` or `error_ref`, soon.
+        """Upload content, and return its reference, for `output_ref`, `code_ref` or `error_ref` of an event within days.
 
-        A file is sent from where it stands, piece by piece, and must be one that can seek, as an attempt may have to be
-        repeated. Raises ObjectDamaged where the service received something else.
+        A file is sent from its position to its end, in pieces. It must be seekable, because a failed attempt is repeated.
+        Raises ObjectDamaged if the service received other bytes.
         """
         source: BinaryIO = io.BytesIO(content) if isinstance(content, bytes) else content
-        begin, sent = source.tell(), hashlib.sha256()
+        start, hasher = source.tell(), hashlib.sha256()
 
-        def attempt() -> httpx.Request:
-            nonlocal sent
-            source.seek(begin)
-            sent = hashlib.sha256()
-            return self._http.build_request("POST", "/storage/content", content=_pieces(source, sent))
+        def build() -> httpx.Request:
+            nonlocal hasher
+            source.seek(start)
+            hasher = hashlib.sha256()
+            return self._http.build_request("POST", "/storage/content", content=_pieces(source, hasher))
 
-        reference: dict[str, Any] = decode(self._answered(attempt).content)
-        if reference["sha256"] != sent.hexdigest():
-            raise ObjectDamaged("the service did not receive what was sent")
+        reference: dict[str, Any] = decode(self._send(build).content)
+        if reference["sha256"] != hasher.hexdigest():
+            raise ObjectDamaged("the service received other bytes than were sent")
         return reference
 
     def get_output(self, eval_id: str) -> bytes:
-        """The whole standard output, in memory. Raises NotFound."""
+        """Return the whole standard output. Raises NotFound."""
         return self.get_content(eval_id, "output")
 
     def get_content(self, eval_id: str, kind: Kind) -> bytes:
-        """All of some content, in memory. Raises NotFound."""
+        """Return a whole content. Raises NotFound."""
         return b"".join(self.stream_content(eval_id, kind))
 
     def stream_content(self, eval_id: str, kind: Kind = "output", *, start: int = 0) -> Iterator[bytes]:
-        """Some content piece by piece, from byte `start` on. A stream that breaks off is taken up where it did.
+        """Yield a content in pieces, from byte `start` on. A broken stream is resumed at its position.
 
-        Raises NotFound.
+        Raises NotFound, and VersionChanged if the record has other content meanwhile.
         """
         position, etag, give_up = start, "", time.monotonic() + self._retry_s
         wait_s = 0.05
         while True:
-            headers = {"Accept-Encoding": "identity"}  # no proxy is to pack what is passed on as it comes
+            headers = {"Accept-Encoding": "identity"}  # raw pieces are yielded: no proxy may compress them
             if position:
                 headers["Range"] = f"bytes={position}-"
-            if position and etag:  # else of less content than that there is none, which looks like the end of what there was
+            if position and etag:  # other, shorter content would answer 416, which looks like the end
                 headers["If-Range"] = etag.removeprefix("W/")
             try:
                 with self._opened("GET", f"{_path(eval_id)}/{kind}", headers) as answer:
-                    etag = _same(etag, answer.headers["etag"])
+                    etag = _check_etag(etag, answer.headers["etag"])
                     for piece in answer.iter_raw():
                         position += len(piece)
                         give_up, wait_s = time.monotonic() + self._retry_s, 0.05
@@ -182,39 +184,39 @@ class StorageClient:
             answer.close()
 
     def send_events(self, events: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-        """Store events, any number of them, in transactions of up to 5,000; what became of each, in their order.
+        """Store any number of events in transactions of up to 5,000, and yield the outcome of each in order.
 
-        Each gets an `event_id` and an `occurred_at` where it has none. They are sent while you iterate.
+        Fills in a missing `event_id` and `occurred_at`. Sends while you iterate.
         """
         lines: list[bytes] = []
         size = 0
         for event in events:
             line = _body({"event_id": str(uuid4()), "occurred_at": _now(), **event})
             if lines and (len(lines) == _BATCH or size + len(line) > _BATCH_BYTES):
-                yield from self._sent(lines)
+                yield from self._send_lines(lines)
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
         if lines:
-            yield from self._sent(lines)
+            yield from self._send_lines(lines)
 
-    def _sent(self, lines: list[bytes]) -> Iterator[Outcome]:
+    def _send_lines(self, lines: list[bytes]) -> Iterator[Outcome]:
         headers = {"Content-Type": "application/x-ndjson"}
         answer = self._request("POST", "/storage/events:batch", content=b"\n".join(lines), headers=headers)
         for line in answer.content.splitlines():
-            told = decode(line)
-            told["faults"] = [Fault(**fault) for fault in told.get("faults", ())]
-            yield Outcome.model_validate(told)
+            outcome = decode(line)
+            outcome["faults"] = [Fault(**fault) for fault in outcome.get("faults", ())]
+            yield Outcome.model_validate(outcome)
 
     def _request(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
-        return self._answered(lambda: self._http.build_request(method, path, **options), stream=stream)
+        return self._send(lambda: self._http.build_request(method, path, **options), stream=stream)
 
-    def _answered(self, attempt: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
-        """Send until it is answered with something else than an outage."""
+    def _send(self, build: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
+        """Send a request, built anew for each attempt, until the answer is no outage."""
         give_up, wait_s = time.monotonic() + self._retry_s, 0.05
         while True:
             try:
-                answer = self._http.send(attempt(), stream=stream)
+                answer = self._http.send(build(), stream=stream)
             except httpx.TransportError as error:
                 wait_s = _wait(wait_s, give_up, error)
                 continue
@@ -228,17 +230,17 @@ class StorageClient:
 
 
 def _wait(wait_s: float, give_up: float, error: Exception) -> float:
-    """Wait before the next attempt, and return the wait after that. Raises ServiceOutage when the time is up."""
-    pause_s = wait_s * random.uniform(0.5, 1)  # noqa: S311 - so that not all come at once
+    """Wait before the next attempt, and return the wait after it. Raises ServiceOutage after `give_up`."""
+    pause_s = wait_s * random.uniform(0.5, 1)  # noqa: S311 - spreads clients, needs no secrecy
     if time.monotonic() + pause_s > give_up:
         raise ServiceOutage(str(error) or type(error).__name__) from error
     time.sleep(pause_s)
     return min(_LONGEST_WAIT_S, wait_s * 2)
 
 
-def _same(before: str, etag: str) -> str:
+def _check_etag(before: str, etag: str) -> str:
     if before not in {"", etag}:
-        raise VersionChanged(412, "changed", "the record has other content now: read it anew")
+        raise VersionChanged(412, "changed", "the record has other content now: read it again")
     return etag
 
 
@@ -247,15 +249,15 @@ def _refusal(answer: httpx.Response) -> ServiceError:
         problem = answer.json()
         faults = [Fault(fault["field"], fault["problem"]) for fault in problem.get("faults", ())]
         kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
-    except (ValueError, KeyError, TypeError, AttributeError):  # of something between here and the service
+    except (ValueError, KeyError, TypeError, AttributeError):  # not from the service, but from a proxy
         kind, detail, faults = "unknown", answer.text[:200], []
-    found = {404: NotFound, 409: Conflict, 412: VersionChanged}.get(answer.status_code, ServiceError)
-    return found(answer.status_code, kind, detail, faults, answer.headers.get("x-request-id"))
+    kind_of_error = {404: NotFound, 409: Conflict, 412: VersionChanged}.get(answer.status_code, ServiceError)
+    return kind_of_error(answer.status_code, kind, detail, faults, answer.headers.get("x-request-id"))
 
 
-def _pieces(source: BinaryIO, sent: Any) -> Iterator[bytes]:
+def _pieces(source: BinaryIO, hasher: Any) -> Iterator[bytes]:
     while piece := source.read(_PIECE_BYTES):
-        sent.update(piece)
+        hasher.update(piece)
         yield piece
 
 
@@ -267,18 +269,18 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _moment(value: Any) -> Any:
+def _to_text(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _body(fields: Mapping[str, Any]) -> bytes:
-    given: dict[str, Any] = {}
+    sent: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, bytes):
-            given[f"{name}_b64"] = base64.b64encode(value).decode()
+            sent[f"{name}_b64"] = base64.b64encode(value).decode()
         elif value is not None:
-            given[name] = str(value) if name == "event_id" else _moment(value)
-    return json.dumps(given, allow_nan=False).encode()
+            sent[name] = str(value) if name == "event_id" else _to_text(value)
+    return json.dumps(sent, allow_nan=False).encode()
 
 
 def _evaluation(body: bytes) -> Evaluation:

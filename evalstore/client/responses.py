@@ -1,4 +1,4 @@
-"""What the client gives and raises."""
+"""The client's results and errors."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -11,7 +11,7 @@ from models.fields import Scalars
 
 
 class ServiceError(EvalstoreError):
-    """The service refused a request, and would again. `faults` names every wrong field."""
+    """The service refused a request. Do not send it again unchanged. `faults` names every wrong field."""
 
     def __init__(
         self, status: int, kind: str, detail: str, faults: Iterable[Fault] = (), request_id: str | None = None
@@ -22,7 +22,7 @@ class ServiceError(EvalstoreError):
 
 
 class NotFound(ServiceError):
-    """There is no such evaluation, or it has no such content."""
+    """The evaluation does not exist, or has no such content."""
 
 
 class Conflict(ServiceError):
@@ -30,11 +30,11 @@ class Conflict(ServiceError):
 
 
 class VersionChanged(ServiceError):
-    """The record is not at the version that was asked for: read it again."""
+    """The record is not at the expected version: read it again."""
 
 
 class ServiceOutage(Outage):
-    """The service cannot be reached, or what it needs cannot. Nothing that was not answered counts as stored."""
+    """The service, or a server that it needs, cannot be reached. A write without an answer may or may not be stored."""
 
 
 class _Head(BaseModel):
@@ -45,8 +45,8 @@ class _Head(BaseModel):
 
 
 class Evaluation(Scalars, _Head):
-    """A record. Content is text, or bytes where it is no text; None where there is none, or more than 64 KiB: then `…_size`
-    tells so, and `get_content` reads it. A key that may not read is told `eval_id`, `version` and `status` alone."""
+    """A record. Content is a str, or bytes if it is not text. It is None if it is absent or larger than 64 KiB: `…_size` tells
+    which, and `get_content` reads it. A key without the scope read gets `eval_id`, `version` and `status` alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -66,7 +66,7 @@ class Evaluation(Scalars, _Head):
 
 
 class Outcome(BaseModel):
-    """What became of an event: `applied`, `duplicate`, `reused` (its event_id is stored with another body) or `invalid`."""
+    """The outcome of an event: `applied`, `duplicate`, `reused` (its event_id is stored with another body) or `invalid`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

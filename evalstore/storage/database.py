@@ -184,6 +184,12 @@ def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
     return raw
 
 
+def is_pooled(conn: Connection) -> bool:
+    """Tell whether a pooler may give each transaction another session. There autocommit would miss the session's settings."""
+    raw = driver(conn)
+    return isinstance(raw, Session) and bool(raw.per_transaction)
+
+
 @contextmanager
 def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
     """Statements of the block do not wait for the answers of those before; what they did is committed at its end.

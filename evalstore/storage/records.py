@@ -44,8 +44,8 @@ _ROW_VERSIONS: Final = f"SELECT e.eval_id, {_ROW_VERSION} FROM evaluations e WHE
 
 
 def row_versions(conn: Connection, eval_ids: Sequence[str]) -> dict[str, str]:
-    """The stamps of those of `eval_ids` that exist, as of now: `conn` commits by itself. Raises DatabaseOutage (retry)."""
-    with database.errors(), database.driver(conn).cursor(binary=True) as cursor:
+    """Return the row versions of those of `eval_ids` that exist, as of now. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         return dict(cursor.execute(_ROW_VERSIONS, [list(eval_ids)], prepare=True).fetchall())
 
 

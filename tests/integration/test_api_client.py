@@ -136,7 +136,7 @@ def test_a_stream_whose_content_was_replaced_by_less_is_no_shorter_content(api: 
         stream = client.stream_content("e")
         next(stream)
         client.update_evaluation("e", "completed", exit_code=0, output="b", occurred_at="2000-01-01T00:00:00Z")
-        with pytest.raises(VersionChanged, match="read it anew"):
+        with pytest.raises(VersionChanged, match="read it again"):
             list(stream)
 
 

@@ -150,5 +150,5 @@ def test_a_range_is_the_slice_it_names(size: int, first: int | None, last: int |
         span = span_of(header, size)
         assert (data if span is None else data[span.start : span.stop]) == expected
     else:
-        with pytest.raises(Problem, match="it holds"):
+        with pytest.raises(Problem, match="the content has"):
             span_of(header, size)

@@ -17,8 +17,8 @@ E = "/storage/evaluations"
 KEY = b"X-API-Key: both-key-0001\r\n"
 # The same service with shorter patience: nobody waits for half a minute here.
 IMPATIENT = (
-    "import evalstore.api.limits, evalstore.api.protocol, evalstore.api.__main__ as main\n"
-    "evalstore.api.protocol.HEAD_S, evalstore.api.limits.STEP_S, evalstore.api.limits.PACE_BYTES_S = 0.5, 2.0, 1_000_000\n"
+    "import evalstore.api.request_limits as limits, evalstore.api.protocol, evalstore.api.__main__ as main\n"
+    "evalstore.api.protocol.HEAD_S, limits.STEP_S, limits.PACE_BYTES_S = 0.5, 2.0, 1_000_000\n"
     "main.main()"
 )
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from evalstore.local.servers import Postgres, Valkey
-from evalstore.storage import database, event_store
+from evalstore.storage import database, event_store, records
 from evalstore.storage.migrations import upgrade
 from models.events import parse
 
@@ -166,6 +166,16 @@ def _read_until(done: threading.Event, url: str, committed: dict[str, int], old:
                 if version < at_least:
                     old.append((eval_id, version, at_least))
     return reads
+
+
+def test_a_record_that_another_release_cached_with_other_fields_is_not_answered(api: Any) -> None:
+    api.both.post(E, json={"eval_id": "e", "code": "c"})
+    engine = database.engine(api.database_url)
+    with engine.connect() as conn, redis.Redis.from_url(api.redis_url) as cache:
+        row_version = records.row_versions(conn, ["e"])["e"]
+        cache.set("evalstore:record:e", f'{row_version}\n{{"eval_id": "e"}}', ex=60)
+    engine.dispose()
+    assert api.read.get(f"{E}/e").json()["status"] == "queued"
 
 
 class Reads(RuleBasedStateMachine):

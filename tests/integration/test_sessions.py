@@ -27,6 +27,7 @@ from models.errors import DatabaseMisconfigured, DatabaseOutage
 from models.events import parse
 from tests.chaos.world import World
 from tests.integration import shell
+from tests.integration.conftest import Api
 from tests.integration.shell import Operator
 from tests.pgbouncer import PgBouncer, program
 
@@ -318,6 +319,26 @@ def test_behind_a_pooler_what_is_committed_outlives_a_crash(pooler: Callable[...
     with psycopg.connect(careless.url()) as conn:
         for table in ("evaluations", "dead_letters", "api_keys", "operator_actions"):
             assert conn.execute(sql.SQL("SELECT count(*) > 0 FROM {}").format(sql.Identifier(table))).fetchall() == [(True,)]
+
+
+def test_behind_a_pooler_the_service_reads_the_records_of_the_chosen_schema(
+    pooler: Callable[..., PgBouncer], empty_database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    between = pooler(empty_database_url, pool_size=1)
+    upgrade(between.url, schema="evals")
+    servers = {"EVALSTORE_DATABASE_URL": between.url, "EVALSTORE_DATABASE_SCHEMA": "evals", "EVALSTORE_REDIS_URL": redis_url}
+    api = Api(tmp_path / "api", servers)
+    with psycopg.connect(between.url, autocommit=True) as other:
+        api.start()
+        try:
+            assert api.both.post("/storage/evaluations", json={"eval_id": "e", "code": "c"}).status_code == 201
+            for version in (1, 2):
+                other.execute("SET search_path = pg_temp")  # the session that the service is given, too
+                read = api.read.get("/storage/evaluations/e")
+                assert (read.status_code, read.json().get("version")) == (200, version), read.text
+                api.both.put("/storage/evaluations/e", json={"status": "running", "executor_id": str(version)})
+        finally:
+            api.stop()
 
 
 def wrong(url: str) -> list[str]:

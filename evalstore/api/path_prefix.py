@@ -1,27 +1,28 @@
 """The path below which a proxy offers the service, like `/evalstore`: EVALSTORE_API_ROOT_PATH, or uvicorn's `--root-path`."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class Prefix:
-    """The outermost application. Requests arrive with the prefix or without it, as proxies keep or remove it.
+class PathPrefixMiddleware:
+    """Removes the prefix from paths, and adds it to the header Location. It is the outermost application.
 
-    What is inside sees `path` and `raw_path` without the prefix, and the prefix as `root_path`.
+    Requests arrive with the prefix or without it, because some proxies keep it and some remove it. The inner application sees
+    `path` and `raw_path` without the prefix, and the prefix as `root_path`.
     """
 
-    def __init__(self, app: ASGIApp, prefix: Callable[[], str]) -> None:
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        prefix = (scope.get("root_path") or self._prefix()).rstrip("/") if scope["type"] == "http" else ""
+        prefix = (scope.get("root_path") or self._prefix).rstrip("/") if scope["type"] == "http" else ""
         if not prefix:
             await self._app(scope, receive, send)
             return
 
-        async def sending(message: Message) -> None:
+        async def send_prefixed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     (name, prefix.encode() + value if name == b"location" and value.startswith(b"/") else value)
@@ -29,7 +30,7 @@ class Prefix:
                 ]
             await send(message)
 
-        await self._app(_without(prefix, scope), receive, sending)
+        await self._app(_without(prefix, scope), receive, send_prefixed)
 
 
 def _without(prefix: str, scope: Scope) -> MutableMapping[str, Any]:

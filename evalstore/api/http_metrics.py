@@ -1,8 +1,7 @@
-"""The metrics of the HTTP service. A path is counted by its template."""
+"""The metrics of the service. Labels hold no ids: a path is counted by its template."""
 
-import asyncio
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping
+from typing import Final
 
 from starlette.types import Scope
 
@@ -13,9 +12,6 @@ from evalstore.telemetry.exposition import Exposition
 from models.logs import EventLogger
 from models.settings import Settings
 
-if TYPE_CHECKING:
-    from evalstore.api.service import Service
-
 log = EventLogger("evalstore.api")
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
@@ -23,14 +19,13 @@ _STATUSES: Final = (
     *(0, 200, 201, 202, 204, 206, 304, 307, 400, 401, 403, 404, 405, 406, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417),
     *(422, 428, 429, 431, 500, 501, 502, 503, 504),
 )
-_BEAT_S: Final = 2.0
-_LOOP_S: Final = 20.0
+_STUCK_S: Final = 20.0
 
 
 class ApiMetrics:
-    """The metrics of one process, shown with those of its group: `uvicorn --workers` starts several.
+    """The metrics of one process. The exposition adds those of its group: `uvicorn --workers` starts several.
 
-    `routes` lists each method with each path template.
+    `routes`: each method and path template of the service.
     """
 
     def __init__(self, settings: Settings, routes: Iterable[tuple[str, str]]) -> None:
@@ -47,41 +42,38 @@ class ApiMetrics:
         always: set[Series] = {("evalstore_http_request_duration_seconds", key) for key in known}
         always |= {("evalstore_http_requests_total", (*key, status)) for key in known for status in ("200", "500", "503")}
         self._always = frozenset(always)
-        self._exposition = self._of(None)
+        self._exposition = self._expose(None)
         self.group: process_registry.Group | None = None
 
-    def _of(self, group: process_registry.Group | None) -> Exposition:
+    def _expose(self, group: process_registry.Group | None) -> Exposition:
         def totals() -> list[float]:
             return group.totals(self.layout) if group else self.layout.numbers(self.counters.data())
 
         return Exposition("api", self.layout, totals, group, self._settings, always=self._always)
 
     def share(self) -> None:
-        """Move the counters into the group's folder, and show those of all its processes."""
+        """Join the group of processes that share their counts."""
         try:
             self.group = process_registry.join("api", self.counters)
         except process_registry.RegistryUnavailable as error:
             log.warning("metrics_local_only", error=error)
-        self._exposition = self._of(self.group)
+        self._exposition = self._expose(self.group)
 
-    async def beat(self, service: "Service") -> None:
-        """Report progress of the event loop, and connections and threads in use, until cancelled."""
-        self.counters.watch_thread("event loop")
-        while True:
-            self.counters.set_deadline(_LOOP_S)
-            for state, count in service.connections.items():
-                self.counters.set("evalstore_database_connections", state, to=count)
-            self.counters.set("evalstore_http_threads_busy", to=service.busy)
-            await asyncio.sleep(_BEAT_S)
+    def heartbeat(self, connections: Mapping[str, int], busy_threads: int) -> None:
+        """Set the gauges. Without a call for _STUCK_S, /health/live calls the event loop stuck."""
+        self.counters.set_deadline(_STUCK_S)
+        for state, count in connections.items():
+            self.counters.set("evalstore_database_connections", state, to=count)
+        self.counters.set("evalstore_http_threads_busy", to=busy_threads)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request."""
-        method = self._known("method", scope["method"], "other")
-        route = self._known("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
-        self.counters.add("evalstore_http_requests_total", method, route, self._known("status", str(status), "other"))
+        """Count an answered request."""
+        method = self._listed("method", scope["method"], "other")
+        route = self._listed("route", getattr(scope.get("route"), "path", "unknown"), "unknown")
+        self.counters.add("evalstore_http_requests_total", method, route, self._listed("status", str(status), "other"))
         self.counters.observe("evalstore_http_request_duration_seconds", method, route, value=seconds)
 
-    def _known(self, label: str, value: str, otherwise: str) -> str:
+    def _listed(self, label: str, value: str, otherwise: str) -> str:
         return value if value in self._values[label] else otherwise
 
     def read(self, source: str) -> None:
@@ -93,11 +85,11 @@ class ApiMetrics:
         self.counters.add("evalstore_http_events_total", outcome, by=count)
 
     def stored(self, stored: Stored) -> None:
-        """Count results of attempts that already had another result, and records made anew from the log."""
+        """Count endings of attempts that had another ending before, and records made anew from the log."""
         self.counters.add("evalstore_conflicting_results_total", by=stored.conflicting_results)
         for reason, count in stored.rebuilt.items():
             self.counters.add("evalstore_merge_states_rebuilt_total", reason, by=count)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics and their media type, in the format of an Accept header."""
+        """Return the exposition and its media type, in the format that an Accept header asks for."""
         return self._exposition.text(accept)

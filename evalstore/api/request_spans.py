@@ -1,4 +1,4 @@
-"""The span of a request: https://opentelemetry.io/docs/specs/semconv/http/http-spans/."""
+"""Spans of requests: https://opentelemetry.io/docs/specs/semconv/http/http-spans/."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +14,7 @@ _UNTRACED: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
 
 
 class TracingMiddleware:
-    """Continues the trace of each request. Must be the outermost middleware."""
+    """Continues the trace of a request. Does nothing unless traces are on."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -24,10 +24,10 @@ class TracingMiddleware:
         if tracer is None:
             await self._app(scope, receive, send)
         else:
-            await self._follow(tracer, scope, receive, send)
+            await self._trace(tracer, scope, receive, send)
 
-    async def _follow(self, tracer: "Tracer", scope: Scope, receive: Receive, send: Send) -> None:
-        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - only with traces on
+    async def _trace(self, tracer: "Tracer", scope: Scope, receive: Receive, send: Send) -> None:
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - an optional dependency
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"] if name in _CARRIED}
@@ -37,7 +37,7 @@ class TracingMiddleware:
             method, context=context, kind=SpanKind.SERVER, attributes=_attributes(scope, method)
         ) as span:
 
-            async def sending(message: Message) -> None:
+            async def send_recorded(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     status = message["status"]
                     span.set_attribute("http.response.status_code", status)
@@ -47,7 +47,7 @@ class TracingMiddleware:
                 await send(message)
 
             try:
-                await self._app(scope, receive, sending)
+                await self._app(scope, receive, send_recorded)
             finally:
                 if path := getattr(scope.get("route"), "path", None):
                     span.update_name(f"{method} {path}")
@@ -60,7 +60,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "O
 
 def _attributes(scope: Scope, method: str) -> dict[str, Any]:
     host, port = scope.get("server") or (None, None)
-    found = {
+    attributes = {
         "http.request.method": method,
         "url.scheme": scope.get("scheme", "http"),
         "url.path": scope["path"],
@@ -68,4 +68,4 @@ def _attributes(scope: Scope, method: str) -> dict[str, Any]:
         "server.address": host,
         "server.port": port,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What holds for every request, as plain ASGI around the application: its id, its size, its pace, and that it is answered.
+"""The id, size, pace and answer of every request, as ASGI middleware around the application.
 
 https://asgi.readthedocs.io/en/stable/specs/www.html
 """
@@ -19,31 +19,30 @@ from models.logs import EventLogger
 
 log = EventLogger("evalstore.api")
 
-# A client that is slower than this at a single step has gone, or wants to hold us.
+# docs/decisions/0033 says what happens without these three.
 STEP_S: Final = 60.0
-# Beyond that, a body may take as long as it takes at this pace: a byte now and then must not hold what others wait for.
-PACE_BYTES_S: Final = 16_384
-# For how long what a client still sends is read after it was answered. A connection closed at once takes the answer with it.
+PACE_BYTES_S: Final = 16_384  # of a body, after the first STEP_S
+# Go on reading so long after an answer to an unfinished request. A connection that is closed at once loses the answer.
 LINGER_S: Final = 2.0
 
-_AT_ONCE: Final = 65_536
-_SLICE: Final = 262_144
+_SOCKET_BUFFER_BYTES: Final = 65_536
+_SLICE_BYTES: Final = 262_144
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
-Observe = Callable[[Scope, int, float], None]  # the request, the status of its answer (0: none), seconds
+Observe = Callable[[Scope, int, float], None]  # the request, the status (0: no answer), seconds
 
 
 class RequestLimitsMiddleware:
-    """The outermost application: gives each request its id and its limits."""
+    """Gives each request an id, and enforces its limits."""
 
-    def __init__(self, app: ASGIApp, *, max_request_bytes: Callable[[], int], observe: Observe) -> None:
+    def __init__(self, app: ASGIApp, *, max_request_bytes: int, observe: Observe) -> None:
         self._app, self._max_request_bytes, self._observe = app, max_request_bytes, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._max_request_bytes())
+        exchange = _Exchange(scope, receive, send, self._max_request_bytes)
         started = time.perf_counter()
         try:
             await exchange.run(self._app)
@@ -57,52 +56,52 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self._is_head = scope["method"] == "HEAD"
         if self._is_head:
-            # The answer is the same, up to its body (RFC 9110, 9.3.2); ranges are for GET alone (14.2).
-            scope = {**scope, "method": "GET", "headers": [one for one in scope["headers"] if one[0] != b"range"]}
+            # As GET, without a body (RFC 9110, 9.3.2) and without ranges (14.2).
+            scope = {**scope, "method": "GET", "headers": [header for header in scope["headers"] if header[0] != b"range"]}
         self.scope = scope
         self._receive, self._send, self._max_bytes = receive, send, max_bytes
         self._read = 0
         self._all_read = False
-        self._patience_s = STEP_S
+        self._time_left_s = STEP_S
         self._answered = False
         self.status = 0
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        own_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        self.request_id = own_id.decode() if _REQUEST_ID.fullmatch(own_id) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def run(self, app: ASGIApp) -> None:
         with contextlib.suppress(_HeadAnswered):
             try:
-                self._check_announced()
+                self._check_content_length()
                 await app(self.scope, self.receive, self.send)
             except Exception as error:  # noqa: BLE001 - every request is answered
                 if self._answered:
-                    return  # with a problem; what it was is in the log
+                    return
                 if self.status:
-                    why = error.__cause__ or error  # Starlette says no more than that it came too late to be answered
-                    log.warning("response_aborted", request_id=self.request_id, kind=type(why).__name__, error=why)
-                    raise _RequestAborted from None  # the server closes the connection: an answer cut short must not look whole
+                    cause = error.__cause__ or error
+                    log.warning("response_aborted", request_id=self.request_id, kind=type(cause).__name__, error=cause)
+                    raise _RequestAborted from None  # the server closes the connection: the answer must not look whole
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 
-    def _check_announced(self) -> None:
+    def _check_content_length(self) -> None:
         for name, value in self.scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
                 raise self._too_large()
 
     def _too_large(self) -> Problem:
-        return Problem(413, "too-large", f"a request may hold {self._max_bytes:,} bytes", headers={"Connection": "close"})
+        return Problem(413, "too-large", f"a request may have {self._max_bytes:,} bytes", headers={"Connection": "close"})
 
     async def receive(self) -> Message:
         if self._all_read:
-            return await self._receive()  # until the client goes away: whoever streams an answer waits for that beside it
-        begun = time.monotonic()
+            return await self._receive()  # the client's disconnect, which Starlette waits for during a stream
+        started = time.monotonic()
         try:
-            async with asyncio.timeout(min(STEP_S, self._patience_s)):
+            async with asyncio.timeout(min(STEP_S, self._time_left_s)):
                 message = await self._receive()
         except TimeoutError:
-            detail = f"nothing came for {STEP_S:g} s, or less than {PACE_BYTES_S:,} bytes a second"
+            detail = f"the body arrived too slowly: nothing for {STEP_S:g} s, or less than {PACE_BYTES_S:,} bytes a second"
             raise Problem(408, "too-slow", detail, headers={"Connection": "close"}) from None
-        self._patience_s += len(message.get("body", b"")) / PACE_BYTES_S - (time.monotonic() - begun)
+        self._time_left_s += len(message.get("body", b"")) / PACE_BYTES_S - (time.monotonic() - started)
         if message["type"] == "http.request":
             self._read += len(message.get("body", b""))
             self._all_read = not message.get("more_body", False)
@@ -124,23 +123,23 @@ class _Exchange:
             return
         if self._is_head:
             await self._send({"type": "http.response.body"})
-            raise _HeadAnswered  # so that nothing more of it is read
+            raise _HeadAnswered
         more = message.get("more_body", False)
-        if not more and not self._all_read and self._is_sending():
-            await self._pass_on({**message, "more_body": True})
+        if not more and not self._all_read and self._has_unread_body():
+            await self._send_slices({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
-        if more or len(message.get("body", b"")) > _AT_ONCE:
+        if more or len(message.get("body", b"")) > _SOCKET_BUFFER_BYTES:
             self._answered = not more
-            await self._pass_on(message)
+            await self._send_slices(message)
         else:
             self._answered = True
-            await self._send(message)  # it fits into the socket's buffer: nobody has to wait for the client
+            await self._send(message)  # fits into the socket's buffer: needs no time-out
 
-    def _is_sending(self) -> bool:
-        """Whether the client has more to send than was read."""
+    def _has_unread_body(self) -> bool:
+        """Tell whether the client sends more than was read. With `Expect` it waits for leave, which it did not get."""
         names = {name for name, _ in self.scope["headers"]}
-        waits = b"expect" in names and not self._read  # for a leave it was not given
+        waits = b"expect" in names and not self._read
         return not waits and bool(names & {b"content-length", b"transfer-encoding"})
 
     async def _linger(self) -> None:
@@ -149,14 +148,14 @@ class _Exchange:
                 while (message := await self._receive())["type"] == "http.request" and message.get("more_body", False):
                     pass
 
-    async def _pass_on(self, message: Message) -> None:
-        """In slices: of each the client has to take something in time, not of all there is."""
+    async def _send_slices(self, message: Message) -> None:
+        """Send in slices, so that the time-out is for a slice and not for the whole answer."""
         body, more = message.get("body", b""), message.get("more_body", False)
-        for start in range(0, len(body) or 1, _SLICE):
-            slice_ = body[start : start + _SLICE]
+        for start in range(0, len(body) or 1, _SLICE_BYTES):
+            slice_ = body[start : start + _SLICE_BYTES]
             async with asyncio.timeout(STEP_S):
-                await self._send({**message, "body": slice_, "more_body": more or start + _SLICE < len(body)})
-            await asyncio.sleep(0)  # or it is written on to who has gone, unseen, which asyncio complains of each time
+                await self._send({**message, "body": slice_, "more_body": more or start + _SLICE_BYTES < len(body)})
+            await asyncio.sleep(0)  # notice a disconnect: asyncio warns of each write to a closed connection
 
 
 class _RequestAborted(Exception):
@@ -164,4 +163,4 @@ class _RequestAborted(Exception):
 
 
 class _HeadAnswered(BaseException):
-    """That was all. No error, which somebody on the way would log or answer."""
+    """Ends the application after the headers of HEAD. Not an Exception, which middleware would log or answer."""
