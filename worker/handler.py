@@ -18,7 +18,8 @@ from models.fast_decode import decode_message
 from models.logs import EventLogger
 from models.record import EventRow, to_row
 from models.settings import settings
-from tasks.actor import ACTOR, QUEUE
+from tasks.actor import ACTOR
+from tasks.keys import QUEUE
 from tasks.redrives import REDRIVEN
 from worker import dead_letter_mover, tracing
 from worker.batches import Batch, Delivery, cause, read

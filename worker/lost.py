@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 from evalstore.storage import event_store, stalled
 from evalstore.telemetry.backlog import oldest_age_s
 from models.settings import Settings
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from worker.broker import Broker
 
 _MOST = 1000
