@@ -10,8 +10,9 @@ import sys
 import uuid
 from datetime import UTC, datetime
 
-from tasks import greet  # this folder's own
 from tasks.evaluations import store_evaluation
+
+from tasks import greet  # this folder's own
 
 
 def main() -> None:
