@@ -1,4 +1,4 @@
-"""Settings of a process that speaks to the database, checked before it starts to work."""
+"""Check the settings of a process that uses the database, before it starts its work."""
 
 import contextlib
 import sys
@@ -13,8 +13,7 @@ from tasks import tracing
 def load_or_exit() -> Settings:
     """Return this process's settings, or print each fault to stderr and exit with status 2.
 
-    A worker that went on with wrong settings would make a dead letter of each event. Traces that are asked for without the
-    extra `otel` are such a fault.
+    A worker with wrong settings would turn each event into a dead letter. Tracing without the extra `otel` is a fault too.
     """
     if tracing.is_asked_for():
         require("otel")

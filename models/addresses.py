@@ -1,6 +1,4 @@
-"""The addresses of PostgreSQL and Redis: what each may hold. Nothing of one is ever repeated, as it may hold a password.
-
-And of hosts that this process listens on."""
+"""Check the addresses of PostgreSQL, Redis and HTTP hosts. Errors never repeat an address: it may hold a password."""
 
 import ipaddress
 import re
@@ -21,7 +19,7 @@ _TLS: Final = {
     "ssl_cert_reqs": "none|optional|required",
     "ssl_check_hostname": "(?i)true|false|yes|no|1|0",
 }
-# Of what redis-py takes: not how long it waits, how often it tries, or how it gives answers. That is ours to say.
+# A subset of redis-py's options: evalstore itself sets timeouts, retries and the form of replies.
 REDIS_OPTIONS: Final = {"db": _DATABASE, "username": _ANY, "password": _ANY, "client_name": r"[!-~]+", "protocol": "2|3"}
 REDIS_TLS_OPTIONS: Final = REDIS_OPTIONS | _TLS
 
@@ -30,16 +28,19 @@ _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "veri
 
 
 def check_database_url(url: str) -> None:
-    """Raises ValueError, which says what was expected, for what libpq would only find out by connecting, again and again, and
-    then tell with half a password in it. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS"""
+    """Raise ValueError, which says what was expected, for an address that libpq would refuse at each attempt to connect.
+
+    libpq's own message may show part of a password.
+    https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
+    """
     if re.match(r"postgres(ql)?\+\w+://", url, re.ASCII):
         raise ValueError("expected an address that begins with postgresql://, without the driver that SQLAlchemy adds")
     if not url.startswith(("postgresql://", "postgres://")):
         raise ValueError("expected an address that begins with postgresql://")
-    place, _, query = url.partition("://")[2].partition("?")
-    user, at, hosts = place.partition("/")[0].rpartition("@")
+    location, _, query = url.partition("://")[2].partition("?")
+    user, at, hosts = location.partition("/")[0].rpartition("@")
     ports = [re.fullmatch(r"(?:\[[^]]*\]|[^:\[\]]*)(?::(\d*))?", host, re.ASCII) for host in hosts.split(",")]
-    if "@" in user or ("@" in place and not at) or not all(port and 0 < int(port[1] or 1) < 65536 for port in ports):
+    if "@" in user or ("@" in location and not at) or not all(port and 0 < int(port[1] or 1) < 65536 for port in ports):
         raise ValueError(f"expected a host, and a port from 1 to 65535; {_ESCAPES}")
     modes = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == "sslmode"]
     if not set(modes) <= set(_SSL_MODES):
@@ -47,7 +48,7 @@ def check_database_url(url: str) -> None:
 
 
 def check_redis_url(url: str) -> None:
-    """Raises ValueError, which says what was expected, for what redis-py would refuse, or take for something else."""
+    """Raise ValueError, which says what was expected, for an address that redis-py refuses or reads in another way."""
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("expected an address that begins with redis://, rediss:// or unix://")
     try:
@@ -59,7 +60,7 @@ def check_redis_url(url: str) -> None:
         raise ValueError(f"expected a host, and a port from 1 to 65535; {_ESCAPES}")
     if parts.scheme == "unix" and parts.path in {"", "/"}:
         raise ValueError("expected the path of a socket, like unix:///run/redis.sock?db=0")
-    # redis-py would take database 0 for any path that is no number.
+    # redis-py reads any path that is no number as database 0.
     if parts.scheme != "unix" and not re.fullmatch(rf"/?|/{_DATABASE}", parts.path, re.ASCII):
         raise ValueError("expected a database number after the host, like redis://host:6379/0")
     options = REDIS_TLS_OPTIONS if parts.scheme == "rediss" else REDIS_OPTIONS
@@ -85,11 +86,11 @@ def check_host(host: str) -> str:
 
 
 def url_of(host: str, port: int | str) -> str:
-    """Return the URL under which a program on this machine reaches a server that listens there."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-    return f"http://{authority(reached, port)}"
+    """Return the URL with which a program on this machine reaches a server that listens on `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{authority(reachable, port)}"
 
 
 def authority(host: str, port: int | str) -> str:
-    """Return `host:port` as URLs have it (RFC 3986, 3.2.2): an IPv6 address stands in brackets."""
+    """Return `host:port` for a URL, with an IPv6 address in brackets (RFC 3986, 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

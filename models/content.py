@@ -1,10 +1,9 @@
-"""Content (`code`, `output`, `error`): any JSON string or any bytes, given back exactly.
+"""Content (`code`, `output`, `error`): any JSON string or any bytes, which come back unchanged.
 
-Content is kept as bytes. A string is kept as its UTF-8; lone surrogates, which UTF-8 has no form for, as the three bytes
-that "generalized UTF-8" gives them (WTF-8, https://simonsapin.github.io/wtf-8/). So the text of some bytes, or that they
-are none, follows from the bytes alone, and no flag has to travel with them.
+Content is stored as bytes. A string is stored in UTF-8, with a lone surrogate as three bytes (WTF-8,
+https://simonsapin.github.io/wtf-8/). So the bytes alone show whether they were a string, and no flag is needed.
 
-Large content goes to an object store, and what it is known by travels in its place: a `Reference`.
+Large content goes to an object store. A `Reference` travels in its place.
 """
 
 import re
@@ -14,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 from models.plain import plain_scalar
 
 MAX_CONTENT_BYTES = 100 * 1024 * 1024
-# Content is checked and compressed in frames of this size; below one, it is kept as it is where compression does not help.
+# Content is compressed and checked in frames of this size. Smaller content may be stored uncompressed.
 FRAME_BYTES = 4 * 1024 * 1024
 
-# The two halves of a pair, each encoded by itself: no string encodes to this, because a pair is the character it stands for.
+# A surrogate pair with each half encoded by itself. No string encodes to this: a pair encodes as its one character.
 _SPLIT_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 
 _SIZES = range(2**63)
@@ -26,7 +25,7 @@ _NAMED = re.compile(rb'"sha256"\s*:\s*"([0-9a-f]{64})"')
 
 
 class Reference(NamedTuple):
-    """What an event and a row hold instead of content: the SHA-256 and the size of the content, and how it is kept."""
+    """Stands for content in an event or a row: the content's SHA-256 and size, and the encoding of its object."""
 
     sha256: str
     size: int
@@ -34,12 +33,12 @@ class Reference(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the object that holds it."""
+        """The name of the object."""
         return self.sha256 if self.encoding == "identity" else f"{self.sha256}.zst"
 
 
 def reference(value: Any) -> Reference:
-    """The reference that a JSON value is. Raises ValueError, which says what was expected."""
+    """Decode a reference from a JSON value. Raises ValueError, which says what was expected."""
     if isinstance(value, Reference):
         value = value._asdict()
     if not isinstance(value, Mapping) or value.keys() != set(Reference._fields):
@@ -59,25 +58,25 @@ def reference(value: Any) -> Reference:
 
 
 def objects_named(message: bytes) -> set[bytes]:
-    """The SHA-256 of every object that a message may need, given as it travels. One too many does no harm: it stays longer.
+    """Return the SHA-256 of every object that an encoded message may refer to.
 
-    By the letter, so that it holds of messages that cannot be read, too.
+    It searches the text, so it works for damaged messages. An extra hash only delays the removal of that object.
     """
-    return {bytes.fromhex(found.decode()) for found in _NAMED.findall(message)}
+    return {bytes.fromhex(digest.decode()) for digest in _NAMED.findall(message)}
 
 
 def to_bytes(text: str) -> bytes:
-    """The bytes that `text` is kept as; `from_bytes` gives the same string back."""
+    """Encode text as it is stored. `from_bytes` returns the same string."""
     try:
         return text.encode()
     except UnicodeEncodeError:
-        # Through UTF-16, which joins the halves of a surrogate pair into one character and leaves lone ones alone.
+        # UTF-16 joins the halves of a surrogate pair into one character, and keeps lone surrogates.
         joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         return joined.encode("utf-8", "surrogatepass")
 
 
 def from_bytes(data: bytes) -> str | bytes:
-    """The string that encodes to `data`, or `data` itself where no string does."""
+    """Return the string that encodes to `data`, or `data` itself if there is none."""
     try:
         return data.decode()
     except UnicodeDecodeError:

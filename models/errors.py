@@ -1,22 +1,38 @@
-"""Everything evalstore raises, split by what the caller does about it.
+"""The errors that evalstore raises, split by what the caller does about them.
 
 EvalstoreError
-├── Outage                wait and try again: nothing is wrong with the message
+├── Outage                      wait and try again: the message is good
 │   ├── DatabaseOutage
-│   │   ├── DatabaseMisconfigured   … until somebody corrects the settings or the server
-│   │   └── DatabaseTimeout   … and the server is there: a time limit of ours ended the work
+│   │   ├── DatabaseMisconfigured   the settings or the server need a correction first
+│   │   └── DatabaseTimeout     a time limit of evalstore ended the work: PostgreSQL is there
 │   ├── RedisOutage
-│   │   └── SpoolFull     … and the spool cannot take it either
+│   │   └── SpoolFull           the spool has no room either
 │   ├── ObjectStoreOutage
-│   │   └── ObjectUnavailable   … of this one object: others can be read and written
-│   └── SendRefused       a signal handler interrupted another send, or the interpreter ends
-├── BadMessage            give up: the same message would fail the same way again
-│   ├── InvalidEvent      a field is missing, wrong or unknown
-│   └── EventIdReused     this event_id is stored with another body
-├── ObjectMissing         it may still come: wait for a grace, then give up
-├── ObjectDamaged         give up, or put the object again from a good copy
-├── SchemaMismatch        run `evalstore migrate`, or deploy the release that fits the database
-└── InvalidSettings       correct the environment variables it names
+│   │   └── ObjectUnavailable   only this object fails: continue with others
+│   └── SendRefused             a signal handler interrupted another send, or the interpreter ends
+├── BadMessage                  give up: the same message would fail again
+│   ├── InvalidEvent            a field is missing, wrong or unknown
+│   └── EventIdReused           this event_id is stored with another body
+├── NotDurable                  send again, or continue without durability
+├── ObjectMissing               wait for a grace period, then give up
+├── ObjectDamaged               give up, or put the object again from a good copy
+├── SchemaMismatch              run `evalstore migrate`, or deploy the release that fits the database
+└── InvalidSettings             correct the environment variables that the message names
+
+Errors of one room are defined there:
+
+EvalstoreError
+├── Outage
+│   └── ServiceOutage           evalstore.client: the HTTP service cannot be reached, or asks to wait
+├── ServiceError                evalstore.client: the HTTP service refuses a request
+│   ├── NotFound                evalstore.client: there is no such evaluation or content
+│   ├── Conflict                evalstore.client: another event is stored in its place
+│   └── VersionChanged          evalstore.client: read the record again
+├── AlreadyQueued               evalstore.storage: another queued event is stored
+├── VersionChanged              evalstore.storage: a conditional write met another version
+├── RegistryUnavailable         evalstore.telemetry: EVALSTORE_RUNTIME_DIR cannot be used
+├── ServerError                 evalstore.local: a local server did not start
+└── AlreadyRunning              evalstore.local: another process uses the data folder
 """
 
 from collections.abc import Sequence
@@ -24,24 +40,24 @@ from typing import Final, NamedTuple
 
 
 def printable(text: str) -> str:
-    """`text` with lone surrogates as `\\udXXX`: a name that a sender made up must not break the log it is reported in."""
+    """Write lone surrogates in `text` as `\\udXXX`: logs are UTF-8 and could not hold them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class EvalstoreError(Exception):
-    """The root: catching it catches everything evalstore raises by itself."""
+    """The root of all errors that evalstore raises."""
 
 
 class Outage(EvalstoreError):
-    """A server cannot be reached or refuses work for now. Retry, for as long as it takes."""
+    """A server cannot be reached or refuses work. Retry until it is back."""
 
 
 class DatabaseOutage(Outage):
-    """PostgreSQL is away, restarting, read-only, or out of connections, disk or memory.
+    """PostgreSQL is unreachable, restarting, read-only, or out of connections, disk or memory.
 
-    `may_be_the_work`: what was asked for may be the cause (it took too long, needed too much memory, or the connection broke
-    over it). If it keeps failing so while small writes go through, it is no outage. `is_lost`: the connection ended, and nobody
-    said why. `is_lock`: somebody else held a lock for too long.
+    `may_be_the_work`: the request itself may be the cause, because it took too long, needed too much memory, or its connection
+    broke. If it fails again while small writes succeed, this is no outage. `is_lost`: the connection ended without an error
+    from the server. `is_lock`: another session held a lock for too long.
     """
 
     def __init__(self, message: str, *, may_be_the_work: bool = False, is_lost: bool = False, is_lock: bool = False) -> None:
@@ -50,7 +66,7 @@ class DatabaseOutage(Outage):
 
 
 class DatabaseMisconfigured(DatabaseOutage):
-    """PostgreSQL does not know this database, role or password. A process that starts ends; one that runs keeps its work."""
+    """PostgreSQL does not know the database, role or password. A starting process exits; a running one waits."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"mistake in settings: {message}")
@@ -64,21 +80,21 @@ class DatabaseTimeout(DatabaseOutage):
 
 
 class RedisOutage(Outage):
-    """Redis is away, loading, read-only or full. Nothing that was not confirmed counts as sent."""
+    """Redis is unreachable, loading, read-only or full. A message is sent only once Redis confirmed it."""
 
 
 class SpoolFull(RedisOutage):
-    """Redis takes nothing, and the sender's spool is full or cannot be written. Nothing of what was given is kept."""
+    """Redis is out, and the spool is full or cannot be written. None of the messages is kept."""
 
 
 class ObjectStoreOutage(Outage):
-    """The object store is away, slow or refuses work."""
+    """The object store is unreachable, slow or refuses work."""
 
 
 class ObjectUnavailable(ObjectStoreOutage):
-    """The object store answers, and refuses this one object. Other objects may fare better: do not make them wait.
+    """The object store refuses this object. Other objects can be read and written.
 
-    `needs_operator`: waiting does not end the refusal.
+    `needs_operator`: the refusal does not end by itself.
     """
 
     def __init__(self, message: str, *, needs_operator: bool = False) -> None:
@@ -94,19 +110,19 @@ class SendRefused(Outage):
 
 
 class ObjectMissing(EvalstoreError):
-    """The object store answers, and has no such object: not yet, or no longer."""
+    """The object store has no such object: not yet, or no longer."""
 
 
 class ObjectDamaged(EvalstoreError):
-    """What the object store holds, or what is to be put there, is not what its name, size or checksum says."""
+    """The content of an object, stored or to be stored, does not fit its name, size or checksum."""
 
 
 class BadMessage(EvalstoreError):
-    """It would fail the same way every time. Do not retry it; correct it or leave it to an operator."""
+    """The message fails the same way every time. Do not retry: correct it, or leave it to an operator."""
 
 
 class Fault(NamedTuple):
-    """One wrong field: where (`exit_code`, `metadata.tags[2]`) and what was expected there."""
+    """A wrong field, such as `metadata.tags[2]`, and what was expected."""
 
     field: str
     problem: str
@@ -124,7 +140,7 @@ class InvalidEvent(BadMessage, ValueError):
 
 
 class EventIdReused(BadMessage):
-    """Another event with this `event_id` is stored for the evaluation; that one stands."""
+    """Another event with this `event_id` is stored for the evaluation, and stays."""
 
     def __init__(self, eval_id: str, event_id: object) -> None:
         self.eval_id, self.event_id = eval_id, event_id
@@ -135,16 +151,16 @@ class EventIdReused(BadMessage):
 
 
 class NotDurable(EvalstoreError):
-    """A durable send was confirmed by Redis alone. Send it again (it is stored once), or go on without the promise."""
+    """Only Redis' memory holds a durable message. Send it again (it is stored once), or continue without durability."""
 
 
 class SchemaMismatch(EvalstoreError):
-    """The tables are not those this release works with."""
+    """The database's tables belong to another release."""
 
 
 PASSING: Final = (Outage, SchemaMismatch)
-"""What ends without the message's doing: a server comes back, a schema is migrated."""
+"""Errors that end without a change of the message: a server comes back, a schema is migrated."""
 
 
 class InvalidSettings(EvalstoreError):
-    """Environment variables are wrong; the message names each of them. Values are not repeated: they may be secret."""
+    """Environment variables are wrong. The message names each, without its value, which may be secret."""

@@ -1,11 +1,11 @@
-"""The extras of this distribution: what each needs to be installed, so that a process can say which one is missing."""
+"""The extras of this distribution and their packages, so that a process can name a missing extra."""
 
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Final
 
-# As pyproject.toml has them, by names to import; an extra needs also what those behind it need.
+# The extras of pyproject.toml: modules, and another extra that is included.
 EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "s3": (("boto3",), None),
     "worker": (
@@ -19,19 +19,19 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
 
 
 def how_to_install(extra: str) -> str:
-    """Return the sentence for users that lack an extra."""
+    """Return an error text that says how to install an extra."""
     return f"evalstore needs the extra \"{extra}\": pip install 'evalstore[{extra}]'"
 
 
 def is_installed(extra: str) -> bool:
-    """Whether all packages of an extra can be found. Imports none of them but parents of nested ones."""
-    return all(map(_is_found, _modules(extra)))
+    """Return whether all packages of an extra are installed. Imports only the parents of nested packages."""
+    return all(map(_is_module_installed, _modules(extra)))
 
 
 def require(extra: str) -> None:
-    """End this process with status 2 and one line on stderr unless an extra is installed.
+    """Exit with status 2 and a line on stderr unless an extra is installed.
 
-    A process calls this before it imports anything else, which would end it with a traceback.
+    Call it before other imports: they would end with a traceback.
     """
     if not is_installed(extra):
         print(how_to_install(extra), file=sys.stderr)
@@ -39,14 +39,14 @@ def require(extra: str) -> None:
 
 
 def _modules(extra: str) -> Iterator[str]:
-    modules, behind = EXTRAS[extra]
+    modules, included = EXTRAS[extra]
     yield from modules
-    if behind is not None:
-        yield from _modules(behind)
+    if included is not None:
+        yield from _modules(included)
 
 
-def _is_found(module: str) -> bool:
+def _is_module_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the parent
+    except ModuleNotFoundError:  # the parent is missing
         return False

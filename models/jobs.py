@@ -1,4 +1,4 @@
-"""The periodic jobs: what they are called, when they run, and how their last run is told. Each does everything that is due."""
+"""The names, schedules and help texts of the periodic jobs. Each job does all work that is due."""
 
 from typing import Final, NamedTuple
 
@@ -6,7 +6,7 @@ QUEUE: Final = "jobs"
 
 
 class Job(NamedTuple):
-    """A periodic job. `schedule` is a cron line of which only the minutes are restricted, so that no time zone matters."""
+    """A periodic job. Its cron line restricts only the minutes, so it does not depend on a time zone."""
 
     name: str
     schedule: str
@@ -14,9 +14,9 @@ class Job(NamedTuple):
 
 
 JOBS: Final = (
-    Job("relay_confirmations", "* * * * *", "publishes confirmations that were left behind, forgets old ones"),
-    Job("mark_lost_evaluations", "* * * * *", "gives up evaluations whose result is overdue"),
-    Job("archive_large_outputs", "* * * * *", "moves large content, and content that is old, to the archive"),
-    Job("sweep_objects", "*/30 * * * *", "removes objects that nothing refers to: each is looked at once a day"),
-    Job("move_dead_letters", "* * * * *", "moves dead letters that were left in Redis to the database"),
+    Job("relay_confirmations", "* * * * *", "publishes confirmations that a worker did not publish, and deletes old ones"),
+    Job("mark_lost_evaluations", "* * * * *", "marks evaluations as lost whose result is overdue"),
+    Job("archive_large_outputs", "* * * * *", "moves large and old content to the archive"),
+    Job("sweep_objects", "*/30 * * * *", "removes objects without references, checking each object once a day"),
+    Job("move_dead_letters", "* * * * *", "moves dead letters from Redis to the database"),
 )

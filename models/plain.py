@@ -1,7 +1,7 @@
-"""JSON's own types: what the checks judge is what the encoder writes.
+"""Convert values to JSON's own types before they are checked.
 
-An encoder writes some values differently from what a check sees: a member of an enumeration by its `value`, a `Decimal` as
-text. It refuses others that pass as a number, such as NumPy's.
+The encoder treats some values differently from a check: it writes an enumeration's `value`, and a `Decimal` as text. It refuses
+NumPy's numbers. After conversion, check and encoder see the same value.
 """
 
 import math
@@ -17,7 +17,7 @@ INT64: Final = range(-(2**63), 2**63)
 SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
-# The base class's own method ignores what a subclass overrides.
+# Call the base class's method: a subclass may override it.
 _FROM_SUBCLASS: Final[tuple[tuple[type, Callable[[Any], Any]], ...]] = (
     (str, str.__str__),
     (int, int.__int__),

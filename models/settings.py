@@ -1,4 +1,4 @@
-"""The settings: one declared table, read once from environment variables."""
+"""The settings of a process: one table, read once from environment variables."""
 
 import os
 import re
@@ -21,12 +21,12 @@ log = EventLogger("evalstore.settings")
 _PREFIX = "EVALSTORE_"
 DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
 _NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-]*(?:\{[\w.:~@+=-]+\}[\w.:~@+=-]*)?", re.ASCII)
-# Read by a command each, and so no settings of a process.
-_BESIDE = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
-# What Kubernetes sets for each service, here for one whose name begins with evalstore.
+# Variables that single commands read. They are no settings of a process.
+_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
+# Kubernetes sets these variables for a service whose name begins with evalstore.
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Upper limits that no deployment needs, and that time functions, Redis and PostgreSQL can still compute with.
+# Upper limits, so that time functions, Redis and PostgreSQL do not overflow.
 _DAY_S: Final = 86_400
 _CENTURY_DAYS: Final = 36_500
 _PEBIBYTE: Final = 1024**5
@@ -35,15 +35,15 @@ _BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,6
 
 
 def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
-    """The parts of an object store's address: ("file", absolute folder, "") or ("s3", bucket, prefix).
+    """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
 
     Raises ValueError, which says what was expected.
     """
-    scheme, found, rest = url.partition("://")
-    if not found or scheme not in {"file", "s3"}:
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"file", "s3"}:
         raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
     if "?" in rest or "#" in rest or "\0" in unquote(rest):
-        raise ValueError("expected no ? and no #, which a folder's name gives as %3F and %23")
+        raise ValueError("expected no ? and no #: in a folder's name write %3F and %23")
     if scheme == "file":
         host, slash, _ = rest.partition("/")
         if host not in {"", "localhost"} or not slash:
@@ -62,141 +62,161 @@ def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
 
 
 class Settings(BaseModel):
-    """Every field is the environment variable `EVALSTORE_<FIELD>`. Addresses may hold passwords and never print."""
+    """Each field is the environment variable `EVALSTORE_<FIELD>`. Addresses may hold passwords and are never printed."""
 
     model_config = ConfigDict(frozen=True, defer_build=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
 
-    database_url: Annotated[SecretStr, Field(description="PostgreSQL, as a libpq address; read by worker, API, CLI")] = (
-        SecretStr("postgresql://localhost/evalstore")
-    )
+    database_url: Annotated[
+        SecretStr, Field(description="address of PostgreSQL, as libpq takes it; read by worker, API, CLI")
+    ] = SecretStr("postgresql://localhost/evalstore")
     database_schema: Annotated[
         str | None,
         Field(
             pattern=r"^[A-Za-z_][A-Za-z0-9_$-]{0,62}$",
-            description="the schema of all tables, in upper and lower case as written; unset: the first of the connection's "
-            "search_path that exists; read by worker, API, CLI",
+            description="schema of all tables, case-sensitive; unset: the first existing schema of the connection's "
+            "search_path; read by worker, API, CLI",
         ),
     ] = None
-    redis_url: Annotated[SecretStr, Field(description="Redis or Valkey: redis://, rediss:// or unix://; read by all")] = (
-        SecretStr("redis://localhost:6379/0")
-    )
+    redis_url: Annotated[
+        SecretStr, Field(description="address of Redis or Valkey: redis://, rediss:// or unix://; read by all")
+    ] = SecretStr("redis://localhost:6379/0")
     redis_namespace: Annotated[
         str,
         Field(
-            description="the prefix of the queue's keys, which Dramatiq calls `namespace`. With any but the default, all other "
-            "keys and channels hold it, too; read by all"
+            description="prefix of the queue's keys, Dramatiq's `namespace`; with another than the default, all other keys and "
+            "channels contain it too; read by all"
         ),
     ] = DEFAULT_REDIS_NAMESPACE
     send_timeout_s: Annotated[
-        float, Field(gt=0, le=_DAY_S, description="seconds until `send` gives up on Redis; read by senders")
+        float,
+        Field(gt=0, le=_DAY_S, description="seconds after which `send` reports that Redis is unreachable; read by senders"),
     ] = 2
-    batch_events: Annotated[int, Field(ge=1, le=65536, description="the most events stored together; read by workers")] = 2000
+    batch_events: Annotated[
+        int, Field(ge=1, le=65536, description="maximum number of events in one transaction; read by workers")
+    ] = 2000
     batch_bytes: Annotated[
-        int, Field(ge=1, le=_PEBIBYTE, description="bytes of messages fetched together, above the first; read by workers")
+        int,
+        Field(
+            ge=1,
+            le=_PEBIBYTE,
+            description="maximum bytes of messages in one fetch; a larger message is fetched alone; read by workers",
+        ),
     ] = 8 * 1024 * 1024
     max_deaths: Annotated[
         int,
         Field(
             ge=1,
             le=1_000_000,
-            description="processes a message may kill, alone in each, before it is a dead letter; read by workers",
+            description="number of processes that a message may crash before it becomes a dead letter; read by workers",
         ),
     ] = 5
     breaker_messages: Annotated[
-        int, Field(ge=1, le=1_000_000_000, description="the fewest messages that open the breaker; read by workers")
+        int,
+        Field(
+            ge=1,
+            le=1_000_000_000,
+            description="minimum number of messages in the window before the breaker can open; read by workers",
+        ),
     ] = 500
     breaker_share: Annotated[
-        float, Field(gt=0, le=1, description="the share of bad messages that opens the breaker; read by workers")
+        float, Field(gt=0, le=1, description="share of bad messages at which the breaker opens; read by workers")
     ] = 0.5
     breaker_window_s: Annotated[
-        float, Field(gt=0, le=_DAY_S, description="seconds over which the breaker counts; read by workers")
+        float, Field(gt=0, le=_DAY_S, description="length of the breaker's window in seconds; read by workers")
     ] = 60
     breaker_probe_s: Annotated[
-        float, Field(gt=0, le=_DAY_S, description="seconds between messages tried while the breaker is open; read by workers")
+        float, Field(gt=0, le=_DAY_S, description="seconds between trial messages while the breaker is open; read by workers")
     ] = 30
     lost_grace_s: Annotated[
-        float, Field(ge=1, le=1e9, description="seconds beyond its limit until an evaluation is given up; read by workers")
+        float,
+        Field(
+            ge=1, le=1e9, description="seconds beyond its limit after which an evaluation is marked as lost; read by workers"
+        ),
     ] = 60
     running_limit_s: Annotated[
-        float, Field(gt=0, le=1e9, description="seconds an evaluation may run that has no timeout_s; read by workers")
+        float, Field(gt=0, le=1e9, description="limit in seconds for a running evaluation without timeout_s; read by workers")
     ] = 86_400
     queued_limit_s: Annotated[
-        float, Field(gt=0, le=1e9, description="seconds an evaluation may be queued; read by workers")
+        float, Field(gt=0, le=1e9, description="limit in seconds for a queued evaluation; read by workers")
     ] = 86_400
     metrics_host: Annotated[
-        str, Field(description="where metrics and health are answered, a host name or an address; read by worker, scheduler")
+        str, Field(description="host name or address on which metrics and health are served; read by worker, scheduler")
     ] = "127.0.0.1"
     metrics_port: Annotated[
-        int, Field(ge=0, le=65535, description="one port for a worker and all its processes, 0 for none; read by worker")
+        int, Field(ge=0, le=65535, description="port for metrics of a worker and all its processes; 0: none; read by worker")
     ] = 9191
-    scheduler_metrics_port: Annotated[int, Field(ge=0, le=65535, description="the same of a scheduler; read by scheduler")] = (
-        9192
-    )
+    scheduler_metrics_port: Annotated[
+        int, Field(ge=0, le=65535, description="port for metrics of a scheduler; 0: none; read by scheduler")
+    ] = 9192
     runtime_dir: Annotated[
         Path | None,
         Field(
-            description="a local folder in which processes keep what they count and that they live; unset: one of this user's "
-            "in the folder for temporary files; read by worker, scheduler, API, CLI"
+            description="local folder for the counters and heartbeats of processes; unset: a folder of this user in the "
+            "temporary folder; read by worker, scheduler, API, CLI"
         ),
     ] = None
     log_format: Annotated[
         Literal["auto", "json", "text"],
-        Field(description="JSON lines, or text for people; `auto`: text on a terminal; read by worker, scheduler, API"),
+        Field(description="format of logs; `auto`: text on a terminal, else JSON lines; read by worker, scheduler, API"),
     ] = "auto"
     max_content_bytes: Annotated[
-        int, Field(ge=1, le=1024**3 - 1, description="the most one `code`, `output` or `error` may hold; read by all")
+        int, Field(ge=1, le=1024**3 - 1, description="maximum bytes of one `code`, `output` or `error`; read by all")
     ] = MAX_CONTENT_BYTES
     object_store_url: Annotated[
-        str | None, Field(description="where large content goes: file:///folder or s3://bucket/prefix; read by all")
+        str | None, Field(description="object store for large content: file:///folder or s3://bucket/prefix; read by all")
     ] = None
     inline_limit_bytes: Annotated[
         int,
-        Field(ge=0, le=_PEBIBYTE, description="content above it goes to the object store, if there is one; read by senders"),
+        Field(ge=0, le=_PEBIBYTE, description="larger content goes to the object store, if one is set; read by senders"),
     ] = 64 * 1024
     object_grace_s: Annotated[
-        float, Field(ge=0, le=1e9, description="seconds an event waits for an object that is missing; read by workers")
+        float, Field(ge=0, le=1e9, description="seconds for which an event waits for a missing object; read by workers")
     ] = 3600
     sweep_grace_days: Annotated[
         float,
         Field(
             gt=0,
             le=_CENTURY_DAYS,
-            description="days until an object that nothing names is removed; read by senders and workers",
+            description="days after which an object without references is removed; read by senders and workers",
         ),
     ] = 7
     archive_url: Annotated[
-        str | None, Field(description="where archived content goes; unset: the object store; read by worker, API, CLI")
+        str | None,
+        Field(
+            description="object store for archived content; unset: that of EVALSTORE_OBJECT_STORE_URL; read by worker, API, CLI"
+        ),
     ] = None
     archive_threshold_bytes: Annotated[
-        int, Field(ge=1, le=_PEBIBYTE, description="content above it leaves PostgreSQL for the archive; read by workers")
+        int, Field(ge=1, le=_PEBIBYTE, description="larger content moves from PostgreSQL to the archive; read by workers")
     ] = 1_000_000
     archive_after_days: Annotated[
         float | None,
         Field(
             ge=0,
             le=_CENTURY_DAYS,
-            description="days after an evaluation's end until all its content does; unset: never; read by workers",
+            description="days after an evaluation's end until all its content is archived; unset: never; read by workers",
         ),
     ] = None
     s3_endpoint_url: Annotated[
-        str | None, Field(description="an S3-compatible server, as http(s)://host:port; unset: AWS; read by all")
+        str | None, Field(description="S3-compatible server, as http(s)://host:port; unset: AWS; read by all")
     ] = None
     s3_storage_class: Annotated[
-        str | None, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$", description="the storage class of new objects; read by all")
+        str | None, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$", description="storage class of new objects; read by all")
     ] = None
     s3_server_side_encryption: Annotated[
         Literal["AES256", "aws:kms", "aws:kms:dsse"] | None,
-        Field(description="how S3 encrypts new objects; unset: as the bucket says; read by all"),
+        Field(description="encryption of new objects in S3; unset: the bucket's default; read by all"),
     ] = None
     s3_addressing_style: Annotated[
-        Literal["auto", "path", "virtual"], Field(description="the bucket in the path or in the host name; read by all")
+        Literal["auto", "path", "virtual"],
+        Field(description="position of the bucket's name: in the path or in the host name; read by all"),
     ] = "auto"
     spool_dir: Annotated[
-        Path | None, Field(description="a local folder that keeps events while Redis is away; read by senders")
+        Path | None, Field(description="local folder that keeps events during an outage of Redis; read by senders")
     ] = None
-    spool_max_bytes: Annotated[int, Field(ge=1, le=_PEBIBYTE, description="the most that folder may hold; read by senders")] = (
-        1024**3
-    )
+    spool_max_bytes: Annotated[
+        int, Field(ge=1, le=_PEBIBYTE, description="maximum size of EVALSTORE_SPOOL_DIR in bytes; read by senders")
+    ] = 1024**3
 
     @field_validator("spool_dir", "runtime_dir")
     @classmethod
@@ -205,32 +225,34 @@ class Settings(BaseModel):
             raise ValueError("expected a path that begins with /")
         return value
 
-    read_api_keys: Annotated[SecretStr, Field(description="keys that may read, comma-separated; read by the API")] = SecretStr(
-        ""
+    read_api_keys: Annotated[SecretStr, Field(description="API keys that may read, comma-separated; read by the API")] = (
+        SecretStr("")
     )
     read_api_keys_file: Annotated[
-        Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
+        Path | None, Field(description="file with more API keys that may read; reloaded when it changes; read by the API")
     ] = None
-    write_api_keys: Annotated[SecretStr, Field(description="keys that may write, comma-separated; read by the API")] = (
+    write_api_keys: Annotated[SecretStr, Field(description="API keys that may write, comma-separated; read by the API")] = (
         SecretStr("")
     )
     write_api_keys_file: Annotated[
-        Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
+        Path | None, Field(description="file with more API keys that may write; reloaded when it changes; read by the API")
     ] = None
     api_host: Annotated[
-        str, Field(description="where `python -m evalstore.api` listens, a host name or an address; read by the API")
+        str, Field(description="host name or address on which `python -m evalstore.api` listens; read by the API")
     ] = "0.0.0.0"  # noqa: S104
-    api_port: Annotated[int, Field(ge=0, le=65535, description="where `python -m evalstore.api` listens; read by the API")] = (
-        8086
-    )
+    api_port: Annotated[
+        int, Field(ge=0, le=65535, description="port on which `python -m evalstore.api` listens; read by the API")
+    ] = 8086
     api_root_path: Annotated[
         str | None,
-        Field(description="the path below which a proxy offers the service, like /evalstore, kept or removed; read by the API"),
+        Field(
+            description="path prefix of the service behind a proxy, like /evalstore; the proxy may remove it; read by the API"
+        ),
     ] = None
     cache_ttl_s: Annotated[
-        int, Field(ge=0, le=86_400, description="seconds a record stays in the cache, 0 for none; read by the API")
+        int, Field(ge=0, le=86_400, description="seconds for which a record is cached; 0: no cache; read by the API")
     ] = 300
-    max_request_bytes: Annotated[int, Field(ge=1, le=_PEBIBYTE, description="the most a request may hold; read by the API")] = (
+    max_request_bytes: Annotated[int, Field(ge=1, le=_PEBIBYTE, description="maximum bytes of a request; read by the API")] = (
         104_857_600
     )
 
@@ -311,19 +333,19 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Read the variables, without the white space around their values; an empty one counts as unset.
+        """Read the variables. White space around values is removed, and an empty variable counts as unset.
 
         Raises InvalidSettings, which names every variable at fault.
         """
-        given = {
+        values = {
             name.removeprefix(_PREFIX).lower(): stripped
             for name, value in environment.items()
             if name.startswith(_PREFIX) and (stripped := value.strip())
         }
-        given = {name: value for name, value in given.items() if name in cls.model_fields}
-        faults = {name: "control characters are not allowed" for name, value in given.items() if _CONTROLS.search(value)}
+        values = {name: value for name, value in values.items() if name in cls.model_fields}
+        faults = {name: "control characters are not allowed" for name, value in values.items() if _CONTROLS.search(value)}
         try:
-            read = cls.model_validate(given)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             for fault in error.errors():
                 faults.setdefault(str(fault["loc"][0]), format_error(fault))
@@ -331,28 +353,35 @@ class Settings(BaseModel):
             raise InvalidSettings(
                 "; ".join(f"{_PREFIX}{name.upper()}: {faults[name]}" for name in cls.model_fields if name in faults)
             )
-        return read
+        return settings
 
 
 def unknown_settings(environment: Mapping[str, str]) -> list[str]:
-    """A sentence of each variable that is no setting and spelt like one. No fault: a platform may have variables of its own,
-    and an older release runs with the settings of a newer one."""
+    """Describe each variable that looks like a misspelt setting.
+
+    These are no errors: a platform may have its own variables, and an older release may run with a newer one's settings.
+    """
     known = [name.upper() for name in Settings.model_fields]
-    found = []
+    problems = []
     for name in sorted(environment):
         prefix, rest = name[: len(_PREFIX)], name[len(_PREFIX) :].upper()
         is_setting = prefix == _PREFIX and rest in known
-        if prefix.upper() == _PREFIX and not is_setting and name not in _BESIDE and not _SERVICE_LINK.fullmatch(rest):
+        if (
+            prefix.upper() == _PREFIX
+            and not is_setting
+            and name not in _COMMAND_VARIABLES
+            and not _SERVICE_LINK.fullmatch(rest)
+        ):
             hint = did_you_mean(rest, known, prefix=_PREFIX)
-            found += [f"{name} is no setting{hint}"] if hint else []
-    return found
+            problems += [f"{name} is no setting{hint}"] if hint else []
+    return problems
 
 
 @cache
 def warn_unknown_env() -> None:
-    """Log, once in a process, each variable that is no setting and is spelt like one.
+    """Log each variable that looks like a misspelt setting, once in a process.
 
-    A sender whose `EVALSTORE_SPOOLDIR` is ignored would otherwise learn of it in an outage.
+    Without this, a sender with `EVALSTORE_SPOOLDIR` would lose events in the first outage.
     """
     for problem in unknown_settings(os.environ):
         log.warning("unknown_setting", problem=problem)
@@ -360,5 +389,5 @@ def warn_unknown_env() -> None:
 
 @cache
 def settings() -> Settings:
-    """This process's settings, read at the first call."""
+    """Return this process's settings. The first call reads them. Call it only where a process or command starts."""
     return Settings.from_environment(os.environ)

@@ -1,7 +1,7 @@
-"""Threads for work that goes on without them, and steps that no thread begins twice.
+"""Threads that also work at the interpreter's end, and steps that a signal handler must not enter again.
 
-Senders run at the end of the interpreter, in signal handlers and in finalizers. There, `ThreadPoolExecutor` refuses work or
-waits for a lock of the interrupted code.
+A send may run at exit, in a signal handler or in a finalizer. There, `ThreadPoolExecutor` refuses work, or waits for a lock
+that the interrupted code holds.
 """
 
 import sys
@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 
 def start(work: Callable[..., object], *arguments: Any) -> threading.Thread | None:
-    """Start a daemon thread. None if the interpreter or the system starts no more threads: do the work in this one."""
+    """Start a daemon thread. Returns None if no thread can start: then the caller does the work itself."""
     thread = threading.Thread(target=work, args=arguments, daemon=True)
     try:
         thread.start()
@@ -27,16 +27,16 @@ def start(work: Callable[..., object], *arguments: Any) -> threading.Thread | No
     return thread
 
 
-def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], most: int) -> list[_Result]:
-    """Call `work` with each item, in this thread and up to `most` - 1 others. The results have the order of the items.
+def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], max_threads: int) -> list[_Result]:
+    """Call `work` with each item, in this thread and up to `max_threads` - 1 others. Returns the results in order.
 
-    After an error no further item is begun. The error is raised when all that was begun has ended.
+    After an error no further item starts. The error is raised when the running items have ended.
     """
     waiting = deque(enumerate(items))
     results: dict[int, _Result] = {}
     errors: list[BaseException] = []
 
-    def work_off() -> None:
+    def work_on_queue() -> None:
         while not errors:
             try:
                 number, item = waiting.popleft()
@@ -44,16 +44,16 @@ def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], most: i
                 return
             try:
                 results[number] = work(item)
-            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            except BaseException as error:  # noqa: BLE001 - the calling thread raises it again
                 errors.append(error)
 
-    others = [other for _ in range(min(most, len(items)) - 1) if (other := start(work_off))]
+    threads = [thread for _ in range(min(max_threads, len(items)) - 1) if (thread := start(work_on_queue))]
     try:
-        work_off()
-        _join(others)
-    except BaseException as error:  # of a signal handler
+        work_on_queue()
+        _join(threads)
+    except BaseException as error:  # raised by a signal handler
         errors.append(error)
-        _join(others)
+        _join(threads)
         raise
     if errors:
         raise errors[0]
@@ -66,6 +66,8 @@ def _join(threads: Iterable[threading.Thread]) -> None:
 
 
 class _Entered(threading.local):
+    """The steps of a thread, because a signal handler runs on the stack of the thread that it interrupts."""
+
     def __init__(self) -> None:
         self.steps: set[str] = set()
 
@@ -74,13 +76,13 @@ _entered = _Entered()
 
 
 def is_within(step: str) -> bool:
-    """Whether this thread is in that step: then a signal handler or a finalizer interrupted the step."""
+    """Return whether this thread is in that step. The caller is then a signal handler or finalizer that interrupted it."""
     return step in _entered.steps
 
 
 @contextmanager
 def once_at_a_time(step: str) -> Iterator[None]:
-    """Mark a step that holds locks or loads modules. Raises SendRefused if this thread is in that step already."""
+    """Mark a step that holds locks or imports modules. Raises SendRefused if this thread is in the step already."""
     if step in _entered.steps:
         raise SendRefused(
             f"a signal handler or finalizer sent while the thread that it interrupted was to {step}: "
@@ -97,7 +99,7 @@ def once_at_a_time(step: str) -> Iterator[None]:
 
 
 def raise_if_ending(error: BaseException) -> None:
-    """Raise SendRefused if `error` comes from the end of the interpreter, or from a module that is half imported."""
+    """Raise SendRefused if `error` comes from the interpreter's end or from a partly imported module."""
     if isinstance(error, EvalstoreError):
         return
     is_ending = sys.is_finalizing() or (isinstance(error, RuntimeError) and "shutdown" in str(error))

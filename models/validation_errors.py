@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the words that the rest of evalstore has for it."""
+"""Phrase pydantic's validation errors as evalstore phrases its own."""
 
 import difflib
 from collections.abc import Collection
@@ -6,7 +6,7 @@ from typing import Final
 
 from pydantic_core import ErrorDetails
 
-_WORDS: Final = {
+_TEXTS: Final = {
     "missing": "required",
     "int_type": "expected an integer",
     "int_from_float": "expected an integer",
@@ -26,30 +26,30 @@ _WORDS: Final = {
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",
 }
-# Where the value is of another type, it helps to be told of which.
-_TYPES: Final = {"int_type", "float_type", "string_type", "is_instance_of"}
+# Errors whose text names the type of the value.
+_TYPE_ERRORS: Final = {"int_type", "float_type", "string_type", "is_instance_of"}
 
 
 def format_error(error: ErrorDetails) -> str:
-    """The problem of one field. Never its value, which may be secret, large, or unfit for a terminal."""
+    """Describe the problem of one field, without its value, which may be secret or large."""
     kind, value = error["type"], error["input"]
-    # Content is any string: its type is the one thing that is asked of it.
+    # Content may be any string, so only its type can be wrong.
     if kind == "is_instance_of" and error["ctx"]["class"] == "str":
-        words = "expected text"
+        text = "expected text"
     elif kind == "string_pattern_mismatch" and isinstance(value, str) and "\0" in value:
-        words = "NUL is not allowed"
-    elif kind in _WORDS:
-        words = _WORDS[kind].format(**error.get("ctx", {}))
+        text = "NUL is not allowed"
+    elif kind in _TEXTS:
+        text = _TEXTS[kind].format(**error.get("ctx", {}))
     else:
         return error["msg"].removeprefix("Value error, ")
-    if kind in _TYPES:
-        words += f", not {type(value).__name__}"
+    if kind in _TYPE_ERRORS:
+        text += f", not {type(value).__name__}"
         if isinstance(value, bytes | bytearray) and kind == "is_instance_of":
-            words += f"; as base64 they may be {error['loc'][-1]}_b64"
-    return words
+            text += f"; as base64 they may be {error['loc'][-1]}_b64"
+    return text
 
 
-def did_you_mean(given: object, known: Collection[str], *, prefix: str = "") -> str:
-    """The end of a sentence that names what is spelt alike, or nothing. `prefix`: what all names begin with, left out here."""
-    close = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
+def did_you_mean(name: object, known: Collection[str], *, prefix: str = "") -> str:
+    """Return `; did you mean NAME?` for the closest known name, or nothing. `known` lacks the `prefix` of the names."""
+    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""What can be asked of a worker, and all that a gateway imports: neither SQLAlchemy, psycopg nor boto3 is loaded.
+"""The sending side of evalstore, for a gateway. Importing it loads neither SQLAlchemy, psycopg nor boto3.
 
 from tasks import store_evaluation
 

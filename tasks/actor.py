@@ -1,4 +1,4 @@
-"""The actor that stores events, seen from the sender: what is wrong with an event shows here, before anything is sent."""
+"""The actor that stores events, as a sender sees it: it checks each event before it sends any."""
 
 import base64
 import json
@@ -19,29 +19,29 @@ from models.errors import Fault, InvalidEvent, SendRefused
 from models.events import CONTENT_FIELDS, Event, check, identity
 from models.fast_decode import check_and_encode
 from models.record import rfc3339
-from models.settings import settings
+from models.settings import Settings
 from models.threads import once_at_a_time, raise_if_ending
 from tasks import uploads
+from tasks.keys import QUEUE
 
 if TYPE_CHECKING:
-    from tasks.broker import SendingBroker
+    from tasks.broker import GatewayBroker
 
-QUEUE = "evaluations"
 ACTOR = "store_evaluation"
 
-# Below this an event's JSON is small whatever it escapes to.
-_SMALL = 64 * 1024
+# Content up to this size travels as text, even where JSON escapes make base64 shorter.
+_SMALL_BYTES = 64 * 1024
 
 
 class EventActor(Actor[[Mapping[str, Any] | Event], None]):
-    """An actor whose messages carry one event each, checked and completed by the sender.
+    """An actor that checks and completes one event for each message.
 
-    It is bound to its broker at its first use, not when it is imported: importing redis takes longer than all the rest.
+    It asks for its broker at the first send. Importing redis at once would double the time to import `tasks`.
     """
 
-    def __init__(self, actor_name: str, queue_name: str) -> None:  # the base class would want a broker
+    def __init__(self, actor_name: str, queue_name: str) -> None:  # the base class's constructor requires a broker
         self.actor_name, self.queue_name = actor_name, queue_name
-        self.fn = _not_here
+        self.fn = _refuse_to_run
         self.priority = 0
         self.options: dict[str, Any] = {}
         self.logger = get_logger("tasks", actor_name)
@@ -50,159 +50,167 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
     def broker(self) -> Broker:  # type: ignore[override]
         return _broker()
 
-    def send_with_options(self, **given: Any) -> Message[None]:
-        """Send one event. Raises what `message_with_options` and `Broker.enqueue` raise, and SendRefused."""
-        _refuse_if_too_late()
+    def send_with_options(self, **options: Any) -> Message[None]:
+        """Send one event. Raises SendRefused, and the errors of `message_with_options` and `SendingBroker.enqueue`."""
+        _refuse_at_exit()
         try:
-            return super().send_with_options(**given)
-        except BaseException as error:  # Pydantic raises no Exception where it can import nothing more
+            return super().send_with_options(**options)
+        except BaseException as error:  # at exit, pydantic raises a BaseException when it cannot import
             raise_if_ending(error)
             raise
 
     def message_with_options(
         self, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Message[None]:
-        """The message for one event; its large content is in the object store.
+        """Build the message for one event, after large content is in the object store.
 
-        Raises InvalidEvent, which names every wrong field, or ObjectStoreOutage (send it again).
+        Raises InvalidEvent, which names every wrong field, or ObjectStoreOutage (send the event again).
         """
-        given = [*args, *(kwargs or {}).values()]
-        if len(given) != 1 or set(kwargs or {}) - {"event"}:
+        values = [*args, *(kwargs or {}).values()]
+        if len(values) != 1 or set(kwargs or {}) - {"event"}:
             raise InvalidEvent([Fault("event", f"{self.actor_name} takes one event, as its one positional argument")])
-        event, _ = _completed(given[0])
-        uploads.offload([event])
-        return self.message_of(event, options)
+        broker = _broker()
+        event, _ = _complete(values[0], broker.settings)
+        broker.uploader.offload([event])
+        return self.build_message(event, options)
 
-    def message_of(
+    def build_message(
         self, event: dict[str, Any], options: dict[str, Any] | None = None, *, at_ms: int | None = None, is_small: bool = False
     ) -> Message[None]:
-        """The message for an event as it travels. `is_small`: it is known to have nothing that travels better as base64."""
+        """Build the message for a completed event. `is_small`: no content of it is large enough for base64."""
         if not is_small:
-            _escape_less(event)
+            _encode_escaped_content(event)
         at_ms = int(time.time() * 1000) if at_ms is None else at_ms
-        # The message goes by the event's id, as an event without one goes by its message's.
+        # The message takes the event's id. A worker does the reverse for an event without an id.
         return Message(self.queue_name, self.actor_name, (event,), {}, options or {}, event["event_id"], at_ms)
 
 
 @cache
-def _loaded() -> "Callable[[], SendingBroker]":
-    """Import redis. Raises SendRefused if this thread is importing it, or cannot any more."""
+def _load_broker() -> "Callable[[], GatewayBroker]":
+    """Import redis. Raises SendRefused while this thread imports it already, and at the interpreter's end."""
     with once_at_a_time("load redis"):
         from tasks.broker import broker
     return broker
 
 
-def _refuse_if_too_late() -> None:
-    """Raise SendRefused for a first event after the interpreter took its modules apart: pydantic would panic."""
-    if sys.is_finalizing() and not _loaded.cache_info().currsize:
+def _refuse_at_exit() -> None:
+    """Raise SendRefused for a first event after the interpreter cleared its modules: pydantic would panic."""
+    if sys.is_finalizing() and not _load_broker.cache_info().currsize:
         raise SendRefused("the interpreter has ended: send the first event earlier, or from another process")
 
 
-def _broker() -> "SendingBroker":
-    return _loaded()()
+def _broker() -> "GatewayBroker":
+    broker = _load_broker()()
+    if ACTOR not in broker.actors:
+        broker.declare_actor(store_evaluation)
+    return broker
 
 
-def _not_here(_event: object) -> NoReturn:
+def _refuse_to_run(_event: object) -> NoReturn:
     raise RuntimeError("this process is no worker: send the event with store_evaluation.send(event)")
 
 
-def _completed(data: Mapping[str, Any] | Event) -> tuple[dict[str, Any], bytes | None]:
-    """`data` as it travels: checked, with its `event_id` and `occurred_at`, without nulls, as JSON has it.
+def _complete(data: Mapping[str, Any] | Event, settings: Settings) -> tuple[dict[str, Any], bytes | None]:
+    """Check an event and give it `event_id` and `occurred_at`, without nulls, in JSON's types.
 
-    Also written as JSON, where that was done already and nothing of it is so large that it will travel in another form.
+    The second result is the event as JSON, or None where content may still change its form.
     """
-    read = settings()
-    most = read.max_content_bytes
+    max_bytes, has_store = settings.max_content_bytes, settings.object_store_url is not None
     if type(data) is dict:
         if "event_id" in data and "occurred_at" in data:
-            travelling = data.copy()
+            completed = data.copy()
         else:
-            travelling = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC)), **data}
-        # Nearly all that is sent: tests/unit/test_wire.py compares it with what follows.
-        if (found := check_and_encode(travelling, max_content_bytes=most)) is not None:
-            at, written = found
-            if len(written) > _SMALL:
-                uploads.check_sizes(travelling)
-            if not _is_ours(travelling["occurred_at"]):
-                travelling["occurred_at"] = rfc3339(at)
-            elif len(written) <= min(_SMALL, read.inline_limit_bytes):
-                return travelling, written
-            if metadata := travelling.get("metadata"):
-                # A generator may fill the same object for its next event before this event is encoded.
-                travelling["metadata"] = metadata.copy()
-            return travelling, None
-        data = travelling
-    event = check(data, max_content_bytes=most)
-    # The checked values, not the given ones: an encoder writes a Decimal as text.
-    travelling = {
+            completed = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC)), **data}
+        # The fast path serves nearly all events. tests/unit/test_wire.py compares it with the slow path below.
+        if (decoded := check_and_encode(completed, max_content_bytes=max_bytes)) is not None:
+            occurred_at, encoded = decoded
+            if len(encoded) > _SMALL_BYTES and not has_store:
+                uploads.check_sizes(completed)
+            if not _is_rfc3339_form(completed["occurred_at"]):
+                completed["occurred_at"] = rfc3339(occurred_at)
+            elif len(encoded) <= min(_SMALL_BYTES, settings.inline_limit_bytes):
+                return completed, encoded
+            if metadata := completed.get("metadata"):
+                # A generator may reuse its metadata object for the next event before this event is encoded.
+                completed["metadata"] = metadata.copy()
+            return completed, None
+        data = completed
+    event = check(data, max_content_bytes=max_bytes)
+    # Send the checked values: the encoder would write a Decimal of the caller as text.
+    completed = {
         name: value._asdict() if isinstance(value, content.Reference) else value
         for name, value in event.__dict__.items()
         if name in event.model_fields_set
     }
-    travelling["event_id"] = str(event.event_id or uuid7())
-    travelling["occurred_at"] = rfc3339(event.occurred_at or datetime.now(UTC))
-    uploads.check_sizes(travelling)
-    return travelling, None
+    completed["event_id"] = str(event.event_id or uuid7())
+    completed["occurred_at"] = rfc3339(event.occurred_at or datetime.now(UTC))
+    if not has_store:
+        uploads.check_sizes(completed)
+    return completed, None
 
 
-def _named(event: object) -> str:
-    """The end of a fault's text: the evaluation of an event that may be wrong in any way."""
+def _eval_id_suffix(event: object) -> str:
+    """Return ` (eval_id X)` for the text of a fault, or nothing if the event has no valid eval_id."""
     eval_id, _ = identity(event if isinstance(event, Mapping) else getattr(event, "__dict__", {}))
     return "" if eval_id is None else f" (eval_id {eval_id})"
 
 
-def _is_ours(at: str) -> bool:
-    """Whether a time, in its usual form, is as `rfc3339` writes it; to write it takes longer."""
-    return at[-1] == "Z" and (len(at) == 20 or (len(at) == 27 and not at.endswith(".000000Z")))
+def _is_rfc3339_form(time_text: str) -> bool:
+    """Return whether a valid time is written as `rfc3339` writes it. Formatting it again would take longer."""
+    return time_text[-1] == "Z" and (len(time_text) == 20 or (len(time_text) == 27 and not time_text.endswith(".000000Z")))
 
 
-def _escape_less(travelling: dict[str, Any]) -> None:
-    """JSON writes some characters as six: larger content of such travels as base64."""
-    for name in CONTENT_FIELDS[travelling["type"]]:
-        text = travelling.get(name)
-        if text is not None and len(text) > _SMALL:
-            data_bytes = content.to_bytes(text)
-            if len(json.dumps(text)) > len(data_bytes) * 4 / 3:
-                del travelling[name]
-                travelling[f"{name}_b64"] = base64.b64encode(data_bytes).decode()
+def _encode_escaped_content(event: dict[str, Any]) -> None:
+    """Turn large content into base64 where its JSON escapes, of 6 characters each, would take more."""
+    for name in CONTENT_FIELDS[event["type"]]:
+        text = event.get(name)
+        if text is not None and len(text) > _SMALL_BYTES:
+            data = content.to_bytes(text)
+            if len(json.dumps(text)) > len(data) * 4 / 3:
+                del event[name]
+                event[f"{name}_b64"] = base64.b64encode(data).decode()
 
 
 store_evaluation = EventActor(ACTOR, QUEUE)
 
 
 def store_evaluations(events: Iterable[Mapping[str, Any] | Event], *, durable: bool = False) -> list[Message[None]]:
-    """Send all of `events` together, or none. All are checked before anything is put into the object store, and that
-    holds their large content before any is sent. With `durable` this returns only when the append-only file is on disk or a
-    replica has it.
+    """Check all of `events`, upload their large content, then send all of them or none.
 
-    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`) and its `eval_id`, ObjectStoreOutage
-    (none was sent), or RedisOutage: then none was sent, or, where only the answer was lost, all were; the same events may be
-    sent again, as each is stored once. With EVALSTORE_SPOOL_DIR, what Redis does not take is kept there, all or none, and this
-    returns; SpoolFull if it has no room. What is `durable` is never kept there; NotDurable where Redis alone has it.
+    With `durable`, return only after the append-only file is on disk or a replica has the events.
+
+    Raises InvalidEvent, whose faults name each event by its position (`[3].exit_code`) and its `eval_id`: nothing was sent.
+    Raises ObjectStoreOutage: nothing was sent. Raises RedisOutage: none was sent, or all were and the reply was lost.
+    Send the same events again after an outage; each is stored once.
+    With EVALSTORE_SPOOL_DIR, the spool takes the events that Redis does not, all or none; SpoolFull if it has no room.
+    The spool never takes durable events. Raises NotDurable if only Redis' memory holds them.
     """
     if not isinstance(events, Iterable) or isinstance(events, str | Mapping | BaseModel):
         raise InvalidEvent([Fault("events", f"expected a list of events, not {type(events).__name__}")])
-    _refuse_if_too_late()
-    travelling, written, faults = [], [], []
+    _refuse_at_exit()
+    completed: list[dict[str, Any]] = []
+    encoded: list[bytes | None] = []
+    faults: list[Fault] = []
+    broker = _broker()
     for position, event in enumerate(events):
         try:
-            one, text = _completed(event)
+            data, json_bytes = _complete(event, broker.settings)
         except InvalidEvent as error:
-            of = _named(event)
-            faults += [Fault(f"[{position}].{fault.field}", fault.problem + of) for fault in error.faults]
+            suffix = _eval_id_suffix(event)
+            faults += [Fault(f"[{position}].{fault.field}", fault.problem + suffix) for fault in error.faults]
         else:
-            travelling.append(one)
-            written.append(text)
+            completed.append(data)
+            encoded.append(json_bytes)
     if faults:
         raise InvalidEvent(faults)
     try:
-        uploads.offload(travelling)
+        broker.uploader.offload(completed)
         now_ms = int(time.time() * 1000)
         messages = [
-            store_evaluation.message_of(one, at_ms=now_ms, is_small=text is not None)
-            for one, text in zip(travelling, written, strict=True)
+            store_evaluation.build_message(data, at_ms=now_ms, is_small=json_bytes is not None)
+            for data, json_bytes in zip(completed, encoded, strict=True)
         ]
-        _broker().enqueue_many(messages, events=written, durable=durable)
+        broker.enqueue_many(messages, events=encoded, durable=durable)
     except BaseException as error:
         raise_if_ending(error)
         raise

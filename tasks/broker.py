@@ -1,4 +1,4 @@
-"""The sending half of the broker. Imported at the first send: it imports redis."""
+"""The sending half of the broker. It is imported at the first send, because it imports redis."""
 
 import os
 import sys
@@ -18,29 +18,31 @@ from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
-from models.settings import settings, warn_unknown_env
+from models.settings import Settings, settings, warn_unknown_env
 from tasks import tracing
-from tasks.actor import QUEUE
-from tasks.connections import DeadlineConnection, deadline, packed, transact
-from tasks.keys import Keys, Names, fence
+from tasks.connections import DeadlineConnection, deadline, pack, run_script, run_transaction
+from tasks.keys import QUEUE, Keys, Names, fence
 from tasks.spool import Spool, folder_of
 from tasks.touch import ObjectToucher
+from tasks.uploads import Uploader
 
-Queued = Literal["queued", "dead"]
+MessageState = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
-# 100 MiB take their time on a slow network, and Redis is not away because of that.
+# A large message extends the timeout: 100 MiB on a slow network are no outage.
 _SLOWEST_BYTES_PER_S: Final = 10_000_000
-# What is smaller takes no time to speak of.
-_USUAL_BYTES: Final = 256 * 1024
-# Of fewer messages the script takes no longer than the transaction, which has a round trip more; of which so many go together.
-_MANY, _TOGETHER = 64, 100
+_SLOWEST_SPOOL_BYTES_PER_S: Final = 1_000_000  # nobody waits for the spool
+# Smaller messages do not extend the timeout. To change a socket's timeout is a system call.
+_LARGE_BYTES: Final = 256 * 1024
+# Below this number of messages the script is as fast as a transaction, which has one more round trip.
+_TRANSACTION_MESSAGES: Final = 64
+_MESSAGES_PER_COMMAND: Final = 100
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
-    """`message` as Dramatiq's JSON; faster than its own encoder, and UTF-8 instead of escapes. One that is no event is for its
-    encoder, which refuses what JSON has no form for, or is another (`dramatiq.set_encoder`): workers read JSON all the same.
+    """Encode `message` in Dramatiq's JSON. `event`: its argument, if that is encoded already.
 
-    `event`: its one argument, where that is written already.
+    Messages of other queues, and values that msgspec refuses, go through Dramatiq's encoder, which the application may have
+    replaced (`dramatiq.set_encoder`). Workers always read JSON.
     """
     if message.queue_name != QUEUE:
         return message.encode()
@@ -54,8 +56,8 @@ def encode(message: Message[Any], event: bytes | None = None) -> bytes:
 
 
 def _fields(message: Message[Any]) -> dict[str, Any]:
-    # `asdict` looks the names of the fields up anew each time, and `vars` makes a dictionary that stays with the message: where
-    # thousands are sent together, Python's collector of circles went through all its objects twice as often.
+    # `asdict` looks up the field names each time. `vars` leaves a dictionary on each message, and garbage collection then
+    # runs twice as often in a bulk send.
     if type(message) is not Message:
         return message.asdict()
     return {
@@ -70,10 +72,10 @@ def _fields(message: Message[Any]) -> dict[str, Any]:
 
 
 class SendingBroker(RedisBroker):
-    """Dramatiq's Redis broker, with sending that can be repeated, bulk sends, and durability on request.
+    """Dramatiq's Redis broker with repeatable sends, bulk sends, and durable sends.
 
-    Takes what RedisBroker takes; of its maintenance nothing is left to set. `spool` keeps events while Redis takes none: those
-    that are sent at once, and without `durable`, which promises more.
+    It takes RedisBroker's parameters, except those of its maintenance. With `spool`, events that Redis does not take are kept
+    on disk, unless they are delayed or durable.
     """
 
     def __init__(
@@ -103,25 +105,25 @@ class SendingBroker(RedisBroker):
         self.waiting = self.script(Path(__file__).parent / "lua" / "waiting.lua")
 
     def script(self, path: Path) -> Any:
-        """A script of ours; it is loaded at its first use."""
+        """Register a Lua script. The server loads it at the first call."""
         return self.client.register_script(path.read_text(encoding="utf-8"))
 
     def reset_if_readonly(self, error: redis.RedisError) -> None:
-        """Of a server that is no primary any more, leave it: behind the same name there may be another by now."""
+        """Disconnect from a server that became a replica. The same name may lead to the new primary."""
         if isinstance(error, redis.ReadOnlyError):
             self.client.connection_pool.disconnect(inuse_connections=False)
 
     def keys(self, queue: str) -> Keys:
-        """The keys of a queue."""
+        """Return the names of the keys of a queue."""
         return Keys.of(self.namespace, queue)
 
     @cached_property
     def names(self) -> Names:
-        """The names of all else in Redis."""
+        """The names in Redis that belong to no queue."""
         return Names(self.namespace)
 
     def declare_queue(self, queue_name: str) -> None:
-        """Declare a queue. There is no second queue for its delayed messages."""
+        """Declare a queue. Unlike Dramatiq's, it has no second queue for delayed messages."""
         if queue_name not in self.queues:
             self.emit_before("declare_queue", queue_name)
             self.queues.add(queue_name)
@@ -130,20 +132,20 @@ class SendingBroker(RedisBroker):
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         """Send a message, to be processed after `delay` ms.
 
-        With the option `durable=True` this returns only when the append-only file is on disk or a replica has it.
-        Raises RedisOutage within about `timeout_s`, and 0.1 s more for each MB (send the same again; what arrived twice is
-        stored once), NotDurable. With a spool, an event that is neither delayed nor durable is kept there instead, behind those
-        kept before; SpoolFull if not.
+        With the option `durable=True`, return only after the append-only file is on disk or a replica has the message.
+        Raises RedisOutage within about `timeout_s`, plus 0.1 s for each MB: send the same message again, it is stored once.
+        Raises NotDurable. With a spool, an event that is neither delayed nor durable goes to the spool instead, behind those
+        already there; SpoolFull if it has no room.
         """
         options = message.options | {"redis_message_id": str(uuid4())}
-        durable = bool(options.pop("durable", False))  # of `message` it stays, which may be sent again
+        durable = bool(options.pop("durable", False))  # `message` keeps the option: the caller may send it again
         sent: Message[Any] = Message(**_fields(message) | {"options": options})
         self.emit_before("enqueue", sent, delay)
         with tracing.sending(sent.queue_name, [sent]):
             keys = self.keys(sent.queue_name)
             redis_id, body = sent.options["redis_message_id"], encode(sent)
             if delay is None:
-                self._send_or_keep(sent.queue_name, [redis_id, body], durable)
+                self._send_or_spool(sent.queue_name, [redis_id, body], durable)
             elif 0 <= delay <= _MAX_DELAY_MS:
                 self._send(self._delay, [keys.bodies, keys.delayed], [redis_id, body, str(int(delay))], durable)
             else:
@@ -154,9 +156,9 @@ class SendingBroker(RedisBroker):
     def enqueue_many(
         self, messages: Sequence[Message[Any]], *, events: Iterable[bytes | None] = repeat(None), durable: bool = False
     ) -> None:
-        """Send all of one queue's messages together, or none. Keeps and raises as `enqueue` does.
+        """Send messages of one queue, all or none. Uses the spool and raises as `enqueue` does.
 
-        `events`: the one argument of each as JSON, where that is written already.
+        `events`: the argument of each message as JSON, if it is encoded already.
         """
         if not messages:
             return
@@ -167,23 +169,23 @@ class SendingBroker(RedisBroker):
                 redis_id = str(uuid4())
                 message.options["redis_message_id"] = redis_id
                 arguments += (redis_id, encode(message, event))
-            self._send_or_keep(queue, arguments, durable)
+            self._send_or_spool(queue, arguments, durable)
 
-    def send_on(self, arguments: list[str | bytes]) -> None:
-        """Send what the spool kept. Raises RedisOutage; the slower the network may be, as nobody waits for it."""
+    def send_spooled(self, arguments: list[str | bytes]) -> None:
+        """Send messages from the spool. Raises RedisOutage."""
         keys = self.keys(QUEUE)
-        resent = [keys.queue, keys.bodies, keys.resent]
-        self._send(self._enqueue, resent, arguments, durable=False, slowest_bytes_per_s=1_000_000)
+        script_keys = [keys.queue, keys.bodies, keys.resent]
+        self._send(self._enqueue, script_keys, arguments, False, slowest_bytes_per_s=_SLOWEST_SPOOL_BYTES_PER_S)
 
-    def _send_or_keep(self, queue: str, arguments: list[str | bytes], durable: bool) -> None:
+    def _send_or_spool(self, queue: str, arguments: list[str | bytes], durable: bool) -> None:
         spool = None if durable or queue != QUEUE else self.spool
-        # Behind what is kept already: so the order is kept, and no event after the first waits for Redis.
+        # While the spool holds events, append to it: this keeps their order, and only the first event waits for Redis.
         if spool is None or not spool.holds():
             keys = self.keys(queue)
-            are_many = not durable and len(arguments) >= 2 * _MANY
-            places = [keys.queue, keys.bodies, keys.resent] if are_many else [keys.queue, keys.bodies]
+            is_bulk = not durable and len(arguments) >= 2 * _TRANSACTION_MESSAGES
+            script_keys = [keys.queue, keys.bodies, keys.resent] if is_bulk else [keys.queue, keys.bodies]
             try:
-                self._send(self._enqueue, places, arguments, durable, are_many=are_many)
+                self._send(self._enqueue, script_keys, arguments, durable, is_bulk=is_bulk)
             except RedisOutage:
                 if spool is None:
                     raise
@@ -192,7 +194,7 @@ class SendingBroker(RedisBroker):
         try:
             spool.append(arguments)
         finally:
-            spool.keep_forwarding(self.send_on)
+            spool.keep_forwarding(self.send_spooled)
 
     def _send(
         self,
@@ -200,105 +202,78 @@ class SendingBroker(RedisBroker):
         keys: list[str],
         arguments: list[Any],
         durable: bool,
-        slowest_bytes_per_s: float = _SLOWEST_BYTES_PER_S,
         *,
-        are_many: bool = False,
+        slowest_bytes_per_s: float = _SLOWEST_BYTES_PER_S,
+        is_bulk: bool = False,
     ) -> None:
-        """Run a sending script, again where that may help: it does nothing twice. `are_many`: first try what costs half."""
-        size = sum(map(len, arguments))
-        # To set a socket's patience anew is a call of the system.
-        with deadline(self.timeout_s, size / slowest_bytes_per_s if size > _USUAL_BYTES else 0.0):
-            self._send_with_retries(script, keys, arguments, durable, are_many)
+        """Run a sending script, and repeat it after connection errors: it adds no message twice.
 
-    def _send_with_retries(self, script: Any, keys: list[str], arguments: list[Any], durable: bool, are_many: bool) -> None:
-        deadline = time.monotonic() + self.timeout_s / 2
-        for attempt in count(1):
-            try:
-                if attempt > 1 or not are_many or not self._send_in_transaction(keys, arguments):
-                    (self._send_durably if durable else self._call)(script, keys, arguments)
-            except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
-                # Twice at least: the first connection may have been dead before.
-                if attempt > 1 and time.monotonic() > deadline:
+        `is_bulk`: try a transaction first, which costs Redis half as much.
+        """
+        give_up_at = time.monotonic() + self.timeout_s / 2
+        size = sum(map(len, arguments))
+        with deadline(self.timeout_s, size / slowest_bytes_per_s if size > _LARGE_BYTES else 0.0):
+            for attempt in count(1):
+                try:
+                    if durable:
+                        self._send_durably(script, keys, arguments)
+                    elif attempt > 1 or not is_bulk or not self._send_in_transaction(keys, arguments):
+                        run_script(self.client.connection_pool, script, keys, arguments)
+                except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+                    # Try at least twice: the pool's connection may have been closed before.
+                    if attempt > 1 and time.monotonic() > give_up_at:
+                        raise RedisOutage(str(error)) from error
+                    self.reset_if_readonly(error)
+                    time.sleep(0.02)
+                except redis.RedisError as error:
                     raise RedisOutage(str(error)) from error
-                self.reset_if_readonly(error)
-                time.sleep(0.02)
-            except redis.RedisError as error:
-                raise RedisOutage(str(error)) from error
-            except Exception as error:
-                if sys.is_finalizing():  # a codec, say, can be loaded no more: the spool needs none
-                    raise RedisOutage(f"the interpreter ends: {error}") from error
-                raise
-            else:
-                return
+                except Exception as error:
+                    if sys.is_finalizing():  # for example, a codec cannot be loaded any more. The spool needs none.
+                        raise RedisOutage(f"the interpreter ends: {error}") from error
+                    raise
+                else:
+                    return
 
     def _send_in_transaction(self, keys: list[str], arguments: list[Any]) -> bool:
-        """Put messages that were never sent before at the tail of a queue; whether that is done.
+        """Append new messages to a queue, without the script's check for repeats; return whether that happened.
 
-        What enqueue.lua does, but without looking whether they are there, and without Lua, through which each is copied twice
-        more. Where this comes late, after its sender asked the script, that has written to the last of `keys`.
+        A script copies each message twice more. A late transaction has no effect, because a repeating script writes to the
+        last of `keys`, which the transaction watches.
         """
         queue, bodies, resent = keys
-        parts = [arguments[start : start + 2 * _TOGETHER] for start in range(0, len(arguments), 2 * _TOGETHER)]
-        commands = (packed(*one) for part in parts for one in (("HSET", bodies, *part), ("RPUSH", queue, *part[::2])))
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-        try:
-            return transact(connection, resent, commands)
-        finally:
-            pool.release(connection)
-
-    def _call(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
-        """What redis-py's client does to run a script, and not what it does besides, which costs as much again."""
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-        try:
-            evalsha = [packed("EVALSHA", script.sha, str(len(keys)), *keys, *arguments)]
-            try:
-                connection.send_packed_command(evalsha)
-                connection.read_response()
-            except redis.exceptions.NoScriptError:
-                connection.send_command("SCRIPT LOAD", script.script)
-                connection.read_response()
-                connection.send_packed_command(evalsha)
-                connection.read_response()
-        except redis.ResponseError:
-            raise
-        except BaseException:
-            connection.disconnect()  # the answer may be on its way
-            raise
-        finally:
-            pool.release(connection)
+        step = 2 * _MESSAGES_PER_COMMAND
+        parts = [arguments[start : start + step] for start in range(0, len(arguments), step)]
+        pairs = ((("HSET", bodies, *part), ("RPUSH", queue, *part[::2])) for part in parts)
+        commands = (pack(*command) for pair in pairs for command in pair)
+        return run_transaction(self.client.connection_pool, resent, commands)
 
     def _send_durably(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
-        """Send, then wait on the same connection, as these commands speak of the writes of theirs.
+        """Send, then wait on the same connection: these commands cover only the connection's own writes.
 
         https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
         """
-        wait_ms = int(self.timeout_s * 350)  # less than the connection's patience
+        wait_ms = int(self.timeout_s * 350)  # less than the socket's timeout
         why: object = None
         for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
-                # On a new connection, after the answer was lost, the script finds its messages there and writes nothing, and
-                # there would be nothing to wait for. This is a write, and later than theirs.
+                # When the reply was lost, the repeated script writes nothing, and a new connection would wait for nothing.
+                # This write is later than that of the messages.
                 pipeline.set(fence(keys[0]), 1, ex=60)
                 pipeline.execute_command(*wait)
                 sent, fenced, confirmed = pipeline.execute(raise_on_error=False)
-            for answer in (sent, fenced):
-                if isinstance(answer, Exception):
-                    raise answer
+            for reply in (sent, fenced):
+                if isinstance(reply, Exception):
+                    raise reply
             if not isinstance(confirmed, Exception) and (confirmed[0] if isinstance(confirmed, list) else confirmed) >= 1:
                 return
             why = why or (confirmed if isinstance(confirmed, Exception) else "the append-only file was not on disk in time")
         raise NotDurable(f"sent, but not known to be durable: {why}")
 
-    def held(self, queue: str) -> Iterator[tuple[Queued, bytes]]:
-        """Every message that Redis holds for `queue`: to be worked on now or later, or dead.
-
-        One that moves meanwhile may be given twice. Raises RedisOutage.
-        """
+    def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
+        """Yield every message that Redis holds for `queue`. One that moves meanwhile may come twice. Raises RedisOutage."""
         keys = self.keys(queue)
-        places: list[tuple[Queued, str]] = [
+        places: list[tuple[MessageState, str]] = [
             ("queued", keys.stock_delayed_bodies),
             ("queued", keys.bodies),
             ("dead", keys.dead_bodies),
@@ -311,7 +286,7 @@ class SendingBroker(RedisBroker):
             raise RedisOutage(str(error)) from error
 
     def counts(self, queue: str) -> dict[str, int]:
-        """How many messages of `queue` are ready, in flight, delayed and dead. Raises RedisOutage."""
+        """Count the messages of `queue` that are ready, in flight, delayed and dead. Raises RedisOutage."""
         keys = self.keys(queue)
         pipeline = self.client.pipeline(transaction=True)
         pipeline.llen(keys.queue)
@@ -321,44 +296,48 @@ class SendingBroker(RedisBroker):
         pipeline.hlen(keys.stock_delayed_bodies)
         pipeline.zcard(keys.dead)
         try:
-            in_queue, woken, held, delayed, stock_delayed, dead = pipeline.execute()
+            in_queue, woken, stored, delayed, stock_delayed, dead = pipeline.execute()
         except redis.RedisError as error:
             raise RedisOutage(str(error)) from error
         ready = in_queue + woken
-        inflight = max(0, held - ready - delayed)
+        inflight = max(0, stored - ready - delayed)
         return {"ready": ready, "inflight": inflight, "delayed": delayed + stock_delayed, "dead": dead}
 
     def do_qsize(self, queue: str) -> int:
-        """How many messages of `queue` are not done with; `join` waits until there is none."""
+        """Count the unfinished messages of `queue`. Dramatiq's `join` waits until there are none."""
         keys = self.keys(queue.removesuffix(".DQ"))
         return int(self.client.hlen(keys.bodies)) + int(self.client.hlen(keys.stock_delayed_bodies))
 
     def flush(self, queue_name: str) -> None:
-        """Drop the messages of a queue. Dead letters stay."""
+        """Delete the messages of a queue. Dead letters stay."""
         keys = self.keys(queue_name)
         places = [keys.queue, keys.woken, keys.bodies, keys.delayed, keys.suspects, keys.deaths]
         self.client.delete(*places, keys.stock_delayed, keys.stock_delayed_bodies)
 
 
+class GatewayBroker(SendingBroker):
+    """The broker of a process that sends, with its settings, spool and object store. It connects at the first send."""
+
+    def __init__(self, settings: Settings) -> None:
+        folder = folder_of(settings)
+        toucher = ObjectToucher(settings)
+        super().__init__(
+            url=settings.redis_url.get_secret_value(),
+            namespace=settings.redis_namespace,
+            timeout_s=settings.send_timeout_s,
+            spool=Spool(folder, max_bytes=settings.spool_max_bytes, on_outage=toucher) if folder else None,
+            middleware=[],
+        )
+        self.settings = settings
+        self.uploader = Uploader(settings)
+
+
 @cache
-def broker() -> SendingBroker:
-    """This process's broker for sending, made at the first call; no connection is opened before something is sent."""
-    from tasks.actor import store_evaluation
-
-    read = settings()
+def broker() -> GatewayBroker:
+    """Return this process's broker. The first call reads the settings."""
     warn_unknown_env()
-    folder = folder_of(read)
-    spool = Spool(folder, max_bytes=read.spool_max_bytes, in_outage=ObjectToucher(read)) if folder else None
-    made = SendingBroker(
-        url=read.redis_url.get_secret_value(),
-        namespace=read.redis_namespace,
-        timeout_s=read.send_timeout_s,
-        spool=spool,
-        middleware=[],
-    )
-    made.declare_actor(store_evaluation)
-    return made
+    return GatewayBroker(settings())
 
 
-# A thread of the parent may have held a lock of the pool.
+# A forked child makes its own broker: a thread of the parent may hold a lock of the connection pool or of the object store.
 os.register_at_fork(after_in_child=broker.cache_clear)

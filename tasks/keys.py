@@ -1,19 +1,21 @@
-"""The names of everything in Redis: keys, the stream and the channels.
+"""The names of all keys, streams and channels in Redis.
 
-A sender touches `<namespace>:<queue>` and `<namespace>:<queue>.msgs`, the layout of Dramatiq's own Redis broker, so that any
-Dramatiq client can send to our workers. All other keys lie outside `<namespace>:<queue>`, where stock clients never clean up.
-They hold the namespace, so that one like `{dramatiq}` keeps them in one slot of a cluster. Only with the default namespace some
-names are without one, as they were before there was a setting.
+A sender writes to `<namespace>:<queue>` and `<namespace>:<queue>.msgs`, as Dramatiq's Redis broker does. So any Dramatiq client
+can send to our workers. All other keys lie outside `<namespace>:<queue>`, where stock clients never clean up. They contain the
+namespace: one like `{dramatiq}` keeps them in one slot of a cluster. With the default namespace some names lack it, because
+they are older than the setting.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from models.settings import DEFAULT_REDIS_NAMESPACE
 
+QUEUE: Final = "evaluations"
+
 
 class Keys(NamedTuple):
-    """Where the messages of a queue are."""
+    """The keys that hold the messages of one queue."""
 
     queue: str
     woken: str
@@ -55,13 +57,13 @@ class Keys(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Every other name of a namespace."""
+    """The names of a namespace that belong to no queue."""
 
     namespace: str
 
     @property
     def prefix(self) -> str:
-        """The beginning of the names that do not hold the namespace themselves, and of the channels of confirmations."""
+        """The prefix of names that do not contain the namespace otherwise, and of the channels of confirmations."""
         return "" if self.namespace == DEFAULT_REDIS_NAMESPACE else f"{self.namespace}:"
 
     @property
@@ -70,32 +72,32 @@ class Names(NamedTuple):
         return f"{self.prefix}evalstore:confirmations"
 
     def seen_version(self, group: str, eval_id: str) -> str:
-        """The string that holds the last version that a consumer group handled."""
+        """The string with the last version of an evaluation that a consumer group handled."""
         return f"{self.stream}:{group}:{eval_id}"
 
     def cached_record(self, eval_id: str) -> str:
-        """The string that holds a record of the HTTP service's cache."""
+        """The string with a record in the HTTP service's cache."""
         return f"{self.prefix}evalstore:record:{eval_id}"
 
     def given_time(self, eval_id: str, event_id: str) -> str:
-        """The string that holds the time at which the HTTP service first got an event."""
+        """The string with the time at which the HTTP service first received an event."""
         return f"{self.prefix}evalstore:given:{eval_id}:{event_id}"
 
     @property
     def last_successes(self) -> str:
-        """The hash that tells when each job last ended well, in seconds since 1970."""
+        """The hash with the time of each job's last success, in seconds since 1970."""
         return f"evalstore:{self.namespace}:jobs:last_successes"
 
     @property
     def last_runs(self) -> str:
-        """The hash that tells of each job's last run, as JSON."""
+        """The hash with each job's last run, as JSON."""
         return f"evalstore:{self.namespace}:jobs:last_runs"
 
     def tick(self, job: str, minute: str) -> str:
-        """The string that is set once for each job and minute."""
+        """The string that the scheduler sets once for each job and minute."""
         return f"evalstore:{self.namespace}:tick:{job}:{minute}"
 
 
 def fence(key: str) -> str:
-    """Return the key of the write that a durable send waits for, in the slot of a key that it wrote."""
+    """Return the key that a durable send writes last and waits for. It is in the cluster slot of `key`."""
     return f"evalstore:{key}:fence"

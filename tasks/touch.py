@@ -1,4 +1,4 @@
-"""Keeping the objects of events that wait in this machine's spool from the sweep, which knows nothing of them."""
+"""Keep objects that spooled events refer to. The sweep of the object store cannot see this machine's spool."""
 
 import time
 from collections.abc import Iterable
@@ -14,55 +14,55 @@ from models.settings import Settings
 if TYPE_CHECKING:
     from evalstore.objects.object_store import Store
 
-_AGAIN_S: Final = 60.0
+_RETRY_AFTER_S: Final = 60.0
 
 _logger = get_logger("tasks", "spool")
 
 
 class ObjectToucher:
-    """Call it with messages as often as you like: now and then it makes young what they need and is half as old as the grace.
+    """Touch the objects of spooled messages that are older than half the sweep's grace.
 
-    So it stays younger than the grace for as long as the outage lasts and this is called.
+    It may be called often: it works once in an eighth of the grace. So no object reaches the grace while the outage lasts.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._grace = timedelta(days=settings.sweep_grace_days)
-        self._rests_until = 0.0
+        self._next_run_at = 0.0
 
     def __call__(self, lines: Iterable[bytes]) -> None:
-        if self._settings.object_store_url is None or time.monotonic() < self._rests_until:
+        if self._settings.object_store_url is None or time.monotonic() < self._next_run_at:
             return
-        self._rests_until = time.monotonic() + self._grace.total_seconds() / 8
-        named = {sha256.hex() for line in lines for sha256 in objects_named(line)}
-        if not named:
+        self._next_run_at = time.monotonic() + self._grace.total_seconds() / 8
+        names = {sha256.hex() for line in lines for sha256 in objects_named(line)}
+        if not names:
             return
         try:
             from evalstore.objects.object_store import open_store  # a sender of small events never loads it
 
             store = open_store(self._settings.object_store_url, self._settings, in_a_hurry=True)
             try:
-                for sha256 in sorted(named):
-                    self._keep(store, sha256)
+                for sha256 in sorted(names):
+                    self._touch(store, sha256)
             finally:
                 store.close()
         except (ObjectStoreOutage, InvalidSettings) as error:
-            _logger.warning("the objects of events in the spool could not be looked after: %s", error)
-            self._rests_until = time.monotonic() + _AGAIN_S
+            _logger.warning("cannot touch the objects of spooled events: %s", error)
+            self._next_run_at = time.monotonic() + _RETRY_AFTER_S
 
-    def _keep(self, store: "Store", sha256: str) -> None:
-        found = False
-        for key in (f"{sha256}.zst", sha256):  # a line that is damaged does not say which
+    def _touch(self, store: "Store", sha256: str) -> None:
+        is_missing = True
+        for key in (f"{sha256}.zst", sha256):  # a damaged line may not show the encoding
             try:
                 with store.open(key, -1) as stream:
                     is_old = stream.listed.modified_at < datetime.now(UTC) - self._grace / 2
                 if is_old:
                     store.touch(key)
-                found = True
+                is_missing = False
             except ObjectMissing:
                 continue
             except ObjectUnavailable as error:
-                _logger.warning("the objects of events in the spool could not be looked after: %s", error)
-                found = True
-        if not found:
-            _logger.error("object %s, which an event in the spool needs, is gone", sha256)
+                _logger.warning("cannot touch the objects of spooled events: %s", error)
+                is_missing = False
+        if is_missing:
+            _logger.error("object %s of a spooled event is missing from the object store", sha256)

@@ -20,7 +20,7 @@ from dramatiq import Message
 from models import threads
 from models.errors import SendRefused
 from models.logs import EventLogger
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

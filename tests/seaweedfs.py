@@ -12,7 +12,7 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
 from evalstore.local import processes
-from evalstore.local.servers import Answer, Server, free_port
+from evalstore.local.servers import Server, ServerState, free_port
 
 _OTHER_PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
@@ -87,11 +87,11 @@ class SeaweedFS(Server):
                 env={**os.environ, **self.environment, "TMPDIR": str(self.folder)},
             )
 
-    def _answer(self) -> Answer:
+    def _probe(self) -> ServerState:
         try:
             self.client(config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})).head_bucket(
                 Bucket=self.bucket
             )
         except (BotoCoreError, ClientError):
             return "silent"
-        return "serves"
+        return "ready"

@@ -28,7 +28,7 @@ from opentelemetry.trace import SpanContext, TraceFlags
 
 from evalstore.storage.event_store import Outcome
 from models.record import EventRow
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from tasks.tracing import NAME, database, flush, messaging, release
 from worker.batches import Batch, BatchOutcome, Delivery
 

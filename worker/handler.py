@@ -20,7 +20,7 @@ from models.errors import PASSING, BadMessage, DatabaseOutage, EventIdReused, Ou
 from models.fast_decode import decode_message
 from models.logs import EventLogger
 from models.settings import Settings
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from tasks.redrives import REDRIVEN
 from worker import dead_letter_mover, tracing
 from worker.batches import Batch, BatchOutcome, Delivery, Pair

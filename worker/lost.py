@@ -7,8 +7,8 @@ from sqlalchemy import Connection
 from evalstore.storage import event_store, stalled
 from evalstore.telemetry.backlog import oldest_age_s
 from models.settings import Settings
-from tasks.actor import QUEUE
 from tasks.broker import SendingBroker
+from tasks.keys import QUEUE
 from worker.metrics import WorkerMetrics
 
 _MOST = 1000

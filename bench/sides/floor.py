@@ -6,7 +6,7 @@ What evalstore costs above this is the price of Dramatiq's worker, and of losing
 from bench.sides.evalstore import fill
 from evalstore.storage import event_store
 from models.settings import settings
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from worker.broker import Broker
 from worker.messages import read_message
 from worker.verified_database import VerifiedDatabase

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from evalstore.cli.commands import COMMANDS, asked_for
+from evalstore.cli.commands import COMMANDS, command_name
 from models.errors import (
     DatabaseMisconfigured,
     DatabaseOutage,
@@ -22,18 +22,18 @@ from models.errors import (
     RedisOutage,
 )
 
-_OF_WRITING = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+_WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def application(words: list[str] | None = None) -> typer.Typer:
-    """The command, with the one that `words` ask for; the others are there by name and help alone. Without `words`, with all.
+    """Build the command. With `words`, load only the subcommand that they name; the others have a name and help.
 
-    To load all of it takes most of a second of a processor, and a container asks for its health every half a minute.
+    To load all subcommands takes most of a second of CPU, and containers run `evalstore health` every half minute.
     """
-    asked = asked_for(words) if words is not None else None
-    made = typer.Typer(
-        help="Keeps what code evaluations produce. Settings are environment variables, EVALSTORE_…; in a folder where "
-        "`evalstore up` runs, its servers are found by themselves.\n\n"
+    wanted = command_name(words) if words is not None else None
+    app = typer.Typer(
+        help="Store the results of code evaluations. Settings are environment variables EVALSTORE_…. In a folder where "
+        "`evalstore up` runs, commands use its servers.\n\n"
         "Exit status: 0 fine, 1 failed, 2 wrong usage, 3 nothing matched, 4 partly failed, 5 not confirmed, "
         "7 a server cannot be reached.",
         no_args_is_help=True,
@@ -42,45 +42,45 @@ def application(words: list[str] | None = None) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    made.callback()(_find_local_servers)
+    app.callback()(_find_local_servers)
     for name, command in COMMANDS.items():
-        if words is not None and name != asked:
-            made.command(name, help=command.help)(_is_not_loaded)
+        if words is not None and name != wanted:
+            app.command(name, help=command.help)(_is_not_loaded)
             continue
         module, _, attribute = command.target.partition(":")
-        found = getattr(import_module(module), attribute)
-        if isinstance(found, typer.Typer):
-            made.add_typer(found, name=name)
+        target = getattr(import_module(module), attribute)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name)
         else:
-            made.command(name)(found)
-    return made
+            app.command(name)(target)
+    return app
 
 
 def _is_not_loaded() -> None:
-    raise AssertionError("the words name a command that is not loaded")
+    raise AssertionError("the command was not loaded")
 
 
 def _words() -> list[str]:
-    """Of the command line; where a shell asks what may follow, those typed so far."""
+    """Return the words of the command line, during shell completion those typed so far."""
     if any(name.endswith("_COMPLETE") for name in os.environ):
         typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
         return typed.split()[1:]
     return sys.argv[1:]
 
 
-def _print_release(is_asked: bool) -> None:
-    if is_asked:
+def _print_release(is_requested: bool) -> None:
+    if is_requested:
         sys.stdout.write(f"evalstore {metadata.version('evalstore')}\n")
         raise typer.Exit
 
 
 def _find_local_servers(
-    version: Annotated[  # noqa: ARG001 - Typer asks `_tell_release`
+    version: Annotated[  # noqa: ARG001 - `_print_release` handles it
         bool, typer.Option("--version", callback=_print_release, is_eager=True, help="Print the release.")
     ] = False,
 ) -> None:
-    """Where nothing says which servers to use and `evalstore up` left its addresses in this folder, use those."""
-    from models.settings import warn_unknown_env  # noqa: PLC0415 - `--help` and `--version` do without
+    """Use the servers of `evalstore up` in this folder, unless an address is set."""
+    from models.settings import warn_unknown_env  # noqa: PLC0415 - slow to import
 
     warn_unknown_env()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:
@@ -93,24 +93,24 @@ def _find_local_servers(
                 os.environ.setdefault(name, shlex.split(value)[0])
 
 
-def _in_a_sentence(error: Outage) -> str:
-    """What is away, what it says, and where to look."""
+def _describe(error: Outage) -> str:
+    """Name the server, its error, and the setting with its address."""
     if isinstance(error, DatabaseTimeout):
         return f"a time limit ended the work in PostgreSQL, try again: {' '.join(str(error).split())}"
     known = {DatabaseOutage: ("PostgreSQL", "EVALSTORE_DATABASE_URL"), RedisOutage: ("Redis", "EVALSTORE_REDIS_URL")}
     store = ("the object store", "EVALSTORE_OBJECT_STORE_URL or EVALSTORE_ARCHIVE_URL")
-    name, variable = next((told for kind, told in known.items() if isinstance(error, kind)), store)
-    where = f"the address is that of {variable}"
+    name, variable = next((names for kind, names in known.items() if isinstance(error, kind)), store)
+    hint = f"its address is in {variable}"
     if name != store[0] and variable not in os.environ:
-        where = f"{variable} is not set, and `evalstore up` does not run in this folder"
-    return f"{name} cannot be used: {' '.join(str(error).split()).rstrip('.')}; {where}"
+        hint = f"{variable} is not set, and `evalstore up` does not run in this folder"
+    return f"{name} cannot be used: {' '.join(str(error).split()).rstrip('.')}; {hint}"
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         try:
             application(_words())()
@@ -120,10 +120,10 @@ def main() -> None:
         _notice(str(error))
         sys.exit(2)
     except DatabaseMisconfigured as error:
-        _notice(_in_a_sentence(error))
+        _notice(_describe(error))
         sys.exit(2)
     except Outage as error:
-        _notice(_in_a_sentence(error))
+        _notice(_describe(error))
         sys.exit(7)
     except EvalstoreError as error:
         _notice(f"{type(error).__name__}: {error}")
@@ -134,14 +134,14 @@ def main() -> None:
 
 
 def _notice(message: str) -> None:
-    from evalstore.cli.output import notice  # noqa: PLC0415 - `--help` and `--version` do without
+    from evalstore.cli.output import notice  # noqa: PLC0415 - slow to import
 
     notice(message, "red")
 
 
 def _report_unwritten(error: OSError) -> None:
-    """Of a file or of standard output, which is then given up: what is left in it would fail once more at the end."""
-    if error.filename is None and error.errno not in _OF_WRITING:
+    """Report a failed write, and redirect stdout to /dev/null: its buffer would fail again at exit."""
+    if error.filename is None and error.errno not in _WRITE_ERRORS:
         raise error
     if error.errno != errno.EPIPE:
         _notice(f"{error.filename or 'standard output'}: {error.strerror}")

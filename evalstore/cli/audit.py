@@ -1,4 +1,4 @@
-"""`evalstore audit`: what became of every event of a file."""
+"""`evalstore audit`: show what became of every event of a file."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,31 +12,31 @@ from evalstore.cli.output import Format, OutputOption, failed, notice, show
 from evalstore.storage import database, dead_letters, event_store
 from models.errors import InvalidEvent
 from models.events import decode, identified, identity
-from models.settings import settings
-from tasks.actor import QUEUE
+from models.settings import Settings, settings
 from tasks.broker import SendingBroker, broker
+from tasks.keys import QUEUE
 
 Key = tuple[str, UUID]
 FATES = ("applied", "in flight", "dead", "missing")
 _CHUNK = 10_000
-_LOOKS = 3
+_ATTEMPTS = 3
 
 
 def audit(
     file: Annotated[
-        Path, typer.Argument(help="JSON objects with eval_id and event_id, one a line.", exists=True, dir_okay=False)
+        Path, typer.Argument(help="JSON objects with eval_id and event_id, one per line.", exists=True, dir_okay=False)
     ],
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Tell for each event of a file whether it is applied, in flight, dead or missing.
+    """Show for each event of a file whether it is applied, in flight, dead or missing.
 
     Exit status 1 if any is missing.
     """
     keys, unreadable = _read(file)
-    fates = fates_of(keys)
+    fates = find_fates(settings(), keys)
     counts = Counter(fates.values())
     for number in unreadable:
-        notice(f"line {number}: names no event (eval_id and event_id)", "red")
+        notice(f"line {number}: has no eval_id and event_id", "red")
     rows: list[dict[str, Any]] = [
         {"eval_id": eval_id, "event_id": str(event_id), "fate": fates[eval_id, event_id]} for eval_id, event_id in keys
     ]
@@ -53,7 +53,7 @@ def audit(
 
 
 def _read(file: Path) -> tuple[list[Key], list[int]]:
-    """The events a file names, each once, and the numbers of the lines that name none."""
+    """Return the distinct events of a file, and the numbers of lines without an event."""
     keys: dict[Key, None] = {}
     unreadable = []
     with file.open("rb") as lines:
@@ -69,28 +69,28 @@ def _read(file: Path) -> tuple[list[Key], list[int]]:
 
 
 def _key(line: bytes) -> Key | None:
-    """The event that a line names, if it names one."""
+    """Return the event of a line, or None."""
     try:
-        named = decode(line)
+        value = decode(line)
     except InvalidEvent:
         return None
-    eval_id, event_id = identity(named) if isinstance(named, dict) else (None, None)
+    eval_id, event_id = identity(value) if isinstance(value, dict) else (None, None)
     return (eval_id, event_id) if eval_id is not None and event_id is not None else None
 
 
-def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
-    """What became of each event. Raises DatabaseOutage, RedisOutage."""
+def find_fates(loaded: Settings, keys: Sequence[Key]) -> dict[Key, str]:
+    """Find out what became of each event. Raises DatabaseOutage, RedisOutage."""
     fates = dict.fromkeys(keys, "missing")
-    engine = database.connect(settings())
-    for _ in range(_LOOKS):
-        left = [key for key, fate in fates.items() if fate == "missing"]
-        if not left:
+    engine = database.connect(loaded)
+    for _ in range(_ATTEMPTS):
+        missing = [key for key, fate in fates.items() if fate == "missing"]
+        if not missing:
             break
-        # Redis first: what leaves it after this look is in the database by the next one.
-        in_redis = dict(_in_redis(broker(), set(left)))
+        # Look in Redis first: an event that leaves Redis afterwards is in the database.
+        in_redis = dict(_in_redis(broker(), set(missing)))
         with engine.connect() as conn:
-            for start in range(0, len(left), _CHUNK):
-                chunk = left[start : start + _CHUNK]
+            for start in range(0, len(missing), _CHUNK):
+                chunk = missing[start : start + _CHUNK]
                 fates |= dict.fromkeys(dead_letters.among(conn, chunk), "dead")
                 fates |= dict.fromkeys(event_store.applied(conn, chunk), "applied")
         fates |= {key: fate for key, fate in in_redis.items() if fates[key] == "missing"}
@@ -98,7 +98,7 @@ def fates_of(keys: Sequence[Key]) -> dict[Key, str]:
 
 
 def _in_redis(queue: SendingBroker, wanted: set[Key]) -> Iterator[tuple[Key, str]]:
-    """Where Redis holds any of `wanted`."""
+    """Yield the events of `wanted` that Redis holds, and their fates."""
     for state, body in queue.held(QUEUE):
         try:
             message = decode(body)

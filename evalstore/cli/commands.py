@@ -1,10 +1,10 @@
-"""The table of commands. Each names the module that holds it, which is loaded only when the command is asked for."""
+"""The table of commands. The module of a command is loaded only when the command runs."""
 
 from typing import Final, NamedTuple
 
 
 class Command(NamedTuple):
-    """`target`: a function or a Typer application, as MODULE:NAME. `help`: the first paragraph of its help."""
+    """`target` is a function or Typer application, as MODULE:NAME. `help` is the first paragraph of its help."""
 
     target: str
     help: str
@@ -20,43 +20,43 @@ COMMANDS: Final = {
     ),
     "demo": Command(
         "evalstore.cli.demo:demo",
-        "Evaluate real programs and store every event of theirs, on servers of its own.",
+        "Evaluate real programs on local servers, and check that every event is stored.",
         extra="local",
     ),
     "send": Command("evalstore.cli.send_get:send", "Send a file of events to the queue."),
     "get": Command(
-        "evalstore.cli.send_get:get", "Show the record of an evaluation, or write one of its contents to standard output."
+        "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
     "audit": Command(
-        "evalstore.cli.audit:audit", "Tell for each event of a file whether it is applied, in flight, dead or missing."
+        "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead or missing."
     ),
     "status": Command(
         "evalstore.cli.status:status",
-        "Show how things stand: queues, workers, outages, dead letters, the archive, the schedule.",
+        "Show the state of queues, workers, outages, dead letters, archive and periodic jobs.",
     ),
     "health": Command(
         "evalstore.cli.health:health",
-        "Say whether things work. --live asks no server, and looks at what runs on this machine (in this container).",
+        "Check processes and servers. --live checks only the processes on this machine or in this container.",
     ),
     "migrate": Command(
         "evalstore.cli.migrate:migrate",
-        "Bring the database's tables to this release. Safe while workers run, and from several places at once.",
+        "Migrate the database to this release. Safe while workers run, and from several processes at once.",
     ),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),
     "dlq": Command(
         "evalstore.cli.dlq:app",
-        "Dead letters: messages that will not be stored without an operator. They stay until one removes them.",
+        "Dead letters: messages that need an operator before they can be stored. They stay until an operator removes them.",
     ),
     "spool": Command(
         "evalstore.cli.spool:app",
-        "Events that senders on this machine keep while Redis is away: the folder EVALSTORE_SPOOL_DIR.",
+        "Events that senders on this machine keep during an outage of Redis, in the folder EVALSTORE_SPOOL_DIR.",
     ),
-    "keys": Command("evalstore.cli.keys:app", "Keys of the HTTP service: create, list and revoke them."),
+    "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),
 }
 
 
-def asked_for(words: list[str]) -> str | None:
-    """The command that the words of a command line name; no option of `evalstore` itself takes a value."""
-    asked = next((word for word in words if not word.startswith("-")), None)
-    return asked if asked in COMMANDS else None
+def command_name(words: list[str]) -> str | None:
+    """Return the command that a command line names. No option of `evalstore` itself takes a value."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    return name if name in COMMANDS else None

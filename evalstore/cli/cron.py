@@ -1,4 +1,4 @@
-"""`evalstore cron`: the periodic jobs, when they ran and when they will, and running one now."""
+"""`evalstore cron`: list the periodic jobs, and run one now."""
 
 import time
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ app = typer.Typer(help="The periodic jobs.", no_args_is_help=True)
 
 @app.command()
 def ls(output_format: OutputOption = Format.table) -> None:
-    """List the periodic jobs: last run, how it went, next run."""
+    """List the periodic jobs with their last run, its outcome, and the next run."""
     last_runs = _last_runs()
     rows: list[dict[str, Any]] = []
     for job in JOBS:
@@ -43,7 +43,7 @@ def ls(output_format: OutputOption = Format.table) -> None:
     if output_format is Format.table:
         now = datetime.now(UTC)
         for row in rows:
-            row["result"] = _in_words(row["result"])
+            row["result"] = _describe(row["result"])
             row["last_run"] = ago(row["last_run"], now)
             row["next_run"] = f"in {age((datetime.fromisoformat(row['next_run']) - now).total_seconds())}"
     show(rows, ["job", "last_run", "outcome", "next_run", "result"], output_format, wrapped="result")
@@ -51,12 +51,14 @@ def ls(output_format: OutputOption = Format.table) -> None:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="The job.")],
-    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it to end; 0 does not wait.")] = 60,
+    name: Annotated[str, typer.Argument(help="Name of the job.")],
+    wait_s: Annotated[
+        float, typer.Option("--wait", min=0, help="Seconds to wait for the end of the job; 0: do not wait.")
+    ] = 60,
 ) -> None:
-    """Run a job now, in a worker, and wait for it."""
+    """Run a job in a worker now, and wait for its end."""
     if name not in {job.name for job in JOBS}:
-        raise failed(f"there is no job {name!r}; there are {', '.join(job.name for job in JOBS)}", 3)
+        raise failed(f"there is no job {name!r}; the jobs are {', '.join(job.name for job in JOBS)}", 3)
     before = _last_runs().get(name)
     broker().enqueue(Message(queue_name=QUEUE, actor_name=name, args=(), kwargs={}, options={}))
     deadline = time.monotonic() + wait_s
@@ -65,7 +67,7 @@ def run(
         if last is not None and last != before:
             if last.get("outcome") != "ok":
                 raise failed(f"{name} failed: {last.get('error')}", 1)
-            notice(f"{name} ran in {last.get('seconds')} s: {_in_words(last.get('result'))}", "green")
+            notice(f"{name} ran in {last.get('seconds')} s: {_describe(last.get('result'))}", "green")
             return
         time.sleep(0.1)
     notice(f"{name} is queued" + (f"; no worker ran it within {wait_s:g} s" if wait_s else ""), "yellow")
@@ -73,14 +75,14 @@ def run(
         raise typer.Exit(1)
 
 
-def _in_words(result: object) -> object:
-    """What a job counted, or the error it ended with."""
-    return ", ".join(f"{count} {what}" for what, count in result.items()) if isinstance(result, dict) else result
+def _describe(result: object) -> object:
+    """Describe the counts of a job, or its error."""
+    return ", ".join(f"{count} {name}" for name, count in result.items()) if isinstance(result, dict) else result
 
 
 def _last_runs() -> dict[str, dict[str, Any]]:
     try:
-        found = broker().client.hgetall(broker().names.last_runs)
+        runs = broker().client.hgetall(broker().names.last_runs)
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
-    return {name.decode(): msgspec.json.decode(told) for name, told in dict(found).items()}
+    return {name.decode(): msgspec.json.decode(run) for name, run in dict(runs).items()}

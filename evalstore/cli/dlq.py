@@ -1,4 +1,4 @@
-"""`evalstore dlq`: what could not be stored, why, and mending it."""
+"""`evalstore dlq`: list, show, export and repair dead letters."""
 
 import sys
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from evalstore.cli.dlq_options import (
     as_json,
     cells,
     connect,
+    find_by_prefix,
     message_of,
     new_path,
-    nothing,
-    one,
+    none_found,
     plural,
     pretty,
     select,
@@ -29,9 +29,10 @@ from evalstore.cli.dlq_options import (
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, show
 from evalstore.storage import dead_letters, operator_actions
 from models.errors import InvalidEvent
+from models.settings import settings
 
 app = typer.Typer(
-    help="Dead letters: messages that will not be stored without an operator. They stay until one removes them.",
+    help="Dead letters: messages that need an operator before they can be stored. They stay until an operator removes them.",
     no_args_is_help=True,
 )
 _TABLE_ROWS: Final = 100
@@ -43,85 +44,87 @@ _SHOWN_CHARACTERS: Final = 64 * 1024
 def ls(conn: Connection, chosen: SelectedDeadLetters, *, output_format: OutputOption = Format.table) -> None:
     """List dead letters, the newest first.
 
-    A table holds 100 of them unless --limit says otherwise; json and jsonl hold all.
+    A table shows 100 unless --limit is given; json and jsonl contain all.
     """
     selection = chosen.selection
     if output_format is not Format.table:
         if not _print_all(dead_letters.find(conn, selection), output_format):
-            raise nothing(chosen)
+            raise none_found(chosen)
         return
     rows = list(dead_letters.find(conn, selection._replace(limit=selection.limit or _TABLE_ROWS + 1)))
     if not rows:
-        raise nothing(chosen)
+        raise none_found(chosen)
     more = not selection.limit and len(rows) > _TABLE_ROWS
     shown = [_row(row) for row in (rows[:_TABLE_ROWS] if more else rows)]
     widths = {"id": 9, "died": 12, "state": 9, "times": 5, "evaluation": max(12, (width() - 50) // 3)}
-    for name, usual in (("state", "dead"), ("times", 1)):  # which nobody needs to be told of each
+    for name, usual in (("state", "dead"), ("times", 1)):  # hide columns with only the usual value
         if all(row[name] == usual for row in shown):
             del widths[name]
     widths["error"] = width() - sum(widths.values()) - 2 * len(widths)
     show([cells(row, widths) for row in shown], list(widths), output_format)
     if more:
         total = dead_letters.count_of(conn, selection)
-        notice(f"{_TABLE_ROWS} of {total:,}: see more with --limit, or all with -o jsonl; `evalstore dlq groups` sums them up")
+        notice(f"{_TABLE_ROWS} of {total:,}: --limit shows more, -o jsonl shows all, `evalstore dlq groups` shows groups")
 
 
-def _row(letter: dict[str, Any]) -> dict[str, Any]:
+def _row(dead_letter: dict[str, Any]) -> dict[str, Any]:
     return {
-        "id": str(letter["id"])[:8] + "…",
-        "died": letter["last_at"],
-        "state": letter["state"],
-        "times": letter["deliveries"],
-        "evaluation": letter["eval_id"],
-        "error": f"{letter['error_class']}: {letter['error_message']}",
+        "id": str(dead_letter["id"])[:8] + "…",
+        "died": dead_letter["last_at"],
+        "state": dead_letter["state"],
+        "times": dead_letter["deliveries"],
+        "evaluation": dead_letter["eval_id"],
+        "error": f"{dead_letter['error_class']}: {dead_letter['error_message']}",
     }
 
 
 def _print_all(rows: Iterator[dict[str, Any]], output_format: Format) -> int:
-    """Print rows, as they come where that can be; returns how many."""
+    """Print rows, jsonl one by one. Returns their number."""
     count = 0
     if output_format is Format.jsonl:
         for count, row in enumerate(rows, 1):  # noqa: B007
             show([row], [], output_format)
     else:
-        found = list(rows)
-        count = len(found)
-        show(found, [], output_format)
+        all_rows = list(rows)
+        count = len(all_rows)
+        show(all_rows, [], output_format)
     return count
 
 
 @app.command()
 @select()
 def groups(conn: Connection, chosen: SelectedDeadLetters, *, output_format: OutputOption = Format.table) -> None:
-    """Sum dead letters up by what went wrong: those that differ only in ids, numbers and quoted texts are one group."""
-    found = dead_letters.groups(conn, chosen.selection)
-    if found or output_format is not Format.table:
-        dlq_redrive.show_groups(found, output_format)
-    if not found:
-        raise nothing(chosen)
+    """Group dead letters by their errors. Errors that differ only in ids, numbers and quoted texts are one group."""
+    error_groups = dead_letters.groups(conn, chosen.selection)
+    if error_groups or output_format is not Format.table:
+        dlq_redrive.show_groups(error_groups, output_format)
+    if not error_groups:
+        raise none_found(chosen)
 
 
 @app.command("show")
-def show_letter(
-    letter_id: Annotated[str, typer.Argument(metavar="ID", help="Its id, or the first 4 or more characters.")],
+def show_dead_letter(
+    dead_letter_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Id of the dead letter, or its first 4 or more characters.")
+    ],
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Show everything about a dead letter: cause, message, traceback."""
-    with connect() as conn:
-        found: UUID | None = one(letter_id, dead_letters.between, conn)
-        letter = dead_letters.get(conn, found) if found else None
-    if letter is None:
-        raise failed(f"there is no dead letter {letter_id!r}", 3)
+    """Show a dead letter with its cause, message and traceback."""
+    with connect(settings()) as conn:
+        full_id: UUID | None = find_by_prefix(dead_letter_id, dead_letters.between, conn)
+        dead_letter = dead_letters.get(conn, full_id) if full_id else None
+    if dead_letter is None:
+        raise failed(f"there is no dead letter {dead_letter_id!r}", 3)
     if output_format is not Format.table:
-        sys.stdout.write(as_json(letter) + "\n")
+        sys.stdout.write(as_json(dead_letter) + "\n")
         return
-    fields = [name for name in dead_letters.COLUMNS if letter[name] is not None]
-    show([{"field": name, "value": _value(letter[name])} for name in fields], ["field", "value"], output_format)
+    fields = [name for name in dead_letters.COLUMNS if dead_letter[name] is not None]
+    show([{"field": name, "value": _value(dead_letter[name])} for name in fields], ["field", "value"], output_format)
     try:
-        message = pretty(message_of(letter))
+        message = pretty(message_of(dead_letter))
     except (InvalidEvent, RecursionError):
-        message = repr(letter["message"])
-    for title, text in (("message", message), ("traceback", letter["traceback"])):
+        message = repr(dead_letter["message"])
+    for title, text in (("message", message), ("traceback", dead_letter["traceback"])):
         sys.stdout.write(f"\n{title}\n")
         for line in text[:_SHOWN_CHARACTERS].rstrip().split("\n"):
             sys.stdout.write(f"  {escaped(line)}\n")
@@ -139,11 +142,11 @@ def export(
     conn: Connection,
     chosen: SelectedDeadLetters,
     *,
-    to: Annotated[str, typer.Option("--to", help="A new file, or - for standard output.", metavar="FILE")] = "",
+    to: Annotated[str, typer.Option("--to", help="Path of a new file, or - for standard output.", metavar="FILE")] = "",
 ) -> None:
-    """Write dead letters as lines of JSON, each with its message as it was received (base64) and decoded.
+    """Write dead letters as lines of JSON. Each has the received message in base64, and decoded.
 
-    The file must not exist, and is readable for you alone.
+    The file must not exist. Only you can read it.
     """
     lines = map(as_json, dead_letters.find(conn, chosen.selection, whole=True, oldest_first=True))
     if to == "-":
@@ -156,16 +159,16 @@ def export(
         count = write_file(lines, path)
         notice(f"{plural(count)} in {path}", "green")
     if not count:
-        raise nothing(chosen)
+        raise none_found(chosen)
 
 
 @app.command()
 def actions(
     output_format: OutputOption = Format.table,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many; a table holds 100 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number; by default 100 in a table.")] = None,
 ) -> None:
-    """List what operators changed, the newest first: who, when, why."""
-    with connect() as conn:
+    """List the changes by operators, the newest first: who, when, why."""
+    with connect(settings()) as conn:
         rows = operator_actions.latest(conn, limit or (_TABLE_ROWS if output_format is Format.table else None))
     if output_format is not Format.table:
         show(rows, [], output_format)

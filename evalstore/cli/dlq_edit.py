@@ -1,4 +1,4 @@
-"""`evalstore dlq edit` and `evalstore dlq rm`. Either keeps the old messages in a file first."""
+"""`evalstore dlq edit` and `evalstore dlq rm`. Both first write the old messages to a file."""
 
 import copy
 import difflib
@@ -24,10 +24,10 @@ from evalstore.cli.dlq_options import (
     as_json,
     confirm,
     connect,
+    find_by_prefix,
     message_of,
     new_path,
-    nothing,
-    one,
+    none_found,
     operator,
     plural,
     pretty,
@@ -42,7 +42,7 @@ from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
 from models.errors import Fault, InvalidEvent
 from models.events import decode, identified, identity, parse
-from models.settings import settings
+from models.settings import Settings, settings
 from tasks import store_evaluation
 
 _LONGEST_LINE: Final = 400
@@ -54,51 +54,53 @@ def rm(
     conn: Connection,
     chosen: SelectedDeadLetters,
     *,
-    expect: Annotated[int | None, typer.Option(min=0, help="Go on only if there are exactly so many.")] = None,
+    expect: Annotated[int | None, typer.Option(min=0, help="Continue only if exactly this many match.")] = None,
     reason: ReasonOption = None,
     actor: ActorOption = "",
     folder: FolderOption = Path(),
     yes: YesOption = False,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Remove dead letters. They are kept in a file of JSON lines first, readable for you alone.
+    """Remove dead letters, after they are written to a file of JSON lines that only you can read.
 
-    Those that are being sent again right now stay.
+    Dead letters in a running redrive stay.
     """
     states = tuple(state for state in chosen.selection.states if state != "redriving")
     count = dead_letters.count_of(conn, chosen.selection._replace(states=states)) if states else 0
     if expect is not None and expect != count:
         raise failed(f"{plural(count)} and not the {expect:,} expected: nothing is removed", 5)
     if not count:
-        raise nothing(chosen)
+        raise none_found(chosen)
     confirm(f"Remove {plural(count)}", count, yes=yes)
     path = new_path(folder)
 
-    def keep(letters: Any) -> dict[str, Any]:
+    def export(letters: Any) -> dict[str, Any]:
         write_file(map(as_json, letters), path)
         return {"export": str(path.absolute())}
 
     intent = Intent("rm", operator(actor), reason, chosen.words)
     removed = dead_letters.remove(
-        conn, chosen.selection, intent, keep, accept=lambda now: now == count if expect is not None else now <= count or yes
+        conn, chosen.selection, intent, export, accept=lambda now: now == count if expect is not None else now <= count or yes
     )
     if removed is None:
-        raise failed(f"there are more by now than {count:,}: nothing is removed, look again", 5)
+        raise failed(f"more than {count:,} match by now: nothing is removed, check again", 5)
     if not removed:
-        raise failed("no dead letter matches any more: somebody else sent or removed them", 3)
+        raise failed("no dead letter matches any more: another operator redrove or removed them", 3)
     if output_format is not Format.table:
         write_json({"removed": removed, "export": str(path)})
-    notice(f"{plural(removed)} removed, and kept in {path}", "green")
+    notice(f"{plural(removed)} removed, and written to {path}", "green")
 
 
 def edit(  # noqa: PLR0913 - options
-    letter_id: Annotated[str, typer.Argument(metavar="ID", help="Its id, or the first 4 or more characters.")],
+    dead_letter_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Id of the dead letter, or its first 4 or more characters.")
+    ],
     *,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Give a field a value: event.exit_code=0, options.x='\"text\"'.", metavar="PATH=JSON"),
+        typer.Option("--set", help="Set a field: event.exit_code=0, options.x='\"text\"'.", metavar="PATH=JSON"),
     ] = None,
-    unset: Annotated[list[str] | None, typer.Option(help="Take a field away: event.metadata.tags.0", metavar="PATH")] = None,
+    unset: Annotated[list[str] | None, typer.Option(help="Remove a field: event.metadata.tags.0", metavar="PATH")] = None,
     editor: Annotated[bool, typer.Option("--editor", help="Edit the message in $VISUAL or $EDITOR.")] = False,
     reason: ReasonOption = None,
     actor: ActorOption = "",
@@ -107,15 +109,16 @@ def edit(  # noqa: PLR0913 - options
     yes: YesOption = False,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Change a dead letter's message, and send it again as the same letter. `event` is short for `args.0`.
+    """Change the message of a dead letter, and send it again. `event` is short for `args.0`.
 
-    The old message is kept in a file first, readable for you alone. What would die again is refused.
+    The old message is first written to a file that only you can read. An edit that cannot be stored is refused.
     """
     if not set_ and not unset and not editor:
-        raise typer.BadParameter("say what to change: --set, --unset or --editor")
-    with connect() as conn:
-        letter = _letter(conn, letter_id)
-        old = _decoded(letter["message"]) if editor else message_of(letter)
+        raise typer.BadParameter("give a change: --set, --unset or --editor")
+    loaded = settings()
+    with connect(loaded) as conn:
+        dead_letter = _load(conn, dead_letter_id)
+        old = _decoded(dead_letter["message"]) if editor else message_of(dead_letter)
         new = copy.deepcopy(old)
         for assignment in set_ or ():
             path, separator, value = assignment.partition("=")
@@ -127,39 +130,44 @@ def edit(  # noqa: PLR0913 - options
         if editor:
             new = _in_editor(new)
         if new == old:
-            notice("nothing is different: the letter is as it was")
+            notice("the message is unchanged")
             return
-        edited = _edited(letter["message"], new)
+        edited = _edited(loaded, dead_letter["message"], new)
         diff = list(difflib.unified_diff(_text(old), _text(new), "dead letter", "edited", lineterm="", n=2))
         for line in diff:
             notice(escaped(line[:_LONGEST_LINE]), {"+": "green", "-": "red"}.get(line[:1], ""))
         confirm("Send the edited message again", 1, yes=yes)
         refuse_without_redis()
-        kept = new_path(folder)
-        write_file([as_json(letter)], kept)
-        notice(f"the old message is in {kept}")
-        details = {"export": str(kept.absolute()), "diff": [line[:_LONGEST_LINE].replace("\0", "") for line in diff[:100]]}
-        intent = Intent("edit", operator(actor), reason, {"ids": [str(letter["id"])], "set": set_ or [], "unset": unset or []})
+        export_path = new_path(folder)
+        write_file([as_json(dead_letter)], export_path)
+        notice(f"the old message is in {export_path}")
+        details = {
+            "export": str(export_path.absolute()),
+            "diff": [line[:_LONGEST_LINE].replace("\0", "") for line in diff[:100]],
+        }
+        intent = Intent(
+            "edit", operator(actor), reason, {"ids": [str(dead_letter["id"])], "set": set_ or [], "unset": unset or []}
+        )
         redrive_id, _ = dead_letters.redrive(
-            conn, Selection(ids=(letter["id"],)), intent, Pace(), edited=edited, details=details
+            conn, Selection(ids=(dead_letter["id"],)), intent, Pace(), edited=edited, details=details
         )
         if redrive_id is None:
-            raise failed("somebody else sent, changed or removed it meanwhile: nothing is changed", 1)
+            raise failed("another operator redrove, changed or removed it meanwhile: nothing is changed", 1)
         follow(conn, redrive_id, detach=detach, output_format=output_format)
 
 
-def _letter(conn: Connection, text: str) -> dict[str, Any]:
-    found: UUID | None = one(text, dead_letters.between, conn)
-    letter = dead_letters.get(conn, found) if found else None
-    if letter is None:
+def _load(conn: Connection, text: str) -> dict[str, Any]:
+    full_id: UUID | None = find_by_prefix(text, dead_letters.between, conn)
+    dead_letter = dead_letters.get(conn, full_id) if full_id else None
+    if dead_letter is None:
         raise failed(f"there is no dead letter {text!r}", 3)
-    if letter["state"] != "dead":
-        raise failed(f"{letter['id']} is {letter['state']}: only what is dead is edited", 1)
-    return letter
+    if dead_letter["state"] != "dead":
+        raise failed(f"{dead_letter['id']} is {dead_letter['state']}: only dead letters in the state dead can be edited", 1)
+    return dead_letter
 
 
 def _decoded(body: bytes) -> Any:
-    """The message, or where it is no JSON its text, for an editor."""
+    """Decode the message, or return its text for the editor if it is no JSON."""
     try:
         return decode(body)
     except InvalidEvent:
@@ -177,7 +185,7 @@ def _json(path: str, text: str) -> Any:
 
 
 def _change(message: Any, path: str, value: Any) -> None:
-    """Set what is at `path`, names and numbers with dots between, or take it away where `value` is missing."""
+    """Set the value at `path`, whose names and indexes are separated by dots, or remove it if `value` is _MISSING."""
     steps = path.split(".")
     if steps[0] == "event":
         steps[:1] = ["args", "0"]
@@ -202,9 +210,9 @@ def _change(message: Any, path: str, value: Any) -> None:
 
 
 def _in_editor(message: Any) -> Any:
-    """What an operator makes of it."""
+    """Open the message in the operator's editor, and return the result."""
     command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
-    with tempfile.TemporaryDirectory() as folder:  # for its owner alone
+    with tempfile.TemporaryDirectory() as folder:  # only its owner can read it
         path = Path(folder) / "message.json"
         text = message if isinstance(message, str) else pretty(message) + "\n"
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -218,8 +226,8 @@ def _in_editor(message: Any) -> Any:
     return message if after == text.encode(errors="surrogatepass") else decode(after)
 
 
-def _edited(before: bytes, message: Any) -> Edited:
-    """The message as bytes, once a worker would take it. Raises InvalidEvent, which names what it would not."""
+def _edited(loaded: Settings, before: bytes, message: Any) -> Edited:
+    """Encode the edited message. Raises InvalidEvent with the faults for which a worker would refuse it."""
     kinds = {"queue_name": str, "actor_name": str, "args": list, "kwargs": dict, "options": dict, "message_id": str}
     if not isinstance(message, dict):
         raise InvalidEvent([Fault("message", "expected a JSON object")])
@@ -238,7 +246,7 @@ def _edited(before: bytes, message: Any) -> Edited:
         if len(args) != 1 or message["kwargs"] or not isinstance(args[0], dict):
             raise InvalidEvent([Fault("message.args", "expected one event, a JSON object, as the one positional argument")])
         event = identified(args[0], message["message_id"], message["message_timestamp"])
-        if parse(event, max_content_bytes=settings().max_content_bytes).type == "evaluation:lost":
+        if parse(event, max_content_bytes=loaded.max_content_bytes).type == "evaluation:lost":
             raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
         eval_id, event_id = identity(event)
     try:

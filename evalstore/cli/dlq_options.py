@@ -1,4 +1,4 @@
-"""What the verbs of `evalstore dlq` share: which letters, whether that is meant, by whom, and where the old ones are kept."""
+"""Options and helpers that the commands of `evalstore dlq` share: selection, confirmation, operator, and export files."""
 
 import base64
 import getpass
@@ -24,13 +24,13 @@ from evalstore.storage import database, dead_letters
 from evalstore.storage.dead_letters import Selection
 from models.errors import InvalidEvent, printable
 from models.events import decode
-from models.settings import settings
+from models.settings import Settings, settings
 
-TYPED_ABOVE: Final = 1000
+TYPE_COUNT_ABOVE: Final = 1000
 
 
 class DeadLetterState(StrEnum):
-    """What `--state` takes."""
+    """The values of `--state`."""
 
     dead = "dead"
     redriving = "redriving"
@@ -39,7 +39,7 @@ class DeadLetterState(StrEnum):
 
 
 def _when(text: str) -> datetime:
-    """A time in RFC 3339, or an age."""
+    """Parse a time in RFC 3339, or an age such as 2h."""
     seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
     if age := re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw])", text, re.ASCII):
         try:
@@ -56,74 +56,88 @@ def _when(text: str) -> datetime:
 
 
 _FILTERS: Final[dict[str, Any]] = {
-    "ids": Annotated[list[str] | None, typer.Argument(help="Ids, or their first 4 or more characters.", metavar="ID")],
-    "queue": Annotated[str | None, typer.Option(help="Of this queue.")],
-    "error_class": Annotated[str | None, typer.Option(help="Dead of this class of error.")],
-    "signature": Annotated[str | None, typer.Option(help="Of this group.")],
-    "eval_id": Annotated[str | None, typer.Option(help="Of this evaluation.")],
-    "match": Annotated[str | None, typer.Option(help="With this text in the error or the message.", metavar="TEXT")],
-    "since": Annotated[datetime | None, typer.Option(parser=_when, help="Dead since: RFC 3339 or 2h, 7d.", metavar="TIME")],
-    "until": Annotated[datetime | None, typer.Option(parser=_when, help="Dead before: RFC 3339 or 2h, 7d.", metavar="TIME")],
-    "limit": Annotated[int | None, typer.Option(min=1, help="At most so many.")],
+    "ids": Annotated[
+        list[str] | None, typer.Argument(help="Ids of dead letters, or their first 4 or more characters.", metavar="ID")
+    ],
+    "queue": Annotated[str | None, typer.Option(help="Only dead letters of this queue.")],
+    "error_class": Annotated[str | None, typer.Option(help="Only dead letters with this error class.")],
+    "signature": Annotated[str | None, typer.Option(help="Only dead letters of the group with this signature.")],
+    "eval_id": Annotated[str | None, typer.Option(help="Only dead letters of this evaluation.")],
+    "match": Annotated[
+        str | None, typer.Option(help="Only dead letters with this text in the error or message.", metavar="TEXT")
+    ],
+    "since": Annotated[
+        datetime | None,
+        typer.Option(parser=_when, help="Only dead letters since this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"),
+    ],
+    "until": Annotated[
+        datetime | None,
+        typer.Option(parser=_when, help="Only dead letters before this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"),
+    ],
+    "limit": Annotated[int | None, typer.Option(min=1, help="Maximum number of dead letters.")],
 }
-_STATE: Final = Annotated[list[DeadLetterState] | None, typer.Option(help="In this state; by default dead and redriving.")]
-_ALL: Final = Annotated[bool, typer.Option("--all", help="All there are.")]
+_STATE: Final = Annotated[
+    list[DeadLetterState] | None, typer.Option(help="Only dead letters in this state; by default dead and redriving.")
+]
+_ALL: Final = Annotated[bool, typer.Option("--all", help="All dead letters.")]
 
-ActorOption = Annotated[str, typer.Option("--actor", envvar="EVALSTORE_ACTOR", help="Who does this; by default you.")]
-ReasonOption = Annotated[str | None, typer.Option(help="Why; kept with what was done.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-FolderOption = Annotated[Path, typer.Option("--export-dir", help="Where the old messages are kept.", file_okay=False)]
+ActorOption = Annotated[
+    str, typer.Option("--actor", envvar="EVALSTORE_ACTOR", help="Name of the operator; by default your user name.")
+]
+ReasonOption = Annotated[str | None, typer.Option(help="Reason; stored with the action.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+FolderOption = Annotated[Path, typer.Option("--export-dir", help="Folder for the file with the old messages.", file_okay=False)]
 
 
 class SelectedDeadLetters(NamedTuple):
-    """The letters an operator named, and in which words."""
+    """The dead letters that an operator selected, and the options that select them."""
 
     selection: Selection
     words: dict[str, Any]
 
 
-def connect() -> Connection:
-    """A connection that waits longer than a worker's. Raises DatabaseOutage."""
-    return database.connect(settings(), pool_size=1, statement_timeout_s=900, lock_timeout_s=60).connect()
+def connect(loaded: Settings) -> Connection:
+    """Connect with longer timeouts than a worker. Raises DatabaseOutage."""
+    return database.connect(loaded, pool_size=1, statement_timeout_s=900, lock_timeout_s=60).connect()
 
 
 def select(*, changes: bool = False, state: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb the options that choose letters; it is called with a connection and what they chose.
+    """Decorate a command with the options that select dead letters.
 
-    One that `changes` something must be told which letters, or `--all`.
+    The command gets a connection and the selection. With `changes`, a selection or `--all` is required.
     """
     options = _FILTERS | ({"state": _STATE} if state else {}) | ({"all_": _ALL} if changes else {})
 
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        def run(**given: Any) -> None:
-            own = {name: value for name, value in given.items() if name not in options}
-            words = {name: given[name] for name in options if given[name] not in (None, [], False)}
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            own = {name: value for name, value in values.items() if name not in options}
+            words = {name: values[name] for name in options if values[name] not in (None, [], False)}
             if empty := [name for name, value in words.items() if value == ""]:
-                raise typer.BadParameter(f"--{empty[0].replace('_', '-')} is empty: it would choose what was not meant")
+                raise typer.BadParameter(f"--{empty[0].replace('_', '-')} is empty")
             if changes and not words.keys() - {"limit", "state"}:
-                raise typer.BadParameter("name letters by id or by a filter, or say --all")
-            with connect() as conn:
+                raise typer.BadParameter("give ids, a filter, or --all")
+            with connect(settings()) as conn:
                 chosen, unknown = _chosen(conn, words)
-                verb(conn, chosen, **own)
+                command(conn, chosen, **own)
             if unknown:
                 raise typer.Exit(4)
 
-        own = list(inspect.signature(verb).parameters.values())[2:]
+        own = list(inspect.signature(command).parameters.values())[2:]
         kinds = {"annotation": None, "default": None, "kind": inspect.Parameter.KEYWORD_ONLY}
         shared = [inspect.Parameter(name, **kinds | {"annotation": option}) for name, option in options.items()]
-        shared = [one.replace(default=False) if one.name == "all_" else one for one in shared]
-        own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+        shared = [option.replace(default=False) if option.name == "all_" else option for option in shared]
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         signature = inspect.Signature([*shared, *own])
         run.__signature__ = signature  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
-        run.__doc__, run.__name__ = verb.__doc__, verb.__name__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
         return run
 
     return decorate
 
 
 def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[SelectedDeadLetters, list[str]]:
-    """What these words choose, and the ids of which there is no letter."""
+    """Return the selection, and the ids that match no dead letter."""
     fields = {name: value for name, value in words.items() if name not in {"all_", "state", "ids"}}
     unwritable = [name for name, value in words.items() if printable(str(value)) != str(value)]
     if unwritable:
@@ -133,31 +147,31 @@ def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[SelectedDeadLet
         fields["states"] = tuple(sorted(states)) if "all" not in states else ("dead", "redriving", "stored")
     unknown: list[str] = []
     if "ids" in words:
-        found = {text: one(text, dead_letters.between, conn) for text in words["ids"]}
-        unknown = [text for text, letter_id in found.items() if letter_id is None]
+        matches = {text: find_by_prefix(text, dead_letters.between, conn) for text in words["ids"]}
+        unknown = [text for text, dead_letter_id in matches.items() if dead_letter_id is None]
         for text in unknown:
             notice(f"there is no dead letter {escaped(text)}", "red")
-        fields["ids"] = tuple(letter_id for letter_id in found.values() if letter_id)
+        fields["ids"] = tuple(dead_letter_id for dead_letter_id in matches.values() if dead_letter_id)
         if not fields["ids"]:
             raise typer.Exit(3)
-    said = {name.rstrip("_"): value.isoformat() if isinstance(value, datetime) else value for name, value in words.items()}
-    said |= {"ids": [str(letter_id) for letter_id in fields["ids"]]} if "ids" in fields else {}
-    return SelectedDeadLetters(Selection(**fields), said), unknown
+    written = {name.rstrip("_"): value.isoformat() if isinstance(value, datetime) else value for name, value in words.items()}
+    written |= {"ids": [str(dead_letter_id) for dead_letter_id in fields["ids"]]} if "ids" in fields else {}
+    return SelectedDeadLetters(Selection(**fields), written), unknown
 
 
-def one(text: str, between: Callable[[Connection, UUID, UUID], list[Any]], conn: Connection) -> Any:
-    """What `between` finds under an id or the beginning of one, or None where it finds nothing; one of two is refused."""
+def find_by_prefix(text: str, between: Callable[[Connection, UUID, UUID], list[Any]], conn: Connection) -> Any:
+    """Return what `between` finds for an id or its beginning, or None. Raises BadParameter if it finds several."""
     digits = text.replace("-", "").lower()
     if not re.fullmatch(r"[0-9a-f]{4,32}", digits, re.ASCII):
-        raise typer.BadParameter(f"{escaped(text)!r} is no id, nor 4 or more characters of one")
-    found = between(conn, UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f")))
-    if len(found) > 1:
-        raise typer.BadParameter(f"{escaped(text)!r} begins more than one id")
-    return found[0] if found else None
+        raise typer.BadParameter(f"{escaped(text)!r} is no id, nor the first 4 or more characters of an id")
+    matches = between(conn, UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f")))
+    if len(matches) > 1:
+        raise typer.BadParameter(f"{escaped(text)!r} matches more than one id")
+    return matches[0] if matches else None
 
 
-def nothing(chosen: SelectedDeadLetters) -> typer.Exit:
-    """Say that there is no such letter; raise what this returns."""
+def none_found(chosen: SelectedDeadLetters) -> typer.Exit:
+    """Report that no dead letter matches, and return the exception to raise."""
     if chosen.words.keys() <= {"all", "limit"}:
         notice("there are no dead letters", "green")
         return typer.Exit(0)
@@ -165,7 +179,7 @@ def nothing(chosen: SelectedDeadLetters) -> typer.Exit:
 
 
 def operator(name: str) -> str:
-    """Who does this: the name given, or else the user's."""
+    """Return the name of the operator, by default the user name."""
     if name:
         return printable(name)
     try:
@@ -174,51 +188,51 @@ def operator(name: str) -> str:
         return f"uid {os.getuid()}"
 
 
-def confirm(what: str, count: int, *, yes: bool) -> None:
-    """Go on only if somebody at a terminal says so, for many letters by typing their number. Raises Exit(5)."""
+def confirm(action: str, count: int, *, yes: bool) -> None:
+    """Ask for confirmation on the terminal, for a large count by typing it. Raises Exit(5) if it is not given."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise failed(f"{what}: not confirmed. Without a terminal, say --yes", 5)
+        raise failed(f"{action}: not confirmed. Without a terminal, give --yes", 5)
     try:
-        if count > TYPED_ABOVE:
-            typed = typer.prompt(f"{what}? Type their number to go on", err=True, default="", show_default=False)
-            sure = str(typed).strip().replace(",", "") == str(count)
+        if count > TYPE_COUNT_ABOVE:
+            typed = typer.prompt(f"{action}? Type their number to continue", err=True, default="", show_default=False)
+            is_confirmed = str(typed).strip().replace(",", "") == str(count)
         else:
-            sure = typer.confirm(f"{what}?", err=True)
+            is_confirmed = typer.confirm(f"{action}?", err=True)
     except typer.Abort:
-        sure = False
-    if not sure:
+        is_confirmed = False
+    if not is_confirmed:
         raise failed("not confirmed: nothing is changed", 5)
 
 
 def plural(count: int) -> str:
-    """So many dead letters."""
+    """Return `1 dead letter`, `2 dead letters`, …"""
     return f"{count:,} dead letter{'' if count == 1 else 's'}"
 
 
-def message_of(letter: Mapping[str, Any]) -> Any:
-    """The letter's message, decoded. Raises InvalidEvent where it is no JSON."""
-    return decode(letter["message"])
+def message_of(dead_letter: Mapping[str, Any]) -> Any:
+    """Decode the message of a dead letter. Raises InvalidEvent if it is no JSON."""
+    return decode(dead_letter["message"])
 
 
-def as_json(letter: Mapping[str, Any]) -> str:
-    """A whole letter as one line: the message as base64, and decoded where it is JSON that JSON can hold again."""
-    fields = {name: value for name, value in letter.items() if name != "message"}
-    fields["message_b64"] = base64.b64encode(letter["message"]).decode()
+def as_json(dead_letter: Mapping[str, Any]) -> str:
+    """Encode a dead letter as a line of JSON, with its message in base64, and decoded if possible."""
+    fields = {name: value for name, value in dead_letter.items() if name != "message"}
+    fields["message_b64"] = base64.b64encode(dead_letter["message"]).decode()
     try:
-        return to_json(fields | {"message": message_of(letter)})
+        return to_json(fields | {"message": message_of(dead_letter)})
     except (InvalidEvent, ValueError, OverflowError, RecursionError):
         return to_json(fields | {"message": None})
 
 
 def pretty(message: object) -> str:
-    """JSON for people, as they may edit it."""
+    """Format JSON for reading and editing."""
     return json.dumps(message, indent=2, ensure_ascii=False)
 
 
 def write(lines: Iterable[str], to: TextIO) -> int:
-    """Write lines; returns how many."""
+    """Write lines, and return their number."""
     count = 0
     for count, line in enumerate(lines, 1):  # noqa: B007
         to.write(line + "\n")
@@ -226,9 +240,9 @@ def write(lines: Iterable[str], to: TextIO) -> int:
 
 
 def write_file(lines: Iterable[str], path: Path) -> int:
-    """Write a new file that only its owner can read, on disk when this returns; returns how many lines.
+    """Write a new file that only its owner can read, and return the number of lines once it is on disk.
 
-    Raises Exit(1) where that is not possible; then there is no such file.
+    Raises Exit(1) if that fails, and leaves no file.
     """
     try:
         file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
@@ -249,7 +263,7 @@ def write_file(lines: Iterable[str], path: Path) -> int:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """So that the file's name is on disk too."""
+    """Sync a folder, so that the names of new files are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -258,12 +272,12 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def new_path(folder: Path) -> Path:
-    """Where to keep letters: the name tells the time, and no two are the same."""
+    """Return a path for an export file, with the current time in its name."""
     return folder / f"evalstore-dlq-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.jsonl"
 
 
 def cells(row: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """`row` with texts cut to their widths, so that a table has a line for each row."""
+    """Cut the texts of a row to `widths`, so that each row of a table takes one line."""
     cut = {}
     for name, width in widths.items():
         value = row[name]
@@ -278,5 +292,5 @@ def cells(row: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
 
 
 def width() -> int:
-    """Of the terminal, or 80."""
+    """Return the width of the terminal, or 80."""
     return Console(file=sys.stdout).width

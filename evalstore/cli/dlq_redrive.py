@@ -1,4 +1,4 @@
-"""`evalstore dlq redrive`: dead letters sent again, by a worker; here it is asked for and watched."""
+"""`evalstore dlq redrive`: ask a worker to send dead letters again, and watch it."""
 
 import re
 import signal
@@ -22,8 +22,8 @@ from evalstore.cli.dlq_options import (
     cells,
     confirm,
     connect,
-    nothing,
-    one,
+    find_by_prefix,
+    none_found,
     operator,
     plural,
     select,
@@ -35,20 +35,21 @@ from evalstore.storage import redrives as stored
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
 from models.errors import Outage, RedisOutage
+from models.settings import settings
 from tasks.broker import broker
 from tasks.redrives import ask
 
-_LOOK_S: Final = 0.2
+_INTERVAL_S: Final = 0.2
 _HINT_AFTER_S: Final = 10.0
 _TABLE_ROWS: Final = 100
 _EXAMPLE_LINES: Final = 4
 
-DetachOption = Annotated[bool, typer.Option("--detach", help="Do not wait for what comes of it.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Do not wait for the result.")]
 
 
 def _rate(text: str) -> float:
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(?:/(s|m|h))?", text, re.ASCII)
-    per_s = float(found[1]) / {"s": 1, "m": 60, "h": 3600}[found[2] or "s"] if found else 0
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(?:/(s|m|h))?", text, re.ASCII)
+    per_s = float(match[1]) / {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match else 0
     if per_s < 1e-4:
         raise typer.BadParameter(f"{escaped(text)!r} is no rate like 20/s, 0.5/s or 100/m")
     return per_s
@@ -59,40 +60,42 @@ def redrive(  # noqa: PLR0913 - options
     conn: Connection,
     chosen: SelectedDeadLetters,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent, by group.")] = False,
-    rate: Annotated[float | None, typer.Option(parser=_rate, help="At most so many, like 20/s.", metavar="N/s")] = None,
-    canary: Annotated[int | None, typer.Option(min=1, help="Send so many first; stop if one of them dies again.")] = None,
-    max_redrives: Annotated[
-        int | None, typer.Option(min=1, help="Leave out what was sent again so many times already.")
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the groups that would be sent.")] = False,
+    rate: Annotated[float | None, typer.Option(parser=_rate, help="Maximum rate, like 20/s.", metavar="N/s")] = None,
+    canary: Annotated[
+        int | None, typer.Option(min=1, help="Send this many first, and stop if one of them becomes a dead letter again.")
     ] = None,
-    expect: Annotated[int | None, typer.Option(min=0, help="Go on only if there are exactly so many.")] = None,
+    max_redrives: Annotated[
+        int | None, typer.Option(min=1, help="Skip dead letters that were redriven this many times.")
+    ] = None,
+    expect: Annotated[int | None, typer.Option(min=0, help="Continue only if exactly this many match.")] = None,
     reason: ReasonOption = None,
     actor: ActorOption = "",
     detach: DetachOption = False,
     yes: YesOption = False,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Send dead letters again, each once however many ask. A worker does it; Ctrl-C here does not stop it.
+    """Send dead letters again, each only once. A worker does the work, and Ctrl-C does not stop it.
 
     Exit status 0 if all were stored, 4 if only some, 1 if none.
     """
     selection = chosen.selection._replace(states=("dead",), fewer_redrives_than=max_redrives)
-    found = dead_letters.groups(conn, selection)
-    count = sum(group["count"] for group in found)
+    groups = dead_letters.groups(conn, selection)
+    count = sum(group["count"] for group in groups)
     if expect is not None and expect != count:
         raise failed(f"{plural(count)} and not the {expect:,} expected: nothing is sent", 5)
     if not count:
-        raise nothing(chosen)
+        raise none_found(chosen)
     if dry_run:
-        show_groups(found, output_format)
+        show_groups(groups, output_format)
         notice(f"{plural(count)} would be sent again")
         return
-    confirm(f"Send {plural(count)} in {len(found):,} group{'' if len(found) == 1 else 's'} again", count, yes=yes)
+    confirm(f"Send {plural(count)} in {len(groups):,} group{'' if len(groups) == 1 else 's'} again", count, yes=yes)
     options = {"rate": rate, "canary": canary, "max_redrives": max_redrives, "expect": expect}
     words = chosen.words | {name: value for name, value in options.items() if value is not None}
     intent = Intent("redrive", operator(actor), reason, words)
     refuse_without_redis()
-    # What came in since was not confirmed. What others took meanwhile is theirs.
+    # Dead letters that arrived since were not confirmed. Those that another operator claimed are not sent twice.
     redrive_id, now = dead_letters.redrive(
         conn,
         selection,
@@ -102,15 +105,15 @@ def redrive(  # noqa: PLR0913 - options
     )
     if redrive_id is None:
         if not now:
-            raise failed("no dead letter matches any more: somebody else sent or removed them", 3)
-        raise failed(f"there are {now:,} by now and not {count:,}: nothing is sent, look again", 5)
+            raise failed("no dead letter matches any more: another operator redrove or removed them", 3)
+        raise failed(f"{now:,} match by now and not {count:,}: nothing is sent, check again", 5)
     follow(conn, redrive_id, detach=detach, output_format=output_format)
 
 
-def show_groups(found: list[dict[str, Any]], output_format: Format) -> None:
-    """Print groups of letters."""
+def show_groups(groups: list[dict[str, Any]], output_format: Format) -> None:
+    """Print groups of dead letters."""
     if output_format is not Format.table:
-        show(found, [], output_format)
+        show(groups, [], output_format)
         return
     widths = {"signature": 16, "count": 7, "first": 12, "last": 12}
     widths["example"] = (width() - sum(widths.values()) - 2 * len(widths)) * _EXAMPLE_LINES
@@ -122,13 +125,13 @@ def show_groups(found: list[dict[str, Any]], output_format: Format) -> None:
             "last": group["last_at"],
             "example": f"{group['error_class']}: {group['error_message']}",
         }
-        for group in found
+        for group in groups
     ]
     show([cells(row, widths) for row in rows], list(widths), output_format, wrapped="example")
 
 
 def refuse_without_redis() -> None:
-    """Raise RedisOutage before anything is changed, rather than after."""
+    """Raise RedisOutage in an outage, before anything is changed."""
     try:
         broker().client.ping()
     except redis.RedisError as error:
@@ -136,77 +139,79 @@ def refuse_without_redis() -> None:
 
 
 def follow(conn: Connection, redrive_id: UUID, *, detach: bool, output_format: Format) -> None:
-    """Have a worker begin with a redrive, and show how it goes until it is done. Raises Exit(1), Exit(4)."""
-    again = f"`evalstore dlq redrives {redrive_id}` shows how it goes"
+    """Ask a worker to run a redrive, and show its progress until it ends. Raises Exit(1), Exit(4)."""
+    hint = f"`evalstore dlq redrives {redrive_id}` shows its progress"
     with _interrupted() as interrupted:
         try:
             _ask(redrive_id)
             notice(f"redrive {redrive_id}")
             if detach:
-                notice(f"it is on its way: {again}")
+                notice(f"the redrive runs: {hint}")
                 _print(stored.between(conn, redrive_id, redrive_id)[0], output_format)
                 return
             row = _watch(conn, redrive_id, interrupted)
         except Outage:
-            notice(f"the redrive goes on: {again}", "yellow")
+            notice(f"the redrive continues: {hint}", "yellow")
             raise
     if row["finished_at"] is None:
-        notice(f"the redrive goes on without you: {again}, `evalstore dlq cancel {redrive_id}` stops it")
+        notice(f"the redrive continues: {hint}, `evalstore dlq cancel {redrive_id}` stops it")
         return
     _print(row, output_format)
     if row["stored"] < row["total"]:
-        raise failed(_told(row), 4 if row["stored"] else 1)
-    notice(_told(row), "green")
+        raise failed(_result_text(row), 4 if row["stored"] else 1)
+    notice(_result_text(row), "green")
 
 
 @contextmanager
 def _interrupted() -> Iterator[threading.Event]:
-    """Set at the first Ctrl-C, which so breaks off no query: its connection would be lost, and the operator told of an outage.
-    The second one does as usual."""
+    """Yield an event that the first Ctrl-C sets. A second Ctrl-C interrupts as usual.
+
+    An interrupt during a query would lose the connection, and look like an outage.
+    """
     event = threading.Event()
 
-    def note(*_: object) -> None:
+    def handle(*_: object) -> None:
         event.set()
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, default)
 
-    usual = signal.signal(signal.SIGINT, note)
+    default = signal.signal(signal.SIGINT, handle)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, default)
 
 
 def _ask(redrive_id: UUID) -> None:
     try:
         ask(broker(), redrive_id)
     except RedisOutage as error:
-        notice(f"{error}: the letters are claimed, and sent once Redis is back", "yellow")
+        notice(f"{error}: the dead letters are claimed, and will be sent once Redis is back", "yellow")
 
 
 def _watch(conn: Connection, redrive_id: UUID, interrupted: threading.Event) -> dict[str, Any]:
-    """How the redrive stands when it is done, or when nobody wants to wait for that any more."""
+    """Show progress until the redrive ends or Ctrl-C, and return its row."""
     columns = [TextColumn("redriving"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=notices, transient=True, disable=not notices.is_terminal) as progress:
-        task, began = progress.add_task("", total=None), monotonic()
-        hinted = False
+        task, started_at = progress.add_task("", total=None), monotonic()
+        is_hinted = False
         while True:
             row = stored.between(conn, redrive_id, redrive_id)[0]
             settled = row["stored"] + row["died"] + row["returned"]
-            told = f"{row['sent']:,} sent, {row['stored']:,} stored, {row['died']:,} dead again"
-            progress.update(task, total=row["total"], completed=settled, description=told)
+            progress_text = f"{row['sent']:,} sent, {row['stored']:,} stored, {row['died']:,} dead again"
+            progress.update(task, total=row["total"], completed=settled, description=progress_text)
             if row["finished_at"] is not None or interrupted.is_set():
                 return row
-            if row["started_at"] is None and not hinted and monotonic() - began > _HINT_AFTER_S:
-                notice("no worker has begun with it yet: is one running?", "yellow")
-                hinted = True
-            interrupted.wait(_LOOK_S)
+            if row["started_at"] is None and not is_hinted and monotonic() - started_at > _HINT_AFTER_S:
+                notice("no worker has started the redrive yet: check that a worker runs", "yellow")
+                is_hinted = True
+            interrupted.wait(_INTERVAL_S)
 
 
-def _told(row: dict[str, Any]) -> str:
+def _result_text(row: dict[str, Any]) -> str:
     parts = [f"{row['stored']:,} of {row['total']:,} stored"]
-    parts += [f"{row[name]:,} {words}" for name, words in (("died", "dead again"), ("returned", "dead as before")) if row[name]]
-    why = f" ({row['state']}: {row['error'] or 'by an operator'})" if row["state"] not in {"done", "running"} else ""
-    return ", ".join(parts) + why
+    parts += [f"{row[name]:,} {text}" for name, text in (("died", "dead again"), ("returned", "dead as before")) if row[name]]
+    reason = f" ({row['state']}: {row['error'] or 'by an operator'})" if row["state"] not in {"done", "running"} else ""
+    return ", ".join(parts) + reason
 
 
 def _print(row: dict[str, Any], output_format: Format) -> None:
@@ -215,13 +220,13 @@ def _print(row: dict[str, Any], output_format: Format) -> None:
 
 
 def redrives(
-    redrive_id: Annotated[str, typer.Argument(metavar="ID", help="One, by its id or the first 4 or more characters.")] = "",
+    redrive_id: Annotated[str, typer.Argument(metavar="ID", help="Id of one redrive, or its first 4 or more characters.")] = "",
     output_format: OutputOption = Format.table,
 ) -> None:
-    """List redrives, the newest first, or show one: who asked, why, and what came of it."""
-    with connect() as conn:
+    """List redrives, the newest first, or show one: who asked, why, and the result."""
+    with connect(settings()) as conn:
         if redrive_id:
-            row = one(redrive_id, stored.between, conn)
+            row = find_by_prefix(redrive_id, stored.between, conn)
             if row is None:
                 raise failed(f"there is no redrive {redrive_id!r}", 3)
             if output_format is Format.table:
@@ -239,18 +244,18 @@ def redrives(
 
 
 def cancel(
-    redrive_id: Annotated[str, typer.Argument(metavar="ID", help="Its id, or the first 4 or more characters.")],
+    redrive_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the redrive, or its first 4 or more characters.")],
     reason: ReasonOption = None,
     actor: ActorOption = "",
 ) -> None:
-    """Stop a redrive: what is not sent yet is dead again. What is sent already takes its course."""
-    with connect() as conn:
-        row = one(redrive_id, stored.between, conn)
+    """Stop a redrive. Dead letters not sent yet stay dead letters. Messages sent already are processed."""
+    with connect(settings()) as conn:
+        row = find_by_prefix(redrive_id, stored.between, conn)
         if row is None:
             raise failed(f"there is no redrive {redrive_id!r}", 3)
         intent = Intent("cancel", operator(actor), reason, {"redrive": str(row["id"])})
         returned = stored.end(conn, row["id"], "cancelled", None, intent)
     if returned is None:
-        notice("it had ended already")
+        notice("the redrive has ended already")
     else:
         notice(f"cancelled: {plural(returned)} not sent", "green")

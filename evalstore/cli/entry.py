@@ -1,18 +1,18 @@
-"""Where the command `evalstore` begins: Ctrl-C ends it quietly from its first moment, also while it loads what it needs."""
+"""The entry point of the command `evalstore`. Ctrl-C ends it without a traceback, also during imports."""
 
 import os
 import sys
 
 
 def main() -> None:
-    """The console script. Exit status 130 after Ctrl-C, as a shell has it."""
+    """Run the console script. The exit status after Ctrl-C is 130, as in a shell."""
     _open_streams()
     try:
-        # Imported here because that takes long, and Ctrl-C may come meanwhile.
-        from evalstore.cli.commands import COMMANDS, asked_for  # noqa: PLC0415
+        # These imports are slow, and Ctrl-C may come meanwhile.
+        from evalstore.cli.commands import COMMANDS, command_name  # noqa: PLC0415
         from models.extras import require  # noqa: PLC0415
 
-        command = asked_for(sys.argv[1:])
+        command = command_name(sys.argv[1:])
         require(COMMANDS[command].extra if command else "worker")
         from evalstore.cli.app import main as run  # noqa: PLC0415
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Python has none where a shell closed it (`>&-`), and the next file that is opened would take its place."""
+    """Open streams that a shell closed (`>&-`): the next opened file would take their descriptor."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)

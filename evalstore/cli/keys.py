@@ -1,4 +1,4 @@
-"""`evalstore keys`: who may use the HTTP service."""
+"""`evalstore keys`: manage the keys of the HTTP service."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ from evalstore.cli.output import Format, OutputOption, failed, notice, show, wri
 from evalstore.storage import api_keys, database
 from models.settings import settings
 
-app = typer.Typer(help="Keys of the HTTP service: create, list and revoke them.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke keys of the HTTP service.", no_args_is_help=True)
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
@@ -37,50 +37,50 @@ def _duration(text: str) -> timedelta:
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is; shown in lists.")],
-    scope: Annotated[list[Scope] | None, typer.Option("--scope", help="What it may do; may be repeated.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the key's owner, shown in lists.")],
+    scope: Annotated[list[Scope] | None, typer.Option("--scope", help="What the key may do. May be repeated.")] = None,
     expires_in: Annotated[
-        timedelta | None, typer.Option(parser=_duration, metavar="90d|12h|30m", help="When it ends by itself.")
+        timedelta | None, typer.Option(parser=_duration, metavar="90d|12h|30m", help="Time after which the key expires.")
     ] = None,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Make a key and print it. It is shown this once: only a hash of it is kept."""
+    """Create a key and print it. It cannot be shown again: only its hash is stored."""
     if not scope:
         raise typer.BadParameter("give --scope read, --scope write, or both")
     if not name.strip() or "\0" in name:
-        raise typer.BadParameter("give it a name")
+        raise typer.BadParameter("the name is empty")
     expires_at = datetime.now(UTC) + expires_in if expires_in else None
     with _engine().connect() as conn:
-        key, kept = api_keys.create(conn, name, sorted(set(scope)), expires_at)
-    notice(f"key {kept.key_id}, {' and '.join(sorted(kept.scopes))}; it is shown this once")
+        key, stored = api_keys.create(conn, name, sorted(set(scope)), expires_at)
+    notice(f"key {stored.key_id}, {' and '.join(sorted(stored.scopes))}; it cannot be shown again")
     if output_format is Format.table:
         typer.echo(key)
     else:
-        write_json({"key": key, **_row(kept)})
+        write_json({"key": key, **_row(stored)})
 
 
 @app.command("list")
 def list_keys(output_format: OutputOption = Format.table) -> None:
-    """Show all keys ever made, and what has become of them."""
+    """List all keys and their states, also expired and revoked keys."""
     with _engine().connect() as conn:
         rows = [_row(key) for key in api_keys.all_keys(conn)]
     if output_format is Format.table:
         for row in rows:
             row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
     columns = ["key_id", "name", "scopes", "state", "created_at", "expires_at"]
-    nothing = "there are no keys but those of EVALSTORE_READ_API_KEYS and EVALSTORE_WRITE_API_KEYS, which are not listed"
+    nothing = "there are no keys; those of EVALSTORE_READ_API_KEYS and EVALSTORE_WRITE_API_KEYS are not listed"
     show(rows, columns, output_format, wrapped="name", nothing=nothing)
 
 
 @app.command()
-def revoke(key_ids: Annotated[list[str], typer.Argument(metavar="KEY_ID", help="As `list` shows them.")]) -> None:
-    """Make keys worthless, for good. A running service knows within 2 seconds."""
+def revoke(key_ids: Annotated[list[str], typer.Argument(metavar="KEY_ID", help="Ids of keys, as `list` shows them.")]) -> None:
+    """Revoke keys for good. A running service refuses them within 2 seconds."""
     with _engine().connect() as conn:
-        found = api_keys.revoke(conn, key_ids)
-    for key_id in sorted(found):
+        revoked = api_keys.revoke(conn, key_ids)
+    for key_id in sorted(revoked):
         notice(f"key {key_id} is revoked", "green")
-    if missing := sorted(set(key_ids) - found):
-        raise failed(f"there is no key {', '.join(missing)}", 4 if found else 3)
+    if missing := sorted(set(key_ids) - revoked):
+        raise failed(f"there is no key {', '.join(missing)}", 4 if revoked else 3)
 
 
 def _row(key: api_keys.Key) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`evalstore migrate`: the database's tables."""
+"""`evalstore migrate`: migrate the database's tables."""
 
 from evalstore.cli.output import notice
 from evalstore.storage import database, durability, migrations
@@ -6,15 +6,16 @@ from models.settings import settings
 
 
 def migrate() -> None:
-    """Bring the database's tables to this release. Safe while workers run, and from several places at once."""
-    url, schema = settings().database_url.get_secret_value(), settings().database_schema
+    """Migrate the database to this release. Safe while workers run, and from several processes at once."""
+    loaded = settings()
+    url, schema = loaded.database_url.get_secret_value(), loaded.database_schema
     before, after = migrations.upgrade(url, tell=lambda why: notice(why, "yellow"), schema=schema)
-    engine = database.connect(settings())
+    engine = database.connect(loaded)
     with engine.connect() as conn:
         for doubt in durability.doubts(conn):
             notice(f"PostgreSQL is not set up to keep what it commits: {doubt}", "yellow")
     engine.dispose()
     if before == after:
-        notice(f"the schema is at {after} already")
+        notice(f"the schema is already at {after}")
     else:
-        notice(f"the schema went from {before or 'nothing'} to {after}", "green")
+        notice(f"the schema was migrated from {before or 'nothing'} to {after}", "green")

@@ -1,4 +1,4 @@
-"""How data is shown: a table for people, JSON for machines; notices go to stderr."""
+"""Print data as tables or JSON to stdout, and notices to stderr."""
 
 import json
 import re
@@ -16,28 +16,28 @@ from rich.text import Text
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True)
 
-# What could move the cursor, change colours, or reorder what is read: C0 and C1 controls, and bidirectional overrides.
+# Characters that could move the cursor, change colours or reorder text: C0 and C1 controls, bidirectional overrides.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Format(StrEnum):
-    """What `-o` takes."""
+    """The values of `-o`."""
 
     table = "table"
     json = "json"
     jsonl = "jsonl"
 
 
-OutputOption = Annotated[Format, typer.Option("--output-format", "-o", help="How to print the data.")]
+OutputOption = Annotated[Format, typer.Option("--output-format", "-o", help="Format of the data.")]
 
 
 def escaped(value: object) -> str:
-    """`value` as one harmless line for a terminal: no codes, no line breaks."""
+    """Return `value` as one line without control codes."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(value))
 
 
 def notice(message: str, style: str = "") -> None:
-    """Tell the person at the terminal; never data."""
+    """Print a notice to stderr. Data goes to stdout."""
     notices.print(Text(_CONTROLS.sub(lambda match: match[0] if match[0] == "\n" else escaped(match[0]), message), style=style))
 
 
@@ -49,10 +49,9 @@ def show(
     wrapped: str | None = None,
     nothing: str = "there is nothing",
 ) -> None:
-    """Print `rows`: as a table of `columns`, as one JSON array, or as a JSON object a line.
+    """Print `rows` as a table of `columns`, as a JSON array, or as a JSON object per line.
 
-    `wrapped`: the one column that takes more lines where the terminal is narrow; by default all may. `nothing`: what is
-    said instead of a table that has no rows.
+    `wrapped`: the only column that wraps on a narrow terminal; by default all do. `nothing`: the notice for an empty table.
     """
     if form is Format.json:
         write_json(list(rows))
@@ -85,12 +84,12 @@ def _cell(value: object) -> Text:
 
 
 def write_json(value: object) -> None:
-    """Print one JSON value and a line break, in UTF-8 whatever the terminal's encoding."""
+    """Print one JSON value and a line break, always in UTF-8."""
     sys.stdout.buffer.write(to_json(value).encode() + b"\n")
 
 
 def to_json(value: object) -> str:
-    """`value` as JSON, with escapes for what could act on a terminal and for lone surrogates, which UTF-8 has no form for."""
+    """Encode `value` as JSON, with escapes for control characters and lone surrogates."""
     try:
         text = msgspec.json.encode(value).decode()
     except UnicodeEncodeError:
@@ -99,7 +98,7 @@ def to_json(value: object) -> str:
 
 
 def age(seconds: float) -> str:
-    """Roughly, for people."""
+    """Format a duration roughly, such as `3 h`."""
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -107,7 +106,7 @@ def age(seconds: float) -> str:
 
 
 def ago(then: str | datetime | None, now: datetime) -> str | None:
-    """How long before `now` that was, for people; None where it never was."""
+    """Format the time since `then`, such as `3 h ago`."""
     if then is None:
         return None
     at = datetime.fromisoformat(then) if isinstance(then, str) else then
@@ -115,6 +114,6 @@ def ago(then: str | datetime | None, now: datetime) -> str | None:
 
 
 def failed(message: str, status: int) -> typer.Exit:
-    """Print `message` in red to stderr; raise what this returns."""
+    """Print `message` in red to stderr, and return the exception to raise."""
     notice(message, "red")
     return typer.Exit(status)

@@ -27,16 +27,16 @@ _CHUNK_BYTES = 8 * 1024 * 1024
 
 
 def send(
-    file: Annotated[Path, typer.Argument(help="Events, one JSON object a line; - for standard input.", allow_dash=True)],
+    file: Annotated[Path, typer.Argument(help="Events, one JSON object per line; - for standard input.", allow_dash=True)],
     output_format: OutputOption = Format.table,
 ) -> None:
     """Send a file of events to the queue.
 
-    Good lines are sent; bad ones are named by line and field, and the exit status is 4.
+    Good lines are sent. Bad lines are reported with their fields, and the exit status is 4.
     """
-    sent, bad, unsure = 0, 0, 1
+    sent, bad, first_unsent = 0, 0, 1
     rows: list[dict[str, Any]] = []
-    with _opened(file) as lines, Progress(console=notices, transient=True, disable=not notices.is_terminal) as progress:
+    with _open(file) as lines, Progress(console=notices, transient=True, disable=not notices.is_terminal) as progress:
         size = file.stat().st_size if file.is_file() else None
         task = progress.add_task("sending", total=size)
         try:
@@ -44,10 +44,10 @@ def send(
                 for number, fault in faults:
                     notice(f"line {number}: {fault}", "red")
                 bad += len(faults)
-                unsure = chunk[0][0] if chunk else unsure
+                first_unsent = chunk[0][0] if chunk else first_unsent
                 broker().enqueue_many([message for _, message in chunk])
                 sent += len(chunk)
-                unsure = chunk[-1][0] + 1 if chunk else unsure
+                first_unsent = chunk[-1][0] + 1 if chunk else first_unsent
                 for number, message in chunk:
                     row = {"line": number, "eval_id": message.args[0]["eval_id"], "event_id": message.args[0]["event_id"]}
                     if output_format is Format.jsonl:
@@ -55,8 +55,8 @@ def send(
                     elif output_format is Format.json:
                         rows.append(row)
                 progress.update(task, completed=read)
-        except (Outage, KeyboardInterrupt):  # what has no event_id in the file would be sent twice by who begins anew
-            notice(f"{sent:,} sent, {bad:,} bad; from line {unsure:,} on nothing is known to be sent", "red")
+        except (Outage, KeyboardInterrupt):  # sending the whole file again would send lines without event_id twice
+            notice(f"{sent:,} sent, {bad:,} bad; lines from {first_unsent:,} on may not be sent", "red")
             raise
     if output_format is Format.json:
         write_json(rows)
@@ -65,7 +65,7 @@ def send(
         raise typer.Exit(4 if sent else 1)
 
 
-def _opened(file: Path) -> BinaryIO:
+def _open(file: Path) -> BinaryIO:
     if str(file) == "-":
         return sys.stdin.buffer
     try:
@@ -75,7 +75,7 @@ def _opened(file: Path) -> BinaryIO:
 
 
 def _chunks(lines: BinaryIO) -> Iterator[tuple[list[tuple[int, Message[None]]], int, list[tuple[int, InvalidEvent]]]]:
-    """Messages to send together, how many bytes were read so far, and what was wrong on the way."""
+    """Yield the messages to send together, the bytes read so far, and the faults of bad lines."""
     chunk: list[tuple[int, Message[None]]] = []
     faults: list[tuple[int, InvalidEvent]] = []
     size = read = 0
@@ -95,37 +95,38 @@ def _chunks(lines: BinaryIO) -> Iterator[tuple[list[tuple[int, Message[None]]], 
 
 
 def get(
-    eval_id: Annotated[str, typer.Argument(help="The evaluation.")],
-    output: Annotated[bool, typer.Option("--output", help="Its standard output, as bytes.")] = False,
-    code: Annotated[bool, typer.Option("--code", help="Its code, as bytes.")] = False,
-    error: Annotated[bool, typer.Option("--error", help="Its standard error, as bytes.")] = False,
+    eval_id: Annotated[str, typer.Argument(help="Id of the evaluation.")],
+    output: Annotated[bool, typer.Option("--output", help="Write its output, as bytes.")] = False,
+    code: Annotated[bool, typer.Option("--code", help="Write its code, as bytes.")] = False,
+    error: Annotated[bool, typer.Option("--error", help="Write its error, as bytes.")] = False,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Show the record of an evaluation, or write one of its contents to standard output."""
-    asked: list[tuple[Kind, bool]] = [("output", output), ("code", code), ("error", error)]
-    wanted = [kind for kind, is_wanted in asked if is_wanted]
+    """Show the record of an evaluation, or write its output, code or error to standard output."""
+    flags: list[tuple[Kind, bool]] = [("output", output), ("code", code), ("error", error)]
+    wanted = [kind for kind, is_wanted in flags if is_wanted]
     if len(wanted) > 1:
         raise typer.BadParameter("give one of --output, --code and --error")
-    engine, stores = database.connect(settings()), Stores(settings())
+    loaded = settings()
+    engine, stores = database.connect(loaded), Stores(loaded)
     record = None
-    if identity({"eval_id": eval_id})[0] is not None:  # nothing else is ever stored, nor could be asked for
+    if identity({"eval_id": eval_id})[0] is not None:  # no other id can be stored
         with engine.connect() as conn:
             record = records.load(conn, eval_id)
     if record is None:
         raise failed(f"there is no evaluation {eval_id!r}", 3)
     if wanted:
         with engine.connect() as conn:
-            found = content_reader.find(conn, eval_id, wanted[0])
-        if found is None:
+            part = content_reader.find(conn, eval_id, wanted[0])
+        if part is None:
             raise failed(f"evaluation {eval_id!r} has no {wanted[0]}", 3)
-        for piece in content_reader.read(engine.connect, stores, found):
+        for piece in content_reader.read(engine.connect, stores, part):
             sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return
     try:
         record = records.complete(engine.connect, stores, record)
-    except (ObjectStoreOutage, ObjectMissing, ObjectDamaged) as away:
-        notice(f"shown without what is in the object store: {away}", "yellow")
+    except (ObjectStoreOutage, ObjectMissing, ObjectDamaged) as problem:
+        notice(f"shown without content in the object store: {problem}", "yellow")
     fields = _as_json(record)
     if output_format is Format.table:
         show([{"field": name, "value": value} for name, value in fields.items()], ["field", "value"], output_format)
@@ -134,7 +135,7 @@ def get(
 
 
 def _as_json(record: RecordView) -> dict[str, Any]:
-    """The record as a JSON object; content above 64 KiB by its size and beginning."""
+    """Return the record as a JSON object. Larger content than 64 KiB is shown by its size and beginning."""
     fields = dict(record.fields)
     for kind in records.CONTENTS:
         if (part := record.contents.get(kind)) is None:

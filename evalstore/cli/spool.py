@@ -1,4 +1,4 @@
-"""`evalstore spool`: what this machine's senders kept while Redis was away, and sending it on."""
+"""`evalstore spool`: show and forward the events that senders on this machine kept during an outage of Redis."""
 
 import signal
 import time
@@ -12,48 +12,49 @@ from tasks.broker import broker
 from tasks.spool import Spool
 
 app = typer.Typer(
-    help="Events that senders on this machine keep while Redis is away: the folder EVALSTORE_SPOOL_DIR.", no_args_is_help=True
+    help="Events that senders on this machine keep during an outage of Redis, in the folder EVALSTORE_SPOOL_DIR.",
+    no_args_is_help=True,
 )
-_PAUSE_S = 0.5
+_INTERVAL_S = 0.5
 
 
 @app.command()
 def status(output_format: OutputOption = Format.table) -> None:
-    """Show what waits to be sent on. Needs no server."""
-    held = _spool().status()
+    """Show the events that wait to be forwarded. Needs no server."""
+    spooled = _spool().status()
     columns = ["messages", "bytes", "oldest_age_s", "damaged"]
-    rounded = None if held.oldest_age_s is None else round(held.oldest_age_s, 1)
-    show([held._asdict() | {"oldest_age_s": rounded}], columns, output_format)
+    rounded = None if spooled.oldest_age_s is None else round(spooled.oldest_age_s, 1)
+    show([spooled._asdict() | {"oldest_age_s": rounded}], columns, output_format)
 
 
 @app.command()
 def forward(
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, through outages, as a service.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Run until Ctrl-C, also through outages, as a service.")] = False,
 ) -> None:
-    """Send on what waits, in order. Senders that live on do so by themselves.
+    """Send the waiting events in order. Running senders do this by themselves.
 
-    Exit status 4 if some lines were damaged; their file is kept.
+    Exit status 4 if some lines were damaged. Their file is kept.
     """
     spool = _spool()
     if watch:
-        _forward_on(spool)
+        _forward_forever(spool)
         return
     try:
-        sent, damaged = spool.forward(broker().send_on)
+        sent, damaged = spool.forward(broker().send_spooled)
     except OSError as error:
         raise failed(f"{spool.folder} cannot be read: {error.strerror}", 1) from None
     if damaged:
-        raise failed(f"{sent:,} sent on; {damaged:,} damaged lines kept in {spool.folder}/*.bad", 4)
-    notice(f"{sent:,} sent on", "green")
+        raise failed(f"{sent:,} forwarded; {damaged:,} damaged lines kept in {spool.folder}/*.bad", 4)
+    notice(f"{sent:,} forwarded", "green")
 
 
-def _forward_on(spool: Spool) -> None:
+def _forward_forever(spool: Spool) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failing = False
     try:
         while True:
             try:
-                sent, damaged = spool.forward(broker().send_on)
+                sent, damaged = spool.forward(broker().send_spooled)
             except (Outage, OSError) as error:
                 if not failing:
                     notice(f"waiting: {error}", "yellow")
@@ -63,8 +64,8 @@ def _forward_on(spool: Spool) -> None:
                 if damaged:
                     notice(f"{damaged:,} damaged lines kept in {spool.folder}/*.bad", "red")
                 if sent:
-                    notice(f"{sent:,} sent on", "green")
-            time.sleep(_PAUSE_S)
+                    notice(f"{sent:,} forwarded", "green")
+            time.sleep(_INTERVAL_S)
     except KeyboardInterrupt:
         return
 

@@ -1,4 +1,4 @@
-"""`evalstore status`: how things stand, on one screen."""
+"""`evalstore status`: show the state of everything on one screen."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,123 +21,127 @@ from evalstore.storage.table_stats import Numbers
 from evalstore.telemetry.backend_stats import BackendStats
 from models.errors import EvalstoreError
 from models.jobs import JOBS
-from models.settings import settings
-from tasks.actor import QUEUE
+from models.settings import Settings, settings
+from tasks.keys import QUEUE
 from tasks.tracing import release
 
-_EVERY_S: Final = 2.0
-_PATIENCE_S: Final = 5.0
+_INTERVAL_S: Final = 2.0
+_TIMEOUT_S: Final = 5.0
 _GROUPS: Final = 5
 _WORKERS: Final = 8
 
-Told = dict[str, Any]
+Snapshot = dict[str, Any]
 
 
 def status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it fresh until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C.")] = False,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Show how things stand: queues, workers, outages, dead letters, the archive, the schedule.
+    """Show the state of queues, workers, outages, dead letters, archive and periodic jobs.
 
-    What a server that is away holds is left out, and the exit status is 7; 1 where the tables are of another release.
+    During an outage, the data of that server is left out and the exit status is 7. With tables of another release it is 1.
     """
-    look = _Snapshot()
+    probe = _StatusProbe(settings())
     if not watch:
-        told = look.told()
+        snapshot = probe.snapshot()
         if output_format is Format.table:
-            Console(highlight=False).print(_screen(told))
+            Console(highlight=False).print(_screen(snapshot))
         else:
-            write_json(told)
-        look.raise_error()
+            write_json(snapshot)
+        probe.raise_error()
         return
     with suppress(KeyboardInterrupt):
-        _watch(look, output_format)
+        _watch(probe, output_format)
 
 
-def _watch(look: "_Snapshot", form: Format) -> None:
+def _watch(probe: "_StatusProbe", form: Format) -> None:
     if form is not Format.table:
         while True:
-            write_json(look.told())
-            time.sleep(_EVERY_S)
-    with Live(_screen(look.told()), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
+            write_json(probe.snapshot())
+            time.sleep(_INTERVAL_S)
+    with Live(_screen(probe.snapshot()), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
         while True:
-            time.sleep(_EVERY_S)
-            live.update(_screen(look.told()), refresh=True)
+            time.sleep(_INTERVAL_S)
+            live.update(_screen(probe.snapshot()), refresh=True)
 
 
-class _Snapshot:
-    """Asks both servers, neither of which keeps it waiting."""
+class _StatusProbe:
+    """Query both servers. Each query has a timeout."""
 
-    def __init__(self) -> None:
-        self._standing = BackendStats(settings(), patience_s=_PATIENCE_S)
+    def __init__(self, loaded: Settings) -> None:
+        self._stats = BackendStats(loaded, patience_s=_TIMEOUT_S)
         self._errors: dict[str, EvalstoreError] = {}
-        self._evaluations = self._standing.probe(event_store.count_by_status)
-        self._groups = self._standing.probe(lambda conn: dead_letters.groups(conn, Selection()))
+        self._evaluations = self._stats.probe(event_store.count_by_status)
+        self._groups = self._stats.probe(lambda conn: dead_letters.groups(conn, Selection()))
 
-    def told(self) -> Told:
-        """As `-o json` prints it."""
-        seen, answer, self._errors = self._standing.status()
+    def snapshot(self) -> Snapshot:
+        """Return the data that `-o json` prints."""
+        redis_stats, database_stats, self._errors = self._stats.status()
         now = datetime.now(UTC)
-        told: Told = {"at": now, "release": release(), "servers": {"redis": _state(seen), "postgresql": _state(answer)}}
-        told["errors"] = {name: " ".join(str(error).split()) for name, error in self._errors.items()}
-        told["doubts"] = (self._standing.doubts.get() or []) if answer is not None else []
-        if seen is not None:
-            told |= _of_redis(seen, now)
+        snapshot: Snapshot = {
+            "at": now,
+            "release": release(),
+            "servers": {"redis": _state(redis_stats), "postgresql": _state(database_stats)},
+        }
+        snapshot["errors"] = {name: " ".join(str(error).split()) for name, error in self._errors.items()}
+        snapshot["doubts"] = (self._stats.doubts.get() or []) if database_stats is not None else []
+        if redis_stats is not None:
+            snapshot |= _redis_snapshot(redis_stats, now)
         if "schema" in self._errors:
-            told["servers"]["postgresql"] = "has other tables"
-        elif answer is not None:
-            self._add_database(told, answer[1])
-        return told
+            snapshot["servers"]["postgresql"] = "has other tables"
+        elif database_stats is not None:
+            self._add_database(snapshot, database_stats[1])
+        return snapshot
 
-    def _add_database(self, told: Told, numbers: Numbers) -> None:
-        told["confirmations"] = {
+    def _add_database(self, snapshot: Snapshot, numbers: Numbers) -> None:
+        snapshot["confirmations"] = {
             "pending": int(numbers["evalstore_confirmations_pending",]),
             "oldest_age_s": round(numbers["evalstore_confirmations_oldest_age_seconds",], 1),
         }
-        told["redrives_running"] = int(numbers["evalstore_redrives_running",])
-        told["evaluations"] = self._evaluations.get()
+        snapshot["redrives_running"] = int(numbers["evalstore_redrives_running",])
+        snapshot["evaluations"] = self._evaluations.get()
         groups = self._groups.get()
         if groups is not None:
             kept = sum(group["count"] for group in groups)
-            told["dead_letters"] = {"count": kept, "groups": groups}
-            for queue in told.get("queues", []):
+            snapshot["dead_letters"] = {"count": kept, "groups": groups}
+            for queue in snapshot.get("queues", []):
                 queue["dead"] += sum(group["count"] for group in groups if group["queue"] == queue["queue"])
                 if queue["queue"] == QUEUE:
-                    told["queue"]["dead"] = queue["dead"]
-        if (found := self._standing.contents.get()) is not None:
+                    snapshot["queue"]["dead"] = queue["dead"]
+        if (contents := self._stats.contents.get()) is not None:
             places = ("database", "objects", "archive")
-            told["contents"] = {
+            snapshot["contents"] = {
                 place: {
-                    "count": found.get(("evalstore_contents", place), 0),
-                    "bytes": found.get(("evalstore_content_bytes", place), 0),
+                    "count": contents.get(("evalstore_contents", place), 0),
+                    "bytes": contents.get(("evalstore_content_bytes", place), 0),
                 }
                 for place in places
             }
-            told["archive"] = {
-                "due": found["evalstore_archive_due_contents",],
-                "due_bytes": found["evalstore_archive_due_bytes",],
-                "oldest_due_age_s": round(found["evalstore_archive_oldest_due_age_seconds",], 1),
-                "failing": found["evalstore_archive_failing_contents",],
+            snapshot["archive"] = {
+                "due": contents["evalstore_archive_due_contents",],
+                "due_bytes": contents["evalstore_archive_due_bytes",],
+                "oldest_due_age_s": round(contents["evalstore_archive_oldest_due_age_seconds",], 1),
+                "failing": contents["evalstore_archive_failing_contents",],
             }
 
     def raise_error(self) -> None:
-        """Raises what keeps a server from being used, if one cannot be."""
+        """Raise the error of a server that cannot be used, if there is one."""
         for error in self._errors.values():
             raise error
 
 
-def _state(answer: object) -> str:
-    return "away" if answer is None else "up"
+def _state(stats: object) -> str:
+    return "away" if stats is None else "up"
 
 
-def _of_redis(seen: Any, now: datetime) -> Told:
+def _redis_snapshot(stats: Any, now: datetime) -> Snapshot:
     queues = [
-        {"queue": one.name, **one.messages, "oldest_age_s": round(one.oldest_age_s, 1), "consumers": one.consumers}
-        for one in seen.queues
+        {"queue": queue.name, **queue.messages, "oldest_age_s": round(queue.oldest_age_s, 1), "consumers": queue.consumers}
+        for queue in stats.queues
     ]
     jobs = []
     for job in JOBS:
-        last, success = seen.jobs.get(job.name, {}), seen.successes.get(job.name)
+        last, success = stats.jobs.get(job.name, {}), stats.successes.get(job.name)
         upcoming = cron(job.schedule).next_valid_date(pendulum.instance(now))
         jobs.append(
             {
@@ -149,94 +153,96 @@ def _of_redis(seen: Any, now: datetime) -> Told:
                 "error": last.get("error"),
             }
         )
-    workers = sorted(seen.workers.values(), key=lambda one: (one["host"], one["pid"]))
+    workers = sorted(stats.workers.values(), key=lambda worker: (worker["host"], worker["pid"]))
     return {
-        "queue": next({state: row[state] for state in one.messages} for row, one in zip(queues, seen.queues, strict=True)),
+        "queue": next({state: row[state] for state in queue.messages} for row, queue in zip(queues, stats.queues, strict=True)),
         "queues": queues,
         "workers": workers,
-        "events_per_s": round(sum(one.get("events_per_s", 0) for one in workers), 1),
-        "outages": sorted({server for one in workers for server in one.get("away", [])}),
-        "breaker_open": sum(bool(one.get("breaker_open")) for one in workers),
+        "events_per_s": round(sum(worker.get("events_per_s", 0) for worker in workers), 1),
+        "outages": sorted({server for worker in workers for server in worker.get("away", [])}),
+        "breaker_open": sum(bool(worker.get("breaker_open")) for worker in workers),
         "jobs": jobs,
     }
 
 
-def _screen(told: Told) -> RenderableType:
-    parts: list[RenderableType] = [_head(told)]
-    if "queues" in told:
-        rows = [row | {"oldest": age(row["oldest_age_s"])} for row in told["queues"]]
+def _screen(snapshot: Snapshot) -> RenderableType:
+    parts: list[RenderableType] = [_head(snapshot)]
+    if "queues" in snapshot:
+        rows = [row | {"oldest": age(row["oldest_age_s"])} for row in snapshot["queues"]]
         parts += ["", _table(rows, ["queue", "ready", "inflight", "delayed", "dead", "oldest", "consumers"])]
         workers = [
-            one
-            | {"worker": f"{one['host'][-24:]} {one['pid']}", "waits_for": ", ".join(one.get("away", [])) or "-"}
-            | {name: one.get(name, 0) for name in ("applied", "dead", "events_per_s")}
-            | ({"state": "breaker open"} if one.get("breaker_open") else {})
-            for one in told["workers"]
+            worker
+            | {"worker": f"{worker['host'][-24:]} {worker['pid']}", "waits_for": ", ".join(worker.get("away", [])) or "-"}
+            | {name: worker.get(name, 0) for name in ("applied", "dead", "events_per_s")}
+            | ({"state": "breaker open"} if worker.get("breaker_open") else {})
+            for worker in snapshot["workers"]
         ]
         columns = ["worker", "state", "threads", "events_per_s", "applied", "dead", "waits_for"]
         parts += ["", _table(workers[:_WORKERS], columns) if workers else Text("no worker runs", style="red")]
         if len(workers) > _WORKERS:
             parts.append(Text(f"and {len(workers) - _WORKERS} more"))
-    if "dead_letters" in told:
-        parts += ["", _letters(told["dead_letters"])]
-    parts += ["", *(Text.assemble((f"{name:<15}", "bold"), escaped(what)) for name, what in _lines(told))]
-    if "jobs" in told:
-        now = told["at"]
+    if "dead_letters" in snapshot:
+        parts += ["", _dead_letters(snapshot["dead_letters"])]
+    parts += ["", *(Text.assemble((f"{name:<15}", "bold"), escaped(text)) for name, text in _lines(snapshot))]
+    if "jobs" in snapshot:
+        now = snapshot["at"]
         rows = [
             job
             | {"last_run": ago(job["last_run"], now), "last_success": ago(job["last_success"], now)}
             | {"next_run": f"in {age((job['next_run'] - now).total_seconds())}"}
-            for job in told["jobs"]
+            for job in snapshot["jobs"]
         ]
         parts += ["", _table(rows, ["job", "outcome", "last_run", "last_success", "next_run"])]
     return Group(*parts)
 
 
-def _head(told: Told) -> Text:
-    head = Text.assemble(("evalstore", "bold"), f" {told['at']:%H:%M:%S}Z")
+def _head(snapshot: Snapshot) -> Text:
+    head = Text.assemble(("evalstore", "bold"), f" {snapshot['at']:%H:%M:%S}Z")
     for name, title in (("postgresql", "PostgreSQL"), ("redis", "Redis")):
-        state = told["servers"][name]
+        state = snapshot["servers"][name]
         head.append(f"  {title} {state}", style="green" if state == "up" else "bold red")
-    if "workers" in told:
-        head.append(f"  {len(told['workers'])} worker processes  {told['events_per_s']:,g} events/s")
-        if told["breaker_open"]:
+    if "workers" in snapshot:
+        head.append(f"  {len(snapshot['workers'])} worker processes  {snapshot['events_per_s']:,g} events/s")
+        if snapshot["breaker_open"]:
             head.append("  breaker open", style="bold red")
     return head
 
 
-def _letters(told: Told) -> RenderableType:
-    if not told["count"]:
+def _dead_letters(snapshot: Snapshot) -> RenderableType:
+    if not snapshot["count"]:
         return Text("no dead letters", style="green")
     rows = [
-        {"dead_letters": one["signature"], **one, "error": f"{one['error_class']}: {one['error_message']}"}
-        for one in told["groups"]
+        {"dead_letters": group["signature"], **group, "error": f"{group['error_class']}: {group['error_message']}"}
+        for group in snapshot["groups"]
     ]
     table = _table(rows[:_GROUPS], ["dead_letters", "count", "error"], narrow="error")
     more = len(rows) - _GROUPS
     return Group(table, Text(f"and {more} more groups: evalstore dlq groups")) if more > 0 else table
 
 
-def _lines(told: Told) -> list[tuple[str, str]]:
-    found = [(name, what) for name, what in told["errors"].items()]
-    found += [("doubt", f"PostgreSQL is not set up to keep what it commits: {doubt}") for doubt in told["doubts"]]
-    if told.get("outages"):
-        found.append(("outage", f"workers wait for {', '.join(told['outages'])}"))
-    if "confirmations" in told:
-        waiting = told["confirmations"]
-        found.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {age(waiting['oldest_age_s'])}"))
-    if told.get("redrives_running"):
-        found.append(("redrives", f"{told['redrives_running']:,} running"))
-    if told.get("evaluations") is not None:
-        found.append(
-            ("evaluations", ", ".join(f"{count:,} {name}" for name, count in sorted(told["evaluations"].items())) or "none")
+def _lines(snapshot: Snapshot) -> list[tuple[str, str]]:
+    lines = list(snapshot["errors"].items())
+    lines += [("doubt", f"PostgreSQL is not set up to keep what it commits: {doubt}") for doubt in snapshot["doubts"]]
+    if snapshot.get("outages"):
+        lines.append(("outage", f"workers wait for {', '.join(snapshot['outages'])}"))
+    if "confirmations" in snapshot:
+        waiting = snapshot["confirmations"]
+        lines.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {age(waiting['oldest_age_s'])}"))
+    if snapshot.get("redrives_running"):
+        lines.append(("redrives", f"{snapshot['redrives_running']:,} running"))
+    if snapshot.get("evaluations") is not None:
+        lines.append(
+            ("evaluations", ", ".join(f"{count:,} {name}" for name, count in sorted(snapshot["evaluations"].items())) or "none")
         )
-    if "contents" in told:
-        places = told["contents"].items()
-        found.append(("contents", ", ".join(f"{one['count']:,} in {name} ({_size(one['bytes'])})" for name, one in places)))
-        due = told["archive"]
-        what = f"{due['due']:,.0f} due ({_size(due['due_bytes'])}), the oldest for {age(due['oldest_due_age_s'])}"
-        found.append(("archive", f"{what}, {due['failing']:,.0f} failing"))
-    return found
+    if "contents" in snapshot:
+        places = snapshot["contents"].items()
+        lines.append(
+            ("contents", ", ".join(f"{place['count']:,} in {name} ({_size(place['bytes'])})" for name, place in places))
+        )
+        due = snapshot["archive"]
+        text = f"{due['due']:,.0f} due ({_size(due['due_bytes'])}), the oldest for {age(due['oldest_due_age_s'])}"
+        lines.append(("archive", f"{text}, {due['failing']:,.0f} failing"))
+    return lines
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], narrow: str | None = None) -> Table:

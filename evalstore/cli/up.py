@@ -1,4 +1,4 @@
-"""`evalstore up`: everything on this machine, in the foreground, until Ctrl-C."""
+"""`evalstore up`: run everything on this machine, in the foreground, until Ctrl-C."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ COLOURS = (36, 33, 32, 35, 34)
 
 
 def up(
-    folder: Annotated[Path, typer.Option("--dir", metavar="PATH", help="Where all data live; created if missing.")] = Path(
+    folder: Annotated[Path, typer.Option("--dir", metavar="PATH", help="Folder for all data; created if missing.")] = Path(
         ".evalstore"
     ),
     processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
@@ -29,20 +29,20 @@ def up(
     """Run everything on this machine: PostgreSQL, a Redis-compatible server, worker, scheduler and
     HTTP service, until Ctrl-C.
 
-    The servers come with the package and listen on 127.0.0.1 only; so do HTTP service and metrics, unless
-    EVALSTORE_API_HOST or EVALSTORE_METRICS_HOST is set. Data stay in the folder, and so do ports and
-    passwords: PATH/environment holds them for other shells.
+    The servers come with the package and listen on 127.0.0.1 only. The HTTP service and metrics do too, unless
+    EVALSTORE_API_HOST or EVALSTORE_METRICS_HOST is set. Data, ports and passwords stay in the folder.
+    PATH/environment holds the addresses for other shells.
     """
     raise typer.Exit(serve(folder, commands(processes, threads), workers=processes))
 
 
 def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0) -> int:
-    """Run until SIGINT, SIGTERM or SIGHUP, and return the exit status. A further signal kills what is waited for."""
+    """Run until SIGINT, SIGTERM or SIGHUP, and return the exit status. A second signal kills the part that still stops."""
     show = prefixed(["up", *to_run])
     local = LocalStack(folder, to_run, workers=workers, show=show)
     stopping = False
 
-    def interrupted(_signum: int, _frame: FrameType | None) -> None:
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
         nonlocal stopping
         if stopping:
             local.kill_now()
@@ -50,10 +50,10 @@ def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0
             stopping = True
             raise KeyboardInterrupt
 
-    ends = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
-        ends.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupted) for number in ends}
+    stop_signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        stop_signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in stop_signals}
     try:
         local.start()
         for line in _summary(local):
@@ -61,11 +61,11 @@ def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0
         while True:
             signal.pause()
     except KeyboardInterrupt:
-        show("up", "stopping; once more to kill what is waited for")
+        show("up", "stopping; press Ctrl-C again to kill")
         return 0
     except (EvalstoreError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename is not None and f"{error.filename}: {error.strerror}"
-        print(f"evalstore up: {named or error}", file=sys.stderr)
+        text = isinstance(error, OSError) and error.filename is not None and f"{error.filename}: {error.strerror}"
+        print(f"evalstore up: {text or error}", file=sys.stderr)
         return 1
     finally:
         stopping = True
@@ -75,21 +75,23 @@ def serve(folder: Path, to_run: Mapping[str, Sequence[str]], *, workers: int = 0
 
 
 def prefixed(names: Sequence[str]) -> Callable[[str, str], None]:
-    """A function that writes a line to stderr behind the name of who said it, the way Procfile runners do. Control
-    characters show as escapes: a log line may hold what some evaluated program printed."""
+    """Return a function that writes a line to stderr, prefixed with the name of its process.
+
+    Control characters are escaped, because a log line may contain output of an evaluated program.
+    """
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     width = max(map(len, names))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-    one_at_a_time = threading.Lock()
+    lock = threading.Lock()
 
     def show(name: str, line: str) -> None:
         prefix = f"{name:{width}} | "
         if coloured:
             prefix = f"\x1b[{colours[name]}m{prefix}\x1b[0m"
-        with one_at_a_time:
+        with lock:
             try:
                 print(prefix + escaped(line), file=sys.stderr, flush=True)
-            except OSError:  # nobody reads any more (a closed terminal): what runs must not block on its output
+            except OSError:  # the terminal is closed; the processes must continue
                 return
 
     return show
@@ -119,6 +121,6 @@ def _summary(local: LocalStack) -> list[str]:
     ]
     return [
         f"evalstore runs in {local.folder}, process {os.getpid()}",
-        *(f"  {name:<11} {what}" for name, what in rows),
-        "Ctrl-C stops all of it; the data stay",
+        *(f"  {name:<11} {value}" for name, value in rows),
+        "Ctrl-C stops everything; the data stay",
     ]

@@ -1,4 +1,4 @@
-"""Local processes, each under a guard of its own that leaves no orphan: start, kill, freeze, find what remains."""
+"""Start, kill and freeze local processes. Each has a supervisor (supervisor.py), so that it leaves no orphans."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from typing import IO
 
 from evalstore.local import supervisor
 
-MARK = "EVALSTORE_GUARDED"  # in the environment of every guarded process, and of what it starts: whose it is
+MARK = "EVALSTORE_GUARDED"  # in the environment of supervised processes and their descendants: the folder they belong to
 
 
-def start(  # noqa: PLR0913  what a process can be given, each by name
+def start(  # noqa: PLR0913  options, each by name
     command: Sequence[str | Path],
     *,
     mark: Path,
@@ -26,8 +26,10 @@ def start(  # noqa: PLR0913  what a process can be given, each by name
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a command under a guard (supervisor.py) and return the guard, which exits, with the command's status, only
-    when nothing the command started is left. Any thread may call this. `mark`: the folder it belongs to, see `remains`.
+    """Start a command under a supervisor, and return the supervisor.
+
+    The supervisor exits with the command's status, once all processes that the command started have ended. Any thread may call
+    this. `mark` is the folder that the process belongs to (see `remains`).
     """
     return subprocess.Popen(
         [
@@ -41,19 +43,19 @@ def start(  # noqa: PLR0913  what a process can be given, each by name
         stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=pass_fds,
-        start_new_session=True,  # Ctrl-C in the terminal reaches the one that stops everything in order, and not this
+        start_new_session=True,  # Ctrl-C must reach only the process that stops all others in order
     )
 
 
-def kill_now(guarded: subprocess.Popen[bytes]) -> None:
-    """SIGKILL everything the command started, as a crash would. Does not wait: safe in a signal handler."""
-    guarded.send_signal(signal.SIGQUIT)
+def kill_now(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the command and its descendants. Does not wait, so a signal handler may call it."""
+    process.send_signal(signal.SIGQUIT)
 
 
-def freeze(guarded: subprocess.Popen[bytes]) -> None:
-    """SIGSTOP the whole tree, but not its guard, and return once it stands still: no child can appear any more."""
+def freeze(process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP the command and its descendants, and return once all are stopped."""
     frozen: set[int] = set()
-    while fresh := [pid for pid in supervisor.descendants(guarded.pid) if pid not in frozen]:
+    while fresh := [pid for pid in supervisor.descendants(process.pid) if pid not in frozen]:
         for pid in fresh:
             supervisor.send([pid], signal.SIGSTOP)
             while supervisor.processes().get(pid, (0, "Z"))[1] not in "TtZX":
@@ -61,35 +63,37 @@ def freeze(guarded: subprocess.Popen[bytes]) -> None:
             frozen.add(pid)
 
 
-def thaw(guarded: subprocess.Popen[bytes]) -> None:
-    supervisor.send(supervisor.descendants(guarded.pid), signal.SIGCONT)
+def thaw(process: subprocess.Popen[bytes]) -> None:
+    supervisor.send(supervisor.descendants(process.pid), signal.SIGCONT)
 
 
 def remains(mark: Path) -> list[int]:
-    """What still runs of an earlier life of this folder: what carries its mark, and servers at work in it (they
-    overwrite their environment to show a title). A process of another user's, which nobody may look into, is none."""
-    found = []
-    wanted = f"{MARK}={mark}".encode()
+    """List the processes that an earlier run in this folder left: those with its mark, and servers that work in it.
+
+    Servers overwrite their environment to show a title. Processes of other users are skipped.
+    """
+    pids = []
+    marker = f"{MARK}={mark}".encode()
     for pid, (_, state) in supervisor.processes().items():
         if state in "ZX" or pid == os.getpid():
             continue
         folder = Path("/proc", str(pid))
         try:
             is_server = (folder / "cwd").readlink() == mark and (folder / "comm").read_text().strip() in SERVERS
-            if is_server or wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(pid)
+            if is_server or marker in (folder / "environ").read_bytes().split(b"\0"):
+                pids.append(pid)
         except (PermissionError, FileNotFoundError, ProcessLookupError):
             continue
-    return found
+    return pids
 
 
 SERVERS = {"postgres", "valkey-server"}
 
 
-def clear(mark: Path, *, within_s: float = supervisor.ORPHAN_GRACE_S + 1) -> None:
-    """Wait for what remains of a killed run to end by itself, as its guards see to; kill what has not `within_s`."""
-    kill_at = time.monotonic() + within_s
-    while left := remains(mark):
+def clear(mark: Path, *, timeout_s: float = supervisor.ORPHAN_GRACE_S + 1) -> None:
+    """Wait until the processes of a killed run have ended, as their supervisors ensure. Kill them after `timeout_s`."""
+    kill_at = time.monotonic() + timeout_s
+    while pids := remains(mark):
         if time.monotonic() > kill_at:
-            supervisor.send(left, signal.SIGKILL)
+            supervisor.send(pids, signal.SIGKILL)
         time.sleep(0.05)

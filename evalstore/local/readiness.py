@@ -1,4 +1,4 @@
-"""Whether what was started does its work yet: a worker imports for a second or two before it takes the first event."""
+"""Check that started processes are ready. A worker imports for a second or two before it takes events."""
 
 import contextlib
 import urllib.error
@@ -9,25 +9,24 @@ from typing import Any
 import msgspec
 import redis
 
-from tasks.actor import QUEUE
-from tasks.keys import Keys
+from tasks.keys import QUEUE, Keys
 
-_PATIENCE_S = 2.0
+_TIMEOUT_S = 2.0
 
 
-def workers(environment: Mapping[str, str], since: float) -> int:
-    """How many worker processes that were started `since` then take events; 0 while Redis does not answer."""
+def count_workers(environment: Mapping[str, str], since: float) -> int:
+    """Count the worker processes started after `since` that take events. Returns 0 during an outage of Redis."""
     keys = Keys.of(environment["EVALSTORE_REDIS_NAMESPACE"], QUEUE)
-    client: Any = redis.Redis.from_url(environment["EVALSTORE_REDIS_URL"], socket_timeout=_PATIENCE_S)
+    client: Any = redis.Redis.from_url(environment["EVALSTORE_REDIS_URL"], socket_timeout=_TIMEOUT_S)
     with contextlib.closing(client), contextlib.suppress(redis.RedisError):
-        told = [msgspec.json.decode(line.partition(b" ")[2]) for line in client.hvals(keys.workers)]
-        return sum(one["since"] >= since for one in told)
+        workers = [msgspec.json.decode(line.partition(b" ")[2]) for line in client.hvals(keys.workers)]
+        return sum(worker["since"] >= since for worker in workers)
     return 0
 
 
-def answers(environment: Mapping[str, str]) -> bool:
-    """Whether the HTTP service does."""
+def is_api_live(environment: Mapping[str, str]) -> bool:
+    """Return whether the HTTP service answers."""
     url = f"{environment['EVALSTORE_API_URL'].rstrip('/')}/health/live"
-    with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=_PATIENCE_S) as answer:  # noqa: S310
-        return bool(answer.status == 200)
+    with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:  # noqa: S310
+        return bool(response.status == 200)
     return False

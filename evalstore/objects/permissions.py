@@ -1,4 +1,4 @@
-"""Modes and owners of files that several users of one machine may share through a common group.
+"""Modes and groups of files that users of one machine share through a common group.
 
 New files and folders take the group of their folder. Their modes follow the umask, and give other users nothing.
 """
@@ -15,7 +15,7 @@ FOLDER_MODE: Final = 0o770
 
 
 def make_folder(folder: Path, *, parents: bool = False) -> None:
-    """Create `folder` if it is missing, and its parents if asked to, with the group of the folder above. Raises OSError."""
+    """Create a missing folder, with `parents` also its parents. Each takes the group of its parent. Raises OSError."""
     try:
         folder.mkdir(mode=FOLDER_MODE)
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def make_folder(folder: Path, *, parents: bool = False) -> None:
 
 
 def create_file(path: Path, flags: int) -> int:
-    """Open `path`, which may be created, with the group of its folder; returns the descriptor. Raises OSError."""
+    """Open or create a file, and return its descriptor. A new file takes the group of its folder. Raises OSError."""
     with suppress(FileNotFoundError):
         if not flags & os.O_EXCL:
             return os.open(path, (flags & ~os.O_CREAT) | os.O_CLOEXEC)
@@ -43,26 +43,26 @@ def create_file(path: Path, flags: int) -> int:
 def _take_group(what: Path | int, folder: Path) -> None:
     group = folder.stat().st_gid
     if os.stat(what).st_gid != group:  # noqa: PTH116  a descriptor has no path
-        with suppress(OSError):  # this process is not of that group
+        with suppress(OSError):  # this process is not a member of the group
             os.chown(what, -1, group)
 
 
 def blocking_path(path: Path) -> Path:
-    """The first folder on the way to `path` that this process may not use, or else the last thing there that it can see."""
-    seen = Path("/")
-    for step in [*reversed(path.absolute().parents), path.absolute()]:
+    """Return the first folder above `path` that this process may not enter, or else the last existing part of the path."""
+    last = Path("/")
+    for part in [*reversed(path.absolute().parents), path.absolute()]:
         try:
-            step.stat()
+            part.stat()
         except OSError:
             break
-        seen = step
-        if step.is_dir() and not os.access(step, os.X_OK, effective_ids=True):
+        last = part
+        if part.is_dir() and not os.access(part, os.X_OK, effective_ids=True):
             break
-    return seen
+    return last
 
 
 def explain(path: Path) -> str:
-    """Say who owns what refuses access to `path`, and as whom this process runs."""
+    """Describe the owner and mode of the path that refuses access, and the user of this process."""
     blocking = blocking_path(path)
     try:
         stat = blocking.stat()

@@ -1,4 +1,4 @@
-"""The object store in a bucket of S3, or of a server that speaks its protocol: `s3://bucket/prefix`."""
+"""An object store in a bucket of S3 or of a compatible server: `s3://bucket/prefix`."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[impor
 from urllib3.exceptions import HTTPError
 
 from evalstore.objects import s3_answers
-from evalstore.objects.directory import Look
+from evalstore.objects.directory import Probe
 from evalstore.objects.frames import Encoder, Listed, Stream, is_key
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
@@ -33,10 +33,10 @@ PART_BYTES = 8 * 1024 * 1024
 PARTS_AT_ONCE = 2
 
 _READ_BYTES = 256 * 1024
-# For how long at most a mark says that an object is being deleted, and how long a `touch` waits for the end of that.
+# A deletion mark is valid for this time. A `touch` waits this long for the end of a deletion.
 _MARK_S = 600
-_PATIENCE_S = 10
-# A conflict over one key ends with the other request: about 3 s for all attempts, however many processes meet there.
+_DELETION_WAIT_S = 10
+# A conflict over a key ends with the other request. All attempts together take about 3 s.
 _CONFLICT_ATTEMPTS = 6
 _CONFLICT_WAIT_S = 0.1
 
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 
 class S3Store:
-    """Objects below a prefix of a bucket. Threads may share it; a process that forks opens it anew."""
+    """Objects below a prefix of a bucket. Safe for many threads; a process that forks needs its own."""
 
     def __init__(
         self,
@@ -65,23 +65,22 @@ class S3Store:
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=threads * PARTS_AT_ONCE,
             tcp_keepalive=True,
-            # What is sent has a checksum in its headers, which more servers know than trailers; what is read is checked
-            # frame by frame.
+            # Writes have a checksum header, which more servers know than trailers. Reads are checked frame by frame.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # The checksum in the signed headers vouches for the body: it need not be hashed once more to be signed itself.
+            # The signed headers contain a checksum of the body, so the body need not be signed.
             s3={"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False},
         )
         with self._errors("open", ""):
             session = boto3.session.Session()
             self._s3: Any = session.client("s3", endpoint_url=settings.s3_endpoint_url, config=config)
-        kept = {"StorageClass": settings.s3_storage_class, "ServerSideEncryption": settings.s3_server_side_encryption}
-        self._kept = {name: value for name, value in kept.items() if value}
-        # Until the server answers that it knows no such thing.
+        options = {"StorageClass": settings.s3_storage_class, "ServerSideEncryption": settings.s3_server_side_encryption}
+        self._write_options = {name: value for name, value in options.items() if value}
+        # Features to use until the server refuses them.
         self._knows_conditions = self._knows_checksums = self._knows_suffixes = True
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
-        """Bytes `start` to `stop` as stored, or for a negative start that many at the end, or all there are."""
+        """Open stored bytes `start` to `stop`. A negative `start` counts from the end, at most to the beginning."""
         with self._errors("read", key):
             answer = self._tail(key, start) if start < 0 else self._get(key, start, stop)
             try:
@@ -91,7 +90,7 @@ class S3Store:
                 raise
 
     def _tail(self, key: str, start: int) -> dict[str, Any]:
-        """Ask for the last bytes; of a server that does not know this form of a range, by their position."""
+        """Request the last bytes, by their position if the server does not know suffix ranges."""
         if self._knows_suffixes:
             try:
                 answer = self._get(key, start, None)
@@ -99,27 +98,27 @@ class S3Store:
                 if not s3_answers.is_unknown_range(error):
                     raise
             else:
-                found = s3_answers.extent(answer)
-                if found.size is None or found.begin == max(0, found.size + start):
+                extent = s3_answers.extent(answer)
+                if extent.size is None or extent.begin == max(0, extent.size + start):
                     return answer
-                answer["Body"].close()  # it holds all, or the first bytes
+                answer["Body"].close()  # it holds the whole object or its first bytes
         size = self._size(key)
         answer = self._get(key, max(0, size + start), size)
         self._knows_suffixes = False
         return answer
 
     def _stream(self, key: str, answer: dict[str, Any], start: int, stop: int | None) -> Stream:
-        """The bytes that were asked for, out of an answer that may hold more: some servers do not know ranges."""
-        found = s3_answers.extent(answer)
-        size = found.size if found.size is not None else self._size(key)
+        """Return the requested bytes of an answer, which holds more if the server does not know ranges."""
+        extent = s3_answers.extent(answer)
+        size = extent.size if extent.size is not None else self._size(key)
         begin = max(0, size + start) if start < 0 else start
         length = (size if stop is None else stop) - begin
         if length < 0 or begin + length > size:
-            raise ObjectDamaged(f"{self._name(key)}: {size:,} bytes, its index says more")
-        if found.begin > begin or (found.length is not None and found.begin + found.length < begin + length):
-            raise ObjectStoreOutage(f"{self._name(key)}: the server answers with another part than it was asked for")
+            raise ObjectDamaged(f"{self._name(key)}: {size:,} bytes, fewer than its index says")
+        if extent.begin > begin or (extent.length is not None and extent.begin + extent.length < begin + length):
+            raise ObjectStoreOutage(f"{self._name(key)}: the server answered with another range than requested")
         listed = Listed(key, size, s3_answers.field(answer, "LastModified", self._name(key)))
-        skip_bytes = begin - found.begin
+        skip_bytes = begin - extent.begin
         body = s3_answers.Skipping(answer["Body"], skip_bytes) if skip_bytes else answer["Body"]
         return Stream(body, listed=listed, length=length, errors=self._errors)
 
@@ -130,47 +129,48 @@ class S3Store:
         except ClientError as error:
             if s3_answers.status(error) != 416:
                 raise
-            answer = self._s3.get_object(**self._at(key))  # it is empty, so that no part of it can be asked for
+            answer = self._s3.get_object(**self._at(key))  # an empty object has no ranges
         return cast("dict[str, Any]", answer)
 
     def _size(self, key: str) -> int:
-        """The size of an object, from a server that does not say it with the object. Raises ObjectMissing."""
+        """Request the size of an object, for servers that do not send it with a range. Raises ObjectMissing."""
         try:
             answer = self._s3.head_object(**self._at(key))
         except ClientError as error:
             if s3_answers.status(error) != 404:
                 raise
-            # An answer to HEAD has no body that says whether the object or the bucket is missing.
+            # The answer to HEAD has no body, so it does not show whether the object or the bucket is missing.
             answer = self._s3.get_object(**self._at(key))
             answer["Body"].close()
         return int(s3_answers.field(answer, "ContentLength", self._name(key)))
 
-    def write(self, encoder: Encoder, look: Look) -> bool:
-        """Store what `encoder` yields, unless `look` says, once its name is known, that it is there; whether it was stored.
+    def write(self, encoder: Encoder, probe: Probe) -> bool:
+        """Store the blocks of `encoder`, unless `probe` finds the object intact. Returns whether it was stored.
 
-        The name is the hash of all of it: until that is known it waits in memory, or above 4 MiB in a temporary file.
+        The blocks wait in memory, or above 4 MiB in a temporary file, until the hash of the content is known.
         """
-        if encoder.reference is not None and look(encoder.reference) == "intact":
+        if encoder.reference is not None and probe(encoder.reference) == "intact":
             return False
         with tempfile.SpooledTemporaryFile(max_size=FRAME_BYTES) as spool:
             for block in encoder:
-                with self._errors("keep in a temporary file what goes to", ""):
+                with self._errors("write a temporary file for", ""):
                     spool.write(block)
             reference, size = encoder.reference, spool.tell()
-            if reference is None or (found := look(reference)) == "intact":
+            if reference is None or (state := probe(reference)) == "intact":
                 return False
-            spool.flush()  # parts are read from the file beside it
+            spool.flush()  # parts are read through the file descriptor
             with self._errors("write", reference.key):
-                if not self._write_once(reference.key, cast("BinaryIO", spool), size, replace=found == "damaged"):
+                if not self._write_once(reference.key, cast("BinaryIO", spool), size, replace=state == "damaged"):
                     return False
-            if found == "damaged":
-                self._verify_kept(reference.key)
+            if state == "damaged":
+                self._check_not_deleted(reference.key)
             return True
 
     def _write_once(self, key: str, spool: BinaryIO, size: int, *, replace: bool) -> bool:
-        """Write, again after conflicts over this key; False if another wrote the same meanwhile. Raises ClientError.
+        """Write, and repeat after conflicts over the key. Returns False if another process wrote the object.
 
-        S3 asks for an upload in parts to begin anew then: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+        Raises ClientError. After a conflict, S3 requires that a multipart upload starts again:
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
         """
         for attempt in range(_CONFLICT_ATTEMPTS):
             try:
@@ -183,7 +183,7 @@ class S3Store:
                     return False
                 if not s3_answers.is_conflict(error) or attempt + 1 == _CONFLICT_ATTEMPTS:
                     raise
-                if not replace and self._is_stored(key, size):  # such as by this upload, whose answer was lost
+                if not replace and self._is_stored(key, size):  # perhaps by this upload, whose answer was lost
                     return False
                 _wait_after_conflict(attempt)
             else:
@@ -197,27 +197,27 @@ class S3Store:
         except ObjectMissing:
             return False
 
-    def _verify_kept(self, key: str) -> None:
-        """A `delete` that looked at what was there before would take what replaced it."""
+    def _check_not_deleted(self, key: str) -> None:
+        """Raise ObjectUnavailable if a `delete` that checked the damaged object removes its replacement."""
         with self._errors("write", key):
             try:
-                self._outlast_deletion(key)
+                self._await_deletion(key)
             except ObjectMissing as error:
                 raise ObjectUnavailable(f"{self._name(key)} was deleted while it was written") from error
 
     def _put(self, key: str, spool: BinaryIO, *, replace: bool) -> None:
         self._adapting(
             lambda: self._s3.put_object(
-                **self._at(key), **self._as(key), **self._checksum(spool), **self._condition(replace), Body=spool
+                **self._at(key), **self._headers(key), **self._checksum(spool), **self._condition(replace), Body=spool
             )
         )
 
     def _put_parts(self, key: str, spool: int, size: int, *, replace: bool) -> None:
-        """In parts, of which a few are in memory at once. Whatever fails, the parts are given up."""
+        """Upload in parts, a few at a time in memory. After any error the upload is aborted."""
         created = self._adapting(
             lambda: self._s3.create_multipart_upload(
                 **self._at(key),
-                **self._as(key),
+                **self._headers(key),
                 **({"ChecksumAlgorithm": "CRC32"} if self._knows_checksums else {}),
             )
         )
@@ -239,48 +239,47 @@ class S3Store:
                 )
             )
         except BaseException:
-            with suppress(ClientError, BotoCoreError):  # `leftovers` finds what stays
+            with suppress(ClientError, BotoCoreError):  # `orphans` lists uploads that remain
                 self._s3.abort_multipart_upload(**upload)
             raise
 
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
-        """Delete it, unless it was modified since that time; whether it was, or could have been, there to delete.
+        """Delete the object, unless it was modified after `unmodified_since`. Returns whether it sent a deletion.
 
-        S3 cannot look and delete in one step. So this puts a mark beside it for that while, and whoever touches the object
-        looks for the mark afterwards: either the touch is seen here, or the mark is seen there.
+        S3 cannot check the time and delete in one request. So `delete` writes a mark, checks the time, deletes, and removes the
+        mark. `touch` looks for the mark after its own write. Either `delete` sees the new time, or `touch` sees the mark.
         """
         with self._errors("delete", key):
             if unmodified_since is None:
-                _repeating(lambda: self._s3.delete_object(**self._at(key)))
+                _call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
                 return True
-            begun, mark = time.monotonic(), self._mark(key)
-            _repeating(lambda: self._s3.put_object(**mark, Body=b""))
+            started_at, mark = time.monotonic(), self._mark(key)
+            _call_with_retries(lambda: self._s3.put_object(**mark, Body=b""))
             try:
                 with self.open(key, -1) as stream:
                     is_old = stream.listed.modified_at <= unmodified_since
-                if is_old and time.monotonic() - begun < _MARK_S / 2:
-                    _repeating(lambda: self._s3.delete_object(**self._at(key)))
+                if is_old and time.monotonic() - started_at < _MARK_S / 2:
+                    _call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
                     return True
             except ObjectMissing:
                 pass
             finally:
-                _repeating(lambda: self._s3.delete_object(**mark))
+                _call_with_retries(lambda: self._s3.delete_object(**mark))
             return False
 
     def touch(self, key: str) -> None:
-        """Make it as young as one just written, by copying it onto itself.
-
-        Raises ObjectMissing where a `delete` was faster.
-        """
+        """Set the object's time to now, by copying it onto itself. Raises ObjectMissing if a `delete` was faster."""
         with self._errors("touch", key):
             at = self._at(key)
-            _repeating(lambda: self._s3.copy_object(**at, **self._as(key), CopySource=at, MetadataDirective="REPLACE"))
-            self._outlast_deletion(key)
+            _call_with_retries(
+                lambda: self._s3.copy_object(**at, **self._headers(key), CopySource=at, MetadataDirective="REPLACE")
+            )
+            self._await_deletion(key)
 
-    def _outlast_deletion(self, key: str) -> None:
-        give_up = time.monotonic() + _PATIENCE_S
+    def _await_deletion(self, key: str) -> None:
+        deadline = time.monotonic() + _DELETION_WAIT_S
         while self._is_being_deleted(key):
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise ObjectUnavailable(f"{self._name(key)} is being deleted")
             time.sleep(0.05)
         self.open(key, -1).__exit__()
@@ -292,7 +291,7 @@ class S3Store:
             if s3_answers.status(error) == 404:
                 return False
             raise
-        # By the server's own clock. One older than that was left behind: its writer does not delete so late.
+        # Compare with the server's clock. An older mark is left from a crash: its writer deletes only in half that time.
         date = s3_answers.field(answer["ResponseMetadata"]["HTTPHeaders"], "date", self._name(key))
         now = parsedate_to_datetime(date)
         return bool(now - answer["LastModified"] < timedelta(seconds=_MARK_S))
@@ -302,7 +301,7 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}deleting/{key}"}
 
     def objects(self, after: str = "") -> Iterator[Listed]:
-        """The objects whose names come after that one, in the order of their names; other objects are passed over."""
+        """List the objects with names after `after`, in order. Skips other objects."""
         pages = self._s3.get_paginator("list_objects_v2")
         with self._errors("list", ""):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix, StartAfter=self.prefix + after):
@@ -312,14 +311,14 @@ class S3Store:
                         yield Listed(key, entry["Size"], entry["LastModified"])
 
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
-        """Uploads in parts and marks of deletions from before that time, which nobody ended; given up if asked to."""
-        found = []
+        """List multipart uploads and deletion marks from before `before`, which crashes left. With `remove`, remove them."""
+        names = []
         marks = self._s3.get_paginator("list_objects_v2")
         with self._errors("list", ""):
             for page in marks.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}deleting/"):
                 for entry in page.get("Contents", ()):
                     if entry["LastModified"] < before:
-                        found.append(entry["Key"])
+                        names.append(entry["Key"])
                         if remove:
                             self._s3.delete_object(Bucket=self.bucket, Key=entry["Key"])
         pages = self._s3.get_paginator("list_multipart_uploads")
@@ -327,10 +326,10 @@ class S3Store:
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
                 for upload in page.get("Uploads", ()):
                     if is_key(upload["Key"].removeprefix(self.prefix)) and upload["Initiated"] < before:
-                        found.append(f"{upload['Key']} {upload['UploadId']}")
+                        names.append(f"{upload['Key']} {upload['UploadId']}")
                         if remove:
                             self._s3.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-        return found
+        return names
 
     def close(self) -> None:
         """Close the connections."""
@@ -341,18 +340,21 @@ class S3Store:
             raise ValueError(f"not the name of an object: {key!r}")
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def _as(self, key: str) -> dict[str, str]:
-        return {"ContentType": "application/zstd" if key.endswith(".zst") else "application/octet-stream", **self._kept}
+    def _headers(self, key: str) -> dict[str, str]:
+        return {
+            "ContentType": "application/zstd" if key.endswith(".zst") else "application/octet-stream",
+            **self._write_options,
+        }
 
     def _name(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.prefix}{key}"
 
     def _checksum(self, body: BinaryIO) -> dict[str, str]:
-        """What the server compares with what arrives: CRC-32, or the MD5 that every server knows."""
+        """Compute the checksum that the server verifies: CRC-32, or MD5, which every server knows."""
         body.seek(0)
         pieces = iter(lambda: body.read(_READ_BYTES), b"")
         if self._knows_checksums:
-            name, value = "ChecksumCRC32", reduce(lambda so_far, piece: zlib.crc32(piece, so_far), pieces, 0).to_bytes(4)
+            name, value = "ChecksumCRC32", reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0).to_bytes(4)
         else:
             md5 = hashlib.md5(usedforsecurity=False)
             for piece in pieces:
@@ -365,20 +367,20 @@ class S3Store:
         return {"IfNoneMatch": "*"} if self._knows_conditions and not replace else {}
 
     def _adapting(self, call: Callable[[], _T]) -> _T:
-        """Do without conditions, then without CRC-32, where the server answers that it has no such thing.
+        """Call, and repeat without conditions, then without CRC-32, if the server does not support them.
 
-        S3's own word for it is 501; others answer InvalidArgument: "Unsupported header ...".
+        S3 answers 501 then; other servers answer InvalidArgument: "Unsupported header ...".
         """
         while True:
             tried = self._knows_conditions, self._knows_checksums
             try:
                 return call()
             except ClientError as error:
-                said = error.response.get("Error", {})
-                unknown = said.get("Code") == "InvalidArgument" and "header" in str(said.get("Message")).lower()
-                if not (s3_answers.status(error) == 501 or unknown) or not any(tried):
+                details = error.response.get("Error", {})
+                is_unsupported = details.get("Code") == "InvalidArgument" and "header" in str(details.get("Message")).lower()
+                if not (s3_answers.status(error) == 501 or is_unsupported) or not any(tried):
                     raise
-            if tried == (self._knows_conditions, self._knows_checksums):  # else another thread has learned it meanwhile
+            if tried == (self._knows_conditions, self._knows_checksums):  # else another thread changed them meanwhile
                 if self._knows_conditions:
                     self._knows_conditions = False
                 else:
@@ -386,7 +388,7 @@ class S3Store:
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:
-        """What boto3 raises, as what the caller can do about it. All but a missing object passes or can be mended."""
+        """Translate boto3's errors into ObjectMissing, ObjectUnavailable or ObjectStoreOutage."""
         try:
             yield
         except ClientError as error:
@@ -396,7 +398,7 @@ class S3Store:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file that several threads read, as a file of its own: it is sent without being in memory."""
+    """A part of an open file, as a file of its own, so that threads upload parts without reading them into memory."""
 
     def __init__(self, file: int, start: int, stop: int) -> None:
         self._file, self._start, self._length, self._position = file, start, stop - start, 0
@@ -422,12 +424,12 @@ class _Part(io.RawIOBase):
 
 
 def _wait_after_conflict(attempt: int) -> None:
-    """Wait for a random time that doubles with each attempt, so that those who collided do not collide again."""
+    """Wait for a random time that doubles with each attempt, so that the same processes do not collide again."""
     time.sleep(_CONFLICT_WAIT_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311
 
 
-def _repeating(call: Callable[[], object]) -> None:
-    """Do it again after conflicts over its key. Raises ClientError."""
+def _call_with_retries(call: Callable[[], object]) -> None:
+    """Call, and repeat after conflicts over the key. Raises ClientError."""
     for attempt in range(_CONFLICT_ATTEMPTS):
         try:
             call()

@@ -1,4 +1,4 @@
-"""What the answers of an S3 server mean: about which part of an object they are, and whom a refusal concerns."""
+"""Interpret the answers of an S3 server: the range of a body, and whether an error concerns one object or all."""
 
 import re
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 _READ_BYTES: Final = 256 * 1024
 _RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+|\*)", re.ASCII)
 
-# What an operator can do about a refusal; all others say enough.
+# Advice to the operator, for refusals whose own message is not enough.
 _ADVICE: Final = {
-    "AccessDenied": "check the policy (for lack of s3:ListBucket, S3 says this of an object that does not exist, too)",
-    "InvalidObjectState": "the object was moved to a class that cannot be read at once: restore it",
+    "AccessDenied": "check the policy (without s3:ListBucket, S3 answers this for a missing object too)",
+    "InvalidObjectState": "the object is in a storage class that cannot be read at once: restore it",
     "NoSuchBucket": "create the bucket, or correct the setting",
 }
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html: refusals with a status of 4xx that every request meets.
-# All others of 4xx are about the request, its object or the key that encrypts the object.
-_ABOUT_ALL: Final = frozenset(
+# Errors with status 4xx that concern every request (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
+# Other errors with 4xx concern the request, its object, or the object's encryption key.
+_STORE_ERRORS: Final = frozenset(
     {
         *("AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "CredentialsNotSupported", "ExpiredToken"),
         *(
@@ -43,8 +43,8 @@ _ABOUT_ALL: Final = frozenset(
         *("TooManyRequests", "TooManyRequestsException"),
     }
 )
-# Try the whole write again. 409: a delete or another write of the key came in between. The others: the upload or a part of it
-# is gone, or the body was damaged on its way.
+# Errors after which the whole write is repeated. Those with status 409: another write or delete of the key came in between.
+# The others: a part of the upload is gone, or the body was damaged in transfer.
 _CONFLICTS: Final = frozenset(
     {
         *("ConditionalRequestConflict", "OperationAborted", "Conflict", "NoSuchUpload", "InvalidPart", "InvalidPartOrder"),
@@ -54,52 +54,52 @@ _CONFLICTS: Final = frozenset(
 
 
 def status(error: ClientError) -> int:
-    """The HTTP status."""
+    """Return the HTTP status, or 0."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def code(error: ClientError) -> str:
-    """The server's name of the error."""
+    """Return the server's error code, such as NoSuchKey."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def is_conflict(error: ClientError) -> bool:
-    """Whether the same write may succeed a moment later. The client repeats what is left to it, such as 503, by itself."""
+    """Return whether the same write may succeed a moment later. boto3 itself repeats after other errors, such as 503."""
     return status(error) == 409 or code(error) in _CONFLICTS
 
 
 def is_written_already(error: ClientError) -> bool:
-    """Whether the condition "only if there is none" failed. Old releases of MinIO say so with 304."""
+    """Return whether `If-None-Match: *` failed. Old releases of MinIO answer 304."""
     return status(error) in {304, 412}
 
 
 def translate(error: ClientError, verb: str, name: str, *, is_object: bool) -> Exception:
-    """What the caller can do about a refusal: all but a missing object passes or can be mended."""
-    named = code(error)
-    if named == "NoSuchKey":
+    """Translate an error into ObjectMissing, ObjectUnavailable (one object) or ObjectStoreOutage (all)."""
+    error_code = code(error)
+    if error_code == "NoSuchKey":
         return ObjectMissing(f"object {name} does not exist")
-    said = error.response.get("Error", {}).get("Message") or f"HTTP status {status(error)}"
-    advice = f"; {_ADVICE[named]}" if named in _ADVICE else ""
-    message = f"cannot {verb} {name}: {named}: {said}{advice}"
-    if is_object and 400 <= status(error) < 500 and status(error) != 429 and named not in _ABOUT_ALL:
-        return ObjectUnavailable(message, needs_operator=named == "InvalidObjectState")
+    reason = error.response.get("Error", {}).get("Message") or f"HTTP status {status(error)}"
+    advice = f"; {_ADVICE[error_code]}" if error_code in _ADVICE else ""
+    message = f"cannot {verb} {name}: {error_code}: {reason}{advice}"
+    if is_object and 400 <= status(error) < 500 and status(error) != 429 and error_code not in _STORE_ERRORS:
+        return ObjectUnavailable(message, needs_operator=error_code == "InvalidObjectState")
     return ObjectStoreOutage(message)
 
 
-def field(answer: Mapping[str, Any], name: str, of: str) -> Any:
-    """A field of an answer. Raises ObjectStoreOutage if the server, or a proxy before it, left it out."""
+def field(answer: Mapping[str, Any], name: str, url: str) -> Any:
+    """Return a field of an answer. Raises ObjectStoreOutage if the server, or a proxy before it, left it out."""
     if name not in answer:
-        raise ObjectStoreOutage(f"{of}: the server answers without {name}")
+        raise ObjectStoreOutage(f"{url}: the server answers without {name}")
     return answer[name]
 
 
 def is_unknown_range(error: ClientError) -> bool:
-    """Whether the server refuses the form of the range."""
+    """Return whether the server refuses a suffix range."""
     return code(error) in {"InvalidArgument", "InvalidHeaderValue", "InvalidRange", "InvalidRequest", "NotImplemented"}
 
 
 class Extent(NamedTuple):
-    """Where in the object an answer's body begins, its length, and the object's size; None: the answer does not say."""
+    """The position and length of a body within its object, and the object's size. None: unknown."""
 
     begin: int
     length: int | None
@@ -107,26 +107,26 @@ class Extent(NamedTuple):
 
 
 def extent(answer: Mapping[str, Any]) -> Extent:
-    """Read Content-Range and Content-Length. Without Content-Range the body is the whole object."""
+    """Decode Content-Range and Content-Length. Without Content-Range the body is the whole object."""
     length = answer.get("ContentLength")
-    if (found := _RANGE.fullmatch(answer.get("ContentRange", ""))) is None:
+    if (match := _RANGE.fullmatch(answer.get("ContentRange", ""))) is None:
         return Extent(0, length, length)
-    begin, last, size = int(found[1]), int(found[2]), found[3]
+    begin, last, size = int(match[1]), int(match[2]), match[3]
     return Extent(begin, max(0, last + 1 - begin), None if size == "*" else int(size))
 
 
 class Skipping:
-    """A body without its first bytes, which are read and dropped when the first byte after them is asked for."""
+    """A body without its first bytes. The first read drops them."""
 
     def __init__(self, body: Body, skip_bytes: int) -> None:
         self._body, self._skip_bytes = body, skip_bytes
 
     def read(self, amount: int, /) -> bytes:
         while self._skip_bytes:
-            dropped = len(self._body.read(min(self._skip_bytes, _READ_BYTES)))
-            if not dropped:
+            read_bytes = len(self._body.read(min(self._skip_bytes, _READ_BYTES)))
+            if not read_bytes:
                 return b""
-            self._skip_bytes -= dropped
+            self._skip_bytes -= read_bytes
         return self._body.read(amount)
 
     def close(self) -> object:

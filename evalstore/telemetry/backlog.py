@@ -10,8 +10,8 @@ import redis
 from evalstore.telemetry import queues
 from models.content import objects_named
 from models.errors import RedisOutage
-from tasks.actor import QUEUE
 from tasks.broker import SendingBroker
+from tasks.keys import QUEUE
 from tasks.spool import Spool
 
 

@@ -1,9 +1,9 @@
--- Keep a message aside until it is due. Sending it again with the same id changes nothing.
+-- Store a message that is due later. A repeat with the same id changes nothing.
 --
 -- KEYS  1 bodies   hash  id -> message                              <namespace>:<queue>.msgs
---       2 delayed  zset  id -> when it is due, ms                   evalstore:<namespace>:<queue>:delayed
+--       2 delayed  zset  id -> due time, in ms                      evalstore:<namespace>:<queue>:delayed
 -- ARGV  id, message, delay in ms
--- Returns 1 if it was new.
+-- Returns 1 if the message is new, else 0.
 
 if redis.call("HSETNX", KEYS[1], ARGV[1], ARGV[2]) == 0 then
     return 0

@@ -1,14 +1,14 @@
--- Put messages at the tail of a queue. Sending it again with the same ids adds nothing.
+-- Append messages to a queue. A repeat with the same ids adds nothing.
 --
 -- KEYS  1 queue    list  ids, the next to be fetched first          <namespace>:<queue>
 --       2 bodies   hash  id -> message                              <namespace>:<queue>.msgs
---       3 resent   string  written where a transaction may be on its way that puts the same and looks at nothing; it watches
---                  this. Optional.                                  evalstore:<namespace>:<queue>:resent
+--       3 resent   string  optional; a late transaction with the same messages watches this key, and has no effect after
+--                  the write                                        evalstore:<namespace>:<queue>:resent
 -- ARGV  id, message, id, message, ...
--- Returns how many were new. The first thing it writes may allocate, so a full server refuses it: nothing is half done.
+-- Returns the number of new messages. A full server refuses the first write, so no message is written in part.
 
--- Of what goes with one call of a command: a call for each message takes a third longer. Lua passes some thousand values, and
--- what is asked whether it is there comes here if it is.
+-- Limits of one command. A command for each message takes a third longer. Lua's `unpack` takes some thousand values, and HMGET
+-- copies the messages that are in Redis already.
 local MESSAGES, BYTES = 200, 1024 * 1024
 
 local function put(ids, bodies)

@@ -1,8 +1,8 @@
--- When messages were sent, without handing over what they hold.
+-- Return the send times of messages, without their bodies.
 --
 -- KEYS  1 bodies  hash  id -> message                               <namespace>:<queue>.msgs
 -- ARGV  id, id, ...
--- Returns the times, in ms since 1970, of those that say so: at their end, where Dramatiq writes it, or else anywhere.
+-- Returns times in ms since 1970, of the messages that have one. Dramatiq writes it at the end of a message.
 
 local name = '"message_timestamp"%s*:%s*(%d+)'
 local found = {}

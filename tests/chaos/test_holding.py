@@ -10,7 +10,8 @@ from uuid import uuid4
 import dramatiq
 import pytest
 
-from tasks.actor import QUEUE, EventActor
+from tasks.actor import EventActor
+from tasks.keys import QUEUE
 from tests.chaos.relay import Relay, script
 from tests.chaos.world import KEYS, through, wait_until
 from worker import heartbeat, messages

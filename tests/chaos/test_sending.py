@@ -11,7 +11,7 @@ from evalstore.local.servers import Valkey
 from models.errors import NotDurable, RedisOutage
 from tasks.actor import store_evaluation
 from tasks.broker import SendingBroker
-from tasks.connections import packed, transact
+from tasks.connections import pack, run_transaction
 from tests.chaos.conftest import Worlds
 from tests.chaos.relay import Loss, Relay, script
 from tests.chaos.world import KEYS, World, evaluation, evaluations, through
@@ -109,14 +109,12 @@ def test_what_redis_reads_long_after_it_was_sent_again_is_not_queued_twice(world
     pairs: list[str | bytes] = ["id-1", b"1", "id-2", b"2"]
 
     def late() -> Iterator[bytes]:
-        yield packed("HSET", KEYS.bodies, *pairs)
-        world.broker.send_on(pairs)
-        yield packed("RPUSH", KEYS.queue, *pairs[::2])
+        yield pack("HSET", KEYS.bodies, *pairs)
+        world.broker.send_spooled(pairs)
+        yield pack("RPUSH", KEYS.queue, *pairs[::2])
 
     pool = world.broker.client.connection_pool
-    connection = pool.get_connection()
-    assert not transact(connection, KEYS.resent, late())
-    pool.release(connection)
+    assert not run_transaction(pool, KEYS.resent, late())
     assert world.client.lrange(KEYS.queue, 0, -1) == [b"id-1", b"id-2"]
 
 

@@ -23,12 +23,12 @@ class Standby(Postgres):
         folder.mkdir()
         (folder / "password").write_text(primary.password)
 
-    def _create(self, way: str, binaries: Path) -> None:
+    def _create(self, identity: str, binaries: Path) -> None:
         """pg_basebackup, which also writes down whom to follow."""
         from_there = ["--dbname", self.primary.url("postgres"), "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
-        copy = self._run(way, self.data, binaries / "pg_basebackup", *from_there)
+        copy = self._run(identity, self.data, binaries / "pg_basebackup", *from_there)
         if copy.wait() != 0:
-            raise ServerError(self._why(f"pg_basebackup ended with status {copy.returncode}"))
+            raise ServerError(self._with_log(f"pg_basebackup ended with status {copy.returncode}"))
 
     def promote(self) -> None:
         with psycopg.connect(self.url(), autocommit=True) as conn:

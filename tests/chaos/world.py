@@ -22,9 +22,9 @@ from dramatiq import Message
 
 from evalstore.local import processes, supervisor
 from models.errors import RedisOutage
-from tasks.actor import QUEUE, store_evaluation
+from tasks.actor import store_evaluation
 from tasks.broker import SendingBroker
-from tasks.keys import Keys
+from tasks.keys import QUEUE, Keys
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 

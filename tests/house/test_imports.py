@@ -1,7 +1,10 @@
 """What a gateway pays for `from tasks import store_evaluation`."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,10 @@ before = time.process_time()
 print(time.process_time() - before)
 print(*sys.modules)
 """
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("evalstore", "models", "tasks", "worker")
+# Pairs of modules that still import each other, with any others between them. Remove a pair once its circle is gone.
+CIRCLES: set[tuple[str, str]] = set()
 OURS = "from tasks import store_evaluation, store_evaluations"
 
 
@@ -79,3 +86,45 @@ def test_sending_by_way_of_evalstore_loads_no_server_side_package() -> None:
     _, modules = imported("from evalstore import store_evaluation, store_evaluations")
     assert "tasks.actor" in modules
     assert not modules & {"sqlalchemy", "psycopg", "boto3", "httpx", "evalstore.storage", "evalstore.telemetry", "worker"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def names_imported(path: Path) -> Iterator[str]:
+    """Every name that a module imports, also inside functions, but not for type checkers alone."""
+    waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        waiting += ast.iter_child_nodes(node)
+
+
+def test_no_module_imports_in_circles() -> None:
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    modules = {module_name(path) for path in paths}
+    imports = {}
+    for path in paths:
+        own = module_name(path)
+        names = {name if name in modules else name.rpartition(".")[0] for name in names_imported(path)}
+        imports[own] = (names & modules) - {own}
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = imports[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reached = {name: reachable(name) for name in modules}
+    circles = {(min(a, b), max(a, b)) for a in modules for b in imports[a] if a in reached[b]}
+    assert circles == CIRCLES

@@ -11,8 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from evalstore.api import health_routes
 from evalstore.api.__main__ import GRACE_S
-from tasks.actor import QUEUE
-from tasks.keys import Keys
+from tasks.keys import QUEUE, Keys
 from tests.house.test_watching import faults_of, records
 from worker.heartbeat import STOP_WITHIN_S
 

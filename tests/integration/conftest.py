@@ -24,7 +24,7 @@ from evalstore.local.servers import Postgres, Valkey, free_port
 from evalstore.storage import database
 from evalstore.storage.tables import metadata
 from models import jobs
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from tests.conftest import OF_SERVICE, new_database
 from tests.integration.shell import Operator
 from worker.broker import Broker

@@ -185,7 +185,7 @@ def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> 
         assert json.loads(sending.stdout.readline())["line"] == 1  # what is told is sent, and that a thousand at a time
         sending.send_signal(signal.SIGINT)
         _, notices = sending.communicate(timeout=20)
-    assert notices == b"1,000 sent, 0 bad; from line 1,001 on nothing is known to be sent\n"
+    assert notices == b"1,000 sent, 0 bad; lines from 1,001 on may not be sent\n"
     assert sending.returncode == 130
 
 
@@ -200,7 +200,7 @@ def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, t
         assert time.monotonic() - began < 20
         assert (done.returncode, bool(done.stdout)) == (7, arguments == ["status"]), arguments
         last = done.stderr.decode().splitlines()[-1]
-        assert re.match("(PostgreSQL|Redis) cannot be used: .*; the address is that of EVALSTORE_(DATABASE|REDIS)_URL$", last)
+        assert re.match("(PostgreSQL|Redis) cannot be used: .*; its address is in EVALSTORE_(DATABASE|REDIS)_URL$", last)
         assert len(done.stderr.splitlines()) == (2 if arguments[0] == "send" else 1)
 
 

@@ -13,7 +13,8 @@ from dramatiq import Message
 from pydantic import SecretStr
 
 from models.settings import Settings
-from tasks.actor import ACTOR, QUEUE
+from tasks.actor import ACTOR
+from tasks.keys import QUEUE
 from worker.batches import Batch, BatchOutcome, Delivery
 from worker.handler import Handler
 from worker.in_flight import InFlight

@@ -16,7 +16,7 @@ import pytest
 from evalstore.local import processes
 from models.content import MAX_CONTENT_BYTES
 from models.settings import settings
-from tasks import store_evaluation, uploads
+from tasks import store_evaluation
 from tasks.broker import broker
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,6 @@ def worker(
 def forget() -> None:
     settings.cache_clear()
     broker.cache_clear()
-    uploads.forget()
 
 
 def memory(pid: int) -> int:

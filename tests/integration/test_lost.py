@@ -13,7 +13,7 @@ from evalstore.storage import event_store
 from evalstore.telemetry import backlog, queues
 from models.events import parse
 from models.settings import Settings
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from worker import lost
 from worker.broker import Broker
 

@@ -87,8 +87,8 @@ def test_several_processes_may_migrate_at_once(empty_database_url: str) -> None:
     assert [process.returncode for process in done] == [0] * 4, [process.stderr for process in done]
     head = revisions()[-1]
     assert sorted(process.stderr.splitlines()[-1] for process in done) == [  # before that, some may say that they wait
-        *[f"the schema is at {head} already"] * 3,
-        f"the schema went from nothing to {head}",
+        *[f"the schema is already at {head}"] * 3,
+        f"the schema was migrated from nothing to {head}",
     ]
 
 

@@ -78,7 +78,7 @@ def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -
         for _ in range(500):
             aside = tmp_path / f"objects/tmp/{reference.key}.{os.urandom(8).hex()}"
             path.rename(aside)  # as `delete` does with one that is touched at this moment
-            store._put_back(aside)
+            store._restore(aside)
             was_read.clear()
             while not was_read.wait(0.1) and not reading.done():
                 pass
@@ -90,7 +90,7 @@ def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -
     assert b"".join(object_store.read(store, reference)) == SMALL
 
 
-def test_of_an_object_put_back_and_one_stored_anew_meanwhile_the_newer_stays(tmp_path: Path) -> None:
+def test_of_an_object_restore_and_one_stored_anew_meanwhile_the_newer_stays(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     path, aside = store._path(reference.key), tmp_path / f"objects/tmp/{reference.key}.0123456789abcdef"
@@ -99,7 +99,7 @@ def test_of_an_object_put_back_and_one_stored_anew_meanwhile_the_newer_stays(tmp
     now = datetime.now(UTC)
     assert store.orphans(now - LATER, remove=True) == []  # a moment ago: whoever did that is at work
     assert object_store.put(store, SMALL, touch_before=now - LATER).new
-    store._put_back(aside)
+    store._restore(aside)
     assert object_store.head(store, reference).modified_at >= now - LATER
     assert store.orphans(now + LATER) == []
 

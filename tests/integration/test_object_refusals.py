@@ -91,7 +91,7 @@ def test_a_refusal_of_one_key_is_reported_for_it_alone_when_it_lasts(
     monkeypatch.setenv("EVALSTORE_S3_ENDPOINT_URL", relay.endpoint)
     settings.cache_clear()
     try:
-        sender = uploads._Objects()
+        sender = uploads.Uploader(settings())
         relay.fail(is_upload, Fault("answer", answer), times=20)
         with pytest.raises(ObjectUnavailable, match=answer[1]):
             sender.put(SMALL)

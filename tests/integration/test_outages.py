@@ -19,8 +19,9 @@ from uuid_utils.compat import uuid7
 
 from evalstore.local.servers import Postgres
 from evalstore.storage import migrations
-from tasks.actor import QUEUE, EventActor
+from tasks.actor import EventActor
 from tasks.broker import SendingBroker
+from tasks.keys import QUEUE
 
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -224,9 +224,9 @@ def test_of_what_is_sent_on_each_message_is_queued_once_wherever_it_stands(clien
     def pairs(*numbers: int) -> list[str | bytes]:
         return [part for number in numbers for part in (f"id-{number}", b"%d" % number * (2_000_000 if number == 5 else 1))]
 
-    broker().send_on(pairs(3))
-    broker().send_on(pairs(1, 2, 3, 2, 4, 5, 6, 5, *range(7, 9000), 1))
-    broker().send_on(pairs(*range(9000, 0, -1)))
+    broker().send_spooled(pairs(3))
+    broker().send_spooled(pairs(1, 2, 3, 2, 4, 5, 6, 5, *range(7, 9000), 1))
+    broker().send_spooled(pairs(*range(9000, 0, -1)))
     assert client.lrange(QUEUE, 0, -1) == [b"id-%d" % number for number in (3, 1, 2, *range(4, 9001))]
     assert client.hlen(BODIES) == 9000
     assert body_of(client, "id-5") == b"5" * 2_000_000

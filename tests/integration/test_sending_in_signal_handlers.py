@@ -24,7 +24,7 @@ import faulthandler, json, os, random, signal, sys, time
 from uuid import uuid4
 from models.errors import Outage
 from models.settings import settings
-from tasks import uploads as contents, store_evaluation
+from tasks import store_evaluation
 faulthandler.dump_traceback_later(50, exit=True)
 size, every = int(sys.argv[1]), int(sys.argv[2])
 sent, refused = [], []
@@ -46,7 +46,7 @@ print(json.dumps([sent, refused]), flush=True)
 sys.stdin.read()
 """
 AT_EACH_POINT = """
-PLACES = "/tasks/", "/models/", "/storage/", "/redis/", "/botocore/", "/urllib3/", "/queue.py", "/threading.py"
+PLACES = "/tasks/", "/models/", "/objects/", "/redis/", "/botocore/", "/urllib3/", "/queue.py", "/threading.py"
 
 class Points:
     def __init__(self, at):
@@ -82,7 +82,6 @@ def send(eval_id):
     if eval_id == "main":
         for known in (settings, broker):
             known.cache_clear()
-        contents.forget()
     of_settings(eval_id)
 """
 STORM = """
@@ -124,7 +123,7 @@ def in_redis(url: str) -> list[str]:
 
 
 def in_spool(spool: Spool) -> list[str]:
-    records = [record for _, line in spool.lines() if (record := SpoolRecord.of(line))]
+    records = [record for _, line in spool.lines() if (record := SpoolRecord.parse(line))]
     return [json.loads(record.body)["message_id"] for record in records]
 
 

@@ -444,7 +444,7 @@ FORWARDER = """
 import os, sys, threading
 from tasks.broker import broker
 threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), 9)).start()
-broker().spool.forward(broker().send_on)
+broker().spool.forward(broker().send_spooled)
 os.kill(os.getpid(), 9)
 """
 

@@ -23,7 +23,7 @@ from models.content import Reference
 from models.errors import ObjectMissing, ObjectStoreOutage, ObjectUnavailable, RedisOutage
 from models.events import parse
 from models.settings import Settings
-from tasks.actor import QUEUE
+from tasks.keys import QUEUE
 from tasks.spool import Spool
 from tasks.touch import ObjectToucher
 from tests.chaos.world import wait_until
@@ -262,7 +262,7 @@ def test_the_spool_keeps_the_objects_young_that_its_events_need(tmp_path: Path, 
     content, other = put(target), put(target)
     long_ago = datetime.now(UTC)
     hurried = settings.model_copy(update={"sweep_grace_days": 1 / 86_400_000})  # at once half as old as that
-    spool = Spool(tmp_path / "spool", max_bytes=100_000, in_outage=ObjectToucher(hurried))
+    spool = Spool(tmp_path / "spool", max_bytes=100_000, on_outage=ObjectToucher(hurried))
     spool.append(["an id", message(content).encode()])
     spool.append(["another", message(Reference("0" * 64, 5, "identity")).encode()])
 
@@ -318,7 +318,7 @@ def test_a_deletion_that_never_ends_is_an_outage_for_a_while_and_its_mark_a_left
     store = S3Store(bucket, prefix, Settings(s3_endpoint_url=s3_server.endpoint))
     reference, _ = object_store.put(store, os.urandom(2000))
     store._s3.put_object(**store._mark(reference.key), Body=b"")
-    monkeypatch.setattr("evalstore.objects.s3._PATIENCE_S", 0.2)
+    monkeypatch.setattr("evalstore.objects.s3._DELETION_WAIT_S", 0.2)
     with pytest.raises(ObjectStoreOutage, match="is being deleted"):
         store.touch(reference.key)
     monkeypatch.setattr("evalstore.objects.s3._MARK_S", 0)

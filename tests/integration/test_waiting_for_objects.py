@@ -19,8 +19,8 @@ from evalstore.local import processes
 from evalstore.objects import object_store
 from models.content import Reference
 from models.settings import Settings
-from tasks.actor import QUEUE
 from tasks.broker import SendingBroker
+from tasks.keys import QUEUE
 from tests.integration.s3_relay import Fault, S3Relay
 from tests.seaweedfs import SeaweedFS
 

@@ -26,7 +26,7 @@ from models.events import check
 from models.record import EventRow, to_row
 from models.settings import Settings
 from tasks import store_evaluation, store_evaluations
-from tasks.actor import _completed
+from tasks.actor import _complete
 from tasks.broker import encode
 from worker.messages import read_message
 
@@ -135,8 +135,8 @@ def endless() -> dict[str, Any]:
 def read_back(event: Any) -> EventRow:
     """The event that the worker reads from the message of a single and of a bulk send."""
     single = read_message(encode(store_evaluation.message_with_options(args=(event,))), MAX_BYTES)
-    travelling, written = _completed(event)
-    assert read_message(encode(store_evaluation.message_of(travelling), written), MAX_BYTES) == single
+    travelling, written = _complete(event, Settings())
+    assert read_message(encode(store_evaluation.build_message(travelling), written), MAX_BYTES) == single
     return single
 
 
@@ -320,7 +320,7 @@ def test_a_bulk_names_the_bad_event_and_its_field() -> None:
 @pytest.mark.parametrize("at", ["2026-01-31T09:30:00+00:00", "2026-01-31T09:30:00+01:00"])
 def test_an_event_keeps_its_metadata_where_the_sender_fills_the_object_anew(at: str) -> None:
     metadata = {"number": 1}
-    travelling, _ = _completed({**STARTED, "occurred_at": at, "metadata": metadata})
+    travelling, _ = _complete({**STARTED, "occurred_at": at, "metadata": metadata}, Settings())
     metadata["number"] = 2
     assert travelling["metadata"] == {"number": 1}
 

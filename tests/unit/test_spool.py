@@ -64,15 +64,15 @@ def keep(spool: Spool, *bodies: str) -> None:
 def test_a_record_is_one_line_and_comes_back(record: SpoolRecord) -> None:
     line = record.line()
     assert line.index(b"\n") == len(line) - 1
-    assert SpoolRecord.of(line) == record
+    assert SpoolRecord.parse(line) == record
 
 
 @given(RECORDS)
 def test_a_record_cut_off_anywhere_is_damaged_unless_it_lacks_its_line_break_alone(record: SpoolRecord) -> None:
     line = record.line()
     for length in range(len(line) - 1):
-        assert SpoolRecord.of(line[:length]) is None
-    assert SpoolRecord.of(line[:-1]) == record
+        assert SpoolRecord.parse(line[:length]) is None
+    assert SpoolRecord.parse(line[:-1]) == record
 
 
 @given(RECORDS, st.data())
@@ -80,12 +80,12 @@ def test_a_record_of_which_any_byte_is_another_is_damaged(record: SpoolRecord, d
     line = bytearray(record.line())
     place = data.draw(st.integers(0, len(line) - 1))
     line[place] ^= data.draw(st.integers(1, 255))
-    assert SpoolRecord.of(bytes(line)) is None
+    assert SpoolRecord.parse(bytes(line)) is None
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_damaged_or_a_record_and_never_an_error(line: bytes) -> None:
-    assert SpoolRecord.of(line) is None
+    assert SpoolRecord.parse(line) is None
 
 
 # ---- what a crash leaves
