@@ -10,8 +10,9 @@ import sys
 import uuid
 from datetime import UTC, datetime
 
-from tasks import greet  # the package in this folder
 from tasks.evaluations import store_evaluation
+
+from tasks import greet  # the package in this folder
 
 
 def main() -> None:
