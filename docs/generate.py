@@ -1,6 +1,6 @@
-"""Writes the parts of the documentation that follow from the code: `make docs`, or with `--check` only says what is stale.
+"""Write the parts of the documentation that derive from the code: `make docs`. With `--check`, only report stale pages.
 
-A page holds `<!-- begin NAME -->` and `<!-- end NAME -->`; what is between them is replaced by what `BLOCKS[NAME]` gives.
+A page holds `<!-- begin NAME -->` and `<!-- end NAME -->`. The result of `BLOCKS[NAME]` replaces the text between them.
 """
 
 import re
@@ -27,7 +27,7 @@ _WIDTH: Final = 100
 
 
 def settings() -> str:
-    """Every environment variable: from `models.settings.Settings`."""
+    """Return the table of environment variables, from `models.settings.Settings`."""
     rows = []
     for name, field in Settings.model_fields.items():
         what, _, readers = (field.description or "").partition("; read by ")
@@ -36,11 +36,11 @@ def settings() -> str:
             default, kind = default.get_secret_value(), "address"
         limits = ", ".join(_limit(limit) for limit in field.metadata)
         rows.append([f"`EVALSTORE_{name.upper()}`", ", ".join(filter(None, [kind, limits])), f"`{default}`", what, readers])
-    return _table(["variable", "type", "default", "what", "read by"], rows)
+    return _table(["variable", "type", "default", "meaning", "read by"], rows)
 
 
 def _kind(annotation: Any) -> str:
-    """A type in words; that a setting may be unset shows in its default."""
+    """Return a type in words. The default shows whether a setting may be unset."""
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     kinds = [_kind(one) for one in get_args(annotation) if one is not type(None)]
@@ -55,7 +55,7 @@ def _limit(limit: Any) -> str:
 
 
 def command_line() -> str:
-    """What `--help` prints, of the program, of each of its commands and of each of their verbs."""
+    """Return the output of `--help` for the program, each command and each subcommand."""
     group: Any = typer.main.get_command(application())
     top = typer.Context(group, info_name="evalstore", terminal_width=_WIDTH, **group.context_settings)
     parts = [_help("evalstore", group, top)]
@@ -72,18 +72,18 @@ def _help(title: str, command: Any, context: Any) -> str:
 
 
 def events() -> str:
-    """Which field belongs to which event: from the table in `models.fields`."""
+    """Return the table of fields and the events that have them, from `models.fields`."""
     rows = [["`type`", "all (required)", "text", "the event's name"]]
     for field in FIELDS:
         names = [name + " (required)" * (name in field.required) for name in field.events]
         everywhere = "all (required)" if field.required == SENT else "all"
         where = everywhere if field.events == SENT else ", ".join(names)
         rows.append([f"`{field.name}`", where, field.kind.words, field.doc])
-    return _table(["field", "in", "form", "what"], rows)
+    return _table(["field", "in", "form", "meaning"], rows)
 
 
 def limits() -> str:
-    """Numbers that the pages mention."""
+    """Return the limits that pages mention."""
     endings = ", ".join(f"`{name}`" for name in sorted(ENDINGS))
     return (
         f"Content holds up to {MAX_CONTENT_BYTES // 1024**2} MiB (`EVALSTORE_MAX_CONTENT_BYTES`).\n"
@@ -92,18 +92,18 @@ def limits() -> str:
 
 
 def record() -> str:
-    """The fields of a record, in their order."""
+    """Return the fields of a record, in order."""
     return ", ".join(f"`{name}`" for name in Record.model_fields) + ".\n"
 
 
 def metrics() -> str:
-    """Every metric: from `models.metrics.METRICS`."""
-    head = ["metric", "type", "unit", "labels", "what"]
+    """Return the tables of metrics, from `models.metrics.METRICS`."""
+    head = ["metric", "type", "unit", "labels", "meaning"]
     sections = {
-        "worker": "What a worker's processes did",
-        "api": "What the service's processes did",
-        "any": "Of each group of processes",
-        "servers": "What the servers hold",
+        "worker": "Counted by worker processes",
+        "api": "Counted by processes of the HTTP service",
+        "any": "Of each process group",
+        "servers": "State of the servers",
     }
     parts = []
     for source, title in sections.items():
@@ -113,7 +113,7 @@ def metrics() -> str:
 
 
 def logs() -> str:
-    """Every log event: from `models.logs.LOGS`."""
+    """Return the table of log events, from `models.logs.LOGS`."""
     rows = [[f"`{one.name}`", one.level, ", ".join(f"`{name}`" for name in one.fields), one.text] for one in LOGS]
     return _table(["event", "level", "fields", "text"], rows)
 
@@ -139,12 +139,12 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
 
 
 def renewed(page: str) -> str:
-    """`page` with every block as the code has it now. Raises KeyError for a block that nothing makes."""
+    """Return `page` with every block made again from the code. Raise KeyError for an unknown block."""
     return _BLOCK.sub(lambda block: f"{block[1]}\n{BLOCKS[block[2]]()}\n{block[3]}", page)
 
 
 def main() -> int:
-    """Exit status 1 where `--check` finds a stale page."""
+    """Return exit status 1 if `--check` finds a stale page."""
     stale = []
     for path in sorted(_DOCS.rglob("*.md")):
         page = path.read_text()

@@ -30,6 +30,8 @@ EvalstoreError
 │   └── VersionChanged          evalstore.client: read the record again
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
+├── Restart                     evalstore.storage: begin the transaction again
+├── Undecodable                 models.merge_state: rebuild the merge state from the event log
 ├── RegistryUnavailable         evalstore.telemetry: EVALSTORE_RUNTIME_DIR cannot be used
 ├── ServerError                 evalstore.local: a local server did not start
 └── AlreadyRunning              evalstore.local: another process uses the data folder

@@ -1,4 +1,4 @@
-"""Takes a program on standard input, enqueues its evaluation, and prints what `evalstore audit` asks for."""
+"""Enqueue the evaluation of a program from standard input, and print its ids for `evalstore audit`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def submit(code: str) -> dict[str, str]:
     event = {
         "type": "evaluation:queued",
         "eval_id": f"run-{uuid7()}",
-        # Made here, and not left to `send`, so that each try below is the same event and is stored once.
+        # Set the id here, so that each try below sends the same event, which is stored once.
         "event_id": str(uuid7()),
         "occurred_at": datetime.now(UTC).isoformat(),
         "code": code,

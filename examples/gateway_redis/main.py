@@ -1,8 +1,8 @@
-"""A gateway with nothing but a Redis client, as one in any other language would be.
+"""A gateway that uses only a Redis client, as in any other language.
 
 EVALSTORE_REDIS_URL=redis://… python examples/gateway_redis/main.py < program.py >> sent.jsonl
 
-Takes a program on standard input, enqueues its evaluation, and prints what `evalstore audit` asks for.
+It enqueues the evaluation of a program from standard input, and prints its ids for `evalstore audit`.
 """
 
 import json
@@ -17,7 +17,7 @@ import redis
 
 
 def enqueue(client: "redis.Redis", event: dict[str, Any]) -> None:
-    """Put `event` on the queue as Dramatiq would. In one transaction: an id without its message would go unseen."""
+    """Enqueue `event` in Dramatiq's format, in one transaction, because workers ignore a message whose id is not queued."""
     redis_message_id = str(uuid.uuid4())
     message = {
         "queue_name": "evaluations",

@@ -1,8 +1,8 @@
-"""A gateway with a `tasks` package of its own, which therefore sends with stock Dramatiq.
+"""A gateway that has its own package `tasks`, and therefore sends with stock Dramatiq.
 
 EVALSTORE_REDIS_URL=redis://… python examples/gateway_stock/main.py < program.py >> sent.jsonl
 
-Takes a program on standard input, enqueues its evaluation, and prints what `evalstore audit` asks for.
+It enqueues the evaluation of a program from standard input, and prints its ids for `evalstore audit`.
 """
 
 import json
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from tasks.evaluations import store_evaluation
 
-from tasks import greet  # this folder's own
+from tasks import greet  # the package in this folder
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Runs the platform once over all its programs. Progress goes to standard output, one JSON object a line."""
+"""Run all programs of the platform once. Progress goes to standard output, one JSON object a line."""
 
 import argparse
 import itertools
@@ -19,7 +19,7 @@ from .problems import ProblemsMissing, Program, programs
 
 
 class Platform:
-    """Executors behind a gateway. They stop at SIGINT and SIGTERM: what runs is cancelled, what waits stays queued."""
+    """Executors behind a gateway. At SIGINT and SIGTERM they cancel running programs; waiting evaluations stay queued."""
 
     def __init__(self, ledger: Path, run: str, jobs: int) -> None:
         self.stop = threading.Event()
@@ -33,7 +33,7 @@ class Platform:
             os.close(self._stop_write)
 
     def run_all(self, todo: list[Program]) -> int:
-        """Enqueue and run all of it; the number of evaluations reported to their end."""
+        """Enqueue and run all programs. Return the number of evaluations whose end was reported."""
         done = 0
         report(of=len(todo), done=done)
         with ThreadPoolExecutor(self._jobs, "executor") as pool:
@@ -74,7 +74,7 @@ class Platform:
 
 
 def facts(execution: Execution) -> dict[str, object]:
-    """The fields of the event that reports `execution`."""
+    """Return the fields of the event that reports `execution`."""
     error = execution.error
     if execution.outcome == "failed":
         error = b"\n\n".join(part for part in (execution.failure.encode(), error) if part)
@@ -92,7 +92,7 @@ def report(*, of: int, done: int) -> None:
 
 
 def main() -> int:
-    """Exit status: 0 all were reported, 1 there is nothing to run, 130 stopped by a signal."""
+    """Return exit status 0 if all were reported, 1 if there is nothing to run, 130 after a signal."""
     parser = argparse.ArgumentParser(prog="python -m examples.platform", description=__doc__)
     parser.add_argument("--ledger", type=Path, required=True, help="the JSONL file that every sent event is added to")
     parser.add_argument("--run", default=f"{datetime.now(UTC):%Y%m%dT%H%M%S}", help="what every eval_id begins with")

@@ -1,7 +1,7 @@
-"""Runs one program and tells what came of it: `execute(argv, files=..., limits=...) -> Execution`.
+"""Run one program and return its result: `execute(argv, files=..., limits=...) -> Execution`.
 
-Limits keep a mistake or a greedy program from harming the machine and the other runs. They are no sandbox against an
-attacker: the program sees the file system and the network. Put a container or a virtual machine around it for that.
+Limits protect the machine and other runs from mistakes and greedy programs. They are not a sandbox against an
+attacker: the program has access to the file system and the network. Use a container or a virtual machine for that.
 
 Linux only (pidfd, subreaper). Safe to call from many threads at once.
 """
@@ -23,15 +23,15 @@ from typing import Any, Literal
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
-# How long after its answer was due the launcher is waited for: its own sweep takes 5 s at most.
+# Time to wait for the launcher after its deadline. Its own clean-up takes 5 s at most.
 GRACE_S = 10.0
-# Nothing of the program is alive once the launcher has answered, so the pipes are at their end but for what they hold.
+# No process of the program lives after the launcher's answer, so the pipes hold only buffered output.
 DRAIN_S = 1.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. Memory, CPU, open files and file size are those of each of its processes."""
+    """Limits of one run. Memory, CPU, open files and file size apply to each of its processes."""
 
     wall_s: float = 10.0
     cpu_s: int = 10
@@ -45,22 +45,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class Execution:
-    """What came of a run. A program that ended by itself, with whatever exit code, is `completed`. `failed` says that
-    the executor did not see it through, and `failure` why: it could not start, wrote too much, or was stopped."""
+    """The result of a run. A program that ended, with any exit code, is `completed`. `failed` means that the executor
+    could not run it to its end. `failure` gives the reason: it could not start, wrote too much, or was stopped."""
 
     outcome: Literal["completed", "failed", "timed_out"]
     exit_code: int | None
-    """As a shell has it: 128 + n where signal n ended the program. None where it never ran."""
+    """128 + n if signal n ended the program, as in a shell. None if it never ran."""
     output: bytes
     error: bytes
     duration_ms: float
     memory_bytes: int
-    """Peak resident memory of the largest among the program and the processes it waited for."""
+    """Peak resident memory of the largest of the program and the processes that it waited for."""
     failure: str = ""
 
 
 class _Capture:
-    """Two pipes read into memory, together up to `room` bytes. What comes after that is dropped: `overflowed`."""
+    """Read two pipes into memory, together up to `room` bytes. `overflowed` tells that more output was dropped."""
 
     def __init__(self, room: int) -> None:
         self.output, self.error = bytearray(), bytearray()
@@ -68,7 +68,7 @@ class _Capture:
         self._room = room
 
     def read(self, fd: int, stream: bytearray) -> bool:
-        """Take what is there; False at the end, of the pipe or of the room."""
+        """Read available output. Return False at the end of the pipe, or if the room is full."""
         chunk = os.read(fd, 65536)
         stream += chunk[: self._room]
         self.overflowed = self.overflowed or len(chunk) > self._room
@@ -85,9 +85,9 @@ def execute(
 ) -> Execution:
     """Run `argv` (its first an absolute path) in a temporary folder that holds `files`, and wait for its end.
 
-    Blocks for `limits.wall_s` and a few seconds at most. As soon as `stop_fd` is readable or closed at its other end
-    the run is stopped. Neither a process nor a file of the run is left when this returns. A machine out of processes,
-    open files or disk gives `failed`, too."""
+    Block for `limits.wall_s` and a few seconds at most. Stop the run when `stop_fd` becomes readable or its other end
+    closes. No process or file of the run remains at the return. If the machine lacks processes,
+    open files or disk, the result is `failed`."""
     limits = limits or Limits()
     try:
         return _execute(argv, files or {}, limits, stop_fd)
@@ -122,7 +122,7 @@ def _execute(argv: Sequence[str], files: Mapping[str, bytes], limits: Limits, st
 
 
 def _launch(spec: dict[str, Any], capture: _Capture, stop_fd: int | None) -> tuple[dict[str, Any] | None, bool]:
-    """Returns the launcher's answer, None where there was none, and whether `stop_fd` asked for the end."""
+    """Return the launcher's answer or None, and whether `stop_fd` requested the end."""
     control, theirs = socket.socketpair()
     with control:
         with theirs:
@@ -140,7 +140,7 @@ def _launch(spec: dict[str, Any], capture: _Capture, stop_fd: int | None) -> tup
             try:
                 return _follow(launcher, control, spec["wall_s"], capture, stop_fd)
             finally:
-                launcher.kill()  # without effect on one that has ended, as it does right after its answer
+                launcher.kill()  # has no effect if the launcher has ended, as it does after its answer
 
 
 def _follow(
@@ -160,7 +160,7 @@ def _follow(
                     if capture.read(key.fd, pipes[key.fd]):
                         continue
                     del pipes[key.fd]
-                    if capture.overflowed:  # it now stands still in a write, until the launcher has killed it
+                    if capture.overflowed:  # the program blocks in a write until the launcher kills it
                         control.shutdown(socket.SHUT_WR)
                 elif key.fd == stop_fd:
                     stopped = True
@@ -201,8 +201,8 @@ def _judge(answer: dict[str, Any] | None, capture: _Capture, limits: Limits, *, 
 
 
 def _is_out_of_cpu(exit_code: int | None, cpu_s: float, limits: Limits) -> bool:
-    """SIGXCPU comes at the limit, and SIGKILL a second later to a program that ignores it. The kernel counts in clock
-    ticks against the limit but exactly for what it reports, which can be a good deal less on a busy machine."""
+    """Tell whether the CPU limit ended the program: SIGXCPU at the limit, SIGKILL a second later. The kernel compares clock
+    ticks with the limit but reports exact times, which can be much lower on a busy machine."""
     return exit_code == -SIGXCPU or (exit_code == -SIGKILL and cpu_s >= 0.8 * limits.cpu_s)
 
 
@@ -214,7 +214,7 @@ def _scratch_folder(files: Mapping[str, bytes]) -> Iterator[Path]:
             (folder / name).write_bytes(content)
         yield folder
     finally:
-        # Not shutil.rmtree: it recurses, and a program can nest folders deeper than Python recurses.
+        # shutil.rmtree recurses, and a program can nest folders deeper than Python's recursion limit.
         if subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False).returncode != 0:
             subprocess.run(["chmod", "-R", "u+rwX", "--", folder], stderr=subprocess.DEVNULL, check=False)
             subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)

@@ -1,4 +1,4 @@
-"""Sends events and keeps a ledger of them: one JSON line for each event whose send returned."""
+"""Send events and log them in a file: one JSON line for each event whose send returned."""
 
 import base64
 import hashlib
@@ -21,22 +21,22 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
 
 
 class Stopped(Exception):
-    """The platform was told to stop before Redis took the event."""
+    """The platform stopped before Redis accepted the event."""
 
 
 class Gateway:
-    """May be shared by threads."""
+    """Send the events of the platform. Threads may share an instance."""
 
     def __init__(self, ledger: Path, stop: threading.Event) -> None:
-        self._ledger = ledger.open("a", encoding="utf-8", buffering=1)  # line by line: it holds after a crash
+        self._ledger = ledger.open("a", encoding="utf-8", buffering=1)  # line-buffered, so that lines survive a crash
         self._lock = threading.Lock()
         self._stop = stop
 
     def send(self, type_: str, eval_id: str, **fields: Any) -> None:
-        """Send one event. Content is given as bytes, and None fields are left out.
+        """Send one event. Give content as bytes. Fields that are None are omitted.
 
-        Blocks while Redis is away, and tries again with the same event_id: if the first try did reach Redis, the second
-        is a duplicate and stored once. Raises Stopped where it is told to stop meanwhile, and InvalidEvent."""
+        Block while Redis is away, and retry with the same event_id: if the first try reached Redis, the second
+        is a duplicate. Raise Stopped if the platform stops meanwhile, and InvalidEvent."""
         event: dict[str, Any] = {
             "type": type_,
             "eval_id": eval_id,
@@ -69,7 +69,7 @@ class Gateway:
 
 
 def as_content(name: str, data: bytes) -> dict[str, str]:
-    """`data` as a text field where it is text, else as base64."""
+    """Return `data` as a text field if it is UTF-8, otherwise as base64."""
     try:
         return {name: data.decode()}
     except UnicodeDecodeError:

@@ -1,14 +1,14 @@
-"""Starts one program under limits, waits for it, and leaves nothing of it behind. Run by executor.py as
-`python -I -S launcher.py SPEC`, one process a run; never imported.
+"""Start one program under limits, wait for it, and kill all its processes. executor.py runs this file as
+`python -I -S launcher.py SPEC`, one process for each run; no module imports it.
 
-Why a process of its own, and not `preexec_fn`: that runs Python code between fork and exec in a copy of a process whose
-other threads may have held any lock, so a pool of threads sooner or later hangs in it. This process has one thread, so
-its own fork is safe. It is small, so the peak memory of a program does not start from that of a whole gateway (Linux
-carries the high-water mark over exec). And it can be a subreaper: a daemon that forks twice and calls setsid becomes
-this process's child, not init's, and is found and killed.
+A separate process is safer than `preexec_fn`, which runs Python code between fork and exec in a copy of a process whose
+other threads may hold locks, so a pool of threads sooner or later hangs. This process has one thread, so
+its fork is safe. It is small, so the peak memory of a program does not start from that of a whole gateway (Linux
+keeps the high-water mark over exec). It is a subreaper: a daemon that forks twice and calls setsid becomes
+a child of this process, not of init, and is found and killed.
 
-Standard input is a socket to the executor. Its end of file means: stop, now. So nothing runs on where the executor was
-killed with SIGKILL. The answer, one JSON object, goes the other way. Standard output and error become the program's.
+Standard input is a socket to the executor. End of file on it means to stop at once, so nothing continues after SIGKILL of
+the executor. The answer, one JSON object, goes the other way. The program inherits standard output and error.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ PR_CAP_AMBIENT_RAISE = 2
 CAP_DAC_READ_SEARCH = 2
 CAPABILITY_VERSION_3 = 0x20080522
 
-# The range systemd gives to users that exist only while a service runs: nobody else's files or processes are there.
+# systemd's range for dynamic users. No other user's files or processes have these ids.
 FIRST_UID, LAST_UID = 61184, 65519
 
 SWEEP_DEADLINE_S = 5.0
@@ -44,7 +44,7 @@ def main() -> None:
         answer = run(json.loads(sys.argv[1]), control)
     except (OSError, ValueError) as error:
         answer = {"failure": f"could not run the program: {error}"}
-    with suppress(BrokenPipeError):  # the executor is gone, and nobody else wants the answer
+    with suppress(BrokenPipeError):  # the executor has ended, and no other process needs the answer
         control.sendall(json.dumps(answer).encode())
 
 
@@ -57,17 +57,17 @@ def run(spec: dict[str, Any], control: socket.socket) -> dict[str, Any]:
     if pid == 0:
         become_program(spec, launcher, failed_write)
     os.close(failed_write)
-    # Without this the pipes would stay open when the program has closed its ends.
+    # Close these ends. Otherwise the pipes stay open after the program has closed its ends.
     devnull = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(devnull, fd)
     pidfd = os.pidfd_open(pid)
     stopped_by = wait(pidfd, control.fileno(), started + spec["wall_s"])
-    # While the program is not yet reaped, its process group is surely still its own: nobody else can have that number.
+    # Until the program is reaped, no other process group can have its number.
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    with suppress(ProcessLookupError):  # it had not come as far as setsid
+    with suppress(ProcessLookupError):  # it had not reached setsid
         os.killpg(pid, signal.SIGKILL)
-    # Nothing else was reaped so far: what a process leaves behind as it forks on and on counts against its limit.
+    # No other child is reaped yet, so processes that a fork bomb leaves behind count against its limit.
     _, status, usage = os.wait4(pid, 0)
     duration_ms = (time.monotonic() - started) * 1000
     swept = sweep()
@@ -86,7 +86,7 @@ def run(spec: dict[str, Any], control: socket.socket) -> dict[str, Any]:
 
 
 def wait(pidfd: int, control_fd: int, deadline: float) -> str:
-    """Block until the program has ended (""), its time is up ("deadline") or the executor wants an end ("executor")."""
+    """Block until the program ends (""), its time is up ("deadline") or the executor requests the end ("executor")."""
     left_ms = max(0.0, deadline - time.monotonic()) * 1000
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -98,14 +98,14 @@ def wait(pidfd: int, control_fd: int, deadline: float) -> str:
 
 
 def become_program(spec: dict[str, Any], launcher: int, failed_write: int) -> NoReturn:
-    """In the child: take the limits, give up rights, and exec. What goes wrong is written to `failed_write`."""
+    """In the child: set the limits, drop privileges, and exec. Write an error to `failed_write`."""
     try:
         os.setsid()
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
         os.chdir(spec["cwd"])
         os.umask(0o077)
-        # Python ignores these two; a program expects what any program gets.
+        # Python ignores these two signals; a program expects the defaults.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         processes = spec["limits"].pop("NPROC")
@@ -115,24 +115,24 @@ def become_program(spec: dict[str, Any], launcher: int, failed_write: int) -> No
         if os.geteuid() == 0 and has_other_users():
             drop_root(spec["cwd"], spec["argv"][0], processes)
         else:
-            # The kernel counts all processes and threads of the user, so what is there already comes on top.
+            # The kernel counts all processes and threads of the user, so add those that exist.
             limit_processes(processes + count_tasks(os.getuid()))
-        prctl(PR_SET_NO_NEW_PRIVS, 1)  # no setuid program gets it out of its user
+        prctl(PR_SET_NO_NEW_PRIVS, 1)  # no setuid program changes its user
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which clears it
         if os.getppid() != launcher:
-            os._exit(127)  # the launcher had died before that call
-        os.execve(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 - no shell is what is wanted
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and nothing runs on as a second launcher
+            os._exit(127)  # the launcher died before that call
+        os.execve(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 - no shell is intended
+    except Exception as error:  # noqa: BLE001 - report every error, and do not continue as a second launcher
         os.write(failed_write, f"could not run the program: {error}".encode())
     finally:
         os._exit(127)
 
 
 def drop_root(cwd: str, program: str, processes: int) -> None:
-    """Become a user nobody else is.
+    """Become a user that no other process has.
 
-    The kernel holds root to no RLIMIT_NPROC at all, and it counts per user: of two runs that share one, each could
-    starve the other. Raises PermissionError without CAP_SETUID: better no run than one without that limit."""
+    The kernel applies no RLIMIT_NPROC to root, and counts processes per user: two runs with one user could
+    starve each other. Raise PermissionError without CAP_SETUID, because a run needs this limit."""
     uid = FIRST_UID + os.getpid() % (LAST_UID - FIRST_UID + 1)
     for path in (Path(cwd), *Path(cwd).iterdir()):
         os.chown(path, uid, uid)
@@ -144,7 +144,7 @@ def drop_root(cwd: str, program: str, processes: int) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     if not reachable:
-        # An interpreter in a home of mode 0700, as /root is: the right to read comes along, and nothing else of root.
+        # The interpreter may be in a home of mode 0700, such as root's: keep the right to read, and no other right of root.
         bit = 1 << CAP_DAC_READ_SEARCH
         header, data = struct.pack("Ii", CAPABILITY_VERSION_3, 0), struct.pack("6I", bit, bit, bit, 0, 0, 0)
         check(libc.capset(header, data))
@@ -152,7 +152,7 @@ def drop_root(cwd: str, program: str, processes: int) -> None:
 
 
 def has_other_users() -> bool:
-    """Not where root is a plain user in a user namespace that maps nobody else: the limit holds for that user as it is."""
+    """Return False if root is the only mapped user of a user namespace: the limit applies to that user anyway."""
     for name in ("uid_map", "gid_map"):
         ranges = [map(int, line.split()) for line in Path("/proc/self", name).read_text().splitlines()]
         if not any(first <= FIRST_UID and first + count > LAST_UID for first, _, count in ranges):
@@ -180,15 +180,15 @@ def count_tasks(uid: int) -> int:
             if process.name.isdigit() and process.stat().st_uid == uid:
                 total += sum(1 for _ in (process / "task").iterdir())
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # it has ended
     return total
 
 
 def sweep() -> bool:
-    """Kill and reap all that the program has left behind, until there is no child; False if some outlived the deadline.
+    """Kill and reap all remaining processes of the program. Return False if some outlive the deadline.
 
-    Whatever the program forked becomes a child of this process once its parent is dead, so killing children until there
-    are none ends with nothing, also where a process keeps forking and exiting to get away."""
+    A process becomes a child of this process when its parent ends. So killing children until there
+    are none kills all of them, even if a process keeps forking and exiting."""
     deadline = time.monotonic() + SWEEP_DEADLINE_S
     while time.monotonic() < deadline:
         for child in children():

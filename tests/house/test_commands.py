@@ -13,7 +13,7 @@ from models.jobs import JOBS
 from models.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 RUNBOOK = ROOT / "docs/operations.md"
 DEPLOY = [path for path in [ROOT / "docker-compose.yml", *sorted((ROOT / "deploy").rglob("*"))] if path.is_file()]
 # Read by the command line itself.

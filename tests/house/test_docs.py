@@ -18,9 +18,10 @@ from evalstore.local import processes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 
+_STATUS = re.compile(r"^Status: (accepted|superseded by \[\d{4}\]\(\d{4}-[\w-]+\.md\))(?:; .+)?$", re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 _PATH = re.compile(r"`((?:evalstore|models|tasks|worker|tests|docs|examples|deploy|bench)/[\w./-]+)`")
 _BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```\n", re.DOTALL)
@@ -54,7 +55,17 @@ def test_a_decision_says_why_what_and_which_test_guards_it(page: Path) -> None:
     assert text.startswith(f"# {page.name[:4]} ")
     assert re.findall(r"^\*\*([\w ]+?)\.?\*\*", text, re.MULTILINE) == ["Context", "Decision", "Consequence", "Guarded by"]
     assert re.search(r"^\*\*Guarded by\*\* `tests/", text, re.MULTILINE)
-    assert 10 <= len(text.splitlines()) <= 20
+    assert 10 <= len(text.splitlines()) <= 24
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
+def test_a_decision_has_a_status_that_the_index_repeats(page: Path) -> None:
+    text = page.read_text()
+    found = _STATUS.search(text)
+    assert found, "Status: accepted, or superseded by [NNNN](NNNN-name.md)"
+    title, status = text.partition("\n")[0].removeprefix("# "), found[0].removeprefix("Status: ")
+    line = f"| [{title}](decisions/{page.name}) | {status.replace('](', '](decisions/')} |"
+    assert line in (DOCS / "index.md").read_text().splitlines()
 
 
 def test_what_is_made_from_the_code_is_fresh() -> None:

@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from evalstore.storage import dead_letters
 from evalstore.storage.dead_letters import DeadLetterInsert
 from tasks.keys import Keys
+from tests import factories
 from tests.chaos.relay import ROOT
 from tests.chaos.world import Workers, World, wait_until
 from tests.integration.commands import python
@@ -128,9 +129,9 @@ def _read(terminal: int, *, until: str | None, ended: Callable[[], bool] = lambd
 
 
 def event(number: int, **fields: Any) -> Json:
-    """A good one, but for `fields`; too large for a release with a limit of 100 bytes."""
-    common = {"type": "evaluation:completed", "eval_id": f"run-{number}", "event_id": str(UUID(int=number + 1))}
-    return common | {"occurred_at": "2026-01-31T09:30:00Z", "exit_code": 0, "output": "x" * 200} | fields
+    """Return a valid event, except for `fields`. A release with a limit of 100 bytes refuses its content."""
+    given = {"occurred_at": "2026-01-31T09:30:00Z", "output": "x" * 200, **fields}
+    return factories.event("completed", number + 1, eval_id=f"run-{number}") | given
 
 
 def body(world: World, given: object, **changes: Any) -> bytes:

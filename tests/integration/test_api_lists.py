@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 
 from evalstore.storage import database, event_store, listing
 from models.events import parse
+from tests import factories
 
 E = "/storage/evaluations"
 COUNT = 60
@@ -26,9 +27,8 @@ def engine(api: Any) -> Iterator[Engine]:
 
 def event(number: int, **fields: Any) -> dict[str, Any]:
     team, language = f"team-{number % 3}", "rust" if number % 10 == 0 else "python"
-    given = {"type": "evaluation:queued", "eval_id": f"e{number:03}", "code": "c", "language": language, "submitter": team}
-    named = {"event_id": str(UUID(int=1)), "occurred_at": "2026-01-01T00:00:00Z"}
-    return {**given, **named, "metadata": {"shard": number % 4}, **fields}
+    given = {"language": language, "submitter": team, "metadata": {"shard": number % 4}, **fields}
+    return factories.event("queued", eval_id=f"e{number:03}") | given
 
 
 @pytest.fixture

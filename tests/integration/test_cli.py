@@ -25,6 +25,7 @@ from evalstore.storage import database, dead_letters, event_store
 from evalstore.storage.dead_letters import DeadLetterInsert
 from models.events import parse
 from tasks.keys import Keys
+from tests.factories import unique_event as event
 from tests.integration.commands import python
 
 Json = dict[str, Any]
@@ -63,11 +64,6 @@ def evalstore(database_url: str, redis_url: str) -> Evalstore:
         return done
 
     return run
-
-
-def event(type_: str, eval_id: str = "e", **fields: Any) -> Json:
-    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "event_id": str(uuid4())}
-    return {**named, "occurred_at": "2026-01-31T09:30:00Z", **fields}
 
 
 def store(database_url: str, *events: Json) -> None:

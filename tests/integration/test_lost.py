@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from dramatiq import Message
 from sqlalchemy import Connection, text
-from uuid_utils.compat import uuid4
 
 from evalstore.storage import event_store
 from evalstore.telemetry import backlog, queues
 from models.events import parse
 from models.settings import Settings
 from tasks.keys import QUEUE
+from tests.factories import unique_event
 from worker import lost
 from worker.broker import Broker
 
@@ -21,8 +21,7 @@ LIMITS = Settings(lost_grace_s=60, running_limit_s=3600, queued_limit_s=7200)
 
 
 def event(kind: str, **fields: Any) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat()
-    return {"type": f"evaluation:{kind}", "eval_id": "e", "event_id": uuid4(), "occurred_at": now, **fields}
+    return unique_event(kind, **{"occurred_at": datetime.now(UTC).isoformat(), **fields})
 
 
 def stored(conn: Connection, *events: dict[str, Any], recorded_s_ago: float) -> None:

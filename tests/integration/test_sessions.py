@@ -24,8 +24,8 @@ from evalstore.storage.operator_actions import Intent
 from evalstore.storage.sessions import split_options
 from models import Event
 from models.errors import DatabaseMisconfigured, DatabaseOutage
-from models.events import parse
 from tests.chaos.world import World
+from tests.factories import parsed_event
 from tests.integration import shell
 from tests.integration.conftest import Api
 from tests.integration.shell import Operator
@@ -86,9 +86,8 @@ MADE_OF_THEM: Final = {
 INTENT = Intent("redrive", "ada", None, {})
 
 
-def event(number: int, **fields: object) -> Event:
-    named = {"type": "evaluation:queued", "eval_id": f"e{number}", "event_id": UUID(int=number), "code": "c"}
-    return parse({**named, "occurred_at": "2026-01-01T00:00:00Z", **fields})
+def event(number: int, **fields: Any) -> Event:
+    return parsed_event("queued", number, eval_id=f"e{number}", **fields)
 
 
 def burial(number: int) -> DeadLetterInsert:

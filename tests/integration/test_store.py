@@ -29,6 +29,7 @@ from models.errors import DatabaseOutage
 from models.events import parse
 from models.fold import fold
 from models.record import EventRow, canonical_json, to_row
+from tests.factories import parsed_event as event
 from tests.integration.earlier_release import store_as_before
 
 Json = dict[str, Any]
@@ -48,12 +49,6 @@ def plain(database_url: str) -> Iterator[psycopg.Connection[Json]]:
     """A connection that looks at the tables, and has no part in what is tested."""
     with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as conn:
         yield conn
-
-
-def event(type_: str, number: int = 1, *, eval_id: str = "e", second: int = 0, **fields: Any) -> Event:
-    required: dict[str, Json] = {"queued": {"code": "c"}, "completed": {"exit_code": 0}, "failed": {"error": "e"}}
-    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "event_id": UUID(int=number)}
-    return parse({**named, "occurred_at": f"2026-01-01T00:00:{second:02}Z", **required.get(type_, {}), **fields})
 
 
 def store(engine: Engine, events: Sequence[Event]) -> Stored:

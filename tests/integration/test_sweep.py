@@ -27,6 +27,7 @@ from tasks.keys import QUEUE
 from tasks.spool import Spool
 from tasks.touch import ObjectToucher
 from tests.chaos.world import wait_until
+from tests.factories import unique_event
 from tests.integration.s3_relay import Fault, S3Relay
 from worker import dead_letter_mover
 from worker.broker import Broker
@@ -96,9 +97,7 @@ def put(target: Target) -> Reference:
 
 
 def event(reference: Reference) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat()
-    given = {"event_id": str(uuid4()), "occurred_at": now, "exit_code": 0, "output_ref": reference._asdict()}
-    return {"type": "evaluation:completed", "eval_id": "e", **given}
+    return unique_event("completed", occurred_at=datetime.now(UTC).isoformat(), exit_code=0, output_ref=reference._asdict())
 
 
 def message(reference: Reference, sent_at: datetime | None = None) -> Message[None]:

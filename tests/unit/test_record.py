@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from models.content import Reference, from_bytes, to_bytes
 from models.events import parse
 from models.fold import Folded
 from models.record import EventRow, to_row
+from tests.factories import event
 
 Json = dict[str, Any]
 MORE = int(os.environ.get("EVALSTORE_MORE_EXAMPLES", "1"))
@@ -31,9 +31,9 @@ IDS = [f"{first}0000000-0000-4000-8000-00000000000{last}" for first in "08f" for
 def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after another
     """DESIGN section 3, "The record is a function of the set of its events", sentence by sentence."""
     events: list[Json] = []
-    for event in given:  # "The first one committed stands"
-        if event["event_id"] not in [earlier["event_id"] for earlier in events]:
-            events.append({name: value for name, value in event.items() if value is not None})
+    for each in given:  # "The first one committed stands"
+        if each["event_id"] not in [earlier["event_id"] for earlier in events]:
+            events.append({name: value for name, value in each.items() if value is not None})
 
     def of(attempts: set[int], *types: str) -> list[Json]:
         """Those of some types and attempts, by (occurred_at, event_id)."""
@@ -68,8 +68,8 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
     metadata: Json = {}
     for number in sorted(every_attempt):
         for phase in (["evaluation:queued"], ["evaluation:started", "evaluation:running"], ["evaluation:lost"], ENDINGS):
-            for event in of({number}, *phase):
-                metadata |= event.get("metadata", {})
+            for each in of({number}, *phase):
+                metadata |= each.get("metadata", {})
     values = {name: len(json.dumps(value, separators=(",", ":"))) for name, value in metadata.items()}
     large = {name: size for name, size in values.items() if size > merge_state.MAX_VALUE_BYTES}
     kept = sorted(metadata, key=lambda name: hashlib.sha256(name.encode()).digest())[: merge_state.MAX_KEYS]
@@ -216,19 +216,6 @@ def test_of_two_events_with_one_id_the_first_stands(given: list[Json]) -> None:
     assert merge(map(parse, given)).model_dump() == reference(given)
 
 
-def event(type_: str, number: int = 0, second: int = 0, **fields: Any) -> Json:
-    id_, at = UUID(int=number), f"2026-01-01T00:00:{second:02}Z"
-    required: dict[str, Json] = {"queued": {"code": "c"}, "completed": {"exit_code": 0}, "failed": {"error": "e"}}
-    return {
-        "type": f"evaluation:{type_}",
-        "eval_id": "e",
-        "event_id": id_,
-        "occurred_at": at,
-        **required.get(type_, {}),
-        **fields,
-    }
-
-
 def record_of(*given: Json) -> Json:
     return merge(map(parse, given)).model_dump()
 
@@ -269,7 +256,7 @@ def test_the_language_is_python_where_a_queued_event_names_none() -> None:
 
 
 def test_only_the_events_of_one_evaluation_make_a_record() -> None:
-    for wrong in ([], [event("started"), event("started", 1) | {"eval_id": "f"}]):
+    for wrong in ([], [event("started"), event("started", 2) | {"eval_id": "f"}]):
         with pytest.raises(ValueError, match="exactly one evaluation"):
             record_of(*wrong)
     for missing in ("event_id", "occurred_at"):

@@ -1,4 +1,4 @@
-"""What this code base had long before evalstore: a package with the name that evalstore's has, too."""
+"""A package of this code base that has the same name as evalstore's package."""
 
 
 def greet(name: str) -> str:
