@@ -203,8 +203,10 @@ def test_a_role_that_may_make_no_temporary_table_is_named(database_url: str) -> 
                 database.driver(conn).execute(sql.SQL("SET SESSION AUTHORIZATION {}").format(role))
                 conn.commit()
                 assert [doubt for doubt in durability.doubts(conn) if doubt not in before] == [
-                    f"this role may not create temporary tables: large batches are not stored: GRANT TEMPORARY ON DATABASE "
-                    f"{admin.info.dbname} TO {role.as_string(None)[1:-1]}"
+                    (
+                        f"this role may not create temporary tables: large batches are not stored: GRANT TEMPORARY ON DATABASE "
+                        f"{admin.info.dbname} TO {role.as_string(None)[1:-1]}"
+                    )
                 ]
                 database.driver(conn).execute("RESET SESSION AUTHORIZATION")
         finally:
