@@ -254,7 +254,7 @@ class S3Store:
                 _repeating(lambda: self._s3.delete_object(**self._at(key)))
                 return True
             begun, mark = time.monotonic(), self._mark(key)
-            _repeating(lambda: self._s3.put_object(**mark, Body=b""))
+            _repeating(lambda: self._adapting(lambda: self._s3.put_object(**mark, **self._checksum(io.BytesIO()), Body=b"")))
             try:
                 with self.open(key, -1) as stream:
                     is_old = stream.listed.modified_at <= unmodified_since
