@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
-from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError  # type: ignore[import-untyped]
 from urllib3.exceptions import HTTPError
 
 from evalstore.objects import s3_answers
@@ -59,7 +59,8 @@ class S3Store:
     ) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
-        config = Config(
+        self._endpoint_url = settings.s3_endpoint_url
+        self._config = Config(
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": attempts},
@@ -72,13 +73,19 @@ class S3Store:
             # The checksum in the signed headers vouches for the body: it need not be hashed once more to be signed itself.
             s3={"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False},
         )
+        self._lacks_credentials = False
         with self._errors("open", ""):
-            session = boto3.session.Session()
-            self._s3: Any = session.client("s3", endpoint_url=settings.s3_endpoint_url, config=config)
+            self._connect()
         kept = {"StorageClass": settings.s3_storage_class, "ServerSideEncryption": settings.s3_server_side_encryption}
         self._kept = {name: value for name, value in kept.items() if value}
         # Until the server answers that it knows no such thing.
         self._knows_conditions = self._knows_checksums = self._knows_suffixes = True
+
+    def _connect(self) -> None:
+        """Make the client, which looks for credentials now and never again."""
+        session = boto3.session.Session()
+        self._s3: Any = session.client("s3", endpoint_url=self._endpoint_url, config=self._config)
+        self._lacks_credentials = False
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
         """Bytes `start` to `stop` as stored, or for a negative start that many at the end, or all there are."""
@@ -388,10 +395,13 @@ class S3Store:
     def _errors(self, verb: str, key: str) -> Iterator[None]:
         """What boto3 raises, as what the caller can do about it. All but a missing object passes or can be mended."""
         try:
+            if self._lacks_credentials:
+                self._connect()
             yield
         except ClientError as error:
             raise s3_answers.translate(error, verb, self._name(key), is_object=bool(key)) from error
         except (BotoCoreError, HTTPError, OSError) as error:
+            self._lacks_credentials = isinstance(error, NoCredentialsError)
             raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {error}") from error
 
 

@@ -15,8 +15,8 @@ _REFUSES: Final = "default_transaction_read_only is on for this role, database o
 _READ: Final = """
 SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('default_transaction_read_only'),
     CASE WHEN NOT has_database_privilege(current_database(), 'TEMPORARY')
-        THEN format('this role may not create temporary tables: large batches are not stored: GRANT TEMPORARY ON DATABASE %I TO %I',
-            current_database(), current_user) END
+        THEN format('this role may not create temporary tables: large batches are not stored: '
+            'GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user) END
 """
 
 
