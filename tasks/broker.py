@@ -34,6 +34,7 @@ _SLOWEST_BYTES_PER_S: Final = 10_000_000
 _USUAL_BYTES: Final = 256 * 1024
 # Of fewer messages the script takes no longer than the transaction, which has a round trip more; of which so many go together.
 _MANY, _TOGETHER = 64, 100
+_WITHOUT_RESENT: Final = 2  # keys: the queue and the bodies
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -223,7 +224,10 @@ class SendingBroker(RedisBroker):
                 self.reset_if_readonly(error)
                 time.sleep(0.02)
             except redis.RedisError as error:
-                raise RedisOutage(str(error)) from error
+                if not isinstance(error, redis.exceptions.NoPermissionError) or len(keys) == _WITHOUT_RESENT:
+                    raise RedisOutage(str(error)) from error
+                # A user who may not touch the third key cannot have begun a transaction either, as that watches it.
+                keys = keys[:_WITHOUT_RESENT]
             except Exception as error:
                 if sys.is_finalizing():  # a codec, say, can be loaded no more: the spool needs none
                     raise RedisOutage(f"the interpreter ends: {error}") from error
