@@ -36,6 +36,7 @@ _LARGE_BYTES: Final = 256 * 1024
 # Below this number of messages the script is as fast as a transaction, which has one more round trip.
 _TRANSACTION_MESSAGES: Final = 64
 _MESSAGES_PER_COMMAND: Final = 100
+_WITHOUT_RESENT: Final = 2  # keys: the queue and the bodies
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -196,7 +197,7 @@ class SendingBroker(RedisBroker):
         finally:
             spool.keep_forwarding(self.send_spooled)
 
-    def _send(
+    def _send(  # noqa: C901 - one loop, with an except for each cause
         self,
         script: Any,
         keys: list[str],
@@ -226,7 +227,10 @@ class SendingBroker(RedisBroker):
                     self.reset_if_readonly(error)
                     time.sleep(0.02)
                 except redis.RedisError as error:
-                    raise RedisOutage(str(error)) from error
+                    if not isinstance(error, redis.exceptions.NoPermissionError) or len(keys) == _WITHOUT_RESENT:
+                        raise RedisOutage(str(error)) from error
+                    # A user without rights on the third key cannot have begun a transaction either: that watches the key.
+                    keys = keys[:_WITHOUT_RESENT]
                 except Exception as error:
                     if sys.is_finalizing():  # for example, a codec cannot be loaded any more. The spool needs none.
                         raise RedisOutage(f"the interpreter ends: {error}") from error

@@ -149,7 +149,7 @@ class Spool:
         sent = damaged = 0
         if self.holds():
             try:
-                with self._locked("forward.lock") as progress:
+                with self._locked("forward.lock", poll_s=0.05) as progress:
                     while segments := self._segments():
                         done = self._forward_segment(segments[0][0], progress, send)
                         sent, damaged = sent + done.sent, damaged + done.damaged
@@ -321,12 +321,21 @@ class Spool:
             yield
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[int]:
-        """Lock a file and yield its descriptor. Each call opens it again: flock(2) locks open files, not threads."""
+    def _locked(self, name: str, *, poll_s: float = 0) -> Iterator[int]:
+        """Lock a file and yield its descriptor. Each call opens it again: flock(2) locks open files, not threads.
+
+        `poll_s`: ask again after so long, for a lock that another process may hold while it waits for Redis. Under gevent,
+        flock(2) would block all greenlets of this process for that time.
+        """
         lock = permissions.create_file(self.folder / name, os.O_RDWR)
         _open_locks.add(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if poll_s else 0))
+                    break
+                except BlockingIOError:
+                    time.sleep(poll_s)
             yield lock
         finally:
             _open_locks.discard(lock)

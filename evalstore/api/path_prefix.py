@@ -1,5 +1,6 @@
 """The path below which a proxy offers the service, like `/evalstore`: EVALSTORE_API_ROOT_PATH, or uvicorn's `--root-path`."""
 
+import re
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -17,6 +18,8 @@ class PathPrefixMiddleware:
         self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if b"://" in scope.get("raw_path", b""):
+            scope = _in_origin_form(scope)
         prefix = (scope.get("root_path") or self._prefix).rstrip("/") if scope["type"] == "http" else ""
         if not prefix:
             await self._app(scope, receive, send)
@@ -31,6 +34,17 @@ class PathPrefixMiddleware:
             await send(message)
 
         await self._app(_without(prefix, scope), receive, send_prefixed)
+
+
+def _in_origin_form(scope: Scope) -> Scope:
+    """Remove scheme and authority from a target in absolute form, as proxies send it. Uvicorn leaves them in the path.
+
+    https://www.rfc-editor.org/rfc/rfc9112#name-absolute-form
+    """
+    absolute = f"^({re.escape(scope.get('root_path', ''))})https?://[^/]*/?"
+    raw_path, found = re.subn(absolute.encode(), rb"\1/", scope["raw_path"], flags=re.IGNORECASE)
+    path = re.sub(absolute, r"\1/", scope["path"], flags=re.IGNORECASE)
+    return {**scope, "path": path, "raw_path": raw_path} if found else scope
 
 
 def _without(prefix: str, scope: Scope) -> MutableMapping[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
-from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError  # type: ignore[import-untyped]
 from urllib3.exceptions import HTTPError
 
 from evalstore.objects import s3_answers
@@ -59,7 +59,8 @@ class S3Store:
     ) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
-        config = Config(
+        self._endpoint_url = settings.s3_endpoint_url
+        self._config = Config(
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": attempts},
@@ -71,13 +72,19 @@ class S3Store:
             # The signed headers contain a checksum of the body, so the body need not be signed.
             s3={"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False},
         )
+        self._lacks_credentials = False
         with self._errors("open", ""):
-            session = boto3.session.Session()
-            self._s3: Any = session.client("s3", endpoint_url=settings.s3_endpoint_url, config=config)
+            self._connect()
         options = {"StorageClass": settings.s3_storage_class, "ServerSideEncryption": settings.s3_server_side_encryption}
         self._write_options = {name: value for name, value in options.items() if value}
         # Features to use until the server refuses them.
         self._knows_conditions = self._knows_checksums = self._knows_suffixes = True
+
+    def _connect(self) -> None:
+        """Make the client, which looks for credentials now and never again."""
+        session = boto3.session.Session()
+        self._s3: Any = session.client("s3", endpoint_url=self._endpoint_url, config=self._config)
+        self._lacks_credentials = False
 
     def open(self, key: str, start: int, stop: int | None = None) -> Stream:
         """Open stored bytes `start` to `stop`. A negative `start` counts from the end, at most to the beginning."""
@@ -254,7 +261,8 @@ class S3Store:
                 _call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
                 return True
             started_at, mark = time.monotonic(), self._mark(key)
-            _call_with_retries(lambda: self._s3.put_object(**mark, Body=b""))
+            empty = self._checksum(io.BytesIO())
+            _call_with_retries(lambda: self._adapting(lambda: self._s3.put_object(**mark, **empty, Body=b"")))
             try:
                 with self.open(key, -1) as stream:
                     is_old = stream.listed.modified_at <= unmodified_since
@@ -390,10 +398,13 @@ class S3Store:
     def _errors(self, verb: str, key: str) -> Iterator[None]:
         """Translate boto3's errors into ObjectMissing, ObjectUnavailable or ObjectStoreOutage."""
         try:
+            if self._lacks_credentials:
+                self._connect()
             yield
         except ClientError as error:
             raise s3_answers.translate(error, verb, self._name(key), is_object=bool(key)) from error
         except (BotoCoreError, HTTPError, OSError) as error:
+            self._lacks_credentials = isinstance(error, NoCredentialsError)
             raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {error}") from error
 
 

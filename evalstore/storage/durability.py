@@ -13,13 +13,17 @@ _LOSES: Final = (
 # Its role's or database's default may fence writers off before a switch-over, so evalstore does not override it.
 _REFUSES: Final = "default_transaction_read_only is on for this role, database or server: nothing is stored"
 _READ: Final = """
-SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('default_transaction_read_only')
+SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('default_transaction_read_only'),
+    CASE WHEN NOT has_database_privilege(current_database(), 'TEMPORARY')
+        THEN format('this role may not create temporary tables: large batches are not stored: '
+            'GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user) END
 """
 
 
 def doubts(conn: Connection) -> list[str]:
     """Why this server could lose what it committed, or stores nothing: a sentence each. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        ((*safe, read_only),) = database.driver(conn).execute(_READ).fetchall()
+        ((*safe, read_only, lacks_temporary),) = database.driver(conn).execute(_READ).fetchall()
     unsafe = [sentence for sentence, setting in zip(_LOSES, safe, strict=True) if setting == "off"]
-    return [*unsafe, _REFUSES] if read_only == "on" else unsafe
+    refuses = [_REFUSES] if read_only == "on" else []
+    return [*unsafe, *refuses, *([lacks_temporary] if lacks_temporary else [])]

@@ -104,6 +104,14 @@ def test_pipelined_requests_are_answered_in_their_order(api: Any) -> None:
     assert [part[:1] for part in received.split(b'"eval_id":"')[1:]] == [b"a", b"a", b"a", b"b"]
 
 
+@pytest.mark.parametrize("authority", ["http://x", "HTTPS://x:8086"])
+def test_a_target_in_absolute_form_is_that_of_its_path(api: Any, authority: str) -> None:
+    """As a forward proxy sends it. RFC 9112, 3.2.2: a server MUST accept the absolute-form in requests."""
+    assert answered(api.port, head("GET", f"{authority}{E}/nobody")).count(b"urn:evalstore:problem:not-found") == 1
+    assert answered(api.port, head("GET", f"{authority}{E}?limit=1")).startswith(b"HTTP/1.1 200 ")
+    assert answered(api.port, head("GET", authority))[9:12] == answered(api.port, head("GET", "/"))[9:12]
+
+
 def test_head_is_answered_as_get_is_without_its_body(api: Any) -> None:
     api.both.post(E, json={"eval_id": "e", "code": "c" * 3_000_000})
     for path in (f"{E}/e", f"{E}/e/code", E, f"{E}?format=ndjson", "/metrics", f"{E}/absent", "/nowhere", f"{E}/e/output"):

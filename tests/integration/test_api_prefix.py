@@ -14,6 +14,7 @@ from evalstore.client.http import StorageClient
 from models import InvalidSettings
 from models.settings import Settings
 from tests.integration.conftest import BOTH
+from tests.integration.test_api_hostile import answered, head
 
 PREFIX = "/tools/evalstore"
 LARGE = "x" * 100_000
@@ -76,6 +77,8 @@ def test_all_addresses_lead_back_through_the_proxy(
     start_api: Callable[..., Any], command: tuple[str, ...], keeps: bool
 ) -> None:
     api = start_api(command=command, **({"EVALSTORE_API_ROOT_PATH": f"{PREFIX}/"} if command is BY_SETTING else {}))
+    target = f"http://x{PREFIX if keeps else ''}/storage/evaluations"
+    assert answered(api.port, head("GET", target)).startswith(b"HTTP/1.1 200 ")
     headers = {"Authorization": f"Bearer {BOTH}"}
     with proxy(api.port, keeps=keeps) as origin, httpx.Client(base_url=origin, headers=headers, timeout=30) as client:
         body = {"eval_id": "e", "code": LARGE, "metadata": {"code_url": "/storage/evaluations/mine", "n": 2**62, "x": 1e300}}

@@ -1,5 +1,6 @@
 """Confirmations reach other services: once committed, in order, at least once, whatever Redis loses."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,27 @@ def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
     connections.engine.dispose()
     settings.cache_clear()
     assert len(entries(broker)) == 120
+
+
+def test_a_user_who_may_not_publish_leaves_no_copies_in_the_stream(conn: Connection, valkey_server: Valkey) -> None:
+    """Redis gives a new user no channel by itself, and undoes nothing of a script that fails halfway."""
+    with redis.Redis.from_url(valkey_server.url()) as admin:
+        for eval_id, channels in {"a": "resetchannels", "b": "&storage:evaluation:created"}.items():
+            admin.execute_command("ACL", "SETUSER", "modest", "on", ">pw", "~*", channels, "+@all", "-@dangerous")
+            broker = Broker(url=re.sub("//[^@]*@", "//modest:pw@", valkey_server.url()), middleware=[])
+            store(conn, eval_id, 1)
+            store(conn, eval_id, 2)
+            for _ in range(3):
+                with pytest.raises(RedisOutage, match="channel"):
+                    confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
+            assert entries(broker) == []
+            broker.client.close()
+
+        admin.execute_command("ACL", "SETUSER", "modest", "&*")
+        broker = Broker(url=re.sub("//[^@]*@", "//modest:pw@", valkey_server.url()), middleware=[])
+        assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 4
+        assert len(entries(broker)) == 4
+        broker.client.close()
 
 
 def test_they_are_published_on_the_channel_of_their_type(conn: Connection, broker: Broker) -> None:

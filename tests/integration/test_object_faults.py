@@ -1,13 +1,17 @@
 """S3 that is away, slow, full of faults or set up wrongly: retried or reported, never lost, never wrong."""
 
+import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from evalstore.local.servers import free_port
 from evalstore.objects import object_store
-from evalstore.objects.object_store import Reference
+from evalstore.objects.object_store import Reference, Stores
 from evalstore.objects.s3 import S3Store
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectStoreOutage
@@ -204,6 +208,52 @@ def test_a_server_that_lacks_conditions_or_checksums_is_written_to_without(
     assert read(store, reference) == content
     if header.startswith("x-amz"):
         assert any("content-md5" in request.headers for request in relay.seen)
+
+
+class MetadataService:
+    """Serve the credentials of a role as the metadata service of an EC2 machine does."""
+
+    def __init__(self, port: int, key: str, secret: str) -> None:
+        found = {"Code": "Success", "AccessKeyId": key, "SecretAccessKey": secret, "Token": ""}
+        found["Expiration"] = "2099-01-01T00:00:00Z"
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                text = json.dumps(found) if self.path.endswith("/role") else "role"
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            do_GET = do_PUT = answer  # noqa: N815  names of http.server
+
+            def log_message(self, *_: object) -> None:
+                """Tests tell what matters."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+def test_credentials_that_come_after_the_start_are_used(
+    s3_server: SeaweedFS, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may start before its machine's metadata service answers."""
+    key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    port = free_port()
+    changes = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nonexistent"}
+    changes |= {"AWS_EC2_METADATA_DISABLED": "false", "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{port}/"}
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    stores = Stores(Settings(object_store_url=s3_url, s3_endpoint_url=s3_server.endpoint))
+    with pytest.raises(ObjectStoreOutage, match="credentials"):
+        object_store.put(stores["objects"], b"some")
+    service = MetadataService(port, key, secret)
+    try:
+        assert object_store.put(stores["objects"], b"some").new
+    finally:
+        stores.close()
+        service.server.shutdown()
+        service.server.server_close()
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,20 @@ def test_what_every_request_meets_is_an_outage_of_the_store(store: S3Store, rela
     assert not isinstance(raised.value, ObjectUnavailable)
 
 
+def lacks_checksum(request: Request) -> bool:
+    is_body = request.method == "PUT" and "x-amz-copy-source" not in request.headers
+    return is_body and not {"content-md5", "x-amz-checksum-crc32"} & set(request.headers)
+
+
+@pytest.mark.parametrize("content", [SMALL, PARTS], ids=len)
+def test_a_bucket_with_object_lock_is_written_to_and_swept(store: S3Store, relay: S3Relay, content: bytes) -> None:
+    """Such a bucket refuses each body without a checksum: "Content-MD5 OR x-amz-checksum- HTTP header is required"."""
+    relay.fail(lacks_checksum, Fault("answer", (400, "InvalidRequest")))
+    reference = reference_of(content, store)
+    store.touch(reference.key)
+    assert store.delete(reference.key, unmodified_since=datetime.now(UTC) + LATER)
+
+
 def is_suffix(request: Request) -> bool:
     return request.headers.get("range", "").startswith("bytes=-")
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,8 @@ from models.errors import NotDurable
 from models.events import parse
 from models.settings import settings
 from tasks import store_evaluation, store_evaluations
-from tasks.broker import broker
+from tasks.broker import SendingBroker, broker
+from tasks.spool import Spool
 from tests.integration.commands import python
 
 Json = dict[str, Any]
@@ -231,6 +233,21 @@ def test_of_what_is_sent_on_each_message_is_queued_once_wherever_it_stands(clien
     assert client.hlen(BODIES) == 9000
     assert body_of(client, "id-5") == b"5" * 2_000_000
     assert body_of(client, "id-6") == b"6"
+
+
+def test_a_sender_that_may_touch_the_queue_alone_sends_many_and_empties_its_spool(
+    valkey_server: Valkey, tmp_path: Path
+) -> None:
+    with redis.Redis.from_url(valkey_server.url()) as admin:
+        admin.execute_command("ACL", "SETUSER", "gateway", "on", ">pw", f"~{QUEUE}", f"~{BODIES}", "+@all", "-@dangerous")
+        sender = SendingBroker(url=re.sub("//[^@]*@", "//gateway:pw@", valkey_server.url()), middleware=[])
+        sender.enqueue(store_evaluation.message(QUEUED))
+        sender.enqueue_many([store_evaluation.message(QUEUED) for _ in range(100)])
+        spool = Spool(tmp_path / "spool", max_bytes=1_000_000)
+        spool.append(["kept", store_evaluation.message(QUEUED).encode()])
+        assert spool.forward(sender.send_on).sent == 1
+        assert (admin.llen(QUEUE), admin.hlen(BODIES)) == (102, 102)
+        sender.close()
 
 
 def test_content_of_control_characters_travels_in_less_than_twice_its_size(client: redis.Redis) -> None:

@@ -189,6 +189,31 @@ def test_a_server_that_does_not_keep_what_it_commits_is_named(postgres_server: P
     made.dispose()
 
 
+def test_a_role_that_may_make_no_temporary_table_is_named(database_url: str) -> None:
+    """Large batches need one; small ones go through, so that nothing else shows what is wrong."""
+    made = database.engine(database_url)
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        name = sql.Identifier(admin.info.dbname)
+        role = sql.Identifier(f"modest_{admin.info.dbname}")
+        admin.execute(sql.SQL("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC").format(name))
+        admin.execute(sql.SQL("CREATE ROLE {}").format(role))
+        try:
+            with made.connect() as conn:
+                before = durability.doubts(conn)
+                database.driver(conn).execute(sql.SQL("SET SESSION AUTHORIZATION {}").format(role))
+                conn.commit()
+                assert [doubt for doubt in durability.doubts(conn) if doubt not in before] == [
+                    (
+                        f"this role may not create temporary tables: large batches are not stored: GRANT TEMPORARY ON DATABASE "
+                        f"{admin.info.dbname} TO {role.as_string(None)[1:-1]}"
+                    )
+                ]
+                database.driver(conn).execute("RESET SESSION AUTHORIZATION")
+        finally:
+            made.dispose()
+            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
 def set_defaults(url: str) -> None:
     """Give the database all HOSTILE defaults."""
     with psycopg.connect(url, autocommit=True) as conn:

@@ -1,5 +1,6 @@
 """What the spool's files can look like after a crash, a bad disk or a full one, and what is made of it."""
 
+import fcntl
 import os
 import resource
 import signal
@@ -344,6 +345,27 @@ from pathlib import Path
 from tasks.spool import Spool
 print(*Spool(Path(sys.argv[1]), max_bytes=1).forward(print))
 """
+
+
+def test_a_forwarder_that_waits_for_another_lets_greenlets_run(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under gevent `time.sleep` runs other greenlets; flock(2) blocks all of them while another process waits for Redis."""
+    sent = Sent()
+    keep(spool, "a")
+
+    def give_up(_signal: int, _frame: object) -> None:
+        raise TimeoutError("flock(2) blocked")
+
+    signal.signal(signal.SIGALRM, give_up)
+    with (spool.folder / "forward.lock").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(other, fcntl.LOCK_UN))
+        signal.alarm(10)
+        try:
+            spool.forward(sent)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert sent.bodies == [b"a"]
 
 
 def test_a_forked_child_does_not_hold_the_lock_that_its_parent_died_with(spool: Spool, eventually: Callable[..., None]) -> None:

@@ -5,7 +5,7 @@
 --       object per line; 5 empty, or 55 characters per confirmation: its traceparent, or spaces; 6 prefix of the channels'
 --       names: empty, or <namespace>:
 -- Returns { ms, sequence, 1 } with the id of the last entry. Returns { ms, sequence, 0 } and does nothing where the stream ends
--- before the known entry: the server lost entries.
+-- before the known entry: the server lost entries. Raises NOPERM, and leaves no entry, where the user may not publish.
 
 local function parts(id)
     local ms, sequence = string.match(id, "^(%d+)-(%d+)$")
@@ -44,6 +44,7 @@ if ms < known_ms or (ms == known_ms and sequence < known_sequence) then
     return { ms, sequence, 0 }
 end
 local id, line
+local ids = {}
 local at, trace_at = 1, 1
 local is_heard = may_be_heard()
 while at <= #ARGV[4] do
@@ -55,7 +56,15 @@ while at <= #ARGV[4] do
         id = redis.call("XADD", KEYS[1], "*", "confirmation", line)
     end
     if is_heard then
-        redis.call("PUBLISH", ARGV[6] .. string.match(line, '"type":"([^"]+)"'), line)
+        ids[#ids + 1] = id
+        local published = redis.pcall("PUBLISH", ARGV[6] .. string.match(line, '"type":"([^"]+)"'), line)
+        if type(published) == "table" then
+            -- The user has no right to the channel. Each retry would add the same entries again.
+            for first = 1, #ids, 1000 do
+                redis.call("XDEL", KEYS[1], unpack(ids, first, math.min(first + 999, #ids)))
+            end
+            return published
+        end
     end
     trace_at = trace_at + 55
 end
