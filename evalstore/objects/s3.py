@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import os
 import random
 import tempfile
 import time
@@ -22,6 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from evalstore.objects import s3_answers
 from evalstore.objects.directory import Probe
+from evalstore.objects.file_part import FilePart
 from evalstore.objects.frames import Encoder, Listed, Stream, is_key
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
@@ -231,7 +231,7 @@ class S3Store:
         upload = {**self._at(key), "UploadId": created["UploadId"]}
 
         def put_part(number: int) -> dict[str, Any]:
-            part: Any = _Part(spool, (number - 1) * PART_BYTES, min(number * PART_BYTES, size))
+            part: Any = FilePart(spool, (number - 1) * PART_BYTES, min(number * PART_BYTES, size))
             answer = self._adapting(
                 lambda: self._s3.upload_part(**upload, **self._checksum(part), PartNumber=number, Body=part)
             )
@@ -406,32 +406,6 @@ class S3Store:
         except (BotoCoreError, HTTPError, OSError) as error:
             self._lacks_credentials = isinstance(error, NoCredentialsError)
             raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {error}") from error
-
-
-class _Part(io.RawIOBase):
-    """A part of an open file, as a file of its own, so that threads upload parts without reading them into memory."""
-
-    def __init__(self, file: int, start: int, stop: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, stop - start, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        data = os.pread(self._file, left if size is None or size < 0 else min(size, left), self._start + self._position)
-        self._position += len(data)
-        return data
 
 
 def _wait_after_conflict(attempt: int) -> None:
