@@ -31,7 +31,7 @@ class FastReadMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_get = scope["type"] == "http" and scope["method"] == "GET"
-        match = _PATH.fullmatch(scope["path"]) if is_get else None
+        match = _PATH.fullmatch(scope["path"]) if is_get and not scope["query_string"] else None
         if match is None:
             await self._app(scope, receive, send)
             return

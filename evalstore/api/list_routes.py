@@ -2,20 +2,18 @@
 
 import asyncio
 import base64
-import contextlib
-import re
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from sqlalchemy import Connection
 from starlette.responses import Response
 
 from evalstore.api import openapi
 from evalstore.api.callers import reader
+from evalstore.api.parameters import Time
 from evalstore.api.problems import invalid, unavailable
 from evalstore.api.rendering import ClosingStream, json_response, to_json
 from evalstore.api.schemas import ref
@@ -25,15 +23,6 @@ from evalstore.storage.listing import Filter, Page, Position
 from models.errors import Fault
 from models.events import decode, identity
 
-
-def _parse_time(value: object, parse: ValidatorFunctionWrapHandler) -> datetime:
-    with contextlib.suppress(ValidationError):
-        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value, re.ASCII):  # pydantic parses numbers too
-            return cast("datetime", parse(value))
-    raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
-
-
-Time = Annotated[AwareDatetime, WrapValidator(_parse_time)]
 router = APIRouter(prefix="/storage", tags=["evaluations"], responses=openapi.ALWAYS)
 
 Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]

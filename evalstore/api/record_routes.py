@@ -1,19 +1,21 @@
 """`/storage/evaluations`: creating, changing and reading records."""
 
+from datetime import datetime
 from typing import Annotated, Final
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
 from evalstore.api import async_writes, openapi, references, write_requests
 from evalstore.api.access import Caller
 from evalstore.api.callers import Writer, reader
 from evalstore.api.openapi import EvalId, IdempotencyKey, IfNoneMatch, Prefer, json_body, success
+from evalstore.api.parameters import Time
 from evalstore.api.preconditions import allowed_versions, matches_etag
 from evalstore.api.problems import not_found
 from evalstore.api.record_cache import Rendered
-from evalstore.api.rendering import json_response, path_of, render, with_prefix
+from evalstore.api.rendering import json_response, path_of, render, render_past, with_prefix
 from evalstore.api.service import Service, service_of
 from evalstore.storage import conditional
 from evalstore.storage.conditional import WriteRequest
@@ -36,9 +38,26 @@ _ACCEPTED: Final = success("Accepted", headers=("Location", "Preference-Applied"
     responses={200: success("Record", headers=("ETag",)), **openapi.problems(304, 404)},
     dependencies=[Depends(reader)],
 )
-async def read(request: Request, eval_id: EvalId, if_none_match: IfNoneMatch = None) -> Response:
-    """The record as it is now. Content up to 64 KiB is in it; of larger content its size, beginning and address."""
-    return await answer(request, eval_id, if_none_match)
+async def read(
+    request: Request,
+    eval_id: EvalId,
+    if_none_match: IfNoneMatch = None,
+    as_of: Annotated[Time | None, Query(description="The record as it was then, by when events were stored.")] = None,
+) -> Response:
+    """The record as it is now. Content up to 64 KiB is in it; of larger content its size, beginning and address.
+
+    With `as_of` it is the record as it was: `provisional: true` says that a commit under way may still change the answer."""
+    return await answer(request, eval_id, if_none_match) if as_of is None else await _answer_past(request, eval_id, as_of)
+
+
+async def _answer_past(request: Request, eval_id: str, at: datetime) -> Response:
+    service = service_of(request)
+    past = await service.thread(lambda: service.load_past(eval_id, at)) if identity({"eval_id": eval_id})[0] else None
+    if past is None:
+        raise not_found(eval_id)
+    response = Response(with_prefix(request.scope.get("root_path", ""), render_past(past)), media_type="application/json")
+    response.raw_headers += _HEADERS
+    return response
 
 
 async def answer(request: Request, eval_id: str, if_none_match: str | None) -> Response:

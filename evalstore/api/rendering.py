@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from evalstore.api.record_cache import Rendered
+from evalstore.storage.as_of import PastRecord
 from evalstore.storage.records import CONTENTS, PREVIEW_BYTES, ContentView, RecordView
 from models import content
 
@@ -55,6 +56,17 @@ def render(record: RecordView) -> Rendered:
         if (part := record.contents.get(kind)) is not None:
             fields |= _content(kind, part, f"{path_of(fields['eval_id'])}/{kind}")
     return Rendered(record.stamp, to_json(fields))
+
+
+def render_past(past: PastRecord) -> bytes:
+    """Return a record as it was, as JSON. The addresses of its content name the events that hold it."""
+    fields: dict[str, Any] = {**past.view.fields, **({"provisional": True} if past.is_provisional else {})}
+    for kind in CONTENTS:
+        fields[kind] = None
+        if (part := past.view.contents.get(kind)) is not None:
+            event_id = past.code_event_id if kind == "code" else past.result_event_id
+            fields |= _content(kind, part, f"{path_of(fields['eval_id'])}/{kind}?event_id={event_id}")
+    return to_json(fields)
 
 
 def with_prefix(prefix: str, body: bytes) -> bytes:

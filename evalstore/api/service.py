@@ -25,7 +25,8 @@ from evalstore.api.record_cache import RecordCache, Rendered, SharedCache
 from evalstore.api.rendering import render
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store, Stores
-from evalstore.storage import api_keys, database, records
+from evalstore.storage import api_keys, as_of, database, records
+from evalstore.storage.as_of import PastRecord
 from evalstore.storage.records import RecordView
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.logs import EventLogger
@@ -137,9 +138,16 @@ class Service:
         During an outage of the object store the record names the content there, and does not hold it.
         """
         record = self.with_connection(lambda conn: records.load(conn, eval_id))
-        if record is None or all(part.where is None for part in record.contents.values()):
-            return record
-        if time.monotonic() < self._objects_paused_until:
+        return record and self.complete(record)
+
+    def load_past(self, eval_id: str, at: datetime) -> PastRecord | None:
+        """The record as it was, or None; in the same way."""
+        past = self.with_connection(lambda conn: as_of.load(conn, eval_id, at))
+        return past and past._replace(view=self.complete(past.view))
+
+    def complete(self, record: RecordView) -> RecordView:
+        """`record` with its content that is an object, as far as that can be read now."""
+        if all(part.where is None for part in record.contents.values()) or time.monotonic() < self._objects_paused_until:
             return record
         try:
             return records.complete(self.connection, self.stores, record)
@@ -147,7 +155,7 @@ class Service:
             self._objects_paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             log.warning("records_without_objects", error=error)
         except (ObjectMissing, ObjectDamaged, LookupError) as error:
-            log.warning("record_without_content", eval_id=eval_id, error=error)
+            log.warning("record_without_content", eval_id=record.fields["eval_id"], error=error)
         return record
 
     def connection(self) -> contextlib.AbstractContextManager[Connection]:

@@ -3,17 +3,21 @@
 import base64
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
 from dramatiq import Message
 from rich.progress import Progress
+from sqlalchemy import Connection
 
+from evalstore.cli.dlq_options import parse_time
 from evalstore.cli.output import Format, OutputOption, failed, notice, notices, show, write_json
 from evalstore.objects.object_store import Stores
-from evalstore.storage import content_reader, database, records
-from evalstore.storage.content_reader import Kind
+from evalstore.storage import as_of, content_reader, database, records
+from evalstore.storage.as_of import PastRecord
+from evalstore.storage.content_reader import Content, Kind
 from evalstore.storage.records import RecordView
 from models import content
 from models.errors import InvalidEvent, ObjectDamaged, ObjectMissing, ObjectStoreOutage, Outage
@@ -99,24 +103,35 @@ def get(
     output: Annotated[bool, typer.Option("--output", help="Write its output, as bytes.")] = False,
     code: Annotated[bool, typer.Option("--code", help="Write its code, as bytes.")] = False,
     error: Annotated[bool, typer.Option("--error", help="Write its error, as bytes.")] = False,
+    at: Annotated[
+        datetime | None,
+        typer.Option("--as-of", parser=parse_time, help="Show it as it was then: RFC 3339, or an age like 2h.", metavar="TIME"),
+    ] = None,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Show the record of an evaluation, or write its output, code or error to standard output."""
+    """Show the record of an evaluation, or write its output, code or error to standard output.
+
+    With --as-of: the record that the events stored by then give. `provisional` says that a commit under way may change it.
+    """
     flags: list[tuple[Kind, bool]] = [("output", output), ("code", code), ("error", error)]
     wanted = [kind for kind, is_wanted in flags if is_wanted]
     if len(wanted) > 1:
         raise typer.BadParameter("give one of --output, --code and --error")
     loaded = settings()
     engine, stores = database.connect(loaded), Stores(loaded)
-    record = None
+    record = past = None
     if identity({"eval_id": eval_id})[0] is not None:  # no other id can be stored
         with engine.connect() as conn:
-            record = records.load(conn, eval_id)
+            past = as_of.load(conn, eval_id, at) if at else None
+            record = (past.view if past else None) if at else records.load(conn, eval_id)
     if record is None:
-        raise failed(f"there is no evaluation {eval_id!r}", 3)
+        raise failed(f"there is no evaluation {eval_id!r}{f' as of {at.isoformat()}' if at else ''}", 3)
+    if past and past.is_provisional:
+        record.fields["provisional"] = True
+        notice("provisional: a commit under way may still change this", "yellow")
     if wanted:
         with engine.connect() as conn:
-            part = content_reader.find(conn, eval_id, wanted[0])
+            part = _content_of(conn, past, eval_id, wanted[0])
         if part is None:
             raise failed(f"evaluation {eval_id!r} has no {wanted[0]}", 3)
         for piece in content_reader.read(engine.connect, stores, part):
@@ -132,6 +147,14 @@ def get(
         show([{"field": name, "value": value} for name, value in fields.items()], ["field", "value"], output_format)
     else:
         write_json(fields)
+
+
+def _content_of(conn: Connection, past: PastRecord | None, eval_id: str, kind: Kind) -> Content | None:
+    """Content of the record, or of the record as it was."""
+    if past is None:
+        return content_reader.find(conn, eval_id, kind)
+    event_id = past.code_event_id if kind == "code" else past.result_event_id
+    return content_reader.find(conn, eval_id, kind, event_id) if event_id else None
 
 
 def _as_json(record: RecordView) -> dict[str, Any]:

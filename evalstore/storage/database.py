@@ -191,6 +191,20 @@ def is_pooled(conn: Connection) -> bool:
 
 
 @contextmanager
+def snapshot(conn: Connection) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """Begin a transaction whose statements all see the tables as of one moment. Raises DatabaseOutage (retry)."""
+    with errors():
+        raw = driver(conn)
+        raw.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        try:
+            with conn.begin():
+                yield raw
+        finally:
+            if not raw.closed:
+                raw.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+
+
+@contextmanager
 def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
     """Statements of the block do not wait for the answers of those before; what they did is committed at its end.
 

@@ -263,16 +263,15 @@ def _traces(written: _Written, traces_of: Callable[[Sequence[int]], list[str]]) 
     return "\n".join(traces) if any(traces) else None
 
 
-# A record `e` beside the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.
-WITH_CONTENT: Final = """
-FROM evaluations e
+# Join a record `e` with the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.
+CONTENT_JOINS: Final = """
 LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
 LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
 LEFT JOIN contents code ON code.eval_id = e.eval_id AND code.event_id = e.code_event_id AND code.kind = 'code'
 LEFT JOIN contents output ON output.eval_id = e.eval_id AND output.event_id = e.result_event_id AND output.kind = 'output'
 LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.result_event_id AND error.kind = 'error'
-WHERE e.eval_id = %s
 """
+WITH_CONTENT: Final = f"FROM evaluations e {CONTENT_JOINS} WHERE e.eval_id = %s"
 _GET: Final = f"""
 SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),

@@ -3,7 +3,7 @@
 Workers of releases before merge states change records and leave the merge state as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -21,13 +21,19 @@ PAGE: Final = 1000
 _ROWS_AT_ONCE: Final = 5000
 _LAST: Final = UUID(int=(1 << 128) - 1)
 
-_READ: Final = [name for name in EventRow._fields if name not in CONTENTS]
+READ: Final = [name for name in EventRow._fields if name not in CONTENTS]
+_BEFORE_CONTENT: Final = EventRow._fields.index(CONTENTS[0])
 _PAGES: Final = f"""
-SELECT {columns(_READ, "logged.{}")} FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id) CROSS JOIN LATERAL (
-    SELECT {columns(_READ, "e.{}")} FROM evaluation_events e
+SELECT {columns(READ, "logged.{}")} FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id) CROSS JOIN LATERAL (
+    SELECT {columns(READ, "e.{}")} FROM evaluation_events e
     WHERE e.eval_id = wanted.eval_id AND e.event_id >= wanted.event_id ORDER BY e.event_id LIMIT %s
 ) logged
 """
+
+
+def event_row(columns: Sequence[Any]) -> EventRow:
+    """Return an event from the columns `READ`, without its content."""
+    return promote(EventRow(*columns[:_BEFORE_CONTENT], None, None, None, *columns[_BEFORE_CONTENT:]))
 
 
 def fold_logs(
@@ -44,7 +50,7 @@ def fold_logs(
             cursor = conn.cursor(binary=True).execute(_PAGES, [[*after], [*after.values()], PAGE])
             pages: dict[str, list[EventRow]] = {}
             for row in cursor:
-                pages.setdefault(row[0], []).append(promote(EventRow(**dict(zip(_READ, row, strict=True)))))
+                pages.setdefault(row[0], []).append(event_row(row))
             for eval_id, page in pages.items():
                 folded[eval_id] = fold(folded.get(eval_id), page)
             after = {

@@ -5,12 +5,13 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import Connection
 
 from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database
 from evalstore.storage.content_reader import Connect, Content, Kind
-from evalstore.storage.event_store import WITH_CONTENT
+from evalstore.storage.event_store import CONTENT_JOINS, WITH_CONTENT
 from models.record import EventRow, RecordRow, promote
 
 INLINE_BYTES: Final = 64 * 1024
@@ -61,10 +62,13 @@ def _content(kind: str, event: str) -> str:
     {kind}.event_id, {kind}.sha256, {kind}.store, {kind}.encoding"""
 
 
+_CONTENTS: Final = ", ".join([_content("code", "queued"), _content("output", "ending"), _content("error", "ending")])
 _LOAD: Final = f"""
-SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at,
-    {_content("code", "queued")}, {_content("output", "ending")}, {_content("error", "ending")}
+SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at, {_CONTENTS}
 {WITH_CONTENT}
+"""
+_CONTENTS_OF: Final = f"""
+SELECT {_CONTENTS} FROM (SELECT %s::text AS eval_id, %s::uuid AS code_event_id, %s::uuid AS result_event_id) e {CONTENT_JOINS}
 """
 
 
@@ -82,14 +86,25 @@ def load(conn: Connection, eval_id: str) -> RecordView | None:
     if row is None:
         return None
     fields = readable(dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True)))
+    return RecordView(row[0], fields, _content_views(eval_id, row[-18:]))
+
+
+def from_row(cursor: psycopg.Cursor[Any], row: RecordRow, created_at: datetime, updated_at: datetime) -> RecordView:
+    """Return a record that is not the stored one, with the content that its events have; objects are left to `complete`."""
+    fields = {name: getattr(row, name) for name in _FIELDS} | {"created_at": created_at, "updated_at": updated_at}
+    found = cursor.execute(_CONTENTS_OF, [row.eval_id, row.code_event_id, row.result_event_id]).fetchall()
+    return RecordView("", readable(fields), _content_views(row.eval_id, found[0]))
+
+
+def _content_views(eval_id: str, columns: Sequence[Any]) -> dict[str, ContentView]:
     parts: dict[str, ContentView] = {}
     for at, kind in enumerate(CONTENTS):
-        size, data, event_id, sha256, store, encoding = row[at * 6 - 18 :][:6]
+        size, data, event_id, sha256, store, encoding = columns[at * 6 :][:6]
         if store is not None:
             parts[kind] = ContentView(size, b"", Content(eval_id, event_id, kind, size, b"", sha256, 0, store, encoding))
         elif size is not None:
             parts[kind] = ContentView(size, bytes(data or b""))
-    return RecordView(row[0], fields, parts)
+    return parts
 
 
 def complete(connect: Connect, stores: Stores, record: RecordView) -> RecordView:
