@@ -21,6 +21,8 @@ from tasks.keys import Names
 
 # Longer than the time in which a confirmation can be relayed again.
 _SEEN_VERSION_TTL_S: Final = 3600
+# The record changed at the same version, or is gone.
+_ALWAYS_NEW: Final = {"storage:evaluation:erased", "storage:evaluation:repaired"}
 
 
 class Confirmations:
@@ -73,7 +75,7 @@ class Confirmations:
         seen = dict(zip(keys, self._client.mget(keys), strict=True))
         for (entry_id, fields), key, confirmation in zip(entries, keys, confirmations, strict=True):
             with self._client.pipeline(transaction=True) as pipeline:
-                if confirmation and int(seen[key] or 0) < confirmation["version"]:
+                if confirmation and (confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]):
                     with tracing.receiving(self._names.stream, self.group, fields, confirmation):
                         yield confirmation
                     seen[key] = confirmation["version"]

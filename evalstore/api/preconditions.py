@@ -25,4 +25,8 @@ def allowed_versions(if_match: str | None) -> range | list[int] | None:
     tags = _TAG.findall(if_match)
     if not tags:
         raise InvalidEvent([Fault("If-Match", 'expected versions in quotes, like "3", or *')])
-    return [int(tag) for weak, tag in tags if not weak and re.fullmatch(r"[1-9]\d{0,9}", tag, re.ASCII)]
+    return [
+        int(tag.partition("-")[0])
+        for weak, tag in tags
+        if not weak and re.fullmatch(r"[1-9]\d{0,9}(-\d{1,10})?", tag, re.ASCII)
+    ]

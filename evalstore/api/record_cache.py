@@ -39,7 +39,8 @@ class Rendered(NamedTuple):
     is_partial: bool = False
 
     @property
-    def version(self) -> int:
+    def tag(self) -> str:
+        """The version, and after repairs at that version their number: `3` or `3-1`."""
         return int(self.row_version.partition(".")[0])
 
 

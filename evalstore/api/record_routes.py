@@ -185,4 +185,4 @@ async def _written(request: Request, caller: Caller, event: Event | EventRow, ou
 
 
 def _etag(record: Rendered) -> str:
-    return f'"{record.version}"'
+    return f'"{record.tag}"'

@@ -1,16 +1,14 @@
 """`evalstore archive`: show, move, check, restore and sweep content."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sqlalchemy import Connection
 
 from evalstore.cli.dlq_options import ActorOption, ReasonOption, YesOption, confirm, connect, operator
-from evalstore.cli.output import Format, OutputOption, failed, notice, notices, show, write_json
+from evalstore.cli.output import Format, OutputOption, failed, notice, progress_bar, show, write_json
 from evalstore.objects.frames import Listed
 from evalstore.objects.object_store import Stores
 from evalstore.storage import archive as moving
@@ -81,7 +79,7 @@ def run(
             moving.retry_failed(conn, now)
         due = inventory.status(conn, at, now)["due"]
         try:
-            with _bar("moving", due["bytes"], is_bytes=True, shown=output_format is Format.table) as advance:
+            with progress_bar("moving", due["bytes"], is_bytes=True, shown=output_format is Format.table) as advance:
                 done = moving.run_once(
                     conn, at, now, watch=lambda step, row: advance(row.size) if step in {"moved", "failed"} else None
                 )
@@ -117,7 +115,7 @@ def verify(
     with connect(loaded) as conn:
         total = inventory.count_objects(conn)
         shown = output_format is Format.table
-        with _bar("checking", min(total, sample or total), is_bytes=False, shown=shown) as advance:
+        with progress_bar("checking", min(total, sample or total), is_bytes=False, shown=shown) as advance:
             for named in inventory.named_objects(conn, sample):
                 state, problem = inventory.verify(stores, named)
                 checked += 1
@@ -164,7 +162,7 @@ def restore(
         if all_:
             confirm(f"Restore {_contents(total)}, {total_bytes:,} bytes, into the database", total, yes=yes)
         try:
-            with _bar("restoring", total_bytes, is_bytes=True, shown=output_format is Format.table) as advance:
+            with progress_bar("restoring", total_bytes, is_bytes=True, shown=output_format is Format.table) as advance:
                 for row in content_restore.find(conn, eval_ids):
                     try:
                         if content_restore.restore(conn, stores, row, until):
@@ -242,18 +240,6 @@ def _sweep(conn: Connection, target: Target, grace: timedelta, watch: Callable[[
 def _refuse_paused(done: Collected) -> None:
     if done.paused:
         raise failed(f"not swept: {done.paused}", 1)
-
-
-@contextmanager
-def _bar(title: str, total: int, *, is_bytes: bool, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, and yield the function that advances it."""
-    if not shown or not notices.is_terminal:
-        yield lambda _: None
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn() if is_bytes else MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=notices) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda by: progress.advance(task, by)
 
 
 def _contents(count: int) -> str:

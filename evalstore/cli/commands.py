@@ -42,6 +42,10 @@ COMMANDS: Final = {
         "evalstore.cli.migrate:migrate",
         "Migrate the database to this release. Safe while workers run, and from several processes at once.",
     ),
+    "replay": Command(
+        "evalstore.cli.replay:replay",
+        "Compute records from their events, and compare them with those that are stored. Storing goes on meanwhile.",
+    ),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),
     "dlq": Command(

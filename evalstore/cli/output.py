@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -117,3 +118,24 @@ def failed(message: str, status: int) -> typer.Exit:
     """Print `message` in red to stderr, and return the exception to raise."""
     notice(message, "red")
     return typer.Exit(status)
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, is_bytes: bool = False, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for a terminal."""
+    if not shown or not notices.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import (  # noqa: PLC0415 - most commands show none
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn() if is_bytes else MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=notices) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda by: progress.advance(task, by)

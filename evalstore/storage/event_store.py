@@ -22,7 +22,7 @@ from models.errors import DatabaseOutage
 from models.events import Event
 from models.fold import Folded, fold
 from models.metrics import RebuildReason
-from models.record import EventRow, Record, RecordRow, demote, record, to_row
+from models.record import EventRow, Record, RecordRow, demote, record, rfc3339, to_row
 
 # Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
@@ -37,7 +37,9 @@ Outcome = Literal["applied", "duplicate", "reused"]
 class Confirmation(msgspec.Struct, gc=False):
     """What other services are told of an evaluation that a commit changed, in the order in which it is written."""
 
-    type: Literal["storage:evaluation:created", "storage:evaluation:updated"]
+    type: Literal[
+        "storage:evaluation:created", "storage:evaluation:updated", "storage:evaluation:erased", "storage:evaluation:repaired"
+    ]
     eval_id: str
     version: int
     status: str
@@ -62,6 +64,18 @@ class Stored:
     conflicting_results: int = 0
     rebuilt: Counter[RebuildReason] = field(default_factory=Counter)
     written_at: float = field(default=0.0, compare=False)
+
+
+def confirm_change(
+    conn: psycopg.Connection[Any],
+    type_: Literal["storage:evaluation:erased", "storage:evaluation:repaired"],
+    record: RecordRow,
+) -> None:
+    """Write the confirmation of a change without an event to the outbox. The caller holds the record's lock, and commits."""
+    ((now,),) = conn.cursor(binary=True).execute("SELECT now()").fetchall()
+    run_id = msgspec.UNSET if record.run_id is None else record.run_id
+    told = Confirmation(type_, record.eval_id, record.version, record.status, run_id, [], rfc3339(now))
+    event_writer.confirm(conn, [1, _ENCODER.encode(told).decode(), None])
 
 
 def store(

@@ -34,7 +34,7 @@ _CONTENT_TYPES: Final = dict(
 )
 # A row of `evaluations`, as `_row` makes it.
 _RECORD_TYPES: Final = {**RECORD_COLUMNS, "merge_state": "bytea", "merge_version": "int4"}
-_RECORD: Final = tuple(_RECORD_TYPES)
+RECORD: Final = tuple(_RECORD_TYPES)
 # A pooler may give a worker a session in which another release made its stages: these have other names.
 _STAGED_RECORDS: Final = f"evalstore_stage_records_{crc32(repr(_RECORD_TYPES).encode()):08x}"
 _STAGED_EVENTS: Final = f"evalstore_stage_events_{crc32(repr(EVENT_COLUMNS).encode()):08x}"
@@ -55,20 +55,20 @@ SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin'
     set_config('enable_seqscan', 'off', true), {sessions.DURABLE.format("true")}, now()
 """
 _LOCK: Final = f"""
-SELECT {columns(_RECORD)} FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
+SELECT {columns(RECORD)} FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
 # A later statement than the lock: this one sees what other workers committed before they released it.
 _LOGGED: Final = """
 SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
 JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
 """
-_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(_RECORD)})"
+_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(RECORD)})"
 _HASHES: Final = columns(
     CONTENTS,
     "coalesce(sha256(e.{0}), (SELECT c.sha256 FROM contents c "
     "WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{0}'))",
 )
-_CHANGED: Final = [name for name in _RECORD if name != "eval_id"]
+_CHANGED: Final = [name for name in RECORD if name != "eval_id"]
 
 Events = dict[str, list[EventRow]]
 Compared = dict[int, list[Any]]
@@ -141,7 +141,7 @@ class _Way:
 
     def confirm(self, row: list[Any]) -> None:
         """Write to the outbox."""
-        self._cursor.execute(_CONFIRM, row)
+        confirm(self.conn, row)
 
     def committed(self) -> None:
         """Note what the next call need not do again."""
@@ -210,7 +210,7 @@ class Many(_Way):
 
 
 _CREATE: Final = f"""
-{_INTO_RECORDS} SELECT {columns(_RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
+{_INTO_RECORDS} SELECT {columns(RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
 """
 # The time of the statement, not of the transaction: that may have begun before another one created the record.
 _UPDATE: Final = f"""
@@ -299,6 +299,11 @@ _TEXT_OF: Final[dict[type, Any]] = {
 def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> psycopg.Cursor[Any]:
     """Lock the records that exist of these evaluations, in order. Others read them meanwhile."""
     return conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])
+
+
+def confirm(conn: psycopg.Connection[Any], row: list[Any]) -> None:
+    """Write the confirmations of a commit to the outbox: their number, their lines and their traces."""
+    conn.execute(_CONFIRM, row)
 
 
 def update(conn: psycopg.Connection[Any], folded: Folded) -> None:

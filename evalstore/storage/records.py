@@ -40,7 +40,8 @@ class RecordView(NamedTuple):
 
 
 # xmin, the transaction that wrote the row, and the time tell apart what was deleted and stored anew with the same version.
-_ROW_VERSION: Final = "e.version || '.' || e.xmin || '.' || extract(epoch FROM e.updated_at)"
+_TAG: Final = "e.version || CASE WHEN e.repairs > 0 THEN '-' || e.repairs ELSE '' END"
+_ROW_VERSION: Final = f"{_TAG} || '.' || e.xmin || '.' || extract(epoch FROM e.updated_at)"
 _ROW_VERSIONS: Final = f"SELECT e.eval_id, {_ROW_VERSION} FROM evaluations e WHERE e.eval_id = ANY(%s::text[])"
 
 

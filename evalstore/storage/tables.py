@@ -66,6 +66,8 @@ evaluations = Table(
     # See models/merge_state.py, and the record's version that it belongs to. Workers of releases before it write neither.
     Column("merge_state", LargeBinary),
     Column("merge_version", Integer),
+    # How often a replay repaired the record; its ETag changes with each.
+    Column("repairs", Integer, nullable=False, server_default=text("0")),
     # What may be overdue: few at any time. Those stored with their result never enter it.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     # The order of every list. A commit's records share their time and so their entry, at its end; see listing.py.

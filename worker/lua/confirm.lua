@@ -29,8 +29,12 @@ local function may_be_heard()
         local info = redis.pcall("INFO", section)
         return type(info) == "string" and string.find(info, line .. "\r\n", 1, true)
     end
-    local channels = redis.pcall("PUBSUB", "NUMSUB", ARGV[6] .. "storage:evaluation:created", ARGV[6] .. "storage:evaluation:updated")
-    local nobody = channels[2] == 0 and channels[4] == 0 and redis.pcall("PUBSUB", "NUMPAT") == 0
+    local prefix = ARGV[6] .. "storage:evaluation:"
+    local channels = redis.pcall("PUBSUB", "NUMSUB", prefix .. "created", prefix .. "updated", prefix .. "erased", prefix .. "repaired")
+    local nobody = redis.pcall("PUBSUB", "NUMPAT") == 0
+    for at = 2, 8, 2 do
+        nobody = nobody and channels[at] == 0
+    end
     return not (nobody and says("replication", "connected_slaves:0") and says("cluster", "cluster_enabled:0"))
 end
 
