@@ -54,9 +54,9 @@ METRICS: Final = (
     Metric(
         "evalstore_events_total",
         "counter",
-        "Events that workers processed, by outcome; dead: now a dead letter.",
+        "Events that workers processed, by outcome; dead: now a dead letter; erased: of an erased evaluation, dropped.",
         "worker",
-        {"outcome": ("applied", "duplicate", "dead"), "type": TYPES},
+        {"outcome": ("applied", "duplicate", "dead", "erased"), "type": TYPES},
     ),
     Metric(
         "evalstore_conflicting_results_total",
@@ -163,7 +163,7 @@ METRICS: Final = (
         "counter",
         "Events received by HTTP, by outcome.",
         "api",
-        {"outcome": ("applied", "duplicate", "reused", "invalid", "accepted")},
+        {"outcome": ("applied", "duplicate", "reused", "erased", "invalid", "accepted")},
     ),
     Metric("evalstore_http_threads_busy", "gauge", "Busy threads of the service.", "api"),
     # Each group of processes: a worker's, a scheduler's, a service's.

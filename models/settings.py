@@ -237,6 +237,12 @@ class Settings(BaseModel):
     write_api_keys_file: Annotated[
         Path | None, Field(description="file with more API keys that may write; reloaded when it changes; read by the API")
     ] = None
+    admin_api_keys: Annotated[SecretStr, Field(description="keys that may also erase, comma-separated; read by the API")] = (
+        SecretStr("")
+    )
+    admin_api_keys_file: Annotated[
+        Path | None, Field(description="a file with more of them, read again when it changes; read by the API")
+    ] = None
     api_host: Annotated[
         str, Field(description="host name or address on which `python -m evalstore.api` listens; read by the API")
     ] = "0.0.0.0"  # noqa: S104
@@ -256,7 +262,7 @@ class Settings(BaseModel):
         104_857_600
     )
 
-    @field_validator("read_api_keys", "write_api_keys")
+    @field_validator("read_api_keys", "write_api_keys", "admin_api_keys")
     @classmethod
     def _are_keys(cls, value: SecretStr) -> SecretStr:
         keys = [key.strip() for key in value.get_secret_value().split(",")]

@@ -20,6 +20,7 @@ import msgspec
 import redis
 from dramatiq import Worker
 
+from evalstore.storage import migrations
 from evalstore.telemetry.process_registry import exists, host_id, start_ticks
 from models.logs import EventLogger
 from tasks.broker import SendingBroker
@@ -216,6 +217,7 @@ class Heartbeat(threading.Thread):
             "since": self._since,
             "threads": len(self._worker.workers),
             "state": self._state,
+            "revision": migrations.revisions()[-1],
         }
         return msgspec.json.encode(status | self._metrics.status())
 

@@ -14,14 +14,14 @@ from typing import Final, Literal, NamedTuple
 from starlette.requests import Request
 
 from evalstore.api.problems import Problem, unavailable
-from evalstore.storage.api_keys import Key, digest
+from evalstore.storage.api_keys import Key, digest, including
 from models.errors import Outage
 from models.logs import EventLogger
 from models.settings import Settings
 
 log = EventLogger("evalstore.api")
 
-Permission = Literal["read", "write"]
+Permission = Literal["read", "write", "admin"]
 
 # A revoked key stops working within this time.
 FRESH_S: Final = 1.0
@@ -69,8 +69,13 @@ class Access:
         self._settings_keys: dict[Permission, tuple[str, ...]] = {
             "read": _split(settings.read_api_keys.get_secret_value()),
             "write": _split(settings.write_api_keys.get_secret_value()),
+            "admin": _split(settings.admin_api_keys.get_secret_value()),
         }
-        paths: dict[Permission, Path | None] = {"read": settings.read_api_keys_file, "write": settings.write_api_keys_file}
+        paths: dict[Permission, Path | None] = {
+            "read": settings.read_api_keys_file,
+            "write": settings.write_api_keys_file,
+            "admin": settings.admin_api_keys_file,
+        }
         self._files: dict[Permission, _KeyFile] = {scope: _KeyFile(path) for scope, path in paths.items() if path}
         self._load = load
         self._configured: dict[bytes, Caller] = {}
@@ -108,7 +113,7 @@ class Access:
             if file:
                 file.refresh()
             for key in (*keys, *(file.keys if file else ())):
-                scopes[digest(key)] = scopes.get(digest(key), frozenset()) | {scope}
+                scopes[digest(key)] = scopes.get(digest(key), frozenset()) | including({scope})
         self._configured = {
             hashed: Caller(f"settings-{digest(hashed.hex()).hex()[:8]}", granted) for hashed, granted in scopes.items()
         }
@@ -132,7 +137,7 @@ class Access:
             return None
         if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):
             return None
-        return Caller(stored.key_id, stored.scopes)
+        return Caller(stored.key_id, including(stored.scopes))
 
     async def _refresh_table(self) -> None:
         try:

@@ -19,3 +19,11 @@ async def writer(request: Request) -> Caller:
 
 
 Writer = Annotated[Caller, Depends(writer)]
+
+
+async def admin(request: Request) -> Caller:
+    """Return the caller of a request that administers. Raises Problem: 401, 403, 503."""
+    return await service_of(request).access.authorize(request, "admin")
+
+
+Admin = Annotated[Caller, Depends(admin)]

@@ -20,6 +20,7 @@ from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.api.write_requests import Line
 from evalstore.storage import conditional, records
+from evalstore.storage.conditional import EvaluationErased
 from models.errors import EventIdReused, Fault
 from models.events import decode, identity
 from tasks import store_evaluations
@@ -43,7 +44,7 @@ def _is_lines(request: Request) -> bool:
     responses={
         200: openapi.response("The outcome of an event, or of each line.", {**_OUTCOME, **_LINES}),
         202: openapi.response("The events are queued.", {**_ACCEPTED, **_LINES}, ("Location", "Preference-Applied")),
-        **openapi.problems(408, 409, 413, 415),
+        **openapi.problems(408, 409, 410, 413, 415),
     },
     openapi_extra=openapi.body({**json_body("Event")["requestBody"]["content"], **openapi.LINES}),
 )
@@ -75,6 +76,8 @@ async def send(
     service.metrics.stored(stored)
     if outcome == "reused":
         raise EventIdReused(write.event.eval_id, write.event.event_id)
+    if outcome == "erased":
+        raise EvaluationErased(write.event.eval_id)
     return json_response(_describe(line, outcome))
 
 

@@ -45,6 +45,7 @@ _PROBLEMS: Final[dict[int, tuple[str, tuple[str, ...]]]] = {
     404: ("The evaluation does not exist, or has no such content.", ()),
     408: ("The body arrived too slowly.", ()),
     409: ("Another event is stored in its place.", ()),
+    410: ("The evaluation was erased.", ()),
     412: ("The record is not at the version of If-Match.", ()),
     413: ("The request is too large.", ()),
     415: ("The body is compressed or a form. Send it raw.", ()),

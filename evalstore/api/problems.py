@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
-from evalstore.storage.conditional import AlreadyQueued, VersionChanged
+from evalstore.storage.conditional import AlreadyQueued, EvaluationErased, VersionChanged
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
 from models.logs import EventLogger
 from models.validation_errors import format_error
@@ -24,6 +24,7 @@ _RETRY_AFTER_S: Final = 2
 _NAMED: Final[dict[type[Exception], tuple[int, str]]] = {
     EventIdReused: (409, "event-id-reused"),
     AlreadyQueued: (409, "already-created"),
+    EvaluationErased: (410, "erased"),
     VersionChanged: (412, "version-changed"),
     ObjectMissing: (500, "object-missing"),
     ObjectDamaged: (500, "object-damaged"),
@@ -94,7 +95,17 @@ _ROUTING: Final = {
     404: ("no-such-path", "the service has no such path: /docs lists them"),
     405: ("method-not-allowed", "the path does not have this method: the header Allow lists its methods"),
 }
-_OURS: Final = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChanged, ObjectMissing, ObjectDamaged, Outage)
+_OURS: Final = (
+    Problem,
+    InvalidEvent,
+    EventIdReused,
+    AlreadyQueued,
+    EvaluationErased,
+    VersionChanged,
+    ObjectMissing,
+    ObjectDamaged,
+    Outage,
+)
 
 
 def of(error: Exception) -> Problem:
@@ -104,7 +115,7 @@ def of(error: Exception) -> Problem:
             return error
         case InvalidEvent():
             return invalid(error.faults)
-        case EventIdReused() | AlreadyQueued() | VersionChanged() | ObjectMissing() | ObjectDamaged():
+        case EventIdReused() | AlreadyQueued() | EvaluationErased() | VersionChanged() | ObjectMissing() | ObjectDamaged():
             status, kind = _NAMED[type(error)]
             if status == 500:
                 log.error("content_corrupt", kind=type(error).__name__, error=error)

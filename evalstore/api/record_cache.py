@@ -41,7 +41,7 @@ class Rendered(NamedTuple):
     @property
     def tag(self) -> str:
         """The version, and after repairs at that version their number: `3` or `3-1`."""
-        return int(self.row_version.partition(".")[0])
+        return self.row_version.partition(".")[0]
 
 
 class SharedCache:
@@ -95,9 +95,12 @@ class _Memory:
         self._entries.move_to_end(eval_id)
         return entry
 
-    def put(self, eval_id: str, record: Rendered) -> None:
+    def drop(self, eval_id: str) -> None:
         if (before := self._entries.pop(eval_id, None)) is not None:
             self._bytes -= len(before.body)
+
+    def put(self, eval_id: str, record: Rendered) -> None:
+        self.drop(eval_id)
         if len(record.body) > _LARGEST_BYTES:
             return
         self._entries[eval_id] = record
@@ -132,6 +135,7 @@ class RecordCache:
         """Return the record as of now or later, or None if it does not exist. Raises Outage (retry)."""
         row_version = await self._row_version(eval_id)
         if row_version is None:
+            self._memory.drop(eval_id)
             return None
         if (cached := self._memory.get(eval_id, row_version)) is not None:
             self._count("memory")

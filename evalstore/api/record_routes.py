@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from evalstore.api import async_writes, openapi, references, write_requests
 from evalstore.api.access import Caller
-from evalstore.api.callers import Writer, reader
+from evalstore.api.callers import Admin, Writer, reader
 from evalstore.api.openapi import EvalId, IdempotencyKey, IfNoneMatch, Prefer, json_body, success
 from evalstore.api.parameters import Time
 from evalstore.api.preconditions import allowed_versions, matches_etag
@@ -18,7 +18,7 @@ from evalstore.api.record_cache import Rendered
 from evalstore.api.rendering import json_response, path_of, render, render_past, with_prefix
 from evalstore.api.service import Service, service_of
 from evalstore.storage import conditional
-from evalstore.storage.conditional import WriteRequest
+from evalstore.storage.conditional import EvaluationErased, WriteRequest
 from evalstore.storage.event_store import Outcome, Stored
 from models.errors import EventIdReused, InvalidEvent
 from models.events import Event, identity
@@ -80,7 +80,7 @@ async def answer(request: Request, eval_id: str, if_none_match: str | None) -> R
     "/evaluations",
     operation_id="create_evaluation",
     summary="Create an evaluation",
-    responses={201: _STORED, 202: _ACCEPTED, **openapi.problems(408, 409, 413, 415)},
+    responses={201: _STORED, 202: _ACCEPTED, **openapi.problems(408, 409, 410, 413, 415)},
     openapi_extra=json_body("NewEvaluation"),
     status_code=201,
 )
@@ -115,7 +115,7 @@ async def create(request: Request, caller: Writer, idempotency_key: IdempotencyK
         200: _STORED,
         201: {**_STORED, "description": "This event is the first of the evaluation."},
         202: _ACCEPTED,
-        **openapi.problems(408, 409, 412, 413, 415),
+        **openapi.problems(408, 409, 410, 412, 413, 415),
     },
     openapi_extra=json_body("Change"),
 )
@@ -158,6 +158,31 @@ async def update(
     return await _written(request, caller, write.event, outcome, 201 if is_new else 200)
 
 
+@router.delete(
+    "/evaluations/{eval_id}",
+    operation_id="erase_evaluation",
+    summary="Erase an evaluation",
+    responses={200: success("Erased"), **openapi.problems(404, 409)},
+)
+async def erase(
+    request: Request,
+    caller: Admin,
+    eval_id: EvalId,
+    reason: Annotated[str | None, Query(max_length=1000, pattern="^[^\\x00]*$")] = None,
+) -> Response:
+    """Erases it everywhere, for good: record, events, content, dead letters and objects. Later events of it are answered 410.
+    May be repeated. 409 while a worker of an older release runs. An object that something else may name goes with the sweep."""
+    service = service_of(request)
+    if identity({"eval_id": eval_id})[0] is None:
+        raise not_found(eval_id)
+    done = await service.thread(lambda: service.erase(eval_id, f"key {caller.key_id}", reason))
+    if done is None:
+        raise not_found(eval_id)
+    return json_response(
+        {"eval_id": eval_id, "events": done.events, "objects": done.objects, "objects_left": done.objects_left}
+    )
+
+
 def _check_references(service: Service, caller: Caller, event: Event | EventRow) -> None:
     if faults := references.faults(service, caller, [event])[0]:
         raise InvalidEvent(faults)
@@ -173,6 +198,8 @@ async def _written(request: Request, caller: Caller, event: Event | EventRow, ou
     service.metrics.events(outcome)
     if outcome == "reused":
         raise EventIdReused(event.eval_id, event.event_id)
+    if outcome == "erased":
+        raise EvaluationErased(event.eval_id)
     record = await service.thread(lambda: service.load(event.eval_id))
     if record is None:
         raise not_found(event.eval_id)

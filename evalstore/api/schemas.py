@@ -79,7 +79,7 @@ def _shown(kind: str) -> dict[str, Schema]:
 
 _CONTENTS: Final = {name: schema for kind in CONTENTS for name, schema in _shown(kind).items()}
 _EVENT_TYPES: Final = [f"evaluation:{name}" for name in ("queued", "started", "running", *ENDED[1:])]
-_OUTCOMES: Final = ["applied", "duplicate", "reused", "invalid", "accepted"]
+_OUTCOMES: Final = ["applied", "duplicate", "reused", "erased", "invalid", "accepted"]
 _FAULTS: Final[Schema] = {"type": "array", "items": ref("Fault")}
 
 SCHEMAS: Final[dict[str, Schema]] = {
@@ -145,6 +145,16 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {**_STATE, **_TRUNCATED, **_PROVISIONAL, **_CONTENTS},
         "required": [*_STATE, "code", "output", "error"],
         "examples": [{"eval_id": "run-1", "status": "completed", "attempt": 1, "version": 3, "exit_code": 0, "output": "1\n"}],
+    },
+    "Erased": {
+        "type": "object",
+        "properties": {
+            "eval_id": EVAL_ID,
+            "events": {"type": "integer", "minimum": 0},
+            "objects": {"type": "integer", "minimum": 0, "description": "Those that are gone."},
+            "objects_left": {"type": "integer", "minimum": 0, "description": "Those that go with the sweep."},
+        },
+        "required": ["eval_id", "events", "objects", "objects_left"],
     },
     "Written": {
         "type": "object",

@@ -26,13 +26,18 @@ from evalstore.api.record_cache import RecordCache, Rendered, SharedCache
 from evalstore.api.rendering import render
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store, Stores
-from evalstore.storage import api_keys, as_of, database, records
+from evalstore.storage import api_keys, as_of, database, erasure, records
 from evalstore.storage.as_of import PastRecord
+from evalstore.storage.erasure import Erased
+from evalstore.storage.operator_actions import Intent
 from evalstore.storage.records import RecordView
+from evalstore.telemetry import erasing
+from evalstore.telemetry.erasing import OlderWorkers
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.logs import EventLogger
 from models.settings import Settings
 from tasks import tracing
+from tasks.broker import broker
 from tasks.keys import Names
 
 # Each thread holds at most one connection. More would not help: they wait for PostgreSQL's processors.
@@ -177,6 +182,23 @@ class Service:
         """Call `work`, which stores so many events, with a connection and the traceparent of their confirmations."""
         with tracing.transaction(events) as traceparent:
             return self.with_connection(lambda conn: work(conn, traceparent))
+
+    def erase(self, eval_id: str, actor: str, reason: str | None) -> Erased | None:
+        """Erase an evaluation; None where there never was one. Raises Problem (409), OtherKey, Outage (retry)."""
+        with self.connection() as conn:
+            if not erasure.known(conn, [eval_id]):
+                return None
+            try:
+                erasing.refuse_older_workers(broker())
+            except OlderWorkers as error:
+                raise Problem(409, "older-workers", str(error)) from error
+            around = erasing.surroundings(self.settings, broker())
+            try:
+                erasure.begin(conn, around.targets)
+                return erasure.erase(conn, eval_id, Intent("erase", actor, reason, {"eval_ids": [eval_id]}), around)
+            finally:
+                for target in around.targets:
+                    target.store.close()
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Call `work` in a thread with a connection. Raises Outage, Problem (503), and what `work` raises."""

@@ -9,7 +9,7 @@ from uuid import UUID
 import typer
 
 from evalstore.cli.output import Format, OutputOption, failed, notice, show
-from evalstore.storage import database, dead_letters, event_store
+from evalstore.storage import database, dead_letters, event_store, tombstones
 from models.errors import InvalidEvent
 from models.events import decode, identified, identity
 from models.settings import Settings, settings
@@ -17,7 +17,7 @@ from tasks.broker import SendingBroker, broker
 from tasks.keys import QUEUE
 
 Key = tuple[str, UUID]
-FATES = ("applied", "in flight", "dead", "missing")
+FATES = ("applied", "in flight", "dead", "erased", "missing")
 _CHUNK = 10_000
 _ATTEMPTS = 3
 
@@ -28,7 +28,7 @@ def audit(
     ],
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Show for each event of a file whether it is applied, in flight, dead or missing.
+    """Show for each event of a file whether it is applied, in flight, dead, erased or missing.
 
     Exit status 1 if any is missing.
     """
@@ -93,6 +93,8 @@ def find_fates(loaded: Settings, keys: Sequence[Key]) -> dict[Key, str]:
                 chunk = missing[start : start + _CHUNK]
                 fates |= dict.fromkeys(dead_letters.among(conn, chunk), "dead")
                 fates |= dict.fromkeys(event_store.applied(conn, chunk), "applied")
+                gone = tombstones.erased(conn, {eval_id for eval_id, _ in chunk})
+                fates |= {key: "erased" for key in chunk if key[0] in gone and fates[key] == "missing"}
         fates |= {key: fate for key, fate in in_redis.items() if fates[key] == "missing"}
     return fates
 

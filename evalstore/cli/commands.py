@@ -28,7 +28,7 @@ COMMANDS: Final = {
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
     "audit": Command(
-        "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead or missing."
+        "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
     ),
     "status": Command(
         "evalstore.cli.status:status",
@@ -45,6 +45,10 @@ COMMANDS: Final = {
     "replay": Command(
         "evalstore.cli.replay:replay",
         "Compute records from their events, and compare them with those that are stored. Storing goes on meanwhile.",
+    ),
+    "erase": Command(
+        "evalstore.cli.erase:erase",
+        "Erase evaluations: records, events, content, dead letters and objects. Late events of theirs are not stored again.",
     ),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),

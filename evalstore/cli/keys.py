@@ -22,6 +22,7 @@ class Scope(StrEnum):
 
     read = "read"
     write = "write"
+    admin = "admin"
 
 
 def _engine() -> Engine:
@@ -38,7 +39,9 @@ def _duration(text: str) -> timedelta:
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Name of the key's owner, shown in lists.")],
-    scope: Annotated[list[Scope] | None, typer.Option("--scope", help="What the key may do. May be repeated.")] = None,
+    scope: Annotated[
+        list[Scope] | None, typer.Option("--scope", help="What the key may do. May be repeated. admin includes the others.")
+    ] = None,
     expires_in: Annotated[
         timedelta | None, typer.Option(parser=_duration, metavar="90d|12h|30m", help="Time after which the key expires.")
     ] = None,
@@ -46,7 +49,7 @@ def create(
 ) -> None:
     """Create a key and print it. It cannot be shown again: only its hash is stored."""
     if not scope:
-        raise typer.BadParameter("give --scope read, --scope write, or both")
+        raise typer.BadParameter("give --scope read, --scope write or --scope admin")
     if not name.strip() or "\0" in name:
         raise typer.BadParameter("the name is empty")
     expires_at = datetime.now(UTC) + expires_in if expires_in else None
@@ -68,7 +71,7 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
         for row in rows:
             row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
     columns = ["key_id", "name", "scopes", "state", "created_at", "expires_at"]
-    nothing = "there are no keys; those of EVALSTORE_READ_API_KEYS and EVALSTORE_WRITE_API_KEYS are not listed"
+    nothing = "there are no keys; those of EVALSTORE_READ_API_KEYS and of the other settings are not listed"
     show(rows, columns, output_format, wrapped="name", nothing=nothing)
 
 

@@ -143,6 +143,34 @@ class DirectoryStore:
                     stat = path.stat()
                     yield Listed(path.name, stat.st_size, _modified_at(stat))
 
+    def write_note(self, folder: str, name: str, text: bytes) -> None:
+        """Write a small file that is no object, such as a tombstone; one of that name stays as it is."""
+        path = self.folder / folder / name
+        with self._errors("write to", str(path.parent)):
+            self._create_folder(self._temporary)
+            self._create_folder(path.parent)
+            if path.exists():
+                return
+            temporary = self._temporary / f"tmp{os.urandom(8).hex()}"
+            handle = permissions.create_file(temporary, os.O_WRONLY | os.O_EXCL)
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                _write_all(file.fileno(), text)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
+
+    def read_note(self, folder: str, name: str) -> bytes | None:
+        """Read a note, None where there is none."""
+        with self._errors("read", str(self.folder)), suppress(FileNotFoundError):
+            return (self.folder / folder / name).read_bytes()
+        return None
+
+    def notes(self, folder: str) -> list[str]:
+        """Return the names of all notes in a folder."""
+        with self._errors("list", str(self.folder)), suppress(FileNotFoundError):
+            return sorted(path.name for path in (self.folder / folder).iterdir())
+        return []
+
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
         """List files in tmp/ from before `before`, which crashes left. With `remove`, remove them or move objects back."""
         names = []

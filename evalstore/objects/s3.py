@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import random
 import tempfile
 import time
 import zlib
@@ -23,6 +22,7 @@ from evalstore.objects import s3_answers
 from evalstore.objects.directory import Probe
 from evalstore.objects.file_part import FilePart
 from evalstore.objects.frames import Encoder, Listed, Stream, is_key
+from evalstore.objects.s3_conflicts import CONFLICT_ATTEMPTS, call_with_retries, wait_after_conflict
 from models.content import FRAME_BYTES
 from models.errors import ObjectDamaged, ObjectMissing, ObjectStoreOutage, ObjectUnavailable
 from models.settings import Settings
@@ -37,8 +37,6 @@ _READ_BYTES = 256 * 1024
 _MARK_S = 600
 _DELETION_WAIT_S = 10
 # A conflict over a key ends with the other request. All attempts together take about 3 s.
-_CONFLICT_ATTEMPTS = 6
-_CONFLICT_WAIT_S = 0.1
 
 _T = TypeVar("_T")
 
@@ -179,7 +177,7 @@ class S3Store:
         Raises ClientError. After a conflict, S3 requires that a multipart upload starts again:
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
         """
-        for attempt in range(_CONFLICT_ATTEMPTS):
+        for attempt in range(CONFLICT_ATTEMPTS):
             try:
                 if size > MULTIPART_BYTES:
                     self._put_parts(key, spool.fileno(), size, replace=replace)
@@ -188,11 +186,11 @@ class S3Store:
             except ClientError as error:
                 if s3_answers.is_written_already(error):
                     return False
-                if not s3_answers.is_conflict(error) or attempt + 1 == _CONFLICT_ATTEMPTS:
+                if not s3_answers.is_conflict(error) or attempt + 1 == CONFLICT_ATTEMPTS:
                     raise
                 if not replace and self._is_stored(key, size):  # perhaps by this upload, whose answer was lost
                     return False
-                _wait_after_conflict(attempt)
+                wait_after_conflict(attempt)
             else:
                 return True
         raise AssertionError("the last attempt returns or raises")
@@ -258,28 +256,28 @@ class S3Store:
         """
         with self._errors("delete", key):
             if unmodified_since is None:
-                _call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
+                call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
                 return True
             started_at, mark = time.monotonic(), self._mark(key)
             empty = self._checksum(io.BytesIO())
-            _call_with_retries(lambda: self._adapting(lambda: self._s3.put_object(**mark, **empty, Body=b"")))
+            call_with_retries(lambda: self._adapting(lambda: self._s3.put_object(**mark, **empty, Body=b"")))
             try:
                 with self.open(key, -1) as stream:
                     is_old = stream.listed.modified_at <= unmodified_since
                 if is_old and time.monotonic() - started_at < _MARK_S / 2:
-                    _call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
+                    call_with_retries(lambda: self._s3.delete_object(**self._at(key)))
                     return True
             except ObjectMissing:
                 pass
             finally:
-                _call_with_retries(lambda: self._s3.delete_object(**mark))
+                call_with_retries(lambda: self._s3.delete_object(**mark))
             return False
 
     def touch(self, key: str) -> None:
         """Set the object's time to now, by copying it onto itself. Raises ObjectMissing if a `delete` was faster."""
         with self._errors("touch", key):
             at = self._at(key)
-            _call_with_retries(
+            call_with_retries(
                 lambda: self._s3.copy_object(**at, **self._headers(key), CopySource=at, MetadataDirective="REPLACE")
             )
             self._await_deletion(key)
@@ -317,6 +315,38 @@ class S3Store:
                     key = entry["Key"].removeprefix(self.prefix)
                     if is_key(key):
                         yield Listed(key, entry["Size"], entry["LastModified"])
+
+    def write_note(self, folder: str, name: str, text: bytes) -> None:
+        """Write a small object that holds no content, such as a tombstone; one of that name stays as it is."""
+        with self._errors("write", f"{folder}/{name}"):
+            if self.read_note(folder, name) is None:
+                body = io.BytesIO(text)
+                self._adapting(
+                    lambda: self._s3.put_object(
+                        **self._note(folder, name), Body=body, **self._write_options, **self._checksum(body)
+                    )
+                )
+
+    def read_note(self, folder: str, name: str) -> bytes | None:
+        """Read a note, None where there is none."""
+        with self._errors("read", f"{folder}/{name}"):
+            try:
+                answer = self._s3.get_object(**self._note(folder, name))
+            except ClientError as error:
+                if s3_answers.code(error) != "NoSuchKey":
+                    raise
+                return None
+            with answer["Body"] as body:
+                return bytes(body.read())
+
+    def notes(self, folder: str) -> list[str]:
+        """Return the names of all notes in a folder."""
+        with self._errors("list", ""):
+            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}{folder}/")
+            return [one["Key"].rpartition("/")[2] for page in pages for one in page.get("Contents", [])]
+
+    def _note(self, folder: str, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}{folder}/{name}"}
 
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
         """List multipart uploads and deletion marks from before `before`, which crashes left. With `remove`, remove them."""
@@ -406,21 +436,3 @@ class S3Store:
         except (BotoCoreError, HTTPError, OSError) as error:
             self._lacks_credentials = isinstance(error, NoCredentialsError)
             raise ObjectStoreOutage(f"cannot {verb} {self._name(key)}: {error}") from error
-
-
-def _wait_after_conflict(attempt: int) -> None:
-    """Wait for a random time that doubles with each attempt, so that the same processes do not collide again."""
-    time.sleep(_CONFLICT_WAIT_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311
-
-
-def _call_with_retries(call: Callable[[], object]) -> None:
-    """Call, and repeat after conflicts over the key. Raises ClientError."""
-    for attempt in range(_CONFLICT_ATTEMPTS):
-        try:
-            call()
-        except ClientError as error:
-            if not s3_answers.is_conflict(error) or attempt + 1 == _CONFLICT_ATTEMPTS:
-                raise
-            _wait_after_conflict(attempt)
-        else:
-            return

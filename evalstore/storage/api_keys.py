@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database
 
-SCOPES: Final = ("read", "write")
+SCOPES: Final = ("read", "write", "admin")
 
 
 class Key(NamedTuple):
@@ -28,6 +28,11 @@ class Key(NamedTuple):
 def digest(key: str) -> bytes:
     """What is kept of a key. It is random and long, so one SHA-256 is all it needs."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def including(scopes: Collection[str]) -> frozenset[str]:
+    """Return all that a key of these scopes may do: admin includes the others."""
+    return frozenset(SCOPES if "admin" in scopes else scopes)
 
 
 _CREATE: Final = """

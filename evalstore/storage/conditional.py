@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import database, event_store
+from evalstore.storage import database, event_store, tombstones
 from evalstore.storage.event_store import Outcome
 from evalstore.storage.event_writer import Restart
 from models.errors import DatabaseOutage, EvalstoreError
@@ -30,6 +30,13 @@ class WriteRequest(NamedTuple):
 
 class AlreadyQueued(EvalstoreError):
     """Another queued event of the evaluation is stored."""
+
+
+class EvaluationErased(EvalstoreError):
+    """The evaluation was erased: no event of it is stored any more."""
+
+    def __init__(self, eval_id: str) -> None:
+        super().__init__(f"evaluation {eval_id!r} was erased")
 
 
 class VersionChanged(EvalstoreError):
@@ -139,7 +146,7 @@ def update(
     """Store what `make` gives for the record's attempt (1 where there is no record), if it is at one of `versions`. Commits.
 
     An event that is stored already is a duplicate whatever the version: the sender did not get the answer. Returns the event
-    and what became of it. Raises VersionChanged (nothing is stored), DatabaseOutage (retry), and
+    and what became of it. Raises VersionChanged, EvaluationErased (nothing is stored), DatabaseOutage (retry), and
     what `make` raises.
     """
     for _ in range(event_store.TRIES):
@@ -171,7 +178,10 @@ def _checked(
             raw.rollback()
             raise
         if not holds:
+            is_erased = found is None and bool(tombstones.ask(raw, [eval_id]).fetchall())
             raw.rollback()
+            if is_erased:
+                raise EvaluationErased(eval_id)
             raise VersionChanged(version)
     return given
 

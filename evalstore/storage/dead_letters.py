@@ -12,7 +12,7 @@ import psycopg
 from psycopg.rows import dict_row
 from sqlalchemy import Connection
 
-from evalstore.storage import database, operator_actions, redrives
+from evalstore.storage import database, operator_actions, redrives, tombstones
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
 from models.content import objects_named
@@ -49,11 +49,16 @@ ON CONFLICT (id) DO UPDATE SET state = 'dead', error_class = excluded.error_clas
     host = excluded.host, release = excluded.release
 WHERE dead_letters.last_at < excluded.last_at
 """
+# Writers hold the lock together, and an eraser alone: it waits for writers that have not seen its tombstone.
+_SHARED: Final = "SELECT pg_advisory_xact_lock_shared(hashtextextended('evalstore:dead_letters:' || current_schema(), 0))"
+_ALONE: Final = _SHARED.replace("_shared", "")
 _MOST_ATTEMPTS: Final = 2**31 - 1
 
 
 def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
     """Keep these, in one transaction, whatever their texts hold; those that were redriven have died again.
+
+    Those of erased evaluations are not kept.
 
     Raises DatabaseOutage (retry).
     """
@@ -69,6 +74,9 @@ def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
     ]
     died_at = {one.id: one.died_at for one in burials}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        cursor.execute(_SHARED)
+        erased = {row[0] for row in tombstones.ask(database.driver(conn), {one.eval_id for one in burials if one.eval_id})}
+        rows = [row for row in rows if row[3] not in erased]
         redriven = redrives.lock(cursor, list(died_at))
         cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])
         redrives.count(cursor, [letter for letter in redriven if letter.last_at < died_at[letter.id]], "died")
@@ -303,6 +311,25 @@ def remove(
         cursor.execute(_DELETE, [ids])
         operator_actions.write(cursor, intent, len(ids), details=details)
     return len(ids)
+
+
+_OF_EVALUATION: Final = "SELECT id, objects FROM dead_letters WHERE eval_id = %s ORDER BY id"
+
+
+def erase(conn: Connection, eval_id: str) -> tuple[int, set[bytes]]:
+    """Delete all letters of an evaluation that has a tombstone, also those on their way.
+
+    Returns how many, and the SHA-256 of the objects that they named. Commits. Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        cursor.execute(_ALONE)
+        found = cursor.execute(_OF_EVALUATION, [eval_id]).fetchall()
+        ids = [letter_id for letter_id, _ in found]
+        if ids:
+            redriven = redrives.lock(cursor, ids)
+            cursor.execute(_DELETE, [ids])
+            redrives.count(cursor, redriven, "returned")
+    return len(ids), {bytes(sha256) for _, objects in found for sha256 in objects}
 
 
 def _whole(conn: Connection, ids: Sequence[UUID]) -> Iterator[dict[str, Any]]:

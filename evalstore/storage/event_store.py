@@ -31,7 +31,7 @@ ROW_LIMIT_BYTES: Final = 4096
 TRIES: Final = 100
 RESTARTED_TOO_OFTEN: Final = f"other transactions made this one begin again {TRIES} times"
 
-Outcome = Literal["applied", "duplicate", "reused"]
+Outcome = Literal["applied", "duplicate", "reused", "erased"]
 
 
 class Confirmation(msgspec.Struct, gc=False):
@@ -86,11 +86,12 @@ def store(
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
 
-    An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and changes
-    nothing. Any number of callers may store events of the same evaluations at once: all lock the records that exist in the
-    order of `eval_id`, and then create the others in that order, so that none waits for another in a circle. `traces_of` gives
-    the traces of events by their positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last
-    event it tells of. `progress` is called while a record is made anew from a long log.
+    An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and
+    changes nothing; one of an evaluation that was erased is `erased`, and is not stored. Any number of callers may store
+    events of the same evaluations at once: all lock the records that exist in the order of `eval_id`, and then create the
+    others in that order, so that none waits for another in a circle. `traces_of` gives the traces of events by their
+    positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last event it tells of.
+    `progress` is called while a record is made anew from a long log.
 
     Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
     """
@@ -139,6 +140,10 @@ def store_once(
             outcomes[position] = "applied"
     for position in written.reused:
         outcomes[position] = "reused"
+    if written.erased:
+        outcomes = [
+            "erased" if one.eval_id in written.erased else outcome for one, outcome in zip(facts, outcomes, strict=True)
+        ]
     conflicting_results = sum([one.conflicting_results for one in written.records.values()])
     return Stored(outcomes, confirmations, conflicting_results, written.rebuilt, written_at)
 
@@ -160,6 +165,7 @@ class _Written(NamedTuple):
     created: Collection[str]
     records: dict[str, Folded]
     rebuilt: Counter[RebuildReason]
+    erased: set[str]
 
 
 def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -> _Written:
@@ -169,6 +175,8 @@ def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -
         firsts.setdefault(one.eval_id, {}).setdefault(one.event_id, position)
     new = {eval_id: list(firsts[eval_id].values()) for eval_id in sorted(firsts)}
     begun = way.begin({eval_id: [facts[at] for at in positions] for eval_id, positions in new.items()})
+    for eval_id in begun.erased:
+        del new[eval_id]
     for eval_id in {eval_id for eval_id, _ in begun.logged}:
         new[eval_id] = [at for event_id, at in firsts[eval_id].items() if (eval_id, event_id) not in begun.logged]
         if not new[eval_id]:
@@ -182,9 +190,11 @@ def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -
         way.log([_without_large(facts[position], contents) for position in applied], contents)
     if changed:
         way.update(list(changed.values()))
-    reused = _reused(way, facts, set(range(len(facts))).difference(applied)) if len(applied) < len(facts) else []
+    repeated = set(range(len(facts))).difference(applied) if len(applied) < len(facts) else set()
+    repeated -= {position for position in repeated if facts[position].eval_id in begun.erased}
+    reused = _reused(way, facts, repeated) if repeated else []
     records = begun.created | changed
-    return _Written(new, reused, begun.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt)
+    return _Written(new, reused, begun.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt, begun.erased)
 
 
 def _fold(

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import psycopg
 
-from evalstore.storage import database, sessions
+from evalstore.storage import database, sessions, tombstones
 from models.errors import EvalstoreError
 from models.fields import EVENT_COLUMNS, RECORD_COLUMNS
 from models.fold import Folded, fold
@@ -94,11 +94,15 @@ class StoredRecord(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """The records that were created, those that existed and are locked, and the events of these that are in the log."""
+    """The records that were created, those that existed and are locked, and the events of these that are in the log.
+
+    `erased`: the evaluations whose records would have been created if they had not been erased before.
+    """
 
     created: dict[str, Folded]
     existing: dict[str, StoredRecord]
     logged: set[tuple[str, UUID]]
+    erased: set[str]
 
 
 class Restart(EvalstoreError):
@@ -166,7 +170,8 @@ class Many(_Way):
             self._cursor.execute(_CREATE)
             if self._cursor.rowcount != len(created):
                 raise Restart("another transaction created an evaluation of these")
-        return Begun(created, existing, set(logged))
+        erased = _without_erased(self.conn, tombstones.ask(self.conn, created), created) if created else set[str]()
+        return Begun(created, existing, set(logged), erased)
 
     def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         """Write events, and content that has rows of its own."""
@@ -241,11 +246,13 @@ class Few(_Way):
         alone = {eval_id: fold(None, of_one) for eval_id, of_one in events.items()}
         made = [self.conn.execute(_CREATE_ONE, _texts(_row(one))) for one in alone.values()]
         logged = _logged(self.conn, events)
+        tombs = tombstones.ask(self.conn, events)
         existing = records(locked)
         created = {eval_id: alone[eval_id] for eval_id, one in zip(alone, made, strict=True) if one.rowcount}
         if len(created) + len(existing) != len(events):
             raise Restart("another transaction created an evaluation of these")
-        return Begun(created, existing, set(logged.fetchall()))
+        erased = _without_erased(self.conn, tombs, created)
+        return Begun(created, existing, set(logged.fetchall()), erased)
 
     def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         for one in facts:
@@ -265,6 +272,20 @@ class Few(_Way):
             for number, one in facts.items()
         }
         return {number: list(found.fetchall()[0]) for number, found in asked.items()}
+
+
+def _without_erased(conn: psycopg.Connection[Any], tombs: psycopg.Cursor[Any], created: dict[str, Folded]) -> set[str]:
+    """Delete the records of erased evaluations from those just created; returns the evaluations.
+
+    Tombstones are looked up after the records are inserted: an eraser writes its tombstone first, and then waits for whoever
+    inserts the record. So either the tombstone is seen here, or the eraser sees the record.
+    """
+    erased = {eval_id for (eval_id,) in tombs.fetchall()} & created.keys()
+    if erased:
+        conn.execute("DELETE FROM evaluations WHERE eval_id = ANY(%s::text[])", [list(erased)])
+        for eval_id in erased:
+            del created[eval_id]
+    return erased
 
 
 def _values(types: dict[str, str]) -> str:

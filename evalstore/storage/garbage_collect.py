@@ -82,7 +82,7 @@ def run_once(
     refused: ObjectUnavailable | None = None
     for batch in _batches(_part_of(target.store, part)):
         done.objects += len(batch)
-        old = _unnamed(conn, target.places, [one for one in batch if one.modified_at < before])
+        old = unnamed(conn, target.places, [one for one in batch if one.modified_at < before])
         if not old:
             continue
         if waiting is None:
@@ -90,7 +90,7 @@ def run_once(
             if oldest_age_s > longest_wait(grace).total_seconds():
                 done.paused = f"a message has waited for longer than {longest_wait(grace)}"
                 return done
-        old = _unnamed(conn, target.places, [one for one in old if _sha256(one) not in waiting])
+        old = unnamed(conn, target.places, [one for one in old if sha256_of(one) not in waiting])
         for one in old:
             try:
                 is_gone = not remove or target.store.delete(one.key, unmodified_since=before)
@@ -128,16 +128,16 @@ SELECT unnest(objects) FROM dead_letters WHERE objects && %(wanted)s AND objects
 """
 
 
-def _unnamed(conn: Connection, places: Sequence[Place], found: Sequence[Listed]) -> list[Listed]:
+def unnamed(conn: Connection, places: Sequence[Place], found: Sequence[Listed]) -> list[Listed]:
     """Those that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
-    by_sha256 = {_sha256(one) for one in found}
+    by_sha256 = {sha256_of(one) for one in found}
     if not by_sha256:
         return []
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         given = {"wanted": list(by_sha256), "places": list(places)}
         named = {bytes(sha256) for (sha256,) in cursor.execute(_NAMED, given)}
-    return [one for one in found if _sha256(one) not in named]
+    return [one for one in found if sha256_of(one) not in named]
 
 
-def _sha256(one: Listed) -> bytes:
+def sha256_of(one: Listed) -> bytes:
     return bytes.fromhex(one.key[:64])

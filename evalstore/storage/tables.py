@@ -226,6 +226,24 @@ operator_actions = Table(
     Index("operator_actions_by_time", "at"),
 )
 
+# The ids of erased evaluations, as HMAC-SHA256 under the key of the next table.
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("erased_at", _TIME, nullable=False, server_default=_NOW),
+)
+
+# One row: the key, and the two blocks of HMAC that are made of it.
+erasure_key = Table(
+    "erasure_key",
+    metadata,
+    Column("id", SmallInteger, CheckConstraint("id = 1"), primary_key=True, autoincrement=False, server_default=text("1")),
+    Column("key", LargeBinary, nullable=False),
+    Column("inner_pad", LargeBinary, nullable=False),
+    Column("outer_pad", LargeBinary, nullable=False),
+)
+
 # Keys of the HTTP service, by their SHA-256: who reads this table cannot use them.
 api_keys = Table(
     "api_keys",

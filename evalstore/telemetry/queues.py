@@ -1,6 +1,7 @@
 """The queues and the workers, as Redis holds them. Nothing here writes."""
 
 import time
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -77,6 +78,25 @@ def _live_workers(told: dict[bytes, bytes], now: float) -> dict[str, dict[str, A
         if now - int(at_ms) / 1000 < SILENT_AFTER_S:
             found[name.decode(errors="replace")] = dict(msgspec.json.decode(json))
     return found
+
+
+def older_workers(broker: SendingBroker, revision: str) -> list[str]:
+    """Return host and process id of each worker whose release does not know this revision of the tables. Raises RedisOutage."""
+    workers = snapshot(broker).workers.values()
+    return sorted({f"{one['host']} {one['pid']}" for one in workers if str(one.get("revision", "")) < revision})
+
+
+_DELETED_AT_ONCE: Final = 1000
+
+
+def forget_evaluation(broker: SendingBroker, eval_id: str, event_ids: Iterable[str]) -> None:
+    """Delete what Redis holds of an evaluation besides its messages. Raises RedisOutage (retry)."""
+    keys = [broker.names.cached_record(eval_id), *(broker.names.given_time(eval_id, event_id) for event_id in event_ids)]
+    try:
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            broker.client.unlink(*keys[start : start + _DELETED_AT_ONCE])
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
 
 
 def oldest_age_s(broker: SendingBroker, queue: str) -> float:

@@ -30,7 +30,7 @@ from tests.integration.shell import Operator
 from worker.broker import Broker
 
 ROOT = Path(__file__).parents[2]
-READ, WRITE, BOTH = "read-key-0001", "write-key-0001", "both-key-0001"
+READ, WRITE, BOTH, ADMIN = "read-key-0001", "write-key-0001", "both-key-0001", "admin-key-0001"
 
 
 class Api:
@@ -46,6 +46,7 @@ class Api:
             "EVALSTORE_API_PORT": str(self.port),
             "EVALSTORE_READ_API_KEYS": f"{READ},{BOTH}",
             "EVALSTORE_WRITE_API_KEYS": f"{BOTH}, {WRITE}",
+            "EVALSTORE_ADMIN_API_KEYS": ADMIN,
             "PYTHONPATH": str(ROOT),
             "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),  # where what it counts is not added to that of others
             **environment,
@@ -104,6 +105,10 @@ class Api:
         return self._cached(WRITE)
 
     @property
+    def admin(self) -> httpx.Client:
+        return self._cached(ADMIN)
+
+    @property
     def nobody(self) -> httpx.Client:
         return self._cached(None)
 
@@ -121,7 +126,7 @@ class Api:
         """Nothing is stored, queued or cached any more, and nobody is connected."""
         self._close_clients()
         with psycopg.connect(self.database_url, autocommit=True) as conn:
-            conn.execute(f"TRUNCATE {', '.join(set(metadata.tables) - {'confirmation_position'})}")
+            conn.execute(f"TRUNCATE {', '.join(set(metadata.tables) - {'confirmation_position', 'erasure_key'})}")
         with redis.Redis.from_url(self.redis_url) as client:
             client.flushdb()
         self._logged_before = self.log.stat().st_size
