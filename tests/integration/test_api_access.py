@@ -123,7 +123,7 @@ def test_a_file_of_keys_is_read_again_when_it_changes(
     assert works("second")
     assert not works("first")
     path.unlink()  # as when it is about to be replaced
-    eventually(lambda: "cannot be read" in api.log.read_text() or not works("third"))
+    eventually(lambda: "cannot read the keys file" in api.log.read_text() or not works("third"))
     assert works("third")
 
 
