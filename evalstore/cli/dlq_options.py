@@ -38,7 +38,7 @@ class DeadLetterState(StrEnum):
     all = "all"
 
 
-def _when(text: str) -> datetime:
+def moment(text: str) -> datetime:
     """Parse a time in RFC 3339, or an age such as 2h."""
     seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
     if age := re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw])", text, re.ASCII):
@@ -68,11 +68,13 @@ _FILTERS: Final[dict[str, Any]] = {
     ],
     "since": Annotated[
         datetime | None,
-        typer.Option(parser=_when, help="Only dead letters since this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"),
+        typer.Option(parser=moment, help="Only dead letters since this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"),
     ],
     "until": Annotated[
         datetime | None,
-        typer.Option(parser=_when, help="Only dead letters before this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"),
+        typer.Option(
+            parser=moment, help="Only dead letters before this time: RFC 3339, or an age like 2h, 7d.", metavar="TIME"
+        ),
     ],
     "limit": Annotated[int | None, typer.Option(min=1, help="Maximum number of dead letters.")],
 }

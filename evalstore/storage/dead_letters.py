@@ -57,6 +57,12 @@ def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
 
     Raises DatabaseOutage (retry).
     """
+    with database.errors(), conn.begin():
+        insert(database.driver(conn), burials)
+
+
+def insert(raw: psycopg.Connection[Any], burials: Sequence[DeadLetterInsert]) -> None:
+    """As `write`, within a transaction of the caller."""
     ordered = sorted(burials)  # by id, as letters are locked everywhere
     rows = [
         (
@@ -68,7 +74,7 @@ def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
         for one in ordered
     ]
     died_at = {one.id: one.died_at for one in burials}
-    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+    with raw.cursor() as cursor:
         redriven = redrives.lock(cursor, list(died_at))
         cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])
         redrives.count(cursor, [letter for letter in redriven if letter.last_at < died_at[letter.id]], "died")
