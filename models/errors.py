@@ -23,13 +23,18 @@ Errors of one room are defined there:
 
 EvalstoreError
 ├── Outage
+│   ├── SinkUnavailable         evalstore.sinks: the sink takes nothing now
 │   └── ServiceOutage           evalstore.client: the HTTP service cannot be reached, or asks to wait
 ├── ServiceError                evalstore.client: the HTTP service refuses a request
 │   ├── NotFound                evalstore.client: there is no such evaluation or content
 │   ├── Conflict                evalstore.client: another event is stored in its place
 │   └── VersionChanged          evalstore.client: read the record again
+├── LeaseLost                   evalstore.storage: another process works on the sink, or it was moved: read its cursor again
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
+├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so
+├── OtherKey                    evalstore.storage: the object store holds the tombstones of another evalstore
+├── OlderWorkers                evalstore.telemetry: replace the workers of an older release first
 ├── Restart                     evalstore.storage: begin the transaction again
 ├── Undecodable                 models.merge_state: rebuild the merge state from the event log
 ├── RegistryUnavailable         evalstore.telemetry: EVALSTORE_RUNTIME_DIR cannot be used

@@ -46,6 +46,27 @@ LOGS: Final = (
         "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
+    # Sinks.
+    Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
+    Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),
+    Entry("sink_lease_lost", "info", "%s", ("error",)),
+    Entry("sink_waits", "warning", "sink %s waits until PostgreSQL is back: %s", ("sink", "error")),
+    Entry("sink_away", "warning", "sink %s takes nothing, trying again until it does: %s", ("sink", "error")),
+    Entry("sink_back", "info", "sink %s takes events again", ("sink",)),
+    Entry(
+        "sink_refused",
+        "warning",
+        "sink %s refused %d events, which are dead letters; the last one: %s",
+        ("sink", "events", "error"),
+    ),
+    Entry(
+        "sink_hangs",
+        "error",
+        "sink %s has not come back for %.0f s; its lease ends, so that another process may try",
+        ("sink", "seconds"),
+    ),
+    Entry("sink_events_gone", "warning", "sink %s: %d events of the outbox are in the event log no longer", ("sink", "events")),
+    Entry("sink_defect", "critical", "sink %s: unexpected error, trying again: %r", ("sink", "error")),
     # Dead letters and redrives.
     Entry(
         "dead_letter",

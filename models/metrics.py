@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple, get_args
 
 Kind = Literal["counter", "gauge", "histogram"]
 # Who has the value: a group of processes, or Redis and PostgreSQL (`servers`).
-Source = Literal["worker", "api", "any", "servers"]
+Source = Literal["worker", "api", "sinks", "any", "servers"]
 
 
 class Metric(NamedTuple):
@@ -173,7 +173,7 @@ METRICS: Final = (
         "gauge",
         "Processes of the group; stuck: a loop missed its deadline.",
         "any",
-        {"role": ("worker", "scheduler", "api"), "state": ("live", "stuck")},
+        {"role": ("worker", "scheduler", "api", "sinks"), "state": ("live", "stuck")},
     ),
     Metric("evalstore_process_resident_memory_bytes", "gauge", "Resident memory of the group's processes.", "any"),
     Metric(
@@ -247,6 +247,49 @@ METRICS: Final = (
         "gauge",
         "Age of the oldest pending confirmation; 0 without one.",
         "servers",
+    ),
+    Metric(
+        "evalstore_outbox_age_seconds",
+        "gauge",
+        "How long ago the oldest row of the outbox was stored that a running sink needs; 0 if there is none.",
+        "servers",
+    ),
+    Metric("evalstore_outbox_age_limit_seconds", "gauge", "Up to which age the outbox keeps such rows.", "servers"),
+    Metric("evalstore_sink_running", "gauge", "1, or 0 where an operator paused the sink.", "servers", {"sink": ()}),
+    Metric(
+        "evalstore_sink_lag_seconds",
+        "gauge",
+        "How long ago the oldest event was stored that the sink has not confirmed; 0 if there is none.",
+        "servers",
+        {"sink": ()},
+    ),
+    Metric(
+        "evalstore_sink_lag_events",
+        "gauge",
+        "Changes of evaluations that the sink has not confirmed; of more than 100,000 commits the first.",
+        "servers",
+        {"sink": ()},
+    ),
+    Metric(
+        "evalstore_sink_gap_seconds",
+        "gauge",
+        "For how long a transaction in progress has held up the sink; 0 if none does.",
+        "servers",
+        {"sink": ()},
+    ),
+    Metric(
+        "evalstore_sink_failing_seconds",
+        "gauge",
+        "For how long the sink has taken nothing; 0 if it does.",
+        "servers",
+        {"sink": ()},
+    ),
+    Metric(
+        "evalstore_sink_events_total",
+        "counter",
+        "Events of the sink, by outcome.",
+        "servers",
+        {"sink": (), "outcome": ("delivered", "dead")},
     ),
     Metric(
         "evalstore_evaluations_open",

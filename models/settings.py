@@ -218,12 +218,29 @@ class Settings(BaseModel):
         int, Field(ge=1, le=_PEBIBYTE, description="maximum size of EVALSTORE_SPOOL_DIR in bytes; read by senders")
     ] = 1024**3
 
-    @field_validator("spool_dir", "runtime_dir")
+    @field_validator("spool_dir", "runtime_dir", "sinks_file")
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
             raise ValueError("expected a path that begins with /")
         return value
+
+    sinks_file: Annotated[
+        Path | None, Field(description="TOML file with a table for each sink; read by sinks, and by `evalstore up`")
+    ] = None
+    sinks_metrics_port: Annotated[
+        int,
+        Field(ge=0, le=65535, description="port of metrics and health of `evalstore sinks run`, 0 for none; read by sinks"),
+    ] = 9193
+    outbox_max_age_s: Annotated[
+        float,
+        Field(
+            ge=600,
+            le=1e9,
+            description="seconds for which the outbox keeps rows that a running sink still needs; a sink that is later is "
+            "filled from the event log; read by workers",
+        ),
+    ] = 3 * _DAY_S
 
     read_api_keys: Annotated[SecretStr, Field(description="API keys that may read, comma-separated; read by the API")] = (
         SecretStr("")

@@ -19,6 +19,7 @@ import redis
 from psycopg import sql
 
 from evalstore.local.servers import Postgres, Valkey
+from tests import kafka
 from tests.polling import looks
 
 if TYPE_CHECKING:
@@ -41,12 +42,18 @@ def pytest_configure() -> None:
             signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
+def pytest_report_header() -> str:
+    """Say which broker stands for Kafka."""
+    return kafka.described()
+
+
 @pytest.fixture(autouse=True)
 def _processes_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test starts finds none of what another one started, and no port that another one holds."""
     monkeypatch.setenv("EVALSTORE_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
     monkeypatch.setenv("EVALSTORE_METRICS_PORT", "0")
     monkeypatch.setenv("EVALSTORE_SCHEDULER_METRICS_PORT", "0")
+    monkeypatch.setenv("EVALSTORE_SINKS_METRICS_PORT", "0")
 
 
 @pytest.fixture(scope="session")
@@ -243,6 +250,16 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedFS"]
     server.start()
     yield server
     server.kill()  # in good order takes it ten seconds, and nobody reads its data again
+
+
+@pytest.fixture(scope="session")
+def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka.Kafka]:
+    """One for all tests, which take topics of their own."""
+    server = kafka.broker(tmp_path_factory.mktemp("kafka"))
+    if server is None:
+        pytest.skip("neither Apache Kafka nor Tansu is here")
+    with server:
+        yield server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import dead_letters, event_store, redrives
 from evalstore.storage.dead_letters import Selection
-from evalstore.storage.redrives import DeadLetterRef, Sent
+from evalstore.storage.redrives import SINK_QUEUES, DeadLetterRef, Sent
 from models.errors import PASSING, EvalstoreError, InvalidEvent, RedisOutage
 from models.jobs import QUEUE
 from models.logs import EventLogger
@@ -102,9 +102,14 @@ def _turn(
 
 
 def send(broker: SendingBroker, scripts: Scripts, letters: Sequence[DeadLetterRef]) -> None:
-    """Put letters in their queues, each once: the id in Redis is made of the letter's id. Raises RedisOutage (retry)."""
+    """Put letters in their queues, each once: the id in Redis is made of the letter's id. Raises RedisOutage (retry).
+
+    Letters of a sink go nowhere: its runner reads from the table which were sent.
+    """
     by_queue: dict[str, list[bytes]] = {}
     for letter in letters:
+        if letter.queue.startswith(SINK_QUEUES):
+            continue
         by_queue.setdefault(letter.queue, []).extend([redis_id_of(letter.id), _renewed(letter.message)])
     try:
         for queue, arguments in by_queue.items():

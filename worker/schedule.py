@@ -101,7 +101,7 @@ class _Jobs:
         with self._connections.connect(_LONGEST_S) as conn:
             return {
                 "relayed": confirmation_relay.relay(conn, self._broker.names, self._scripts, counters, go_on=time_budget()),
-                "forgotten": stored_confirmations.forget(conn),
+                "forgotten": stored_confirmations.forget(conn, max_age_s=self._settings.outbox_max_age_s),
             }
 
     def mark_lost_evaluations(self) -> dict[str, int]:

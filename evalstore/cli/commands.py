@@ -60,6 +60,7 @@ COMMANDS: Final = {
         "evalstore.cli.spool:app",
         "Events that senders on this machine keep during an outage of Redis, in the folder EVALSTORE_SPOOL_DIR.",
     ),
+    "sinks": Command("evalstore.cli.sinks:app", "Run, list, pause, resume and rewind sinks: systems that get all events."),
     "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),
 }
 

@@ -29,6 +29,8 @@ def up(
     """Run everything on this machine: PostgreSQL, a Redis-compatible server, worker, scheduler and
     HTTP service, until Ctrl-C.
 
+    With EVALSTORE_SINKS_FILE the process that passes events on runs, too.
+
     The servers come with the package and listen on 127.0.0.1 only. The HTTP service and metrics do too, unless
     EVALSTORE_API_HOST or EVALSTORE_METRICS_HOST is set. Data, ports and passwords stay in the folder.
     PATH/environment holds the addresses for other shells.

@@ -40,10 +40,12 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
     """Return the commands of the processes. periodiq has no `python -m`, and its script may not be on the path."""
     python = sys.executable
     size = ["--processes", str(worker_processes), "--threads", str(worker_threads)]
+    sinks = {"sinks": [python, "-m", "evalstore.cli.app", "sinks", "run"]} if os.environ.get("EVALSTORE_SINKS_FILE") else {}
     return {
         "worker": [python, "-m", "dramatiq", "worker.tasks", *size],
         "scheduler": [python, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"],
         "api": [python, "-m", "evalstore.api"],
+        **sinks,
     }
 
 
@@ -68,8 +70,10 @@ def _metrics_environment(folder: Path) -> dict[str, str]:
     """Return the address of metrics: the ports of the environment, else of the last start, else the usual ones if free."""
     host = Settings.from_environment(os.environ).metrics_host
     path = folder / "metrics"
-    ports = path.read_text().split() if path.exists() else ["9191", "9192"]
-    names = ("EVALSTORE_METRICS_PORT", "EVALSTORE_SCHEDULER_METRICS_PORT")
+    usual = ["9191", "9192", "9193"]
+    before = path.read_text().split() if path.exists() else []
+    ports = before + usual[len(before) :]
+    names = ("EVALSTORE_METRICS_PORT", "EVALSTORE_SCHEDULER_METRICS_PORT", "EVALSTORE_SINKS_METRICS_PORT")
     chosen = {name: os.environ.get(name) or str(free_port(int(port), host)) for name, port in zip(names, ports, strict=True)}
     write_private(path, " ".join(chosen.values()))
     return chosen | {"EVALSTORE_METRICS_HOST": host}

@@ -62,6 +62,12 @@ def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
 
     Raises DatabaseOutage (retry).
     """
+    with database.errors(), conn.begin():
+        insert(database.driver(conn), burials)
+
+
+def insert(raw: psycopg.Connection[Any], burials: Sequence[DeadLetterInsert]) -> None:
+    """Insert as `write` does, within a transaction of the caller."""
     ordered = sorted(burials)  # by id, as letters are locked everywhere
     rows = [
         (
@@ -73,9 +79,9 @@ def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
         for one in ordered
     ]
     died_at = {one.id: one.died_at for one in burials}
-    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+    with raw.cursor() as cursor:
         cursor.execute(_SHARED)
-        erased = {row[0] for row in tombstones.ask(database.driver(conn), {one.eval_id for one in burials if one.eval_id})}
+        erased = {row[0] for row in tombstones.ask(raw, {one.eval_id for one in burials if one.eval_id})}
         rows = [row for row in rows if row[3] not in erased]
         redriven = redrives.lock(cursor, list(died_at))
         cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])

@@ -48,7 +48,20 @@ _LOST: Final = """
 UPDATE confirmations SET relayed_at = NULL, stream_ms = NULL, stream_seq = NULL WHERE (stream_ms, stream_seq) > (%s, %s)
 """
 _ADVANCE: Final = "UPDATE confirmation_position SET stream_ms = %s, stream_seq = %s"
-_FORGET: Final = "DELETE FROM confirmations WHERE relayed_at < now() - make_interval(secs => %s)"
+# A row stays while a running sink needs it, up to a bound. A sink that loses a row finds its events in the log.
+_FORGET: Final = """
+WITH gone AS (
+    DELETE FROM confirmations
+    WHERE relayed_at < now() - make_interval(secs => %(older_than_s)s)
+        AND (id <= (SELECT coalesce(min(position), 9223372036854775807) FROM sinks WHERE state = 'running')
+            OR recorded_at < now() - make_interval(secs => %(max_age_s)s))
+    RETURNING id, count
+), missed AS (
+    UPDATE sinks SET missed = missed + (SELECT sum(count) FROM gone WHERE id > position)
+    WHERE position < (SELECT max(id) FROM gone)
+)
+SELECT count(*) FROM gone
+"""
 _COMMITS: Final = 20
 
 
@@ -82,7 +95,13 @@ def relay(conn: Connection, publish: Publish, *, go_on: Callable[[], bool] = lam
             return handed
 
 
-def forget(conn: Connection, *, older_than_s: float = 600) -> int:
-    """Delete what was relayed that long ago; returns how many commits' confirmations. Raises DatabaseOutage (retry)."""
+def forget(conn: Connection, *, older_than_s: float = 600, max_age_s: float = 259_200) -> int:
+    """Delete what was relayed `older_than_s` ago and no running sink needs, and all that is older than `max_age_s`.
+
+    Returns how many commits' confirmations. A sink that loses some of them, as it is paused or too slow, is told so in its row.
+    Raises DatabaseOutage (retry).
+    """
+    values = {"older_than_s": older_than_s, "max_age_s": max(older_than_s, max_age_s)}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
-        return cursor.execute(_FORGET, [older_than_s]).rowcount
+        ((deleted,),) = cursor.execute(_FORGET, values).fetchall()
+    return int(deleted)

@@ -20,6 +20,8 @@ from evalstore.storage.operator_actions import Intent
 
 Outcome = Literal["stored", "died", "returned"]
 Ended = Literal["stopped", "cancelled", "failed"]
+# How the queue of a sink's letters begins.
+SINK_QUEUES: Final = "sink:"
 _CHUNK: Final = 500
 _CHUNK_BYTES: Final = 8 * 1024 * 1024
 _LONGEST_S: Final = 1.0
@@ -243,7 +245,8 @@ def lost(conn: Connection, sent: Mapping[UUID, datetime]) -> int:
 
 _IN_QUESTION: Final = """
 SELECT id, queue, sent_at FROM dead_letters
-WHERE state = 'redriving' AND sent_at < now() - make_interval(secs => %s) AND id > %s ORDER BY id LIMIT %s
+WHERE state = 'redriving' AND queue NOT LIKE 'sink:%%' AND sent_at < now() - make_interval(secs => %s) AND id > %s
+ORDER BY id LIMIT %s
 """
 
 
@@ -256,9 +259,31 @@ class Sent(NamedTuple):
 
 
 def in_question(conn: Connection, *, after: UUID, older_than_s: float, limit: int) -> list[Sent]:
-    """Letters that were sent that long ago and of which nothing came, by `id`. Raises DatabaseOutage (retry)."""
+    """Letters that were sent to Redis that long ago and of which nothing came, by `id`. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         return [Sent(*row) for row in cursor.execute(_IN_QUESTION, [older_than_s, after, limit])]
+
+
+# Those of a sink wait here: its runner takes them up by itself.
+_TO_SINK: Final = """
+SELECT id, eval_id, event_id, message FROM dead_letters
+WHERE state = 'redriving' AND queue = %s AND sent_at IS NOT NULL ORDER BY first_at, id LIMIT %s
+"""
+
+
+class SinkLetter(NamedTuple):
+    """A letter to give to its sink again."""
+
+    id: UUID
+    eval_id: str
+    event_id: UUID | None
+    message: bytes
+
+
+def to_sink(conn: Connection, queue: str, limit: int) -> list[SinkLetter]:
+    """Letters of a sink's queue that are to be given to it. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        return [SinkLetter(*row) for row in cursor.execute(_TO_SINK, [queue, limit])]
 
 
 _UNSENT: Final = """

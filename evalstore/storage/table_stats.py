@@ -6,7 +6,7 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import archive, database
+from evalstore.storage import archive, database, sink_cursors
 from evalstore.storage.archive import Archive
 
 Numbers = dict[tuple[str, ...], float]
@@ -43,6 +43,32 @@ def server(conn: Connection) -> Numbers:
         ("evalstore_redriven_letters_total", "died"): died,
         ("evalstore_redriven_letters_total", "returned"): returned,
     }
+
+
+_OUTBOX: Final = """
+SELECT coalesce(extract(epoch FROM now() - min(c.recorded_at)), 0) FROM (
+    SELECT recorded_at FROM confirmations
+    WHERE id > (SELECT min(position) FROM sinks WHERE state = 'running') ORDER BY id LIMIT 1
+) c
+"""
+
+
+def sinks(conn: Connection, outbox_max_age_s: float) -> Numbers:
+    """How far each sink has come. Raises DatabaseOutage."""
+    found: Numbers = {}
+    for sink in sink_cursors.statuses(conn):
+        failing_s = (datetime.now(UTC) - sink.failing_since).total_seconds() if sink.failing_since else 0
+        found["evalstore_sink_running", sink.name] = sink.state != "paused"
+        found["evalstore_sink_lag_seconds", sink.name] = sink.lag_s
+        found["evalstore_sink_lag_events", sink.name] = sink.lag_events
+        found["evalstore_sink_gap_seconds", sink.name] = sink.gap_s
+        found["evalstore_sink_failing_seconds", sink.name] = max(0.0, failing_s)
+        found["evalstore_sink_events_total", sink.name, "delivered"] = sink.delivered
+        found["evalstore_sink_events_total", sink.name, "dead"] = sink.dead
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        (found[("evalstore_outbox_age_seconds",)],) = _row(cursor, _OUTBOX)
+    found[("evalstore_outbox_age_limit_seconds",)] = outbox_max_age_s
+    return found
 
 
 def _row(cursor: psycopg.Cursor[Any], query: str, values: dict[str, Any] | None = None) -> tuple[float, ...]:

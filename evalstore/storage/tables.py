@@ -84,13 +84,20 @@ evaluation_events = Table(
     Column("type", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("occurred_at", _TIME, nullable=False),
-    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    # When the statement began that stored the event, with the evaluation locked: ascends in commit order.
+    Column("recorded_at", _TIME, nullable=False, server_default=text("statement_timestamp()")),
     Column("metadata", JSONB),
     *_columns(SCALARS),
     # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES; what is larger has a row in `contents` instead.
     *_columns(CONTENTS),
     # Fields this release does not know, as canonical JSON: kept, and part of what makes two bodies the same.
     Column("extra", Text),
+    Index(
+        "evaluation_events_by_recorded_at",
+        "recorded_at",
+        postgresql_using="brin",
+        postgresql_with={"pages_per_range": "32", "autosummarize": "on"},
+    ),
 )
 
 # Content too large for the event's own row: `data` here, or, where `store` is set, an object of that SHA-256 and `encoding` in
@@ -144,6 +151,41 @@ confirmation_position = Table(
     Column("id", SmallInteger, CheckConstraint("id = 1"), primary_key=True, autoincrement=False, server_default=text("1")),
     Column("stream_ms", BigInteger, nullable=False, server_default=text("0")),
     Column("stream_seq", BigInteger, nullable=False, server_default=text("0")),
+)
+
+# How far each sink has come in the outbox, who works on it until when, and how it is. evalstore/storage/sink_cursors.py
+sinks = Table(
+    "sinks",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("state", Text, CheckConstraint("state IN ('running', 'paused')"), nullable=False, server_default=text("'running'")),
+    # Every row up to `position` is done, and so many events of the row after it; when the row at `position` was stored.
+    Column("position", BigInteger, nullable=False),
+    Column("position_offset", Integer, nullable=False, server_default=text("0")),
+    Column("recorded_at", _TIME, nullable=False),
+    Column("timeline", BigInteger, nullable=False),
+    # How often the cursor was set to another place.
+    Column("generation", BigInteger, nullable=False, server_default=text("0")),
+    # While the log is replayed: until when, and the last event that was passed on.
+    Column("replay_until", _TIME),
+    Column("replay_at", _TIME),
+    Column("replay_eval_id", _EVAL_ID),
+    Column("replay_occurred_at", _TIME),
+    Column("replay_event_id", Uuid),
+    Column("lease_owner", Text),
+    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
+    Column("lease_until", _TIME),
+    Column("delivered", BigInteger, nullable=False, server_default=text("0")),
+    Column("dead", BigInteger, nullable=False, server_default=text("0")),
+    # Confirmations that left the outbox before the sink read them: their events are replayed from the log.
+    Column("missed", BigInteger, nullable=False, server_default=text("0")),
+    Column("last_error", Text),
+    Column("failing_since", _TIME),
+    Column("gap_since", _TIME),
+    Column("delivered_at", _TIME),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    postgresql_with={"fillfactor": "50"},
 )
 
 # Messages that will not be stored without an operator, as they were received, each with its cause.

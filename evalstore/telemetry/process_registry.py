@@ -21,8 +21,8 @@ from evalstore.telemetry.counters import Counters, Schema, loops
 from models.errors import EvalstoreError
 from models.settings import settings
 
-Role = Literal["worker", "scheduler", "api"]
-ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api")
+Role = Literal["worker", "scheduler", "api", "sinks"]
+ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api", "sinks")
 _TOTAL: Final = "total"
 _PAST: Final = "past;"
 _FORGOTTEN_AFTER_S: Final = 60.0

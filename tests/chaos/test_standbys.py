@@ -4,14 +4,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 from evalstore.local.servers import Postgres, ServerError
+from evalstore.storage import database, event_store
+from models.events import parse
 from tests.chaos.conftest import Worlds
 from tests.chaos.world import World, evaluations, wait_until
 from tests.conftest import FAST
+from tests.sinks import Runner, received
 
 
 class Standby(Postgres):
@@ -85,6 +89,55 @@ def test_workers_follow_when_the_primary_dies_and_its_standby_is_promoted(
     standby.promote()
     wait_until(lambda: world.applied() > 1500, within_s=5, what="storing goes on within 5 s")
     world.audit()
+
+
+def test_a_sink_gets_everything_though_a_promotion_lost_commits_that_it_had(
+    own_postgres: Postgres, standby: Standby, redis_url: str, tmp_path: Path
+) -> None:
+    table = f'[one]\ntype = "steered"\npath = "{tmp_path / "one"}"\n'
+    environment = {"EVALSTORE_DATABASE_URL": either(own_postgres, standby), "EVALSTORE_REDIS_URL": redis_url}
+    (tmp_path / "runner").mkdir()
+    runner = Runner(tmp_path / "runner", environment, table)
+    runner.start()
+
+    def has(expected: set[str]) -> bool:
+        return expected <= {line["event_id"] for line in received(tmp_path / "one")}
+
+    def has_all(server: Postgres, events: int) -> bool:
+        with psycopg.connect(server.url()) as conn:
+            return conn.execute("SELECT count(*) FROM evaluation_events").fetchone() == (events,)
+
+    try:
+        kept = stored_at(own_postgres, "kept", 20)
+        wait_until(lambda: has(kept) and has_all(standby, 20), what="sink and standby have everything")
+        standby.stop()
+        lost = stored_at(own_postgres, "lost", 50)
+        wait_until(lambda: has(lost), what="the sink has what will be lost")
+        own_postgres.kill()
+        standby.start()
+        standby.promote()
+        # The ids of these in the outbox are those that the lost ones had.
+        new = stored_at(standby, "new", 30)
+        wait_until(lambda: has(new), within_s=30, what="the sink has what the new primary has")
+    finally:
+        runner.kill()
+        print(runner.log.read_text()[-3000:])
+
+
+def stored_at(server: Postgres, prefix: str, number: int) -> set[str]:
+    """Store an event in each of so many commits; returns the events' ids."""
+    engine, ids = database.engine(server.url()), [uuid4() for _ in range(number)]
+    for at, event_id in enumerate(ids):
+        event = {
+            "type": "evaluation:started",
+            "eval_id": f"{prefix}-{at}",
+            "event_id": event_id,
+            "occurred_at": "2026-01-01T00:00:00Z",
+        }
+        with engine.connect() as conn:
+            event_store.store(conn, [parse(event)])
+    engine.dispose()
+    return {str(event_id) for event_id in ids}
 
 
 def test_workers_leave_a_primary_that_became_read_only_without_breaking_their_connections(

@@ -84,7 +84,7 @@ def test_nothing_is_lost_with_any_version(worlds: Worlds, database_url: str, ser
     world.audit(others_dead=["InvalidEvent"])
     told = {one["eval_id"] for one in Confirmations("reader", client=world.client, idle_s=1)}
     assert told == {event["eval_id"] for event in world.sent.values()}
-    assert "not set up to keep" not in workers.log.read_text()
+    assert "Redis is not set up to keep" not in workers.log.read_text()
 
 
 def store_evaluation_to(world: World, event: dict[str, object], *, delay_ms: int) -> None:
@@ -219,4 +219,4 @@ def test_a_worker_says_once_what_could_lose_events(worlds: Worlds, database_url:
         workers.start()
         wait_until(lambda: "appendonly is off" in workers.log.read_text(), what="it says so")
         workers.stop()
-        assert workers.log.read_text().count("not set up to keep") == 1
+        assert workers.log.read_text().count("Redis is not set up to keep") == 1

@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from evalstore.api import health_routes
 from evalstore.api.__main__ import GRACE_S
+from evalstore.sinks.runner import STOP_S
 from tasks.keys import QUEUE, Keys
 from tests.house.test_watching import faults_of, records
 from worker.heartbeat import STOP_WITHIN_S
@@ -133,7 +134,7 @@ def test_probes_ask_what_there_is_to_ask(workload: Manifest) -> None:
 
 
 def test_nothing_is_killed_before_it_has_stopped() -> None:
-    needs = {"worker": STOP_WITHIN_S, "scheduler": STOP_WITHIN_S, "api": GRACE_S + 5}
+    needs = {"worker": STOP_WITHIN_S, "scheduler": STOP_WITHIN_S, "api": GRACE_S + 5, "sinks": STOP_S}
     for workload in of("Deployment"):
         role = workload["metadata"]["labels"]["app.kubernetes.io/component"]
         assert pod(workload)["terminationGracePeriodSeconds"] > needs[role]
@@ -176,7 +177,7 @@ def test_services_and_monitors_find_ports_of_their_names() -> None:
     by_name = {found["metadata"]["name"]: {port["name"] for port in container(found)["ports"]} for found in of("Deployment")}
     assert selected({"matchLabels": service["spec"]["selector"]}) == ["evalstore-api"]
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= by_name["evalstore-api"]
-    assert sorted(selected(pods["spec"]["selector"])) == ["evalstore-scheduler", "evalstore-worker"]
+    assert sorted(selected(pods["spec"]["selector"])) == ["evalstore-scheduler", "evalstore-sinks", "evalstore-worker"]
     for endpoint in pods["spec"]["podMetricsEndpoints"]:
         assert all(endpoint["port"] in by_name[found] for found in selected(pods["spec"]["selector"]))
     assert services["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
@@ -188,6 +189,7 @@ def test_services_and_monitors_find_ports_of_their_names() -> None:
     assert listens == {
         "Deployment/evalstore-worker": settings["EVALSTORE_METRICS_PORT"],
         "Deployment/evalstore-scheduler": settings["EVALSTORE_SCHEDULER_METRICS_PORT"],
+        "Deployment/evalstore-sinks": settings["EVALSTORE_SINKS_METRICS_PORT"],
         "Deployment/evalstore-api": settings["EVALSTORE_API_PORT"],
     }
 

@@ -157,10 +157,11 @@ def test_the_log_says_who_did_what_and_no_key(api: Any, engine: Engine, eventual
     refused = api.nobody.get(f"{E}/e", headers={"X-API-Key": "guessed-secret"})
     assert made.headers["x-request-id"] == "from-outside"
     assert refused.json()["request_id"] == refused.headers["x-request-id"]
+    line = rf"GET {E}/e: 401, by key nobody, request {refused.json()['request_id']}"
+    eventually(lambda: re.search(line, api.said), what="the last request is logged")
     log = api.said
     assert re.search(rf"POST {E}: 201, by key {kept.key_id}, request from-outside", log)
     assert re.search(rf"PUT {E}/e: 200, by key settings-[0-9a-f]{{8}}, request [0-9a-f]{{32}}", log)
-    assert re.search(rf"GET {E}/e: 401, by key nobody, request {refused.json()['request_id']}", log)
     assert [secret for secret in (key, key[20:], "both-key-0001", "guessed-secret") if secret in log] == []
 
 

@@ -209,7 +209,7 @@ def test_objects_come_back_from_a_copy_and_the_newest_from_whoever_sent_them(
     shutil.rmtree(objects)
     assert "15 missing.jsonl" in shell.type(next(steps))
     assert "5 missing.jsonl" in shell.type(next(steps))
-    assert "all are right" in shell.type(next(steps))
+    assert "all are intact" in shell.type(next(steps))
 
 
 def test_who_keeps_a_table_locked_is_found_though_no_worker_waits_for_it_just_now(world: World) -> None:

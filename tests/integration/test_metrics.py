@@ -175,7 +175,7 @@ def check_log(log: str) -> None:
 def check_list(seen: Seen, sources: set[str]) -> None:
     """What is shown is on the list, with the labels and type that this says; and nothing is missing."""
     shown = {name if kind != "counter" else f"{name}_total": kind for name, kind in seen.types.items()}
-    listed = {one.name: one.kind for one in METRICS if one.source in sources and not re.search("_(spool|disk)_", one.name)}
+    listed = {one.name: one.kind for one in METRICS if one.source in sources and not re.search("_(spool|disk|sink)_", one.name)}
     assert shown == listed
     labels = {one.name: set(one.labels) for one in METRICS}
     for name, having in seen.values:

@@ -104,6 +104,7 @@ KNOWN = [("", 1), (FORGETTING, 23)]
 @contextmanager
 def sender(code: str, size: int = 10, every: int = 1, **settings: object) -> Iterator[tuple[list[str], list[list[str]]]]:
     """What a process has sent, and what it was refused; the process lives on in the block."""
+    settings = {"send_timeout_s": 10} | settings  # traced lines on a busy machine take their time
     env = os.environ | {f"EVALSTORE_{name.upper()}": str(value) for name, value in settings.items()}
     command = [sys.executable, "-W", "ignore", "-c", SENDER + code + END, str(size), str(every)]
     pipe = subprocess.PIPE

@@ -182,7 +182,7 @@ def test_while_the_object_store_is_away_only_events_that_need_it_wait(
 
     heal()
     eventually(lambda: applied(database_url) == good | waiting, within_s=40)
-    eventually(lambda: b"is back" in log.read_bytes())
+    eventually(lambda: b"answers again" in log.read_bytes())
     assert letters(database_url) == []
     assert log.read_text().count("object store outage") == 1
     assert broker.counts(QUEUE) == {"ready": 0, "inflight": 0, "delayed": 0, "dead": 0}

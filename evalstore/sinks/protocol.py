@@ -1,0 +1,74 @@
+"""What the runner and a sink say to each other."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+
+class SinkEvent(msgspec.Struct, frozen=True, dict=True, eq=False):
+    """A stored event. `fields` is the event as a JSON object (docs/reference/events.md) with `recorded_at` and `version`.
+
+    Content up to 64 KiB is in it, as text or base64 (`output_b64`); larger content by reference (`output_ref`).
+    """
+
+    eval_id: str
+    event_id: str
+    type: str
+    fields: dict[str, Any]
+
+    @cached_property
+    def json(self) -> bytes:
+        """The event as JSON in UTF-8; lone surrogates as escapes."""
+        try:
+            return msgspec.json.encode(self.fields)
+        except UnicodeEncodeError:
+            return json.dumps(self.fields, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class Batch(Sequence[SinkEvent]):
+    """Events in the order of delivery; those of one evaluation in commit order.
+
+    `cursor` is the JSON object to hand back from `KeepsCursor.cursor` by a sink that stores it together with the events.
+    """
+
+    events: Sequence[SinkEvent]
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __iter__(self) -> Iterator[SinkEvent]:
+        return iter(self.events)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.events[at]
+
+
+class Sink(Protocol):
+    """Another system. One thread calls it, and calls it again where it raised, or where the process died meanwhile.
+
+    A sink may also have `close()`, which is called when its process gives it up.
+    """
+
+    def write(self, batch: Batch) -> None:
+        """Return when the system has all events of the batch for good.
+
+        Raises Outage (the same events come again, later) and BadMessage (they never fit: the runner finds out which by
+        writing parts of the batch, and keeps these as dead letters). After an error, any part of the batch may be written.
+        """
+
+    def erase(self, eval_id: str) -> None:
+        """Remove everything of an evaluation, as far as the system can. Raises as `write` does."""
+
+
+@runtime_checkable
+class KeepsCursor(Protocol):
+    """A sink that stores the cursor in one transaction with the events, and so has each event once."""
+
+    def cursor(self) -> dict[str, Any] | None:
+        """Return the `cursor` of the last batch that was written, or None where there is none yet. Raises Outage."""

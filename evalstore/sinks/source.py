@@ -1,0 +1,109 @@
+"""Read what is to be passed on next: events of the log while it is replayed, then events and erasures of the outbox."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection
+
+from evalstore.sinks.protocol import SinkEvent
+from evalstore.storage import event_reader
+from evalstore.storage.event_reader import LogReader, StoredEvent
+from evalstore.storage.outbox_reader import Item, OutboxReader
+from evalstore.storage.sink_cursors import Cursor, Lease, Place, ReplayKey
+from models.logs import EventLogger
+
+log = EventLogger("evalstore.sinks")
+
+
+class Step(NamedTuple):
+    """An event, or the erasure of an evaluation, or nothing but a new place, behind `start` at `mark`."""
+
+    eval_id: str
+    event: SinkEvent | None
+    start: Cursor
+    mark: Place | ReplayKey
+    is_erased: bool = False
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where a sink is that has this and all before."""
+        if isinstance(self.mark, Place):
+            return self.start._replace(place=self.mark)
+        return self.start._replace(replay_at=self.mark)
+
+
+def to_json(cursor: Cursor) -> dict[str, Any]:
+    """A cursor as a JSON object."""
+    found: dict[str, Any] = msgspec.to_builtins(cursor._asdict())
+    return found
+
+
+def from_json(document: Any, current: Cursor) -> Cursor:
+    """The cursor in a JSON object, or `current` where the object is of another timeline, or from before a rewind."""
+    try:
+        found = Cursor(**msgspec.convert(document, dict[str, Any]))
+        found = msgspec.convert([*found], Cursor)
+    except (msgspec.ValidationError, TypeError):
+        return current
+    return found if (found.generation, found.timeline) == (current.generation, current.timeline) else current
+
+
+class Source:
+    """For one thread. `lease.cursor` is where it begins."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self._events = deque[StoredEvent]()
+        self._outbox = OutboxReader(lease)
+        cursor = lease.cursor
+        self._log = (
+            LogReader(lease, cursor.replay_at, cursor.replay_until) if cursor.replay_until and cursor.replay_at else None
+        )
+
+    @property
+    def gap_age_s(self) -> float:
+        """For how long a transaction in progress has held up what is behind it."""
+        return self._outbox.gap_age_s
+
+    def take(self, conn: Connection, most: int) -> list[Step]:
+        """The next steps, none where there is nothing to pass on now. Raises LeaseLost, DatabaseOutage (retry)."""
+        return self._replayed(conn, self._log, most) if self._log else self._committed(conn, most)
+
+    def _replayed(self, conn: Connection, reader: LogReader, most: int) -> list[Step]:
+        cursor = self.lease.cursor
+        if not self._events:
+            page = reader.next_page(conn)
+            if page is None:
+                return [self._finish_replay()]
+            self._events.extend(page)
+        taken = [self._events.popleft() for _ in range(min(most, len(self._events)))]
+        return [_step(event, cursor, event.key) for event in taken]
+
+    def _finish_replay(self) -> Step:
+        cursor = self.lease.cursor
+        until = cursor.replay_until or cursor.place.recorded_at
+        after = cursor._replace(place=cursor.place._replace(recorded_at=until), replay_until=None, replay_at=None)
+        self._log, self.lease = None, self.lease._replace(cursor=after)
+        return Step("", None, after, after.place)
+
+    def _committed(self, conn: Connection, most: int) -> list[Step]:
+        items = self._outbox.take(conn, most)
+        if not items:
+            return []
+        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if not item.is_erased])
+        steps = [self._of(item, found.get((item.eval_id, item.event_id))) for item in items]
+        if gone := sum(step.event is None and not step.is_erased for step in steps):
+            log.warning("sink_events_gone", sink=self.lease.name, events=gone)
+        return steps
+
+    def _of(self, item: Item, event: StoredEvent | None) -> Step:
+        if event is None:
+            return Step(item.eval_id, None, self.lease.cursor, item.place, item.is_erased)
+        event.fields["version"] = item.version
+        return _step(event, self.lease.cursor, item.place)
+
+
+def _step(event: StoredEvent, start: Cursor, mark: Place | ReplayKey) -> Step:
+    fields = event.fields
+    return Step(event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields), start, mark)

@@ -1,0 +1,226 @@
+"""A sink at work in this process: a thread with a cursor, a connection and a backoff of its own."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, TypeVar
+
+import msgspec
+from sqlalchemy import Connection, Engine
+
+from evalstore.sinks import source
+from evalstore.sinks.config import SinkConfig
+from evalstore.sinks.delivery import Delivery, SinkUnavailable, letter, queue_of
+from evalstore.sinks.protocol import KeepsCursor, Sink, SinkEvent
+from evalstore.sinks.source import Source, Step
+from evalstore.storage import dead_letters, redrives, sink_cursors
+from evalstore.storage.database import Watch
+from evalstore.storage.redrives import SinkLetter
+from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
+from models.errors import Outage
+from models.logs import EventLogger
+
+log = EventLogger("evalstore.sinks")
+
+_T = TypeVar("_T")
+_POLL_S: Final = (0.02, 0.2)
+_BACKOFF_S: Final = (0.2, 5.0)
+_CLAIM_S: Final = 1.0
+_LETTERS_S: Final = 1.0
+_LETTERS: Final = 100
+_GAP_SHOWN_S: Final = 5.0
+_DATABASE_S: Final = 30.0
+
+
+class SinkWorker(threading.Thread):
+    """Claims its sink, works on it until the lease is lost, and begins again, until `stopping`."""
+
+    def __init__(self, config: SinkConfig, engine: Engine, owner: str, stopping: threading.Event) -> None:
+        super().__init__(name=f"sink {config.name}", daemon=True)
+        self.config = config
+        self.lease: Lease | None = None
+        self.called_at: float | None = None  # since when the sink has been at work on what it was given
+        self._engine, self._owner, self._stopping = engine, owner, stopping
+        self._watch = Watch()
+        self._created = False
+
+    def run(self) -> None:
+        wait_s, was_away = _BACKOFF_S[0], False
+        while not self._stopping.is_set():
+            try:
+                with self._engine.connect() as conn:
+                    self._claim_and_work(conn)
+                wait_s, was_away = _BACKOFF_S[0], False
+            except LeaseLost as error:
+                log.info("sink_lease_lost", error=error)
+            except Outage as error:
+                if not was_away:
+                    log.warning("sink_waits", sink=self.config.name, error=error)
+                self._stopping.wait(wait_s)
+                wait_s, was_away = min(2 * wait_s, _BACKOFF_S[1]), True
+            except Exception as error:
+                # A defect that one sink's events bring out must not end the process, and with it the other sinks.
+                log.critical("sink_defect", sink=self.config.name, error=error, exc_info=True)
+                self._stopping.wait(_BACKOFF_S[1])
+
+    def _claim_and_work(self, conn: Connection) -> None:
+        name = self.config.name
+        if not self._created:
+            self.database(conn, sink_cursors.create, name, self.config.options.type)
+            self._created = True
+        lease = self.database(conn, sink_cursors.claim, name, self._owner)
+        if lease is None:
+            self._stopping.wait(_CLAIM_S)
+            return
+        log.info("sink_claimed", sink=name, position=lease.cursor.place.id)
+        self.lease = lease
+        turns = _Turns(self, conn, lease)
+        try:
+            while not self._stopping.is_set():
+                turns.take_one()
+        finally:
+            self.lease = None
+            turns.close()
+            with suppress(Outage):
+                self.database(conn, sink_cursors.release, lease)
+
+    def database(self, conn: Connection, work: Callable[..., _T], *arguments: Any) -> _T:
+        """Call `work` with a connection that breaks where the server does not answer."""
+        with self._watch.bounded(conn, _DATABASE_S):
+            return work(conn, *arguments)
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the process is to stop."""
+        self._stopping.wait(seconds)
+
+
+class _Turns:
+    """The work under one lease."""
+
+    def __init__(self, worker: SinkWorker, conn: Connection, lease: Lease) -> None:
+        self._worker, self._conn, self._lease = worker, conn, lease
+        self._config = worker.config
+        self._sink: Sink | None = None
+        self._delivery: Delivery | None = None
+        self._source = Source(lease)
+        self._steps: list[Step] = []
+        self._cursor = lease.cursor
+        self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
+        self._failing = False
+        self._letters_due = self._gap_due = 0.0
+
+    def take_one(self) -> None:
+        """Give the next steps to the sink, or wait for some. Raises LeaseLost, DatabaseOutage."""
+        try:
+            delivery = self._delivery or self._open()
+            self._redrive(delivery)
+            if not self._steps:
+                self._steps = self._worker.database(self._conn, self._source.take, self._config.options.batch_events)
+            if self._steps:
+                self._deliver(delivery)
+            else:
+                self._wait()
+        except SinkUnavailable as error:
+            self._back_off(error)
+
+    def _open(self) -> Delivery:
+        """Make the sink, and begin where it says it is, if it keeps that itself."""
+        self._sink = self._call(self._config.create)
+        if isinstance(self._sink, KeepsCursor):
+            cursor = source.from_json(self._call(self._sink.cursor), self._lease.cursor)
+            self._lease = self._lease._replace(cursor=cursor)
+            self._source, self._cursor = Source(self._lease), cursor
+        self._delivery = Delivery(self._config.name, self._sink)
+        return self._delivery
+
+    def _call(self, work: Callable[[], _T]) -> _T:
+        """Call the sink. Whatever it raises here is no event's fault."""
+        self._worker.called_at = time.monotonic()
+        try:
+            return work()
+        except SinkUnavailable:
+            raise
+        except Exception as error:
+            raise SinkUnavailable(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._worker.called_at = None
+
+    def _deliver(self, delivery: Delivery) -> None:
+        steps = self._steps
+        try:
+            self._call(lambda: delivery.run(steps))
+        finally:
+            if delivery.done:
+                self._confirm(delivery, steps[: delivery.done])
+        self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
+        if self._failing:
+            self._failing = False
+            log.info("sink_back", sink=self._config.name)
+        if len(steps) < self._config.options.batch_events:
+            self._worker.wait(_POLL_S[0])  # for more to come together
+
+    def _confirm(self, delivery: Delivery, done: list[Step]) -> None:
+        letters = delivery.letters()
+        delivered = sum(step.event is not None for step in done) - len(letters)
+        self._worker.database(self._conn, sink_cursors.advance, self._lease, done[-1].cursor, delivered, letters)
+        self._steps, self._cursor = self._steps[len(done) :], done[-1].cursor
+        if letters:
+            error = f"{letters[-1].error_class}: {letters[-1].error_message}"
+            log.warning("sink_refused", sink=self._config.name, events=len(letters), error=error)
+
+    def _wait(self) -> None:
+        if self._source.gap_age_s > _GAP_SHOWN_S and time.monotonic() > self._gap_due:
+            self._worker.database(self._conn, sink_cursors.note_gap, self._lease, self._source.gap_age_s)
+            self._gap_due = time.monotonic() + _GAP_SHOWN_S
+        self._worker.wait(self._poll_s)
+        self._poll_s = min(self._poll_s * 1.5, _POLL_S[1])
+
+    def _back_off(self, error: SinkUnavailable) -> None:
+        """Raises LeaseLost where an operator paused or moved the sink meanwhile."""
+        if not self._failing:
+            log.warning("sink_away", sink=self._config.name, error=error)
+        self._failing = True
+        self._worker.database(self._conn, sink_cursors.note_failure, self._lease, str(error))
+        self._worker.wait(self._backoff_s)
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+        self._worker.database(self._conn, sink_cursors.check, self._lease)
+
+    def _redrive(self, delivery: Delivery) -> None:
+        """Give letters again that an operator redrives, each by itself."""
+        if time.monotonic() < self._letters_due:
+            return
+        found = self._worker.database(self._conn, redrives.to_sink, queue_of(self._config.name), _LETTERS)
+        for one in found:
+            step = _step_of(one, self._cursor)
+            try:
+                self._call_with(delivery, [step])
+            except SinkUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - as at the first time
+                again = letter(
+                    one.id, self._config.name, error, eval_id=one.eval_id, event_id=one.event_id, message=one.message
+                )
+                self._worker.database(self._conn, dead_letters.write, [again])
+            else:
+                self._worker.database(self._conn, redrives.stored, [one.id])
+        self._letters_due = 0.0 if len(found) == _LETTERS else time.monotonic() + _LETTERS_S
+
+    def _call_with(self, delivery: Delivery, steps: list[Step]) -> None:
+        self._worker.called_at = time.monotonic()
+        try:
+            delivery.call(steps)
+        finally:
+            self._worker.called_at = None
+
+    def close(self) -> None:
+        """Give up the sink."""
+        if (close := getattr(self._sink, "close", None)) is not None:
+            with suppress(Exception):  # it is not used again
+                close()
+
+
+def _step_of(one: SinkLetter, cursor: Cursor) -> Step:
+    fields = msgspec.json.decode(one.message)
+    event = None if one.event_id is None else SinkEvent(one.eval_id, str(one.event_id), fields["type"], fields)
+    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place)

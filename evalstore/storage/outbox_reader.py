@@ -1,0 +1,141 @@
+"""Reading the outbox by cursor, in the order of ids, although ids become visible out of order.
+
+An id that is missing below a visible one belongs to a transaction in progress, or to one that rolled back. Taking an id locks
+the sequence until the end of the transaction (`nextval` takes RowExclusiveLock on it). So once all transactions have ended that
+hold this lock after the gap was noticed, the gap is settled: its rows are visible, or never will be. Nothing is added to the
+storing transaction. Transactions that take no id, the relay's among them, hold up nobody. docs/decisions/0037.
+"""
+
+import time
+from collections import deque
+from datetime import datetime
+from typing import Final, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection
+
+from evalstore.storage import database
+from evalstore.storage.sink_cursors import Lease, LeaseLost, Place
+
+_ROWS_LIMIT: Final = 500
+_EVENTS_LIMIT: Final = 4000
+# A prepared transaction goes on under another name, so whichever holds the lock may have left the gap.
+_PREPARED: Final = "-1/"
+
+_HOLDERS: Final = """
+SELECT virtualtransaction FROM pg_locks
+WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
+    AND relation = pg_get_serial_sequence('confirmations', 'id')::regclass
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+_ROWS: Final = """
+SELECT id, recorded_at, body FROM (
+    SELECT id, recorded_at, body, sum(count) OVER (ORDER BY id) - count AS before
+    FROM (SELECT id, recorded_at, body, count FROM confirmations WHERE id > %s ORDER BY id LIMIT %s) first
+) counted WHERE before < %s ORDER BY id
+"""
+_CONTROL: Final = """
+SELECT state = 'running' AND lease_token = %s AND generation = %s AND (missed = 0 OR replay_until IS NOT NULL)
+FROM sinks WHERE name = %s
+"""
+
+
+class _Confirmation(msgspec.Struct, gc=False):
+    type: str
+    eval_id: str = ""
+    version: int = 0
+    event_ids: list[str] = []  # of confirmations of other kinds there are none
+
+
+_LINES: Final = msgspec.json.Decoder(_Confirmation)
+
+
+class Item(NamedTuple):
+    """An event to pass on, or an erasure, and where a sink is that has confirmed it.
+
+    `version` is that of the evaluation with this event.
+    """
+
+    is_erased: bool
+    eval_id: str
+    event_id: str
+    version: int
+    place: Place
+
+
+class _Gap:
+    """Missing ids below `last`. `holders`: transactions that may bring it; unknown until they were asked for."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.holders: set[str] | None = None
+        self.since = time.monotonic()
+
+    def is_settled(self, held: set[str]) -> bool:
+        """Whether no transaction that may bring the missing ids is left, among those that hold the lock now."""
+        if self.holders is None:
+            self.holders = held
+        self.holders &= held
+        return not self.holders and not any(holder.startswith(_PREPARED) for holder in held)
+
+
+class OutboxReader:
+    """The items behind a cursor, in their order. For one thread; keeps what it read ahead."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._read = lease.cursor.place
+        self._settled = 0
+        self._gap: _Gap | None = None
+        self._ahead = deque[Item]()
+
+    @property
+    def gap_age_s(self) -> float:
+        """For how long a transaction in progress has held up what is behind it."""
+        return time.monotonic() - self._gap.since if self._gap else 0.0
+
+    def take(self, conn: Connection, most: int) -> list[Item]:
+        """The next items, none where there is nothing to pass on now. Does not wait.
+
+        Raises LeaseLost where the sink was paused, moved, taken over, or has rows in the log alone; DatabaseOutage (retry).
+        """
+        if not self._ahead and not self._poll(conn) and self._gap and self._gap.holders is None:
+            self._poll(conn)  # most gaps are settled by the time somebody looks
+        return [self._ahead.popleft() for _ in range(min(most, len(self._ahead)))]
+
+    def _poll(self, conn: Connection) -> bool:
+        """Read ahead; returns whether there is something."""
+        lease, raw = self._lease, database.driver(conn)
+        with database.errors(), conn.begin(), database.pipelined(raw):
+            # In this order: a row of a transaction that holds no lock any more is visible to the statement after.
+            held = raw.execute(_HOLDERS) if self._gap else None
+            rows = raw.execute(_ROWS, [self._read.id, _ROWS_LIMIT, _EVENTS_LIMIT])
+            # Last: who deletes rows that a sink needs says so in the same transaction.
+            control = raw.execute(_CONTROL, [lease.token, lease.cursor.generation, lease.name])
+            if held and self._gap and self._gap.is_settled({name for (name,) in held.fetchall()}):
+                self._settled, self._gap = self._gap.last, None
+            found = rows.fetchall()
+            if control.fetchone() != (True,):
+                raise LeaseLost(f"sink {lease.name}: it was paused or moved, or another process works on it")
+        for row_id, recorded_at, body in found:
+            if self._read.id + 1 < row_id and self._settled < row_id - 1:
+                if self._gap is None or self._gap.last < row_id:
+                    self._gap = _Gap(found[-1][0])
+                return bool(self._ahead)
+            self._add(row_id, recorded_at, body)
+        self._gap = None
+        return bool(self._ahead)
+
+    def _add(self, row_id: int, recorded_at: datetime, body: str) -> None:
+        before, self._read = self._read, Place(row_id, 0, recorded_at)
+        number = 0
+        for line in _LINES.decode_lines(body):
+            is_erased = line.type == "storage:evaluation:erased"
+            version = line.version - len(line.event_ids)
+            for at, event_id in enumerate([""] if is_erased else line.event_ids, 1):
+                number += 1
+                if number > before.offset:
+                    place = Place(before.id, number, before.recorded_at)
+                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place))
+        if number > before.offset:
+            self._ahead[-1] = self._ahead[-1]._replace(place=self._read)
