@@ -10,7 +10,7 @@ _LOSES: Final = (
     "fsync is off: when its machine fails, events that it committed are lost, or the whole database",
     "full_page_writes is off: when its machine fails, pages may be damaged, unless the file system prevents it",
 )
-# Its role's or database's default may fence writers off before a switch-over, so evalstore does not override it.
+# An operator may set this default to stop writers before a switch-over, so evalstore does not override it.
 _REFUSES: Final = "default_transaction_read_only is on for this role, database or server: nothing is stored"
 _READ: Final = """
 SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('default_transaction_read_only'),

@@ -1,9 +1,11 @@
-"""Removing objects that nothing refers to: what a crash left in the archive, what moved from there, what no event ever named.
+"""Remove objects that nothing refers to: after a crash, after a move, or after an upload whose event never came.
 
-An object goes only if it is older than the grace and named by no row, no dead letter, and no message that waits. Whoever is
-about to refer to an object makes it young before, if it is older than half the grace; and the stores delete only what is
-still as old as it was when it was judged. So the order matters: first age, then what waits, then dead letters and rows, where a
-message ends that waited a moment ago.
+An object is removed only if it is older than the grace period, and no row, dead letter or waiting message names it. A process
+that will refer to an object first renews the object's time, if the object is older than half the grace period. The stores
+delete an object only if its time is unchanged since the check.
+
+The order of the checks matters: first the age, then waiting messages, then dead letters and rows. A message that leaves the
+queue during the sweep is then in a dead letter or a row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ _BATCH: Final = 1000
 
 @dataclass
 class Collected:
-    """What a sweep saw: `objects` in all, `removed` of them (or to be removed), and its `leftovers` of writes broken off."""
+    """The counts of a sweep: `objects` in all, `removed` (or to be removed), and `leftovers` of interrupted writes."""
 
     objects: int = 0
     removed: int = 0
@@ -35,14 +37,14 @@ class Collected:
 
 
 class Target(NamedTuple):
-    """A store, and what rows call it."""
+    """A store, and the names of this store in rows."""
 
     store: Store
     places: tuple[Place, ...]
 
 
 def targets(settings: Settings) -> list[Target]:
-    """The stores that there are, each once."""
+    """Return the configured stores, each once."""
     own, archive = settings.object_store_url, settings.archive_url or settings.object_store_url
     if own and archive and is_same(own, archive):
         return [Target(open_store(own, settings), ("objects", "archive"))]
@@ -51,7 +53,10 @@ def targets(settings: Settings) -> list[Target]:
 
 
 def longest_wait(grace: timedelta) -> timedelta:
-    """While a message has waited for longer, nothing is removed: something is wrong, and spools elsewhere are not seen."""
+    """Return the limit for the age of the oldest waiting message.
+
+    Nothing is removed beyond this age: queues are stuck, and messages in spools on other hosts are unknown.
+    """
     return grace / 4
 
 
@@ -66,15 +71,15 @@ def run_once(
     remove: bool = True,
     watch: Callable[[Listed], None] = lambda _: None,
 ) -> Collected:
-    """Remove what nothing refers to from a store.
+    """Remove the objects of a store that nothing refers to.
 
-    `needed` gives the SHA-256 of what waiting messages need, and the age of the oldest one in seconds; it is called only if
-    there is something to remove. While that age is above a quarter of the grace, nothing is removed. `part` (3, 48) looks at
-    the fourth of 48 parts alone. Without `remove` this only looks. `watch` is given each object that goes.
+    `needed` returns the SHA-256s that waiting messages need, and the age of the oldest message in seconds. It is called only if
+    there is an object to remove. While that age exceeds a quarter of the grace period, nothing is removed. `part` (3, 48)
+    limits the sweep to the fourth of 48 parts. Without `remove` the sweep only counts. `watch` receives each removed object.
 
-    An object that the store refuses to remove, such as a locked one, is passed over. ObjectUnavailable reports it at the end.
+    An object that the store refuses to remove, such as a locked object, is skipped. ObjectUnavailable reports it at the end.
 
-    Raises DatabaseOutage, ObjectStoreOutage, and what `needed` raises (run again).
+    Raises DatabaseOutage, ObjectStoreOutage, and the errors of `needed` (run again).
     """
     done = Collected()
     before = now - grace
@@ -107,7 +112,7 @@ def run_once(
 
 
 def _part_of(store: Store, part: tuple[int, int]) -> Iterator[Listed]:
-    """The objects whose names lie in a part of all names: they are hashes, so that parts are of a size."""
+    """Yield the objects of one part of the names. Names are hashes, so all parts have about the same size."""
     number, of = part
     first, last = (f"{0x10000 * bound // of:04x}" for bound in (number, number + 1))
     for one in store.objects(first if number else ""):
@@ -129,7 +134,7 @@ SELECT unnest(objects) FROM dead_letters WHERE objects && %(wanted)s AND objects
 
 
 def _unnamed(conn: Connection, places: Sequence[Place], found: Sequence[Listed]) -> list[Listed]:
-    """Those that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
+    """Return the objects that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
     by_sha256 = {_sha256(one) for one in found}
     if not by_sha256:
         return []

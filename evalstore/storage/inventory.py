@@ -1,4 +1,4 @@
-"""What content is where, what is due to move, and whether the objects that rows name are there and right."""
+"""Report where content is, what is due to move, and whether the objects that rows name are present and undamaged."""
 
 import os
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ WHERE failure IS NOT NULL ORDER BY retry_at DESC LIMIT %s
 
 
 def status(conn: Connection, at: Archive | None, now: datetime) -> dict[str, Any]:
-    """Contents and bytes by place; those that are due, and the oldest of them; those that failed, and the latest of these.
+    """Return contents and bytes by place, the due contents with the oldest, and the failed moves with the latest.
 
-    Content within its event's own row is in no count. Raises DatabaseOutage (retry).
+    Content inside its event's row is not counted. Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         places = cursor.execute(_PLACES).fetchall()
@@ -66,16 +66,16 @@ _COUNT: Final = "SELECT count(DISTINCT (sha256, store, encoding)) FROM contents 
 
 
 def count_objects(conn: Connection) -> int:
-    """How many there are. Reads an entry for each. Raises DatabaseOutage (retry)."""
+    """Return the number of objects that rows name. Reads an index entry for each. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
     return int(found)
 
 
 def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Object]:
-    """The objects that rows name, each once: all, or as many as the sample. Raises DatabaseOutage (retry).
+    """Return the objects that rows name, each once: all of them, or a sample. Raises DatabaseOutage (retry).
 
-    A sample is a stretch of the hashes that begins anywhere, and what is next to one another in it has nothing in common.
+    A sample is a range of hashes from a random start. Hashes are random, so objects in a range are unrelated.
     """
     begin = b"" if sample is None else os.urandom(32)
     left = sample
@@ -96,7 +96,7 @@ def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Objec
 
 
 def verify(stores: Stores, one: Object) -> tuple[State, str | None]:
-    """Whether every byte of an object is right, and if not what is wrong. Raises ObjectStoreOutage (retry)."""
+    """Read the whole object and check it. Return the fault, or None. Raises ObjectStoreOutage (retry)."""
     try:
         object_store.verify(stores[one.place], one.reference)
     except ObjectMissing as error:
@@ -112,7 +112,7 @@ SELECT eval_id, event_id, kind FROM contents WHERE sha256 = decode(%s, 'hex') AN
 
 
 def rows_naming(conn: Connection, one: Object) -> list[tuple[str, UUID, str]]:
-    """The rows whose content an object is, or the first hundred. Raises DatabaseOutage (retry)."""
+    """Return up to a hundred rows whose content is this object. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         values = [one.reference.sha256, one.place, one.reference.encoding, _SHOWN]
         return [(eval_id, event_id, kind) for eval_id, event_id, kind in cursor.execute(_NAMING, values)]
