@@ -1,4 +1,4 @@
-"""`make bench`: measure evalstore beside what else one would use, and write down what came of it."""
+"""Run `make bench`: measure evalstore and its alternatives, and write the results."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory", "
 
 
 class Sizes(NamedTuple):
-    """How much of everything. `rate_s`: for how long a side is to be busy in a round."""
+    """The amounts of a run. `rate_s` is the duration of a round for each side, in seconds."""
 
     rounds: int
     rate_s: float
@@ -44,7 +44,7 @@ QUICK: Final = Sizes(1, 0.7, 0.0, 10, 2.0, 1_000, 30_000, (20_000,), (1, 2))
 
 
 class Run:
-    """One run: its servers, what it is to measure, and what it found so far."""
+    """A run: its servers, the selected measurements, and the results so far."""
 
     def __init__(self, place: Place, sides: list[Side], sizes: Sizes, events: int | None) -> None:
         self.place, self.sides, self.sizes, self.events = place, sides, sizes, events
@@ -58,11 +58,11 @@ class Run:
         print(f"[{took // 60:3d}:{took % 60:02d}] {text}", flush=True)
 
     def count(self, side: Side) -> int:
-        """So many events that a side is busy for a while."""
+        """Return the number of events that keep a side busy for one round."""
         return self.events or max(300, int(self.rates[side.name] * self.sizes.rate_s))
 
     def attempt(self, name: str, what: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """What it gives, or None where it cannot be measured; the others go on."""
+        """Return the result of a measurement, or None if it fails. The other measurements go on."""
         try:
             return what(*given, **named)
         except (RuntimeError, psycopg.Error, redis.RedisError) as error:
@@ -71,7 +71,7 @@ class Run:
             return None
 
     def all(self, measures: list[str]) -> None:
-        """Everything that is asked for, into `found`."""
+        """Run all selected measurements and add their results to `found`."""
         self.say(f"{self.found['machine']}")
         if self.sizes.tune_s and {"rate", "latency"} & {*measures}:
             self.tune()
@@ -85,7 +85,7 @@ class Run:
         }
 
     def tune(self) -> None:
-        """Find the shape that suits each side best, and of the peers of one letter the one to go on with."""
+        """Find the best shape of each side. Of peers with the same letter keep the best."""
         best: dict[str, Side] = {}
         tuned: dict[str, float] = {}
         for side in self.sides:
@@ -137,7 +137,7 @@ class Run:
         self.found["processes"] = found
 
     def tracing(self) -> None:
-        """The storing rate with every event traced, with one in ten, and without."""
+        """Measure the storing rate with all events traced, with one in ten traced, and with none."""
         with collecting() as environment:
             tenth = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.1"}
             cases = {"off": {}, "of one event in ten": environment | tenth, "on": environment}
@@ -145,7 +145,7 @@ class Run:
             self.found["tracing"] = self._turns("traces", 200, {name: (side, more) for name, more in cases.items()})
 
     def watching(self) -> None:
-        """The storing rate with metrics, which somebody asks for every few seconds, and logs; and without both."""
+        """Measure the storing rate with metrics, scrapes and logs, and without them."""
         side = SIDES["evalstore"]
         bare = replace(
             side, command=lambda shape: [*side.command(shape)[:2], "bench.sides.uncounted", *side.command(shape)[3:]]
@@ -155,7 +155,7 @@ class Run:
             self.found["watching"] = self._turns("metrics and logs", 300, cases)
 
     def _turns(self, what: str, seed: int, cases: dict[str, tuple[Side, dict[str, str]]]) -> dict[str, list[dict[str, Any]]]:
-        """Rounds of each case in turns, forwards and backwards, and so many that a difference of a few per cent shows."""
+        """Run rounds of each case in alternating order. The number of rounds makes a difference of a few per cent visible."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
         for number in range(2 * self.sizes.rounds):
             for name in list(cases) if number % 2 else reversed(cases):
@@ -178,7 +178,7 @@ class Run:
                 measure.store_old(self.place, before + 1, old)
                 before = old
             for ordered in (False, True):
-                # What was stored before stays: other seeds each time, or all of it would come again.
+                # Earlier rows stay, so each round uses another seed: the same events would be duplicates.
                 seeds = range(100 + len(found) * 10, 100 + len(found) * 10 + self.sizes.rounds)
                 done = [self._drained(side, self.shapes[side.name], seed, ordered=ordered, keep_rows=old > 0) for seed in seeds]
                 per_s = statistics.median(one.events_per_s for one in done)

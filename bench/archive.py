@@ -1,8 +1,8 @@
-"""A run of the archive with many evaluations stored beside what is due: `python -m bench.archive [--rows N] [--due 1000]`.
+"""Measure a run of the archive in a large table: `python -m bench.archive [--rows N] [--due 1000]`.
 
-First with nothing but what is due, then with as many evaluations more, each with content in the database that is not due.
-Prints for each the seconds of a run, its processor time, how many pages PostgreSQL looked at for it, the milliseconds of a
-run that finds nothing to do, and how many pages the search for what is due reads; then the ratios, which are to be near 1.
+The first run has only due content. The second run has N evaluations more, whose content is in the database and not due. For
+each it prints the seconds, the processor time and the pages that PostgreSQL read, the milliseconds of a run without due
+content, and the pages that the search for due content reads. The ratios at the end should be near 1.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _SERVER = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "256MB",
 
 
 def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
-    """Half of them due by their size, and half by their age."""
+    """Make half of the contents due by size, and half due by age."""
     for number in range(count):
         name, is_old = f"d{time.time_ns()}", number % 2
         data = os.urandom(5000 if is_old else size)
@@ -53,7 +53,10 @@ def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
 
 
 class Cost(NamedTuple):
-    """Of moving what is due; of a run that finds nothing; of the search alone. Processor time is this process's."""
+    """The cost of moving due content, of a run without due content, and of the search alone.
+
+    Processor time is of this process.
+    """
 
     seconds: float
     processor_s: float
@@ -63,7 +66,7 @@ class Cost(NamedTuple):
 
 
 def pages_so_far(engine: Engine) -> int:
-    """Pages that PostgreSQL looked at in this database, wherever it found them."""
+    """Return the number of pages that PostgreSQL has read in this database, from its cache or the disk."""
     with engine.connect() as conn, conn.begin():
         raw = database.driver(conn)
         raw.execute("SELECT pg_stat_force_next_flush()")

@@ -1,8 +1,7 @@
-"""What confirmations cost, and how soon they come: `python -m bench.confirmations [--rounds 5] [--seconds 15]`.
+"""Measure the cost and the delay of confirmations: `python -m bench.confirmations [--rounds 5] [--seconds 15]`.
 
-The cost: workers as they are take turns at full queues with workers that confirm nothing. How soon: from the time of commit,
-as PostgreSQL notes it, until a reader that blocks on the stream has the confirmation; with nothing else going on, and at 1,000
-events/s.
+Cost: normal workers alternate with workers without confirmations, at full queues. Delay: from the commit, as PostgreSQL records
+it, until a blocking reader of the stream has the confirmation. The delay is measured when idle, and at 1,000 events/s.
 """
 
 import argparse
@@ -40,7 +39,7 @@ _PER_S: Final = 1000
 
 
 class Reader(threading.Thread):
-    """Notes when each event's confirmation came."""
+    """Notes the time at which each event's confirmation arrives."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -59,7 +58,7 @@ class Reader(threading.Thread):
 
 
 def cost(place: Place, shape: Shape, rounds: int, count: int) -> dict[str, Any]:
-    """Events/s and processor time for each event, with and without, in turns."""
+    """Return events/s and processor time for each event, with and without confirmations, in alternating rounds."""
     found: dict[str, list[measure.Rate]] = {"with": [], "without": []}
     for number in range(rounds):
         for name, side in (("with", _SIDE), ("without", _SILENT)):
@@ -78,7 +77,7 @@ def cost(place: Place, shape: Shape, rounds: int, count: int) -> dict[str, Any]:
 
 
 def delivered(place: Place, shape: Shape, *, probes: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds from committed to read."""
+    """Return the milliseconds from commit to read."""
     place.reset()
     with measure.warm(place, _SIDE, shape, 0):
         found: dict[str, Any] = json.loads(
@@ -88,7 +87,7 @@ def delivered(place: Place, shape: Shape, *, probes: int, seconds: float) -> dic
 
 
 def send(probes: int, seconds: float) -> None:
-    """In a process of its own, with the run's environment: send, and print what came when."""
+    """Send events in a separate process with the run's environment, and print when each confirmation came."""
     reader = Reader(settings().redis_url.get_secret_value())
     reader.start()
     idle = list(events(probes, seed=201))

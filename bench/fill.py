@@ -1,4 +1,4 @@
-"""Enqueue events for one side, in its own environment: `python -m bench.fill --side NAME --count N --seed S`."""
+"""Enqueue events for a side in the side's environment: `python -m bench.fill --side NAME --count N --seed S`."""
 
 import argparse
 from importlib import import_module

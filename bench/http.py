@@ -1,8 +1,9 @@
-"""The HTTP service beside a FastAPI that answers a constant: `python -m bench.http [--rounds 5] [--seconds 4]`.
+"""Compare the HTTP service with a FastAPI application that returns a constant: `python -m bench.http [--rounds 5] [--seconds
+4]`.
 
-Both are one process, started alike; the constant is as long as a record's JSON. They take turns under wrk (which must be
-installed) with 32 connections that ask for 300 different records. Then batches of 10,000 events are sent to the service by two
-clients, as the benchmark's workers run two processes.
+Both run in one process with the same server options. The constant is as long as a record's JSON. They alternate under wrk,
+which must be installed, with 32 connections that request 300 different records. Then two clients send batches of 10,000 events
+to the service.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def script(folder: Path, name: str, paths: list[str]) -> Path:
 
 
 def batches(url: str, count: int) -> float:
-    """Events stored per second."""
+    """Return the events stored per second."""
     stream = events(count * _BATCH, seed=time.time_ns())
     bodies = [b"\n".join(json.dumps(event).encode() for event in islice(stream, _BATCH)) for _ in range(count)]
     headers = {"Authorization": f"Bearer {_KEY}", "Content-Type": "application/x-ndjson"}

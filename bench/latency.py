@@ -1,4 +1,5 @@
-"""From `send` to committed, in a sender's own process: `python -m bench.latency --side NAME`. Prints milliseconds as JSON."""
+"""Measure the delay from `send` to commit, in a sender's process: `python -m bench.latency --side NAME`. Print milliseconds as
+JSON."""
 
 import argparse
 import json
@@ -16,13 +17,13 @@ from bench.events import events
 from models.settings import settings
 
 _PER_S: Final = 1000
-_PROBE_EVERY: Final = 29  # an evaluation has three events, so every kind is probed
+_PROBE_EVERY: Final = 29  # An evaluation has three events, and 29 is no multiple of 3: every kind is probed.
 _PATIENCE_S: Final = 10.0
 _SEEN: Final = "SELECT event_id::text FROM evaluation_events WHERE eval_id = ANY(%s)"
 
 
 def idle(send: Callable[[dict[str, Any]], None], conn: psycopg.Connection[Any], probes: int) -> list[float]:
-    """One event at a time, a while after the last was stored."""
+    """Send one event at a time, some time after the previous event was stored."""
     taken = []
     for event in events(probes, seed=101):
         time.sleep(random.uniform(0.1, 0.4))  # noqa: S311
@@ -37,7 +38,7 @@ def idle(send: Callable[[dict[str, Any]], None], conn: psycopg.Connection[Any], 
 
 
 class Probes(threading.Thread):
-    """Looks for some of the events that are sent meanwhile, until all are seen or it is out of patience."""
+    """Polls for some of the events during the load, until all are visible or the time is up."""
 
     def __init__(self, conn: psycopg.Connection[Any]) -> None:
         super().__init__(daemon=True)
@@ -64,7 +65,7 @@ class Probes(threading.Thread):
 
 
 def loaded(send: Callable[[dict[str, Any]], None], probes: Probes, seconds: float) -> float:
-    """Send at an even pace, whatever becomes of it; returns how many a second it came to."""
+    """Send at an even pace, however long storing takes. Return the rate reached, in events/s."""
     count = int(seconds * _PER_S)
     probes.start()
     begun = time.perf_counter()
@@ -86,7 +87,7 @@ def _paced(count: int, begun: float) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def summary(taken: list[float], missing: int = 0) -> dict[str, float]:
-    """Those that were not seen in time count as that long, at least."""
+    """Summarise the delays. An event not seen in time counts with the time waited, so its delay is a lower bound."""
     ms = sorted([*(one * 1000 for one in taken), *[_PATIENCE_S * 1000] * missing])
     return {
         "p50_ms": statistics.median(ms),

@@ -1,4 +1,4 @@
-"""The table in docs/performance.md, made from a run's results: `python -m bench.report RESULTS.json` makes it again."""
+"""Make the table in docs/performance.md from a run's results: `python -m bench.report RESULTS.json`."""
 
 import json
 import statistics
@@ -13,13 +13,13 @@ _PEERS: Final = ("celery", "rq", "arq", "taskiq", "saq")
 
 
 def table(found: dict[str, Any]) -> str:
-    """Everything a run found, as Markdown."""
+    """Format all results of a run as Markdown."""
     parts = [_machine(found), _rates(found), _aims(found), _latency(found), _send(found), _more(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write(page: Path, text: str) -> None:
-    """Put `text` between the page's markers. Raises ValueError where it has none."""
+    """Put `text` between the page's markers. Raises ValueError if the page has no markers."""
     old = page.read_text(encoding="utf-8")
     before, after = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
     page.write_text(f"{before}\n\n{text}\n{after}", encoding="utf-8")
@@ -157,7 +157,7 @@ def _more(found: dict[str, Any]) -> str:
 
 
 def _turns(what: str, cases: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
-    """With what each costs beside the case `off`: the median over rounds, of which each had all cases one after the other."""
+    """Format each case with its cost relative to the case `off`: the median over rounds, each of which ran all cases."""
     for name, each in cases.items():
         told = f"{what} {name}; {_cpu_us(each):.1f} µs of processor time an event"
         if name != "off":

@@ -1,7 +1,7 @@
-"""What the other sides store: the rows evalstore stores, in one transaction a message, as an engineer would write it.
+"""Store for the other sides the rows that evalstore stores, in one transaction for each message.
 
-An insert, an upsert that does not mind the order in which an evaluation's events arrive, and a row in the outbox. Metadata is
-merged in the order of arrival and two results of one attempt are not told apart; evalstore's rule costs more than this.
+The transaction has an insert, an upsert that accepts an evaluation's events in any order, and a row in the outbox. Metadata is
+merged in order of arrival, and two results of one attempt are not told apart. evalstore's rule costs more than this.
 """
 
 from datetime import datetime
@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from evalstore.storage.tables import confirmations, evaluation_events, evaluations
 
-if TYPE_CHECKING:  # it needs greenlet, which only the peers' environment has
+if TYPE_CHECKING:  # It needs greenlet, which only the peers' environment has.
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _STATUS: Final = {"evaluation:queued": "queued", "evaluation:started": "running", "evaluation:completed": "completed"}
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 def rows(event: dict[str, Any]) -> Rows:
-    """The rows of one event."""
+    """Return the rows of one event."""
     at = datetime.fromisoformat(event["occurred_at"])
     log = dict.fromkeys(_COLUMNS - {"recorded_at"}) | event
     event_id = UUID(event["event_id"])
@@ -74,7 +74,7 @@ def rows(event: dict[str, Any]) -> Rows:
 
 
 def confirmation(event: dict[str, Any], version: int, status: str, *, created: bool) -> dict[str, Any]:
-    """The row of the outbox."""
+    """Return the row of the outbox."""
     body = {
         "type": "storage:evaluation:created" if created else "storage:evaluation:updated",
         "eval_id": event["eval_id"],
@@ -86,7 +86,7 @@ def confirmation(event: dict[str, Any], version: int, status: str, *, created: b
 
 
 def store(conn: Connection, event: dict[str, Any]) -> None:
-    """Store one event; the caller's transaction."""
+    """Store one event in the caller's transaction."""
     made = rows(event)
     if conn.execute(LOG, made.log).rowcount == 0:
         return
@@ -95,7 +95,7 @@ def store(conn: Connection, event: dict[str, Any]) -> None:
 
 
 async def store_async(conn: "AsyncConnection", event: dict[str, Any]) -> None:
-    """The same for the queues that work on an event loop."""
+    """Do as `store` does, for queues that run on an event loop."""
     made = rows(event)
     if (await conn.execute(LOG, made.log)).rowcount == 0:
         return

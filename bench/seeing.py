@@ -1,7 +1,8 @@
-"""What it costs that somebody looks, in processor time: `python -m bench.seeing`.
+"""Measure the processor time of observability: `python -m bench.seeing`.
 
-A worker and its endpoint at their start, and each scrape. Then one thread stores batches and relays their confirmations without
-traces, with one event in ten traced, and with every event, in turns: so small differences show on a busy machine as well.
+It measures the start of a worker and its endpoint, and each scrape. Then one thread stores batches and relays their
+confirmations: without traces, with one event in ten traced, and with every event traced. The cases alternate, so small
+differences show on a busy machine.
 """
 
 import gc
@@ -53,7 +54,7 @@ def _start(place: Place) -> None:
         print(f"{endpoint.memory_full_info().uss / 2**20:.0f} MiB of its own")
         spent = []
         for _ in range(_SCRAPES):
-            time.sleep(2.1)  # what servers told is kept for two seconds
+            time.sleep(2.1)  # Answers of the servers are cached for two seconds.
             before = _cpu_ms(endpoint)
             _scrape(port)
             spent.append(_cpu_ms(endpoint) - before)
@@ -77,7 +78,7 @@ def _scrape(port: int) -> None:
 
 
 def _cpu_ms(process: psutil.Process) -> float:
-    """Its processor time to the nanosecond, of threads that ended too: a clock that Linux has for each process."""
+    """Return the processor time in nanoseconds of all threads, also of ended threads, from Linux's clock for the process."""
     return time.clock_gettime((~process.pid << 3) | 2) * 1e3
 
 
@@ -89,7 +90,7 @@ def _store(place: Place, environment: dict[str, str]) -> None:
 
     traces = tracing.traces()
     gc.freeze()
-    gc.set_threshold(100_000, 10, 10)  # as a worker does
+    gc.set_threshold(100_000, 10, 10)  # As in a worker.
     spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _SHARES}
     place.reset()
     for number in range(_ROUNDS):

@@ -1,6 +1,6 @@
-"""What sending an event costs the sender: `python -m bench.sending`. Prints microseconds as JSON.
+"""Measure what sending an event costs the sender: `python -m bench.sending`. Print microseconds as JSON.
 
-Stock Dramatiq sends what it is given, one message a round trip; evalstore checks it first, and can send many together.
+Plain Dramatiq sends one unchecked message in each round trip. evalstore checks each event first, and can send many together.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
                 cpu, wall = time.process_time(), time.perf_counter()
                 send(given)
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-                if number:  # the first is for connections, and for what is made once
+                if number:  # The first round opens connections and fills caches.
                     taken[name].append((cpu / len(given) * 1e6, wall / len(given) * 1e6))
     found = {
         name: {"cpu_us": statistics.median(cpu for cpu, _ in each), "wall_us": statistics.median(wall for _, wall in each)}

@@ -37,7 +37,7 @@ from worker.verified_database import VerifiedDatabase
 log = EventLogger("evalstore.worker")
 _CONNECT_S: Final = 12.0
 _STOP_GRACE_S: Final = 2.0
-_PAGE_S: Final = 10.0  # to read a page of a log from which a record is made anew
+_PAGE_S: Final = 10.0  # Time to read a page of a log during a rebuild.
 
 
 class Handler:

@@ -1,4 +1,4 @@
-"""evalstore as it is shipped: `dramatiq worker.tasks`."""
+"""evalstore as released: `dramatiq worker.tasks`."""
 
 import os
 import random

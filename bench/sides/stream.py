@@ -1,6 +1,7 @@
-"""What a good engineer would write by hand: a loop over a Redis stream with a consumer group, and one INSERT a batch.
+"""A worker that an engineer might write by hand: a loop over a Redis stream with a consumer group, and one INSERT for each
+batch.
 
-It stores the events alone: no records, no confirmations, nothing for what cannot be stored.
+It stores only events: no records, no confirmations, and no dead letters.
 """
 
 import os
@@ -45,7 +46,7 @@ ON CONFLICT DO NOTHING
 
 
 def main() -> None:
-    """Store until killed."""
+    """Store messages until killed."""
     count, consumer = int(os.environ.get("BENCH_THREADS", "1000")), str(os.getpid())
     decoder = msgspec.json.Decoder(dict[str, Any])
     client = redis.Redis.from_url(settings().redis_url.get_secret_value())

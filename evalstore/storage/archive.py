@@ -129,10 +129,10 @@ def conditions(archive: Archive) -> list[str]:
     """Return the SQL conditions for due rows: above the size threshold, and, with an age set, smaller content that finished
     earlier."""
     stores = ["IS NULL", *(["= 'objects'"] if archive.source else [])]
-    found = [_BY_SIZE.format(store=store) for store in stores]
+    queries = [_BY_SIZE.format(store=store) for store in stores]
     if archive.after is not None:
-        found += [_BY_AGE.format(store=store) for store in stores]
-    return found
+        queries += [_BY_AGE.format(store=store) for store in stores]
+    return queries
 
 
 def values(archive: Archive, now: datetime) -> dict[str, Any]:
@@ -144,7 +144,10 @@ def values(archive: Archive, now: datetime) -> dict[str, Any]:
 def due(archive: Archive) -> list[str]:
     """Return the queries for due rows, in the order to run them: the largest first, then the oldest."""
     orders = {True: "c.store, c.occurred_at", False: "c.store DESC, c.size DESC"}
-    return [f"{_SELECT} {one} ORDER BY {orders['c.occurred_at' in one]} LIMIT %(limit)s" for one in conditions(archive)]
+    return [
+        f"{_SELECT} {condition} ORDER BY {orders['c.occurred_at' in condition]} LIMIT %(limit)s"
+        for condition in conditions(archive)
+    ]
 
 
 def run_once(
@@ -184,10 +187,10 @@ def run_once(
     return done
 
 
-def _rows(conn: Connection, query: str, given: dict[str, Any]) -> list[Row]:
+def _rows(conn: Connection, query: str, parameters: dict[str, Any]) -> list[Row]:
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(PLAN.encode(), binary=False)
-        return [Row(*row) for row in cursor.execute(query.encode(), given)]
+        return [Row(*row) for row in cursor.execute(query.encode(), parameters)]
 
 
 # The claim lasts as long as the transaction, so a crash releases it. The connection is idle during an upload: allow for that.
@@ -273,11 +276,11 @@ def _pieces(cursor: psycopg.Cursor[Any], row: Row) -> Iterator[bytes]:
     """Read the content of a row in the database, in pieces of 4 MiB."""
     for start in range(0, row.size, FRAME_BYTES):
         with cursor.connection.cursor(binary=True) as own:  # A cursor keeps its last result in memory.
-            found = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
-        if found is None or found[0] is None:
+            piece = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
+        if piece is None or piece[0] is None:
             raise ObjectDamaged(f"{row.name}: the database does not hold it")
-        yield found[0]
-        del found
+        yield piece[0]
+        del piece
 
 
 _FAILED: Final = """
@@ -290,8 +293,8 @@ WHERE eval_id = %s AND event_id = %s AND kind = %s AND store IS NOT DISTINCT FRO
 def _note_failure(conn: Connection, row: Row, error: Exception, now: datetime) -> None:
     why = printable(f"{type(error).__name__}: {error}")[:1000].replace("\0", "\\x00")
     with database.errors(), conn.begin():
-        given = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
-        database.driver(conn).execute(_FAILED, given)
+        parameters = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
+        database.driver(conn).execute(_FAILED, parameters)
 
 
 _RETRY: Final = "UPDATE contents SET retry_at = NULL WHERE failure IS NOT NULL AND retry_at > %s"

@@ -49,20 +49,20 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 
 
 def store(
-    conn: Connection, given: Sequence[WriteRequest], traceparent: str | None = None
+    conn: Connection, requests: Sequence[WriteRequest], traceparent: str | None = None
 ) -> tuple[list[Outcome], event_store.Stored]:
     """Store events in one transaction. Their confirmations continue the trace of `traceparent`. Commit.
 
     Raises DatabaseOutage (retry).
     """
-    stored = event_store.store(conn, [one.event for one in given], _traces_of(traceparent))
-    return _at_first_times(conn, given, stored.outcomes), stored
+    stored = event_store.store(conn, [request.event for request in requests], _traces_of(traceparent))
+    return _at_first_times(conn, requests, stored.outcomes), stored
 
 
-def _store_once(conn: Connection, given: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
+def _store_once(conn: Connection, request: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
     """Do as `store` does for one event, in a transaction that has begun. Raises Restart after a rollback."""
-    stored = event_store.store_once(conn, [given.event], _traces_of(traceparent))
-    (outcome,) = _at_first_times(conn, [given], stored.outcomes)
+    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent))
+    (outcome,) = _at_first_times(conn, [request], stored.outcomes)
     return outcome, stored
 
 
@@ -70,12 +70,12 @@ def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:
     return lambda positions: [traceparent or ""] * len(positions)
 
 
-def _at_first_times(conn: Connection, given: Sequence[WriteRequest], stored: Sequence[Outcome]) -> list[Outcome]:
+def _at_first_times(conn: Connection, requests: Sequence[WriteRequest], stored: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes, after comparing repeats without an explicit time again with the first stored time."""
     outcomes = list(stored)
-    doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.has_explicit_time]
+    doubtful = [at for at, request in enumerate(requests) if outcomes[at] == "reused" and not request.has_explicit_time]
     if doubtful:
-        events = [given[at].event for at in doubtful]
+        events = [requests[at].event for at in doubtful]
         stored_times = times(conn, events)
         again = [at_time(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
         for at, outcome in zip(doubtful, event_store.store(conn, again).outcomes, strict=True):
@@ -108,12 +108,12 @@ SELECT EXISTS (SELECT FROM evaluations WHERE eval_id = %(eval_id)s AND code_even
 """
 
 
-def create(conn: Connection, given: WriteRequest, traceparent: str | None = None) -> Outcome:
+def create(conn: Connection, request: WriteRequest, traceparent: str | None = None) -> Outcome:
     """Store a queued event unless another queued event of its evaluation is stored. Commit.
 
     Of several concurrent callers, one succeeds. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
     """
-    event = given.event
+    event = request.event
     for _ in range(event_store.TRIES):
         with database.errors():
             raw = database.driver(conn)
@@ -123,7 +123,7 @@ def create(conn: Connection, given: WriteRequest, traceparent: str | None = None
                 raw.rollback()
                 raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
         try:
-            return _store_once(conn, given, traceparent)[0]
+            return _store_once(conn, request, traceparent)[0]
         except Restart as restart:
             event_store.after_restart(conn, restart)
     raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
@@ -152,13 +152,13 @@ def update(
     Raises VersionChanged (nothing is stored), DatabaseOutage (retry), and the errors of `make`.
     """
     for _ in range(event_store.TRIES):
-        given = _checked(conn, eval_id, make, versions)
+        request = _checked(conn, eval_id, make, versions)
         try:
-            outcome, stored = _store_once(conn, given, traceparent)
+            outcome, stored = _store_once(conn, request, traceparent)
         except Restart as restart:
             event_store.after_restart(conn, restart)
         else:
-            return given, outcome, stored
+            return request, outcome, stored
     raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
 
 
@@ -171,14 +171,14 @@ def _checked(
     """
     with database.errors():
         raw = database.driver(conn)
-        found = raw.execute(_LOCK, [eval_id]).fetchone()
-        version, attempt = found or (None, 1)
+        row = raw.execute(_LOCK, [eval_id]).fetchone()
+        version, attempt = row or (None, 1)
         try:
-            given = make(attempt)
+            request = make(attempt)
             holds = versions is None or (version is not None and version in versions)
-            if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, given.event.event_id)):
+            if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, request.event.event_id)):
                 # This is a repeat: keep the attempt of the stored event, even if a later attempt has begun.
-                given = make(first)
+                request = make(first)
                 holds = True
         except BaseException:
             raw.rollback()
@@ -186,10 +186,10 @@ def _checked(
         if not holds:
             raw.rollback()
             raise VersionChanged(version)
-    return given
+    return request
 
 
 def _attempt_of(raw: psycopg.Connection[Any], eval_id: str, event_id: UUID | None) -> int | None:
     """Return the attempt of an event, or None if the event is not stored."""
-    found = raw.execute(_ATTEMPT, [eval_id, event_id]).fetchone()
-    return None if found is None else int(found[0])
+    row = raw.execute(_ATTEMPT, [eval_id, event_id]).fetchone()
+    return None if row is None else int(row[0])

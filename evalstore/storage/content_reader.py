@@ -113,12 +113,12 @@ def read(connect: Connect, stores: Stores, content: Content, start: int = 0, sto
         except ObjectMissing:
             before = content.store, content.encoding
             with connect() as conn:
-                found = find(conn, content.eval_id, content.kind, content.event_id)
-            if found is None:
+                moved = find(conn, content.eval_id, content.kind, content.event_id)
+            if moved is None:
                 raise LookupError(f"{content.kind} of {content.eval_id!r} is not there any more") from None
-            if (found.store, found.encoding) == before:
+            if (moved.store, moved.encoding) == before:
                 raise
-            content = found
+            content = moved
 
 
 _READ: Final = """
@@ -160,8 +160,8 @@ SELECT coalesce(store, 'inline'), sum(size) FROM contents WHERE eval_id = ANY(%(
 
 def bytes_by_place(conn: Connection, eval_ids: Sequence[str]) -> dict[str, int]:
     """Return the bytes of content of these evaluations: `inline`, in `objects`, and in the `archive`. Raises DatabaseOutage."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         for place, size in cursor.execute(_BYTES_BY_PLACE, {"eval_ids": list(eval_ids)}):
-            found[place] = found.get(place, 0) + int(size or 0)
-    return found
+            sizes[place] = sizes.get(place, 0) + int(size or 0)
+    return sizes

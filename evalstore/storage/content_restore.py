@@ -28,11 +28,11 @@ def find(conn: Connection, eval_ids: list[str] | None) -> Iterator[Row]:
     while True:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
             query = _CHOOSE.format(condition=condition).encode()
-            found = [Row(*row) for row in cursor.execute(query, [eval_ids, *after])]
-        yield from found
-        if not found:
+            rows = [Row(*row) for row in cursor.execute(query, [eval_ids, *after])]
+        yield from rows
+        if not rows:
             return
-        after = found[-1][:3]
+        after = rows[-1][:3]
 
 
 _COUNT: Final = "SELECT count(*), coalesce(sum(size), 0)::bigint FROM contents WHERE store IS NOT NULL AND {condition}"

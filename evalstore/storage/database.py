@@ -116,7 +116,7 @@ def engine(
         conn.add_notice_handler(_note_end)
         return conn
 
-    made = create_engine(
+    pool = create_engine(
         "postgresql+psycopg://",
         creator=connect,
         pool_size=pool_size,
@@ -124,9 +124,9 @@ def engine(
         pool_timeout=10,
     )
     if pre_ping:
-        event.listen(made, "checkout", _trying_out(watch))
-    event.listen(made, "checkin", _leave_refused)
-    return made
+        event.listen(pool, "checkout", _trying_out(watch))
+    event.listen(pool, "checkin", _leave_refused)
+    return pool
 
 
 def connect(settings: Settings, **options: Any) -> Engine:

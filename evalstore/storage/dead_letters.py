@@ -52,22 +52,22 @@ WHERE dead_letters.last_at < excluded.last_at
 _MOST_ATTEMPTS: Final = 2**31 - 1
 
 
-def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
+def write(conn: Connection, inserts: Sequence[DeadLetterInsert]) -> None:
     """Write dead letters in one transaction, whatever their texts hold. Mark redriven letters as dead again.
 
     Raises DatabaseOutage (retry).
     """
-    ordered = sorted(burials)  # All writers lock letters by id, so they cannot deadlock.
+    ordered = sorted(inserts)  # All writers lock letters by id, so they cannot deadlock.
     rows = [
         (
-            *one[:10],
-            max(1, min(one.attempts, _MOST_ATTEMPTS)),  # A sender may have put any number into the message.
-            *(one.died_at, one.died_at, one.host, one.release),
-            sorted(objects_named(one.message)),
+            *insert[:10],
+            max(1, min(insert.attempts, _MOST_ATTEMPTS)),  # A sender may have put any number into the message.
+            *(insert.died_at, insert.died_at, insert.host, insert.release),
+            sorted(objects_named(insert.message)),
         )
-        for one in ordered
+        for insert in ordered
     ]
-    died_at = {one.id: one.died_at for one in burials}
+    died_at = {insert.id: insert.died_at for insert in inserts}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         redriven = redrives.lock(cursor, list(died_at))
         cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])
@@ -114,8 +114,8 @@ _COUNT: Final = "SELECT count(*) FROM dead_letters WHERE state <> 'stored'"
 def count(conn: Connection) -> int:
     """Return the number of dead letters. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
-    return int(found)
+        ((number,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(number)
 
 
 class Selection(NamedTuple):
@@ -232,8 +232,8 @@ def count_of(conn: Connection, chosen: Selection) -> int:
     condition, values = _where(chosen)
     query = f"SELECT count(*) FROM (SELECT FROM dead_letters WHERE {condition} LIMIT %s) chosen"
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
-        ((found,),) = cursor.execute(query, [*values, chosen.limit]).fetchall()
-    return int(found)
+        ((number,),) = cursor.execute(query, [*values, chosen.limit]).fetchall()
+    return int(number)
 
 
 class Edited(NamedTuple):

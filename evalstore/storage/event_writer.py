@@ -96,7 +96,7 @@ class StoredRecord(NamedTuple):
 
 
 class BeginResult(NamedTuple):
-    """The created records, the records that existed and are now locked, and the events of existing records that are in the log."""
+    """The created records, the locked existing records, and the events of existing records that are in the log."""
 
     created: dict[str, Folded]
     existing: dict[str, StoredRecord]
@@ -137,8 +137,8 @@ class EventWriter:
 
     def __init__(self, conn: psycopg.Connection[Any], info: dict[str, Any]) -> None:
         self.conn, self._cursor, self._info = conn, conn.cursor(binary=True), info
-        # `after_commit` puts the names back. After a failure, or in another session of a pooler, the tables may be missing: create
-        # them again.
+        # `after_commit` puts these names back. After a failure the tables may be missing, so they are created again. The same
+        # holds in another session of a pooler.
         self._staged: set[str] = info.pop("evalstore_staged", set())
         self._first_reply = conn.cursor(binary=True).execute(_BEGIN)
 

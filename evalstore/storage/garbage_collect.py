@@ -48,8 +48,8 @@ def targets(settings: Settings) -> list[Target]:
     own, archive = settings.object_store_url, settings.archive_url or settings.object_store_url
     if own and archive and is_same(own, archive):
         return [Target(open_store(own, settings), ("objects", "archive"))]
-    found: list[tuple[str | None, Place]] = [(own, "objects"), (archive, "archive")]
-    return [Target(open_store(url, settings), (place,)) for url, place in found if url]
+    urls: list[tuple[str | None, Place]] = [(own, "objects"), (archive, "archive")]
+    return [Target(open_store(url, settings), (place,)) for url, place in urls if url]
 
 
 def longest_wait(grace: timedelta) -> timedelta:
@@ -87,7 +87,7 @@ def run_once(
     refused: ObjectUnavailable | None = None
     for batch in _batches(_part_of(target.store, part)):
         done.objects += len(batch)
-        old = _unnamed(conn, target.places, [one for one in batch if one.modified_at < before])
+        old = _unnamed(conn, target.places, [listed for listed in batch if listed.modified_at < before])
         if not old:
             continue
         if waiting is None:
@@ -95,16 +95,16 @@ def run_once(
             if oldest_age_s > longest_wait(grace).total_seconds():
                 done.paused = f"a message has waited for longer than {longest_wait(grace)}"
                 return done
-        old = _unnamed(conn, target.places, [one for one in old if _sha256(one) not in waiting])
-        for one in old:
+        old = _unnamed(conn, target.places, [listed for listed in old if _sha256(listed) not in waiting])
+        for listed in old:
             try:
-                is_gone = not remove or target.store.delete(one.key, unmodified_since=before)
+                is_gone = not remove or target.store.delete(listed.key, unmodified_since=before)
             except ObjectUnavailable as error:
                 refused = refused or error
                 continue
             if is_gone:
-                done.removed, done.bytes = done.removed + 1, done.bytes + one.size
-                watch(one)
+                done.removed, done.bytes = done.removed + 1, done.bytes + listed.size
+                watch(listed)
     done.leftovers = len(target.store.orphans(before, remove=remove))
     if refused is not None:
         raise refused
@@ -115,14 +115,14 @@ def _part_of(store: Store, part: tuple[int, int]) -> Iterator[Listed]:
     """Yield the objects of one part of the names. Names are hashes, so all parts have about the same size."""
     number, of = part
     first, last = (f"{0x10000 * bound // of:04x}" for bound in (number, number + 1))
-    for one in store.objects(first if number else ""):
-        if number + 1 < of and one.key >= last:
+    for listed in store.objects(first if number else ""):
+        if number + 1 < of and listed.key >= last:
             return
-        yield one
+        yield listed
 
 
-def _batches(found: Iterator[Listed]) -> Iterator[list[Listed]]:
-    while batch := list(islice(found, _BATCH)):
+def _batches(objects: Iterator[Listed]) -> Iterator[list[Listed]]:
+    while batch := list(islice(objects, _BATCH)):
         yield batch
 
 
@@ -133,16 +133,16 @@ SELECT unnest(objects) FROM dead_letters WHERE objects && %(wanted)s AND objects
 """
 
 
-def _unnamed(conn: Connection, places: Sequence[Place], found: Sequence[Listed]) -> list[Listed]:
+def _unnamed(conn: Connection, places: Sequence[Place], objects: Sequence[Listed]) -> list[Listed]:
     """Return the objects that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
-    by_sha256 = {_sha256(one) for one in found}
+    by_sha256 = {_sha256(listed) for listed in objects}
     if not by_sha256:
         return []
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        given = {"wanted": list(by_sha256), "places": list(places)}
-        named = {bytes(sha256) for (sha256,) in cursor.execute(_NAMED, given)}
-    return [one for one in found if _sha256(one) not in named]
+        parameters = {"wanted": list(by_sha256), "places": list(places)}
+        named = {bytes(sha256) for (sha256,) in cursor.execute(_NAMED, parameters)}
+    return [listed for listed in objects if _sha256(listed) not in named]
 
 
-def _sha256(one: Listed) -> bytes:
-    return bytes.fromhex(one.key[:64])
+def _sha256(listed: Listed) -> bytes:
+    return bytes.fromhex(listed.key[:64])

@@ -46,5 +46,5 @@ def granted(conn: Connection, key_id: str, references: Iterable[Reference], last
         return set()
     hashes = [bytes.fromhex(reference.sha256) for reference in wanted]
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        found = cursor.execute(_GRANTED, [key_id, hashes, lasting]).fetchall()
-    return wanted & {Reference(*row) for row in found}
+        rows = cursor.execute(_GRANTED, [key_id, hashes, lasting]).fetchall()
+    return wanted & {Reference(*row) for row in rows}

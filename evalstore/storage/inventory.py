@@ -41,10 +41,10 @@ def status(conn: Connection, at: Archive | None, now: datetime) -> dict[str, Any
         places = cursor.execute(_PLACES).fetchall()
         due: dict[str, Any] = {"contents": 0, "bytes": 0, "oldest": None}
         queries = [(condition, archive.values(at, now)) for condition in archive.conditions(at)] if at else []
-        for condition, given in queries:
-            found = cursor.execute(f"{_DUE} {condition}".encode(), given).fetchone() or due
-            oldest = min((time for time in (due["oldest"], found["oldest"]) if time), default=None)
-            due = {"contents": due["contents"] + found["contents"], "bytes": due["bytes"] + found["bytes"], "oldest": oldest}
+        for condition, parameters in queries:
+            totals = cursor.execute(f"{_DUE} {condition}".encode(), parameters).fetchone() or due
+            oldest = min((time for time in (due["oldest"], totals["oldest"]) if time), default=None)
+            due = {"contents": due["contents"] + totals["contents"], "bytes": due["bytes"] + totals["bytes"], "oldest": oldest}
         failing = cursor.execute(_FAILING).fetchone() or {"contents": 0}
         failures = cursor.execute(_FAILURES, [_SHOWN]).fetchall()
     return {"places": places, "due": due, "failing": failing["contents"], "failures": failures}
@@ -68,8 +68,8 @@ _COUNT: Final = "SELECT count(DISTINCT (sha256, store, encoding)) FROM contents 
 def count_objects(conn: Connection) -> int:
     """Return the number of objects that rows name. Reads an index entry for each. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
-    return int(found)
+        ((number,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(number)
 
 
 def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Object]:
@@ -78,20 +78,20 @@ def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Objec
     A sample is a range of hashes from a random start. Hashes are random, so objects in a range are unrelated.
     """
     begin = b"" if sample is None else os.urandom(32)
-    left = sample
+    remaining = sample
     for first, last in ((begin, None), (b"", begin)) if begin else ((b"", None),):
         after = (first, "", "")
-        while left is None or left > 0:
-            given = dict(zip(("first", "store", "encoding"), after, strict=True))
+        while remaining is None or remaining > 0:
+            position = dict(zip(("first", "store", "encoding"), after, strict=True))
             with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-                found = cursor.execute(_OBJECTS, {**given, "limit": min(_PAGE, left or _PAGE)}).fetchall()
-            for sha256, size, encoding, store, digest in found:
+                rows = cursor.execute(_OBJECTS, {**position, "limit": min(_PAGE, remaining or _PAGE)}).fetchall()
+            for sha256, size, encoding, store, digest in rows:
                 if last is not None and digest >= last:
                     return
                 yield Object(Reference(sha256, size, encoding), store)
                 after = (digest, store, encoding)
-                left = None if left is None else left - 1
-            if len(found) < min(_PAGE, left or _PAGE):
+                remaining = None if remaining is None else remaining - 1
+            if len(rows) < min(_PAGE, remaining or _PAGE):
                 break
 
 

@@ -69,9 +69,9 @@ def _where(chosen: Filter, after: Position | None = None, up_to: Position | None
     conditions: list[str] = []
     values: list[Any] = []
 
-    def add(condition: str, *given: Any) -> None:
+    def add(condition: str, *parameters: Any) -> None:
         conditions.append(condition)
-        values.extend(given)
+        values.extend(parameters)
 
     if chosen.statuses:
         add("status = ANY(%s)", list(chosen.statuses))
@@ -112,8 +112,8 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
             where, values = _where(span, after)
             query = f"SELECT created_at, eval_id FROM evaluations{where}{_order(chosen)} OFFSET %s LIMIT 1"
             cursor.execute(query.encode(), [*values, (scan or SCAN) - 1])
-            found = cursor.fetchone()
-            scanned = Position(*found) if found else None
+            bound = cursor.fetchone()
+            scanned = Position(*bound) if bound else None
         where, values = _where(chosen, after, scanned)
         cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s".encode(), [*values, limit + 1])
         rows = [readable(dict(zip(COLUMNS, row, strict=True))) for row in cursor]
@@ -132,16 +132,16 @@ def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) 
     rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
     if rows is None:
         return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
-    found = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
-    return Page(found, Position(found[-1]["created_at"], found[-1]["eval_id"]) if len(rows) > limit else None)
+    records = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
+    return Page(records, Position(records[-1]["created_at"], records[-1]["eval_id"]) if len(rows) > limit else None)
 
 
 def count(conn: Connection, chosen: Filter) -> int | None:
     """Count the evaluations, up to COUNTED. Return None if that takes too long. Raises DatabaseOutage (retry)."""
     where, values = _where(chosen)
     query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
-    found = _in_time(conn, query, [*values, COUNTED])
-    return None if found is None else int(found[0][0])
+    counted = _in_time(conn, query, [*values, COUNTED])
+    return None if counted is None else int(counted[0][0])
 
 
 def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:

@@ -78,9 +78,9 @@ def rebuild(conn: Connection, eval_id: str, progress: Callable[[], object] = lam
     """
     with database.errors(), conn.begin():
         raw = database.driver(conn)
-        found = event_writer.records(event_writer.lock(raw, [eval_id])).get(eval_id)
-        if found is None or isinstance(reason := found.add([]), Folded):
+        stored = event_writer.records(event_writer.lock(raw, [eval_id])).get(eval_id)
+        if stored is None or isinstance(reason := stored.add([]), Folded):
             return None
-        for folded in fold_logs(raw, {eval_id: found.record.version}, progress).values():
+        for folded in fold_logs(raw, {eval_id: stored.record.version}, progress).values():
             event_writer.update(raw, folded)
         return reason

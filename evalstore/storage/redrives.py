@@ -100,10 +100,10 @@ def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetter
         canary_left = (redrive["canary"] or 0) - redrive["sent"]
         if canary_left > 0:
             most = min(most, canary_left)
-        found = cursor.execute(_WAITING.format(_SPREAD if canary_left > 0 else ""), [redrive_id, most or 1]).fetchall()
-        if not found or not most:
-            return Step(0, wait_s if found else None)
-        taken = cursor.execute(_TAKE, [_within(found, _CHUNK_BYTES), redrive_id]).fetchall()
+        waiting = cursor.execute(_WAITING.format(_SPREAD if canary_left > 0 else ""), [redrive_id, most or 1]).fetchall()
+        if not waiting or not most:
+            return Step(0, wait_s if waiting else None)
+        taken = cursor.execute(_TAKE, [_within(waiting, _CHUNK_BYTES), redrive_id]).fetchall()
         send([DeadLetterRef(**row) for row in taken])
         cursor.execute(_SENT, [[row["id"] for row in taken]])
         cursor.execute(_COUNT_SENT, [len(taken), paced_until(len(taken)), redrive_id])
@@ -130,10 +130,10 @@ def _canary_is_out(redrive: Mapping[str, Any]) -> bool:
     return redrive["canary"] is not None and 0 < redrive["sent"] <= redrive["canary"] < redrive["total"]
 
 
-def _within(found: Sequence[Mapping[str, Any]], most_bytes: int) -> list[UUID]:
+def _within(letters: Sequence[Mapping[str, Any]], most_bytes: int) -> list[UUID]:
     """Return the first letters whose sizes add up to at most `most_bytes`, and at least one letter."""
     ids: list[UUID] = []
-    for row in found:
+    for row in letters:
         most_bytes -= row["size"]
         if ids and most_bytes < 0:
             break
@@ -224,8 +224,8 @@ def stored(conn: Connection, ids: Sequence[UUID]) -> None:
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         letters = lock(cursor, ids)
         # This includes letters that were returned meanwhile: a worker sent them and died before it could set `sent_at`.
-        found = [row[0] for row in cursor.execute(_LOCK_LETTERS.format("state <> 'stored'"), [list(ids)])]
-        cursor.execute(_STORED, [found])
+        unstored = [row[0] for row in cursor.execute(_LOCK_LETTERS.format("state <> 'stored'"), [list(ids)])]
+        cursor.execute(_STORED, [unstored])
         count(cursor, letters, "stored")
 
 

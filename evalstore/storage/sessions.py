@@ -110,9 +110,9 @@ def split_options(options: str) -> tuple[dict[str, str], str]:
     settings, rest = {}, []
     while words:
         word = words.pop(0)
-        given = words.pop(0) if word == "-c" and words else re.sub("^(-c|--)", "", word) if word[:2] in {"-c", "--"} else ""
-        name, found, value = given.partition("=")
-        if found:
+        option = words.pop(0) if word == "-c" and words else re.sub("^(-c|--)", "", word) if word[:2] in {"-c", "--"} else ""
+        name, equals, value = option.partition("=")
+        if equals:
             settings[name.replace("-", "_")] = value
         else:
             rest.append(re.sub(r"([\s\\])", r"\\\1", word))

@@ -71,18 +71,18 @@ _DUE: Final = "SELECT count(*), coalesce(sum(c.size), 0), coalesce(extract(epoch
 
 def contents(conn: Connection, moving: Archive | None) -> Numbers:
     """Return the numbers whose cost grows with the stored data. Without an archive nothing is due. Raises DatabaseOutage."""
-    found: Numbers = {}
+    numbers: Numbers = {}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         for status, count in cursor.execute(_OPEN):
-            found["evalstore_evaluations_open", status] = count
+            numbers["evalstore_evaluations_open", status] = count
         for place, count, size in cursor.execute(_CONTENTS):
-            found["evalstore_contents", place], found["evalstore_content_bytes", place] = count, float(size)
-        (found[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
-        (found[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
+            numbers["evalstore_contents", place], numbers["evalstore_content_bytes", place] = count, float(size)
+        (numbers[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
+        (numbers[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
         # Include content whose move failed and waits for a retry.
         values = {**archive.values(moving, datetime.now(UTC)), "now": datetime.max.replace(tzinfo=UTC)} if moving else {}
-        due = [_row(cursor, _DUE.format(one), values) for one in (archive.conditions(moving) if moving else [])]
-    found["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)
-    found["evalstore_archive_due_bytes",] = sum(size for _, size, _ in due)
-    found["evalstore_archive_oldest_due_age_seconds",] = max((age_s for _, _, age_s in due), default=0.0)
-    return found
+        due = [_row(cursor, _DUE.format(condition), values) for condition in (archive.conditions(moving) if moving else [])]
+    numbers["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)
+    numbers["evalstore_archive_due_bytes",] = sum(size for _, size, _ in due)
+    numbers["evalstore_archive_oldest_due_age_seconds",] = max((age_s for _, _, age_s in due), default=0.0)
+    return numbers

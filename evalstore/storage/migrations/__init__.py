@@ -36,10 +36,10 @@ _LOOK_S: Final = 0.1
 @cache
 def revisions() -> tuple[str, ...]:
     """Return the revisions of this release in order, read from file names. Loading Alembic would be slow."""
-    found = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
-    if not found:
+    names = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
+    if not names:
         raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
-    return tuple(found)
+    return tuple(names)
 
 
 def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None) -> tuple[str | None, str]:
@@ -84,12 +84,13 @@ def _upgrade(
             recorded = version.recorded(conn)
             _refuse_newer(recorded)
             moved = _move_over(conn) if recorded is None else None
-            left = moved if moved and version.is_in_shared_table(conn, moved) else None
+            old_revision = moved if moved and version.is_in_shared_table(conn, moved) else None
             _apply(conn)
-        if left:
+        if old_revision:
             tell(
-                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {left} for processes of the release"
-                f" before. When none of them runs any more: DELETE FROM alembic_version WHERE version_num = '{left}'"
+                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {old_revision} for processes of the"
+                " previous release. When none of them runs any more: DELETE FROM alembic_version WHERE"
+                f" version_num = '{old_revision}'"
             )
         return recorded or moved, revisions()[-1]
 
@@ -113,9 +114,9 @@ def _move_over(conn: Connection) -> str | None:
     if version.recognised(conn) is None:
         return None
     _lock(conn, _OLD_LOCK)  # An old release may be migrating now.
-    if (found := version.recognised(conn)) is not None:
-        command.stamp(config(conn), found)
-    return found
+    if (revision := version.recognised(conn)) is not None:
+        command.stamp(config(conn), revision)
+    return revision
 
 
 def _apply(conn: Connection) -> None:
@@ -187,11 +188,11 @@ class _Onlooker:
         # A failure here only loses a notice. The migration reports its own errors.
         with suppress(DatabaseOutage), database.errors():
             while not done.wait(_LOOK_S):
-                found = self._conn.execute(_HOLDERS, [pid]).fetchall()
-                pids = [one[1] for one in found]
-                if found and pids != self._told:
+                holders = self._conn.execute(_HOLDERS, [pid]).fetchall()
+                pids = [holder[1] for holder in holders]
+                if holders and pids != self._told:
                     self._told = pids
-                    self._tell(f"waits for {' and '.join(_holder(*one) for one in found)}")
+                    self._tell(f"waits for {' and '.join(_holder(*holder) for holder in holders)}")
 
 
 def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None, seconds: float | None) -> str:
@@ -207,11 +208,11 @@ def config(conn: Connection) -> "Config":
     """Return Alembic's configuration for a connection."""
     from alembic.config import Config  # noqa: PLC0415 - as above
 
-    made = Config()
-    made.set_main_option("script_location", str(Path(__file__).parent))
-    made.set_main_option("path_separator", "os")
-    made.attributes["connection"] = conn
-    return made
+    alembic = Config()
+    alembic.set_main_option("script_location", str(Path(__file__).parent))
+    alembic.set_main_option("path_separator", "os")
+    alembic.attributes["connection"] = conn
+    return alembic
 
 
 @contextmanager
@@ -236,8 +237,8 @@ def check(conn: Connection, *, or_newer: bool = False) -> None:
         return
     _refuse_newer(current)
     if current != (head := revisions()[-1]):
-        found = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
-        raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
+        state = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
+        raise SchemaMismatch(f"the database {state}, this release needs {head}: run `evalstore migrate`")
 
 
 def _where(conn: Connection) -> str:

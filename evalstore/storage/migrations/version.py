@@ -23,8 +23,8 @@ def recorded(conn: Connection) -> str | None:
         ((exists,),) = cursor.execute(_EXISTS).fetchall()
         if not exists:
             return None
-        ((found,),) = cursor.execute(_READ).fetchall()
-        return None if found is None else str(found)
+        ((revision,),) = cursor.execute(_READ).fetchall()
+        return None if revision is None else str(revision)
 
 
 def schema_of(conn: Connection) -> str:
@@ -62,10 +62,10 @@ WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_sch
 def recognised(conn: Connection) -> str | None:
     """Return the revision that our tables in the current schema show, up to 0008. Return None if the tables are not ours."""
     tables = sorted({table for marks in _MARKS.values() for table in marks})
-    found = set(database.driver(conn).execute(_COLUMNS, [tables]).fetchall())
+    columns_present = set(database.driver(conn).execute(_COLUMNS, [tables]).fetchall())
     last = None
     for revision, marks in _MARKS.items():
-        if not found.issuperset((table, column) for table, columns in marks.items() for column in columns.split()):
+        if not columns_present.issuperset((table, column) for table, columns in marks.items() for column in columns.split()):
             break
         last = revision
     return last
