@@ -97,8 +97,8 @@ def measure(engine: Engine, at: Archive, what: str, due: int) -> Cost:
                 raw = database.driver(conn)
                 raw.execute(archive.PLAN)
                 explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode()
-                ((((found,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
-                searched += found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+                ((((plan,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
+                searched += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     cost = Cost(*taken, pages, statistics.median(idle), searched)
     print(
         f"{what}: {moved:,} moved in {cost.seconds:.2f} s, {cost.processor_s:.2f} s of the processor, {cost.pages:,} pages; "
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--due", type=int, default=1000)
     parser.add_argument("--bytes", type=int, default=1_100_000, help="of each content that is due by its size")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp") as name,
         Postgres(Path(name) / "pg", settings=_SERVER) as server,
@@ -123,22 +123,22 @@ def main() -> None:
 
         def measure_due(what: str) -> Cost:
             with psycopg.connect(server.url("evalstore")) as conn:
-                make_due(conn, given.due, given.bytes)
-            return measure(engine, at, what, given.due)
+                make_due(conn, arguments.due, arguments.bytes)
+            return measure(engine, at, what, arguments.due)
 
         measure_due("to be warm")
         alone = measure_due("nothing else stored")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with psycopg.connect(server.url("evalstore"), autocommit=True) as conn:
-            for first in range(1, given.rows + 1, 500_000):
-                values = {"first": first, "last": min(first + 499_999, given.rows)}
+            for first in range(1, arguments.rows + 1, 500_000):
+                values = {"first": first, "last": min(first + 499_999, arguments.rows)}
                 conn.execute(_FILL, values)
                 conn.execute(_FILL_CONTENTS, values)
             conn.execute("VACUUM ANALYZE")
-        print(f"{given.rows:,} evaluations made in {time.perf_counter() - begun:.0f} s")
-        beside = measure_due(f"beside {given.rows:,} evaluations")
+        print(f"{arguments.rows:,} evaluations made in {time.perf_counter() - start:.0f} s")
+        beside = measure_due(f"beside {arguments.rows:,} evaluations")
         engine.dispose()
-        print(f"{given.due:,} due beside {given.rows:,} others cost, divided by what they cost alone:")
+        print(f"{arguments.due:,} due beside {arguments.rows:,} others cost, divided by what they cost alone:")
         for figure, ours, theirs in zip(Cost._fields, beside, alone, strict=True):
             print(f"  {figure:<12} {ours / theirs:.2f}" if theirs else f"  {figure:<12} {ours:,} and {theirs:,}")
 

@@ -21,7 +21,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *given: Any) -> None:
+    def log_message(self, *values: Any) -> None:
         pass
 
 

@@ -54,24 +54,24 @@ def rate(  # noqa: PLR0913  each says something of its own
     side.hold(place.redis)
     place.settle()
     with warm(place, side, shape, seed) as workers:
-        before, begun, begun_s = place.cpu(workers), time.monotonic(), time.time()
+        before, start, start_s = place.cpu(workers), time.monotonic(), time.time()
         side.release(place.redis)
         rss = _until(
             lambda: side.waiting(place.redis) == 0,
             workers,
             sample_s,
-            give_up=begun + within_s,
+            give_up=start + within_s,
             every_s=0.02 if side.stores == "nothing" else 0.1,
         )
         stored, last_s = count, time.time()
         if side.stores != "nothing":
-            while (found := place.stored(eval_ids)).events < count and time.monotonic() < begun + within_s:
+            while (totals := place.stored(eval_ids)).events < count and time.monotonic() < start + within_s:
                 time.sleep(0.2)
-            stored, last_s = found
+            stored, last_s = totals
         after = place.cpu(workers)
     spent = {name: (after[i] - before[i]) / max(stored, 1) * 1e6 for i, name in enumerate(Cpu._fields)}
     complaint = "" if side.stores == "nothing" else _complaint(place, side, eval_ids, stored, count)
-    return Rate(stored, stored / max(last_s - begun_s, 1e-3), spent, complaint, [size / 2**20 for size in rss])
+    return Rate(stored, stored / max(last_s - start_s, 1e-3), spent, complaint, [size / 2**20 for size in rss])
 
 
 @contextmanager
@@ -119,13 +119,13 @@ def _complaint(place: Place, side: Side, eval_ids: list[str], stored: int, count
 
 def tune(place: Place, side: Side, say: Callable[[str], None], *, seconds: float) -> tuple[Shape, float]:
     """Return the shape with the highest rate, and that rate."""
-    found = {}
+    rates = {}
     for shape in side.shapes:
         done = rate(place, side, shape, int(side.rate * seconds), seed=7)
-        found[shape] = done.events_per_s
+        rates[shape] = done.events_per_s
         say(f"{side.title}, {shape}: {done.events_per_s:,.0f} events/s {done.complaint}")
-    best = max(found, key=lambda shape: found[shape])
-    return best, found[best]
+    best = max(rates, key=lambda shape: rates[shape])
+    return best, rates[best]
 
 
 def latency(place: Place, side: Side, shape: Shape, *, probes: int, seconds: float) -> dict[str, Any]:
@@ -133,15 +133,15 @@ def latency(place: Place, side: Side, shape: Shape, *, probes: int, seconds: flo
     place.reset()
     with warm(place, side, shape, 0):
         options = ["--side", side.name, "--probes", str(probes), "--seconds", str(seconds)]
-        found: dict[str, Any] = json.loads(place.run(side, "bench.latency", *options))
-    return found
+        result: dict[str, Any] = json.loads(place.run(side, "bench.latency", *options))
+    return result
 
 
 def sending(place: Place, *, count: int, rounds: int) -> dict[str, Any]:
     """Return the microseconds that a sender spends on each event."""
     place.reset()
-    found: dict[str, Any] = json.loads(place.run(None, "bench.sending", "--count", str(count), "--rounds", str(rounds)))
-    return found
+    result: dict[str, Any] = json.loads(place.run(None, "bench.sending", "--count", str(count), "--rounds", str(rounds)))
+    return result
 
 
 def memory(place: Place, shape: Shape, *, count: int) -> dict[str, Any]:

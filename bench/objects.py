@@ -48,9 +48,9 @@ class Taken(NamedTuple):
 
 def timed(act: Callable[[], object]) -> Taken:
     os.sync()  # Otherwise the operation would wait for earlier writes.
-    begun = time.perf_counter(), time.process_time()
+    start = time.perf_counter(), time.process_time()
     act()
-    return Taken(time.perf_counter() - begun[0], time.process_time() - begun[1])
+    return Taken(time.perf_counter() - start[0], time.process_time() - start[1])
 
 
 def drain(chunks: Iterator[bytes], path: Path) -> None:
@@ -111,8 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=100, help="of content, in millions of bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    size = given.mb * 1_000_000
+    arguments = parser.parse_args()
+    size = arguments.mb * 1_000_000
     kinds: dict[str, Callable[[int], bytes]] = {
         "text": lambda seed: text(size, seed),
         "bytes that do not compress": lambda _: os.urandom(size),
@@ -123,8 +123,8 @@ def main() -> None:
         warm = object_store.put(store, os.urandom(1000))
         print(f"warmed up with {warm.reference.size} bytes")
         for kind, make in kinds.items():
-            print(f"{given.mb} MB of {kind}, median of {given.rounds}, S3 by SeaweedFS on this machine")
-            measure(store, server, Path(name), make, given.rounds)
+            print(f"{arguments.mb} MB of {kind}, median of {arguments.rounds}, S3 by SeaweedFS on this machine")
+            measure(store, server, Path(name), make, arguments.rounds)
         server.kill()
 
 

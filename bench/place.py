@@ -86,10 +86,10 @@ class Place:
 
     def environment(self, shape: Shape | None = None) -> dict[str, str]:
         """Return the environment for a side's processes."""
-        given = {name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")}
-        given |= {"EVALSTORE_DATABASE_URL": self.postgres.url(), "EVALSTORE_REDIS_URL": self.valkey.url()}
-        given |= {"RQ_REDIS_URL": self.valkey.url(), "BENCH_THREADS": str(shape.threads if shape else 1)}
-        return given | self.more
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")}
+        variables |= {"EVALSTORE_DATABASE_URL": self.postgres.url(), "EVALSTORE_REDIS_URL": self.valkey.url()}
+        variables |= {"RQ_REDIS_URL": self.valkey.url(), "BENCH_THREADS": str(shape.threads if shape else 1)}
+        return variables | self.more
 
     def reset(self, *, keep_rows: bool = False) -> None:
         """Remove all messages, and all rows (or only the log and the records), and let the servers settle."""
@@ -108,7 +108,7 @@ class Place:
         """Let Valkey rewrite its append-only file now. Otherwise filling the queue starts a rewrite during some rounds only."""
         with suppress(redis.ResponseError):  # A rewrite is already running.
             self.redis.bgrewriteaof()
-        while (told := self.redis.info("persistence"))["aof_rewrite_in_progress"] or told["aof_rewrite_scheduled"]:
+        while (state := self.redis.info("persistence"))["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
             time.sleep(0.05)
 
     def run(self, side: Side | None, module: str, *options: str) -> str:
@@ -209,12 +209,12 @@ class Workers:
 
     def tree(self) -> list[psutil.Process]:
         """Return all processes except the guards, which use no time."""
-        found = []
+        processes = []
         for guard in self._guards:
             if guard.poll() is not None:
                 raise RuntimeError(f"a worker ended with status {guard.returncode}:\n{self.tail()}")
-            found += psutil.Process(guard.pid).children(recursive=True)
-        return found
+            processes += psutil.Process(guard.pid).children(recursive=True)
+        return processes
 
     def tail(self) -> str:
         """Return the end of the processes' output."""
@@ -225,13 +225,13 @@ class Workers:
 
     def rss_bytes(self) -> list[int]:
         """Return the resident memory of each process."""
-        found = []
+        sizes = []
         for process in self.tree():
             try:
-                found.append(process.memory_info().rss)
+                sizes.append(process.memory_info().rss)
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return sizes
 
     def wait_until_idle(self, *, within_s: float = 15.0) -> None:
         """Wait until the processes use less than a tenth of one core over half a second."""

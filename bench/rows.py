@@ -29,14 +29,14 @@ LOG: Final = insert(evaluation_events).values(dict.fromkeys(_COLUMNS - {"recorde
 
 def _upsert() -> Any:
     new = insert(evaluations).values(dict.fromkeys(["eval_id", "status", "attempt", "version", "metadata", *_KEPT]))
-    given = new.excluded
-    is_later = case({"queued": 0, "running": 1}, value=given.status, else_=2) > case(
+    excluded = new.excluded
+    is_later = case({"queued": 0, "running": 1}, value=excluded.status, else_=2) > case(
         {"queued": 0, "running": 1}, value=evaluations.c.status, else_=2
     )
-    changed: dict[str, Any] = {name: func.coalesce(evaluations.c[name], given[name]) for name in _KEPT}
-    changed["status"] = case((is_later, given.status), else_=evaluations.c.status)
+    changed: dict[str, Any] = {name: func.coalesce(evaluations.c[name], excluded[name]) for name in _KEPT}
+    changed["status"] = case((is_later, excluded.status), else_=evaluations.c.status)
     changed["version"] = evaluations.c.version + 1
-    changed["metadata"] = evaluations.c.metadata.concat(given.metadata)
+    changed["metadata"] = evaluations.c.metadata.concat(excluded.metadata)
     changed["updated_at"] = func.now()
     return new.on_conflict_do_update(index_elements=["eval_id"], set_=changed).returning(
         evaluations.c.version, evaluations.c.status, literal_column("evaluations.xmax = 0")
@@ -87,19 +87,19 @@ def confirmation(event: dict[str, Any], version: int, status: str, *, created: b
 
 def store(conn: Connection, event: dict[str, Any]) -> None:
     """Store one event in the caller's transaction."""
-    made = rows(event)
-    if conn.execute(LOG, made.log).rowcount == 0:
+    values = rows(event)
+    if conn.execute(LOG, values.log).rowcount == 0:
         return
-    version, status, created = conn.execute(RECORD, made.record).one()
+    version, status, created = conn.execute(RECORD, values.record).one()
     conn.execute(OUTBOX, confirmation(event, version, status, created=created))
 
 
 async def store_async(conn: "AsyncConnection", event: dict[str, Any]) -> None:
     """Do as `store` does, for queues that run on an event loop."""
-    made = rows(event)
-    if (await conn.execute(LOG, made.log)).rowcount == 0:
+    values = rows(event)
+    if (await conn.execute(LOG, values.log)).rowcount == 0:
         return
-    version, status, created = (await conn.execute(RECORD, made.record)).one()
+    version, status, created = (await conn.execute(RECORD, values.record)).one()
     await conn.execute(OUTBOX, confirmation(event, version, status, created=created))
 
 

@@ -48,7 +48,9 @@ def _start(place: Place) -> None:
             time.sleep(0.05)
         time.sleep(2)
         tree = [master, *master.children(recursive=True)]
-        endpoint = next(one for one in tree if any(at.laddr and at.laddr.port == port for at in one.net_connections("tcp")))
+        endpoint = next(
+            process for process in tree if any(at.laddr and at.laddr.port == port for at in process.net_connections("tcp"))
+        )
         print(f"start of two processes and their endpoint: {sum(map(_cpu_ms, tree)):,.0f} ms")
         print(f"of that the endpoint with its first scrape: {_cpu_ms(endpoint):,.0f} ms; it holds ", end="")
         print(f"{endpoint.memory_full_info().uss / 2**20:.0f} MiB of its own")
@@ -65,9 +67,9 @@ def _start(place: Place) -> None:
 def _worker(place: Place) -> Iterator[tuple[psutil.Process, int]]:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        given = {"EVALSTORE_METRICS_PORT": str(port), "EVALSTORE_RUNTIME_DIR": folder}
+        variables = {"EVALSTORE_METRICS_PORT": str(port), "EVALSTORE_RUNTIME_DIR": folder}
         command = [sys.executable, "-m", "dramatiq", "worker.tasks", "--processes", "2", "--threads", "2"]
-        environment = place.environment() | given
+        environment = place.environment() | variables
         with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
             yield psutil.Process(process.pid), port
             process.terminate()
@@ -95,9 +97,9 @@ def _store(place: Place, environment: dict[str, str]) -> None:
     place.reset()
     for number in range(_ROUNDS):
         for name in list(_SHARES) if number % 2 else reversed(_SHARES):
-            batch = Batch([Delivery(*one) for one in _messages(random.getrandbits(64), _SHARES[name])])
+            batch = Batch([Delivery(*message) for message in _messages(random.getrandbits(64), _SHARES[name])])
             tracing.traces = (lambda: None) if name == "off" else (lambda: traces)  # type: ignore[assignment]
-            begun = time.thread_time()
+            start = time.thread_time()
             store(batch)
             stored = time.thread_time()
             with connections.engine.connect() as conn:
@@ -105,7 +107,7 @@ def _store(place: Place, environment: dict[str, str]) -> None:
             relayed, sending = time.thread_time(), time.process_time()
             if traces and name != "off":
                 traces.flush()
-            spent[name].append((stored - begun, relayed - stored, time.process_time() - sending))
+            spent[name].append((stored - start, relayed - stored, time.process_time() - sending))
     print(f"\nµs an event, median of {_ROUNDS} batches of {_EVENTS:,}: stored, confirmations relayed, spans sent")
     for name, each in spent.items():
         print(f"traces {name}: ", *(f"{statistics.median(part) / _EVENTS * 1e6:6.2f}" for part in zip(*each, strict=True)))

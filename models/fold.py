@@ -27,7 +27,7 @@ _NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_Q
 
 
 class Folded(NamedTuple):
-    """A record with its merge state. `conflicting_results` counts new events that ended an attempt which had already ended."""
+    """A record with its merge state. `conflicting_results` counts new results of attempts that already had a result."""
 
     record: RecordRow
     merge_state: bytes

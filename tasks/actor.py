@@ -77,7 +77,7 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
     def build_message(
         self, event: dict[str, Any], options: dict[str, Any] | None = None, *, at_ms: int | None = None, is_small: bool = False
     ) -> Message[None]:
-        """Build the message for a completed event. `is_small`: no content of it is large enough for base64."""
+        """Build the message for a completed event. `is_small` says that its content is too small for base64."""
         if not is_small:
             _encode_escaped_content(event)
         at_ms = int(time.time() * 1000) if at_ms is None else at_ms

@@ -1,4 +1,4 @@
-"""The archive's periodic jobs. Each run is bounded in time; it reports an object store that is away, and does not wait."""
+"""The archive's periodic jobs. Each run is bounded in time. A run reports an unavailable object store instead of waiting."""
 
 import time
 from datetime import UTC, datetime, timedelta

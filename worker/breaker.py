@@ -56,7 +56,7 @@ class Breaker:
             self.report_open(causes)
 
     def may_probe(self) -> bool:
-        """Return whether the caller may try one message. After True, no caller may for `probe_s`."""
+        """Return whether the caller may try one message. One caller gets True in each period of `probe_s`."""
         with self._lock:
             now = time.monotonic()
             if now - self._probed < self._limits.probe_s:
@@ -65,7 +65,7 @@ class Breaker:
             return True
 
     def report_open(self, causes: Mapping[bytes, bytes]) -> None:
-        """Log that the breaker is open, with one of the causes. Does nothing where another thread closed it meanwhile."""
+        """Log that the breaker is open, with one of the causes. Does nothing if another thread has closed it."""
         if not self.is_open:
             return
         self._counters.set("evalstore_breaker_open", to=1)

@@ -22,7 +22,7 @@ log = EventLogger("evalstore.worker")
 
 _BEAT_S: Final = 5.0
 _AGAIN_S: Final = 1.0
-# periodiq wakes each minute; later than this it is stuck.
+# periodiq wakes each minute. A longer pause means that periodiq is stuck.
 _TICK_S: Final = 60.0 + 25.0
 
 

@@ -20,9 +20,9 @@ def main() -> None:
     queue, max_bytes = broker.queue_client(QUEUE), settings().max_content_bytes
     with VerifiedDatabase.of(settings()).engine.connect() as conn:
         while True:
-            if found := queue.fetch(settings().batch_events, settings().batch_bytes).bodies:
-                event_store.store(conn, [read_message(body, max_bytes) for body in found.values()])
-                queue.settle(list(found))
+            if bodies := queue.fetch(settings().batch_events, settings().batch_bytes).bodies:
+                event_store.store(conn, [read_message(body, max_bytes) for body in bodies.values()])
+                queue.settle(list(bodies))
                 queue.mark_answered()
             else:
                 broker.client.blmove(queue.keys.queue, queue.keys.queue, 1, "LEFT", "LEFT")

@@ -52,8 +52,8 @@ def main() -> None:
     client = redis.Redis.from_url(settings().redis_url.get_secret_value())
     with psycopg.connect(settings().database_url.get_secret_value()) as conn:
         while True:
-            found: Any = client.xreadgroup(GROUP, consumer, {STREAM: ">"}, count=count, block=1000)
-            for _, entries in found or []:
+            reply: Any = client.xreadgroup(GROUP, consumer, {STREAM: ">"}, count=count, block=1000)
+            for _, entries in reply or []:
                 _store(conn, [decoder.decode(fields[b"event"]) for _, fields in entries])
                 client.xack(STREAM, GROUP, *(entry_id for entry_id, _ in entries))
 
@@ -71,9 +71,9 @@ def _store(conn: psycopg.Connection[Any], events: list[dict[str, Any]]) -> None:
 
 
 def fill(events: Iterable[dict[str, Any]]) -> None:
-    left = iter(events)
+    remaining = iter(events)
     with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
-        while some := list(islice(left, 1000)):
+        while some := list(islice(remaining, 1000)):
             with client.pipeline(transaction=False) as pipeline:
                 for event in some:
                     pipeline.xadd(STREAM, {"event": msgspec.json.encode(event)})

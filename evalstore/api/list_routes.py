@@ -194,7 +194,7 @@ class _Export:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
 
     async def lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-        """Yield the lines of that chunk and of all after it."""
+        """Yield the lines of `chunk` and of all later chunks."""
         while chunk is not None:
             yield b"".join(to_json(row) + b"\n" for row in chunk)
             chunk = await self.next()

@@ -163,4 +163,4 @@ class _RequestAborted(Exception):
 
 
 class _HeadAnswered(BaseException):
-    """Ends the application after the headers of HEAD. Not an Exception, which middleware would log or answer."""
+    """Stops the application after the headers of HEAD. Middleware would catch an Exception and log or answer it."""

@@ -129,7 +129,7 @@ class _Pipe:
         self._is_read = True
 
     async def put(self, piece: bytes) -> bool:
-        """Wait for room, and pass a piece on. Return False if the thread reads no more."""
+        """Wait for room and pass a piece to the thread. Return False if the thread has stopped reading."""
         await self._room.acquire()
         self._pieces.put(piece)
         return self._is_read

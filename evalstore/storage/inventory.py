@@ -95,10 +95,10 @@ def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Objec
                 break
 
 
-def verify(stores: Stores, one: Object) -> tuple[State, str | None]:
+def verify(stores: Stores, listed: Object) -> tuple[State, str | None]:
     """Read the whole object and check it. Return the fault, or None. Raises ObjectStoreOutage (retry)."""
     try:
-        object_store.verify(stores[one.place], one.reference)
+        object_store.verify(stores[listed.place], listed.reference)
     except ObjectMissing as error:
         return "missing", str(error)
     except ObjectDamaged as error:
@@ -111,8 +111,8 @@ SELECT eval_id, event_id, kind FROM contents WHERE sha256 = decode(%s, 'hex') AN
 """
 
 
-def rows_naming(conn: Connection, one: Object) -> list[tuple[str, UUID, str]]:
+def rows_naming(conn: Connection, listed: Object) -> list[tuple[str, UUID, str]]:
     """Return up to a hundred rows whose content is this object. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        values = [one.reference.sha256, one.place, one.reference.encoding, _SHOWN]
+        values = [listed.reference.sha256, listed.place, listed.reference.encoding, _SHOWN]
         return [(eval_id, event_id, kind) for eval_id, event_id, kind in cursor.execute(_NAMING, values)]

@@ -51,7 +51,7 @@ def fold_logs(
             after = {
                 eval_id: UUID(int=last.int + 1)
                 for eval_id, page in pages.items()
-                if len(page) == PAGE and (last := max([one.event_id for one in page])) != _LAST
+                if len(page) == PAGE and (last := max([event.event_id for event in page])) != _LAST
             }
             progress()
     return folded

@@ -98,7 +98,7 @@ def load(conn: Connection, eval_id: str) -> RecordView | None:
 
 
 def complete(connect: Connect, stores: Stores, record: RecordView) -> RecordView:
-    """Read the content that is in objects: as much of it as `load` reads from the database.
+    """Read content in objects: small content whole, and the beginning of large content.
 
     Raises ObjectStoreOutage, DatabaseOutage (retry), ObjectMissing, ObjectDamaged, LookupError.
     """

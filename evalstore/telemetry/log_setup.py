@@ -13,12 +13,12 @@ from models.logs import BY_TEXT
 from models.settings import settings
 
 _LONGEST: Final = 4_000
-# Names that senders made up must not act on the terminal of whoever reads the log, nor look like another line.
+# Senders choose names: names must not control the terminal of a reader of the log, or look like another line.
 _CONTROLS: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def replace_formatters() -> None:
-    """Replace the form that Dramatiq's or periodiq's command line gave to the lines of this process; elsewhere, nothing."""
+    """Replace the log formatters that Dramatiq's or periodiq's command line installed. Does nothing in other processes."""
     handlers = logging.getLogger().handlers
     for handler in handlers:
         if handler.formatter and handler.formatter._fmt == LOGFORMAT:  # noqa: SLF001 - how else it could be told
@@ -26,7 +26,7 @@ def replace_formatters() -> None:
 
 
 def set_up(*loggers: str) -> None:
-    """Log to stderr where nobody has set up logging, and give these loggers' lines the same form."""
+    """Log to stderr unless logging is already set up. Give the lines of `loggers` the same form."""
     logger = logging.getLogger("evalstore")
     if not logger.handlers and not logging.getLogger().handlers:
         logger.addHandler(logging.StreamHandler())

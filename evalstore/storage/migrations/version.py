@@ -18,7 +18,7 @@ _READ: Final = "SELECT max(version_num) FROM evalstore_schema_version"
 
 
 def recorded(conn: Connection) -> str | None:
-    """Return the revision in our version table; None where there is no such table in the current schema."""
+    """Return the revision in our version table, or None if the current schema has no such table."""
     with database.driver(conn).cursor() as cursor:
         ((exists,),) = cursor.execute(_EXISTS).fetchall()
         if not exists:
