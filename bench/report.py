@@ -151,8 +151,7 @@ def _more(results: dict[str, Any]) -> str:
     rows = [[f"{number} processes", f"{per_s:,.0f}"] for number, per_s in results.get("processes", {}).items()]
     rows += [
         [
-            f"{result['before']:,} evaluations before, {'ascending' if result['ordered'] else 'random'} ids"
-            f" {result['complaint']}",
+            f"{result['before']:,} evaluations, {'ascending' if result['ordered'] else 'random'} ids {result['complaint']}",
             f"{result['events_per_s']:,.0f}",
         ]
         for result in results.get("stored", [])

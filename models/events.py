@@ -47,7 +47,7 @@ class EvaluationCompleted(fields.Graded, fields.Output, fields.Measured, fields.
     """The code ran to its end, with any exit code."""
 
     type: Literal["evaluation:completed"] = "evaluation:completed"
-    exit_code: Int64 = Field()  # Required only here.
+    exit_code: Int64 = Field()  # Other events may omit it.
 
 
 class EvaluationFailed(fields.Output, fields.Measured, fields.Ran, _Event):

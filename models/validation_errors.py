@@ -1,4 +1,4 @@
-"""Phrase pydantic's validation errors as evalstore phrases its own."""
+"""Translate pydantic's validation errors into evalstore's words."""
 
 import difflib
 from collections.abc import Collection

@@ -127,7 +127,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
 
 
 def _metadata_filters(request: Request) -> dict[str, str]:
-    """Return the values of `metadata.KEY`. Raises Problem (422) for unknown parameters too, so that a typo is noticed."""
+    """Return the values of `metadata.KEY`. Raises Problem (422) for an unknown parameter, so that a typo shows."""
     filters: dict[str, str] = {}
     faults: list[Fault] = []
     for name, value in request.query_params.multi_items():
@@ -179,7 +179,7 @@ async def _export(service: Service, chosen: Filter) -> Response:
 
 
 class _Export:
-    """An export in a thread of its own. The thread also ends it, after the client has disconnected."""
+    """An export in its own thread. The thread also ends the export after the client has disconnected."""
 
     def __init__(self, service: Service, chosen: Filter) -> None:
         self._service = service

@@ -98,7 +98,7 @@ _OURS: Final = (Problem, InvalidEvent, EventIdReused, AlreadyQueued, VersionChan
 
 
 def of(error: Exception) -> Problem:
-    """Translate an error. An unexpected one is logged, and answered with 500 without its text."""
+    """Translate an error into a problem. Log an unexpected error, and answer 500 without its text."""
     match error:
         case Problem():
             return error

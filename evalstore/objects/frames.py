@@ -49,7 +49,7 @@ State = Literal["intact", "damaged", "missing"]
 
 
 class Listed(NamedTuple):
-    """An object as its store lists it. `size` is that of the stored bytes."""
+    """An object as its store lists it. `size` counts the stored bytes."""
 
     key: str
     size: int
@@ -218,7 +218,7 @@ class Index(NamedTuple):
         return content
 
     def check_whole(self, sha256: str) -> None:
-        """Raise ObjectDamaged unless `sha256` is that of the content."""
+        """Raise ObjectDamaged unless the content has this SHA-256."""
         if sha256 != self.reference.sha256:
             raise ObjectDamaged(f"object {self.reference.key}: its content has SHA-256 {sha256}")
 

@@ -126,7 +126,7 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
 def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page | None:
     """Return the page that starts at `offset`. If the search takes too long, search only the first LOOKED evaluations.
 
-    Return None if `offset` is above zero then. Raises DatabaseOutage (retry).
+    In that case return None for an `offset` above zero. Raises DatabaseOutage (retry).
     """
     where, values = _where(chosen)
     rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])

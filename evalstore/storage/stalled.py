@@ -1,4 +1,4 @@
-"""Find evaluations whose result is late."""
+"""Find stalled evaluations: their result should have come by now."""
 
 from datetime import datetime
 from typing import Final
@@ -9,8 +9,8 @@ from sqlalchemy import Connection
 from evalstore.storage import database
 from models.events import EvaluationLost
 
-# An evaluation is late by the time at which this database recorded its last sign of life. The event's time is the moment it
-# became late, so every process derives the same event. Senders may send any time limit: a limit beyond the range of an
+# An evaluation is stalled by the time at which this database recorded its last sign of life. The event's time is the moment it
+# stalled, so every process derives the same event. Senders may send any time limit: a limit beyond the range of an
 # interval, or a start at the last possible time, must not fail the query for all evaluations.
 _OVERDUE: Final = """
 SELECT e.eval_id, e.attempt, sign.event_id, greatest(
@@ -36,10 +36,10 @@ ORDER BY e.updated_at LIMIT %(limit)s
 def find(
     conn: Connection, *, grace_s: float, queued_limit_s: float, running_limit_s: float, limit: int = 1000
 ) -> list[EvaluationLost]:
-    """Return lost events, not yet stored, for the oldest late evaluations.
+    """Return lost events, not yet stored, for the longest stalled evaluations.
 
-    A running evaluation is late after its `timeout_s` (or `running_limit_s` without one) plus the grace. A queued evaluation is
-    late after `queued_limit_s` plus the grace. Raises DatabaseOutage (retry).
+    A running evaluation is stalled after its `timeout_s` (or `running_limit_s` without one) plus the grace. A queued
+    evaluation is stalled after `queued_limit_s` plus the grace. Raises DatabaseOutage (retry).
     """
     limits = {"grace_s": grace_s, "queued_limit_s": queued_limit_s, "running_limit_s": running_limit_s, "limit": limit}
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:

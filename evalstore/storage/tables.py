@@ -66,7 +66,7 @@ evaluations = Table(
     # The merge state, and the version of the record that it belongs to. Workers of older releases write neither.
     Column("merge_state", LargeBinary),
     Column("merge_version", Integer),
-    # For late evaluations: few rows at any time. Records stored with their result never enter this index.
+    # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
     # listing.py.

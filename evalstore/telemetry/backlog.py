@@ -53,8 +53,8 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
 def snapshot(broker: SendingBroker, spool: Spool | None, *, longest_s: float) -> Backlog:
     """Read all waiting messages: spooled, queued, delayed, in flight, or dead and not yet in the database.
 
-    Return early if the oldest is older than `longest_s`. The order of reading is that in which messages move, so a moving
-    message is not missed. Raises RedisOutage, OSError (retry).
+    Return early if the oldest is older than `longest_s`. Messages move in the order of reading, so a moving message is not
+    missed. Raises RedisOutage, OSError (retry).
     """
     if (age_s := oldest_age_s(broker, QUEUE)) > longest_s:
         return Backlog(set(), age_s)
