@@ -145,9 +145,9 @@ def _extra(event: Event) -> str | None:
 
 
 def promote(row: EventRow) -> EventRow:
-    """Return `row` with the fields that an older worker kept in `extra` in their columns.
+    """Return `row` after moving fields of this release from `extra` to their columns.
 
-    A worker that does not know a field keeps it in `extra`. Values that the field does not take stay there.
+    An older worker stores unknown fields in `extra`. Values that the field does not accept stay there.
     """
     if row.extra is None:
         return row

@@ -275,7 +275,7 @@ class SendingBroker(RedisBroker):
         raise NotDurable(f"sent, but not known to be durable: {why}")
 
     def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
-        """Yield every message that Redis holds for `queue`. A message that moves during the call may come twice. Raises RedisOutage."""
+        """Yield every message that Redis holds for `queue`. A message that moves may come twice. Raises RedisOutage."""
         keys = self.keys(queue)
         places: list[tuple[MessageState, str]] = [
             ("queued", keys.stock_delayed_bodies),

@@ -1,4 +1,4 @@
-"""Traces with OpenTelemetry. They are off unless OpenTelemetry's environment variables turn them on. If off, OpenTelemetry is not imported.
+"""Traces with OpenTelemetry, which its environment variables turn on. Otherwise OpenTelemetry is not imported.
 
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/

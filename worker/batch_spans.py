@@ -162,7 +162,7 @@ class _Stored(NamedTuple):
 class BatchSpans:
     """Collects the outcomes of a batch, and sends its spans at the end.
 
-    `traceparents` holds the option of each message that was read, not yet checked, by its id in Redis.
+    `traceparents` has the unchecked option `traceparent` of each message read, by its id in Redis.
     """
 
     def __init__(self, traces: Traces, batch: Batch, outcome: BatchOutcome) -> None:

@@ -56,7 +56,7 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self._is_head = scope["method"] == "HEAD"
         if self._is_head:
-            # As GET, without a body (RFC 9110, 9.3.2) and without ranges (14.2).
+            # Answer HEAD like GET, but without a body (RFC 9110, 9.3.2) and without ranges (14.2).
             scope = {**scope, "method": "GET", "headers": [header for header in scope["headers"] if header[0] != b"range"]}
         self.scope = scope
         self._receive, self._send, self._max_bytes = receive, send, max_bytes

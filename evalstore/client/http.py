@@ -120,7 +120,7 @@ class StorageClient:
             query["cursor"] = page["next"]
 
     def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
-        """Upload content, and return its reference, for `output_ref`, `code_ref` or `error_ref` of an event within days.
+        """Upload content, and return its reference. Send it within days as an event's `output_ref`, `code_ref` or `error_ref`.
 
         A file is sent from its position to its end, in pieces. It must be seekable, because a failed attempt is repeated.
         Raises ObjectDamaged if the service received other bytes.
