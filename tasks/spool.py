@@ -8,8 +8,8 @@ of a segment is a record:
 The message is JSON without line breaks. So the next record can be found after a torn write or a damaged sector.
 
 The two flock(2) locks end with their process. `append.lock` is held during a write, never during a send. `forward.lock` is held
-by the one forwarder, and contains its position. A record leaves the spool after Redis confirmed it. After a crash some records are
-sent again with the same id, which adds nothing.
+by the one forwarder, and contains its position. A record leaves the spool after Redis confirmed it. After a crash some records
+are sent again with the same id, which adds nothing.
 """
 
 import fcntl

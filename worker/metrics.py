@@ -166,7 +166,7 @@ class Outages:
         with self._lock:
             for server in self._away:
                 self._count(server)
-            # No thread waits in an outage of the object store: events are delayed in Redis, and another process may get them.
+            # Assume the end after a silence: waiting events are delayed in Redis, and another process may get them.
             if self._away["objects"] and time.monotonic() - self._heard > self._heard_for_s:
                 self._away["objects"].clear()
                 self._ledger.set("evalstore_outage", "objects", to=0)

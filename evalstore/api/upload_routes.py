@@ -52,7 +52,7 @@ async def put(
     ] = None,
 ) -> Response:
     """Takes raw bytes, as many as content may hold, and answers with a reference. This key may use the reference in events, as
-    `code_ref`, `output_ref` or `error_ref`, for some days. Another key must upload the bytes itself. Equal bytes are stored once."""
+    `code_ref`, `output_ref` or `error_ref`, for some days. Another key must upload the bytes itself. They are stored once."""
     service = service_of(request)
     _refuse_forms(request)
     expected = _sha256(content_digest)

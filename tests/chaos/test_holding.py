@@ -91,7 +91,7 @@ def make_process_that_is_gone() -> str:
     return "|".join([*parts[:4], "1", uuid4().hex[:12]])  # our pid, started at another time
 
 
-def test_a_process_that_lost_redis_while_it_asked_for_suspects_goes_on(
+def test_a_process_recovers_after_losing_redis_while_fetching_from_quarantine(
     broker: Broker, observer: Callable[[], None], redis_url: str, relay: Relay
 ) -> None:
     ids = leave_suspects(broker, observer, 2)
@@ -128,7 +128,7 @@ def test_many_threads_that_settle_at_once_leave_all_room_free(broker: Broker) ->
         sys.setswitchinterval(before)
 
 
-def test_nothing_joins_a_suspect_while_it_is_being_fetched() -> None:
+def test_no_message_is_fetched_beside_one_from_quarantine() -> None:
     in_flight = InFlight()
     assert in_flight.enter_exclusive()
     in_flight.remove(())  # a thread that settled something before finishes late
@@ -166,7 +166,7 @@ def test_a_message_of_another_queue_is_not_blamed_for_its_neighbours_death(
     assert broker.client.zcard(KEYS.dead) == 0
 
 
-def test_only_deaths_of_messages_that_were_fetched_to_be_alone_count(broker: Broker, observer: Callable[[], None]) -> None:
+def test_only_deaths_with_a_single_message_from_quarantine_count(broker: Broker, observer: Callable[[], None]) -> None:
     [event] = leave_suspects(broker, observer, 1)
     for deaths in (1, 2):
         assert broker.client.zcard(KEYS.dead) == 0
@@ -202,7 +202,7 @@ def test_whoever_fetches_is_known_to_the_others_from_that_moment(broker: Broker)
     assert broker.client.hexists(KEYS.processes, broker.process)
 
 
-def test_what_nobody_works_on_is_given_back(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_that_no_thread_holds_are_requeued(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = put(broker, 3)
     held = take(broker.consume(QUEUE, timeout=200))
     assert held.redis_ids == ids
@@ -287,7 +287,7 @@ def test_an_eta_that_is_no_time_strands_nothing_that_a_stock_client_delayed(brok
     assert not broker.client.exists(KEYS.stock_delayed, KEYS.delayed)
 
 
-def test_a_batch_whose_actor_fails_without_saying_why_is_taken_apart_until_the_culprit_is_alone(redis_url: str) -> None:
+def test_a_batch_whose_handler_raises_is_bisected_until_the_bad_message_is_alone(redis_url: str) -> None:
     broker, worked_on = make(redis_url), []
     culprit = put(broker, 100)[37]
 

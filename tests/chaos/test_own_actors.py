@@ -47,7 +47,7 @@ def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(re
 
 
 @pytest.mark.parametrize("error", [DatabaseOutage, SchemaMismatch])
-def test_what_an_outage_keeps_from_being_done_uses_up_no_tries(redis_url: str, error: type[Exception]) -> None:
+def test_an_outage_uses_up_no_retries(redis_url: str, error: type[Exception]) -> None:
     """The periodic jobs of an hour without PostgreSQL would be dead letters."""
     broker = Broker(url=redis_url, middleware=[Retries(max_retries=2, min_backoff=10, max_backoff=20)])
     runs: list[int] = []

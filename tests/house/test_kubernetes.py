@@ -120,7 +120,7 @@ def test_each_deployment_has_a_disruption_budget() -> None:
 
 
 @pytest.mark.parametrize("workload", of("Deployment"), ids=name)
-def test_probes_ask_what_there_is_to_ask(workload: Manifest) -> None:
+def test_probes_use_existing_paths_and_commands(workload: Manifest) -> None:
     one = container(workload)
     routes = {getattr(route, "path", "") for route in health_routes.router.routes}
     beside = (ROOT / "evalstore/telemetry/exposition.py").read_text()
@@ -139,7 +139,7 @@ def test_nothing_is_killed_before_it_has_stopped() -> None:
         assert pod(workload)["terminationGracePeriodSeconds"] > needs[role]
 
 
-def test_what_is_referred_to_is_there() -> None:
+def test_every_object_that_a_manifest_refers_to_exists() -> None:
     secrets = {found["metadata"]["name"]: set(found["stringData"]) for found in of("Secret")}
     config = {found["metadata"]["name"] for found in of("ConfigMap")}
     for workload in workloads():

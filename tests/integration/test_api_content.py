@@ -129,7 +129,7 @@ def test_a_request_that_is_too_large_is_refused_while_it_is_read(start_api: Call
         assert conn.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_who_may_not_write_is_told_before_the_body_is_read(api: Any) -> None:
+def test_a_key_without_write_scope_is_refused_before_the_body_is_read(api: Any) -> None:
     answer = api.read.post(E, content=(b"x" * 65536 for _ in range(100)))
     assert (answer.status_code, answer.json()["title"]) == (403, "Forbidden")
 

@@ -126,7 +126,7 @@ def test_which_release_it_is_is_told_whatever_the_settings_are(evalstore: Evalst
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_2(evalstore: Evalstore, arguments: Sequence[str]) -> None:
+def test_wrong_usage_exits_with_2(evalstore: Evalstore, arguments: Sequence[str]) -> None:
     done = evalstore(*arguments)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_used_is_named_in_a_line(evalstore: Evalstore, c
     assert re.search(rb"/dev/null/data\S*: Not a directory\n\Z", done.stderr)
 
 
-def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) -> None:
+def test_invalid_settings_exit_with_2_and_are_all_named_in_one_line(evalstore: Evalstore) -> None:
     wrong = {"EVALSTORE_DATABASE_URL": "hunter2", "EVALSTORE_REDIS_URL": "hunter2", "EVALSTORE_MAX_CONTENT_BYTES": "hunter2"}
     done = evalstore("status", **wrong)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -186,7 +186,7 @@ def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> 
 
 
 @pytest.mark.parametrize("away", AWAY, ids=str)
-def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
+def test_an_outage_exits_with_7_and_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
     file = lines(tmp_path / "events.jsonl", event("started"))
     database_alone: list[list[str | Path]] = [["migrate"], ["get", "e"]]
     needs = database_alone if away == "EVALSTORE_DATABASE_URL" else [["send", file]]
@@ -302,7 +302,7 @@ def test_sending_gives_the_ids_it_filled_in_for_an_audit(evalstore: Evalstore, t
 # ---- get
 
 
-def test_getting_what_is_not_there_is_3(evalstore: Evalstore, database_url: str) -> None:
+def test_get_of_an_unknown_evaluation_exits_with_3(evalstore: Evalstore, database_url: str) -> None:
     store(database_url, event("started"))
     for arguments in (["none"], ["e", "--output"], ["a/b"], ["x\x1b[31m"], [b"\xff".decode(errors="surrogateescape")]):
         done = evalstore("get", *arguments)

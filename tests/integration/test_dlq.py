@@ -237,7 +237,7 @@ def test_an_export_holds_every_message_as_it_came(world: World, operator: Operat
     assert operator.dlq("export", "--queue", "none").status == 3
 
 
-def test_filters_choose_what_they_say(world: World, operator: Operator, engine: Engine) -> None:
+def test_each_filter_selects_its_dead_letters(world: World, operator: Operator, engine: Engine) -> None:
     events = [event(1), event(2, metadata={"who": "Zoë 100%"}), event(3)]
     ids = bury(engine, world, 3, events=events)
     with psycopg.connect(world.database_url) as conn:

@@ -82,7 +82,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 @pytest.mark.parametrize("content", [SMALL, PARTS], ids=["small", "in parts"])
-def test_what_goes_wrong_once_is_done_again(store: S3Store, relay: S3Relay, content: bytes, fault: Fault) -> None:
+def test_a_request_that_fails_once_is_repeated(store: S3Store, relay: S3Relay, content: bytes, fault: Fault) -> None:
     for which in (is_upload, is_read, is_end_of_parts):
         relay.fail(which, fault, times=1)
     try:

@@ -54,7 +54,7 @@ def test_an_object_whose_deletion_a_crash_cut_short_is_there_again_after_the_lef
     assert b"".join(object_store.read(store, reference)) == SMALL
 
 
-def test_one_that_is_too_young_to_be_deleted_is_not_even_moved(tmp_path: Path) -> None:
+def test_an_object_too_new_to_be_deleted_is_not_moved(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     before = store._path(reference.key).stat().st_ctime_ns

@@ -176,7 +176,7 @@ def test_content_that_moves_while_it_is_read_is_read_on_from_there(engine: Engin
             list(content_reader.read(engine.connect, stores, referring))
 
 
-def test_damage_in_the_database_is_told_too(engine: Engine, stores: Stores, database_url: str) -> None:
+def test_damaged_content_in_the_database_is_reported_too(engine: Engine, stores: Stores, database_url: str) -> None:
     store(engine, "e", output="x" * 5_000_000)
     with psycopg.connect(database_url) as plain:
         plain.execute("UPDATE contents SET data = overlay(data PLACING 'y' FROM 2500000)")

@@ -106,7 +106,7 @@ def test_two_operators_at_once_send_each_message_once(world: World, operator: Op
     assert sum(one["sent"] for one in operator.rows("SELECT sent FROM redrives")) == 300
 
 
-def test_who_claims_second_waits_and_finds_nothing_left(world: World, operator: Operator, engine: Engine) -> None:
+def test_the_second_redrive_waits_and_finds_no_letters_to_claim(world: World, operator: Operator, engine: Engine) -> None:
     bury(engine, world, 5)
     second: list[Future[tuple[UUID | None, int]]] = []
     waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -191,7 +191,7 @@ def sent_and_killed(engine: Engine, broker: Broker) -> UUID:
 
 
 @pytest.mark.parametrize("moved", ["before", "after"])
-def test_what_died_again_since_it_was_sent_is_not_sent_again_either(
+def test_a_letter_that_died_again_after_it_was_sent_is_not_sent_twice(
     world: World, operator: Operator, engine: Engine, broker: Broker, moved: str
 ) -> None:
     bury(engine, world, 3)

@@ -222,7 +222,7 @@ def test_what_a_bulk_sends_is_what_its_messages_say(client: redis.Redis) -> None
     assert {body["args"][0]["occurred_at"] for body in bodies[2:5]} == {AT, "2026-01-31T09:30:00Z"}
 
 
-def test_of_what_is_sent_on_each_message_is_queued_once_wherever_it_stands(client: redis.Redis) -> None:
+def test_a_message_sent_again_is_queued_once_wherever_it_is(client: redis.Redis) -> None:
     def pairs(*numbers: int) -> list[str | bytes]:
         return [part for number in numbers for part in (f"id-{number}", b"%d" % number * (2_000_000 if number == 5 else 1))]
 

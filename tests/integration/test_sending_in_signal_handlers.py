@@ -136,7 +136,7 @@ def are_told_what_to_do(refused: list[list[str]]) -> bool:
 
 
 @pytest.mark.parametrize(("known", "every"), KNOWN)
-def test_at_each_point_of_a_send(known: str, every: int, redis_url: str) -> None:
+def test_a_signal_handler_may_send_at_each_point_of_a_send(known: str, every: int, redis_url: str) -> None:
     with sender(known + AT_EACH_POINT, every=every, redis_url=redis_url) as (sent, refused):
         assert len(sent) > 50
         assert not refused
@@ -165,7 +165,7 @@ def test_at_each_point_of_an_upload_to_a_folder(known: str, every: int, redis_ur
         assert are_there_once(sent, in_redis(redis_url))
 
 
-def test_at_many_points_of_an_upload_to_s3(redis_url: str, s3_url: str, s3_server: Any) -> None:
+def test_a_signal_handler_may_send_at_many_points_of_an_upload_to_s3(redis_url: str, s3_url: str, s3_server: Any) -> None:
     store = {"object_store_url": s3_url, "s3_endpoint_url": s3_server.endpoint}
     with sender(AT_EACH_POINT, LARGE, 41, redis_url=redis_url, **store) as (sent, refused):
         assert len(sent) > 50

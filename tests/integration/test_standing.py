@@ -119,7 +119,7 @@ def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path) -> None:
     assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
 
 
-def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoever_comes_later_does_not(
+def test_running_processes_survive_a_newer_migration_and_new_ones_refuse_it(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A migration comes before the processes of its release, and those of the old one work on until they are replaced."""
@@ -159,7 +159,7 @@ def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> No
     asked.close()
 
 
-def test_many_who_ask_are_told_by_one_reading() -> None:
+def test_concurrent_callers_share_one_probe() -> None:
     reads, gate = [], threading.Event()
 
     def read() -> int:

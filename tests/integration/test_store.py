@@ -540,7 +540,7 @@ def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine
 # ---- reading
 
 
-def test_reading_what_is_not_there(engine: Engine) -> None:
+def test_reading_an_unknown_evaluation_returns_none(engine: Engine) -> None:
     with engine.connect() as conn:
         assert event_store.get(conn, "none") is None
         assert event_store.applied(conn, []) == set()
@@ -548,7 +548,7 @@ def test_reading_what_is_not_there(engine: Engine) -> None:
         assert event_store.count_by_status(conn) == {}
 
 
-def test_counting_and_finding(engine: Engine) -> None:
+def test_evaluations_are_counted_by_status_and_found_by_key(engine: Engine) -> None:
     store(engine, [event("queued"), event("started", 2), event("queued", eval_id="f"), event("completed", 1, eval_id="g")])
     wanted = [("e", UUID(int=1)), ("e", UUID(int=2)), ("e", UUID(int=3)), ("f", UUID(int=2)), ("g", UUID(int=1))]
     with engine.connect() as conn:
@@ -622,7 +622,7 @@ def test_confirmations_that_the_server_lost_are_relayed_again(engine: Engine) ->
 
 @pytest.mark.parametrize("table", ["evaluations", "evaluation_events", "confirmations"])
 @pytest.mark.parametrize("number", [1, 3, 60])
-def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
+def test_an_error_in_a_pipeline_is_the_first_one_wherever_it_shows(
     engine: Engine, plain: psycopg.Connection[Json], table: str, number: int
 ) -> None:
     plain.execute("CREATE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$")
