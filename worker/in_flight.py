@@ -68,7 +68,7 @@ class InFlight:
         """Remove ids."""
         with self._changed:
             dropped = [redis_id for redis_id in redis_ids if self._queue_of.pop(redis_id, None)]
-            # Only after a removal: exclusive mode may have begun, with its messages not fetched yet.
+            # Without a removal, stay exclusive: a thread may be fetching messages from quarantine now.
             if dropped and not self._queue_of:
                 self._is_exclusive = False
             self._changed.notify_all()

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """The bytes from `start` up to, without, `stop`."""
+    """A range of bytes: `start` is the first byte, `stop` the byte after the last."""
 
     start: int
     stop: int

@@ -180,7 +180,7 @@ def _pack(reference: Reference, lengths: list[int], digests: list[bytes]) -> byt
     count, ours = len(lengths), _OURS_BYTES + len(digests) * _DIGEST_BYTES
     head = struct.pack("<II", _OURS, ours) + _VERSION
     head += bytes.fromhex(reference.sha256) + struct.pack("<Q", reference.size) + b"".join(digests)
-    # The seek table has an entry for each frame before it, also for our skippable frame.
+    # The seek table has an entry for each earlier frame, and an entry for our skippable frame.
     sizes = [*[FRAME_BYTES] * (count - 1), reference.size - FRAME_BYTES * (count - 1), 0]
     table = struct.pack("<II", _SEEK_TABLE, (count + 1) * 8 + 9)
     table += b"".join(struct.pack("<II", *entry) for entry in zip([*lengths, 8 + ours], sizes, strict=True))

@@ -33,8 +33,8 @@ class Content(NamedTuple):
     size: int
     head: bytes  # Empty for an object until `with_head` reads it.
     sha256: bytes | None  # None if the hash was not computed at the time of storing.
-    piece_bytes: int  # The best size of the pieces to read.
-    store: Place | None  # None means the database.
+    piece_bytes: int
+    store: Place | None
     encoding: Literal["identity", "zstd"] | None
 
     @property

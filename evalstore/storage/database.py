@@ -36,10 +36,8 @@ _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeo
 _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
 # A pooler that gives each transaction another session causes these: that session does not have our prepared statements.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
-# These errors come from time limits that `engine` sets.
 _TIMEOUTS = (pg.QueryCanceled, pg.LockNotAvailable, pg.IdleInTransactionSessionTimeout)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
-# The server refuses the database, role, password or host.
 _MISTAKES: Final = ("3D000", "28000", "28P01")
 _MISTAKE: Final = re.compile(
     r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
@@ -102,7 +100,7 @@ def engine(
                 keepalives_count=3,
                 application_name="evalstore",
                 client_encoding="utf8",  # Overrides the environment and the database.
-                options=own_options,  # Overrides PGOPTIONS.
+                options=own_options,
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
             try:
@@ -238,7 +236,6 @@ def errors() -> Iterator[None]:
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if isinstance(cause, _POOLED):
             _shares_sessions.set()
-        # The connection that raised this error returns to its pool next.
         _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
         if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
             raise DatabaseMisconfigured(str(cause).strip()) from error

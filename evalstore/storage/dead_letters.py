@@ -80,7 +80,7 @@ def _storable(value: object) -> object:
 
 
 _VARIES: Final = re.compile(
-    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # UUIDs
+    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
     # quoted text, but not the text between two apostrophes in words
     r"|(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)"
     r"|\bmetadata(?:\.[^\s:;,.\[]+|\[\d+\])+"  # paths inside metadata, whose keys the sender chooses

@@ -34,7 +34,6 @@ _CONTENT_TYPES: Final = dict(
         strict=True,
     )
 )
-# The columns of `evaluations`, as `_row` returns them.
 _RECORD_TYPES: Final = {**RECORD_COLUMNS, "merge_state": "bytea", "merge_version": "int4"}
 _RECORD: Final = tuple(_RECORD_TYPES)
 # A pooler may hand over a session with temporary tables of another release. The hash in these names keeps them apart.

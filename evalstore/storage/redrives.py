@@ -211,7 +211,6 @@ def _add(cursor: psycopg.Cursor[Any], redrive_id: UUID, outcome: Outcome, number
     cursor.execute(_ADD.format(outcome), {"number": number, "sent": sent, "id": redrive_id})
 
 
-# A letter without `sent_at` was sent by a worker that died before it could set the time.
 _STORED: Final = """
 UPDATE dead_letters SET state = 'stored', redrives = redrives + (sent_at IS NULL)::int,
     sent_at = coalesce(sent_at, clock_timestamp())

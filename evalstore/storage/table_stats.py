@@ -79,7 +79,6 @@ def contents(conn: Connection, moving: Archive | None) -> Numbers:
             numbers["evalstore_contents", place], numbers["evalstore_content_bytes", place] = count, float(size)
         (numbers[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
         (numbers[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
-        # Include content whose move failed and waits for a retry.
         values = {**archive.values(moving, datetime.now(UTC)), "now": datetime.max.replace(tzinfo=UTC)} if moving else {}
         due = [_row(cursor, _DUE.format(condition), values) for condition in (archive.conditions(moving) if moving else [])]
     numbers["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)

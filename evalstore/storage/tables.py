@@ -43,7 +43,6 @@ def _columns(names: Iterable[str]) -> list[Column[Any]]:
     return [Column(name, _SQLALCHEMY[EVENT_COLUMNS[name]]) for name in names]
 
 
-# The record of each evaluation (models.record.RecordRow), and the times of the row.
 evaluations = Table(
     "evaluations",
     metadata,
@@ -63,7 +62,7 @@ evaluations = Table(
     Column("result_event_id", Uuid),
     # True if the merged metadata was shortened. models/merge_state.py
     Column("metadata_truncated", Boolean, nullable=False, server_default=text("false")),
-    # The merge state, and the version of the record that it belongs to. Workers of older releases write neither.
+    # Workers of older releases write neither column. models/merge_state.py
     Column("merge_state", LargeBinary),
     Column("merge_version", Integer),
     # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
@@ -112,7 +111,6 @@ contents = Table(
     Column("retry_at", _TIME),
     # The time of the event, which decides when content is old enough to move.
     Column("occurred_at", _TIME, nullable=False, server_default=_NOW),
-    # Due content is found by size or by age, without reading other rows. evalstore/storage/archive.py
     Index("contents_by_size", "store", "size"),
     Index("contents_by_time", "store", "occurred_at", postgresql_where=text("store IS NULL OR store = 'objects'")),
     Index("contents_by_object", "sha256", postgresql_where=text("store IS NOT NULL")),
@@ -127,7 +125,7 @@ confirmations = Table(
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("count", Integer, nullable=False),
     Column("body", Text, nullable=False),
-    # The traces that the confirmations continue: one line each, empty if there is none.
+    # One line for each confirmation, empty if it continues no trace.
     Column("traceparents", Text),
     # When they were relayed, and the last entry of the Redis stream at that time.
     Column("relayed_at", _TIME),
@@ -181,10 +179,9 @@ dead_letters = Table(
     Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
 )
 
-# A table for probe writes: they show whether the database accepts writes.
 probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))
 
-# Requests to send dead letters again. Of `total` letters, `stored`, `died` (again) and `returned` (unchanged) are settled.
+# Of `total` letters, `stored`, `died` (again) and `returned` (unchanged) are settled.
 redrives = Table(
     "redrives",
     metadata,
@@ -209,7 +206,6 @@ redrives = Table(
     Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
 )
 
-# Who changed what, when and why. Each row is written in the transaction of its change.
 operator_actions = Table(
     "operator_actions",
     metadata,
@@ -238,7 +234,6 @@ api_keys = Table(
     Column("revoked_at", _TIME),
 )
 
-# Content that a key of the HTTP service uploaded and may name in an event.
 content_grants = Table(
     "content_grants",
     metadata,

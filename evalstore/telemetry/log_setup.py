@@ -40,7 +40,7 @@ def set_up(*loggers: str) -> None:
 def formatter() -> logging.Formatter:
     """Return the formatter that EVALSTORE_LOG_FORMAT names.
 
-    Dramatiq's workers write to a pipe, which `auto` takes for no terminal.
+    Under Dramatiq, `auto` chooses JSON, because workers write to a pipe instead of a terminal.
     """
     form = settings().log_format
     is_terminal = os.isatty(2)

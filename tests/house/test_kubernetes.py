@@ -17,7 +17,7 @@ from worker.heartbeat import STOP_WITHIN_S
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
-VERSION = "1.33"  # what is sold today and older; later ones take it as well
+VERSION = "1.33"  # The oldest version that providers still offer. Later versions accept the same.
 Manifest = dict[str, Any]
 
 
@@ -195,7 +195,7 @@ def test_services_and_monitors_find_ports_of_their_names() -> None:
 def test_workers_are_scaled_by_what_waits_and_for_how_long() -> None:
     (scaled,) = of("ScaledObject")
     (worker,) = [found for found in of("Deployment") if found["metadata"]["name"] == scaled["spec"]["scaleTargetRef"]["name"]]
-    assert "replicas" not in worker["spec"]  # it would fight with what scales
+    assert "replicas" not in worker["spec"]  # Replicas would fight with the autoscaler.
     redis, prometheus = scaled["spec"]["triggers"]
     assert redis["metadata"]["listName"] == Keys.of("dramatiq", QUEUE).bodies
     assert faults_of(prometheus["metadata"]["query"], records()) == []

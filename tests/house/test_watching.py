@@ -21,9 +21,9 @@ RULES_TEST = RULES.with_name("rules_test.yml")
 DASHBOARDS = sorted((ROOT / "deploy/grafana").glob("*.json"))
 RUNBOOK = ROOT / "docs/operations.md"
 TARGET = {"job", "instance", "pod", "namespace"}
-# What Prometheus itself tells.
+# Metrics of Prometheus itself.
 ITS_OWN = {"ALERTS": {"alertname", "alertstate", "severity"}, "up": set[str]()}
-# The least a panel of each type needs, and is worth showing.
+# The smallest useful size of a panel of each type.
 PANELS = {"stat", "timeseries", "table", "row"}
 
 

@@ -47,7 +47,8 @@ class Api:
             "EVALSTORE_READ_API_KEYS": f"{READ},{BOTH}",
             "EVALSTORE_WRITE_API_KEYS": f"{BOTH}, {WRITE}",
             "PYTHONPATH": str(ROOT),
-            "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),  # where what it counts is not added to that of others
+            # A private folder, so that its counts are not added to others.
+            "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),
             **environment,
         }
         self.database_url = environment["EVALSTORE_DATABASE_URL"]

@@ -36,7 +36,7 @@ AWAY = {
     "EVALSTORE_REDIS_URL": "redis://:hunter2@127.0.0.1:1/0",
 }
 COMMANDS = ("up", "demo", "migrate", "status", "send", "get", "audit")
-# A terminal acts on these; so nothing stored may show them.
+# Terminals act on these characters, so no output may contain them.
 CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 NASTY = "[bold]x[/bold] \x1b[31m\x1b]0;title\x07\x9b2J \u202egnp.exe\u2066 \r\x08\x7f :smile: é😀"
 
@@ -178,7 +178,7 @@ def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> 
     with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as sending:  # type: ignore[call-overload]
         sending.stdin.write(b'{"type": "evaluation:queued", "eval_id": "e", "code": ""}\n' * 1_500)
         sending.stdin.flush()
-        assert json.loads(sending.stdout.readline())["line"] == 1  # what is told is sent, and that a thousand at a time
+        assert json.loads(sending.stdout.readline())["line"] == 1  # Each report follows a send, a thousand lines at a time.
         sending.send_signal(signal.SIGINT)
         _, notices = sending.communicate(timeout=20)
     assert notices == b"1,000 sent, 0 bad; lines from 1,001 on may not be sent\n"
@@ -223,7 +223,7 @@ def test_what_is_not_ready_says_why_in_the_servers_words(
     url = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}[variable]
     wrong = changed[1].join(url.rsplit(changed[0], 1)) if changed[0] != "://" else re.sub("://([^@]*@)?", changed[1], url)
     done = evalstore("health", "--ready", "-o", "json", **{variable: wrong})
-    assert done.returncode == (1 if server == "postgresql" else 7)  # a mistake in settings, or a server that refuses
+    assert done.returncode == (1 if server == "postgresql" else 7)  # Wrong settings, or a refusing server.
     states = {row["server"]: row["state"] for row in json.loads(done.stdout)}
     assert said in states[server]
 
@@ -427,7 +427,7 @@ def test_audit_tells_applied_in_flight_dead_and_missing(
     applied, kept, waiting, delayed, dying, missing = (event("started", name) for name in ("a", "b", "c", "d", "e", "f"))
     store(database_url, applied)
     bury(database_url, kept)
-    bury(database_url, applied)  # what another body of it died of changes nothing
+    bury(database_url, applied)  # A dead letter with another body of the event changes nothing.
     with redis.Redis.from_url(redis_url) as client:
         client.hset(keys.bodies, "1", message(waiting))
         client.hset(keys.bodies, "2", b"rubbish")
@@ -435,7 +435,7 @@ def test_audit_tells_applied_in_flight_dead_and_missing(
         client.hset(keys.stock_delayed_bodies, "4", message(delayed))
         client.hset(keys.dead_bodies, "5", message(dying))
     everything = [applied, kept, waiting, delayed, dying, missing]
-    other = {**applied, "eval_id": "z"}  # the same event_id of another evaluation is another event
+    other = {**applied, "eval_id": "z"}  # The same event_id in another evaluation is another event.
     file = lines(tmp_path / "all.jsonl", *everything, applied, other)
     done = evalstore("audit", file, "-o", "json")
     assert done.returncode == 1
@@ -496,7 +496,7 @@ def test_output_that_cannot_be_written_is_told_in_a_line(
         done = subprocess.run(["sh", "-c", shell], env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)
         told = done.stderr.decode().splitlines()
         assert "Traceback" not in done.stderr.decode(), command
-        if says and command != "keys list":  # of which there is nothing to print
+        if says and command != "keys list":  # There is nothing to print for it.
             assert (done.returncode, told[-1]) == (1, f"standard output: {says}"), command
 
 

@@ -141,7 +141,7 @@ def test_one_run_marks_thousands_of_stalled_evaluations_within_its_time(conn: Co
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics, go_on=lambda: False) == {"lost": 1000, "more": 1}
     counted = "evalstore_events_total", "applied", "evaluation:lost"
-    assert broker.metrics.counters.get(*counted) == 1000  # also where the next thousand ends in an outage
+    assert broker.metrics.counters.get(*counted) == 1000  # Also if the next thousand fail in an outage.
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 2000}
     assert broker.metrics.counters.get(*counted) == 3000
 
@@ -162,7 +162,7 @@ def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_giv
     put("dead-letter:1", f'{{"args": [], "message_timestamp": {sent_ms}}}')
     assert ages() == [0, 60]
     client.delete(keys.queue)
-    # From a gateway that writes its fields in an order of its own, and the event last.
+    # Another gateway may write fields in another order, with the event last.
     put("of another language", f'{{"message_timestamp" : {sent_ms}, "args": ["{"x" * 1000}"]}}')
     put("younger", f'{{"args": [], "message_timestamp": {int(time.time() * 1000)}}}')
     assert ages() == [60, 60]

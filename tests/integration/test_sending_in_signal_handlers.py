@@ -97,7 +97,7 @@ send("main")
 signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
-# With the settings, the broker and the store known, and anew for each event: of those points, some.
+# At some of these points, with the settings, broker and store loaded.
 KNOWN = [("", 1), (FORGETTING, 23)]
 
 
@@ -152,7 +152,7 @@ def test_at_each_point_of_keeping_an_event_in_the_spool(known: str, every: int, 
         assert are_told_what_to_do(refused)
         assert {eval_id for eval_id, *_ in refused} == {"handler"}
         assert are_there_once(sent, in_spool(spool))
-        spool.append(["another", '{"message_id": "another"}'])  # while that process lives
+        spool.append(["another", '{"message_id": "another"}'])  # The other process is still running.
         assert in_spool(spool)[-1] == "another"
 
 
@@ -161,7 +161,7 @@ def test_at_each_point_of_an_upload_to_a_folder(known: str, every: int, redis_ur
     store = f"file://{tmp_path}/objects"
     with sender(known + AT_EACH_POINT, LARGE, every, redis_url=redis_url, object_store_url=store) as (sent, refused):
         assert len(sent) > 50
-        assert not refused  # small enough to go inline
+        assert not refused  # Small enough to travel inline.
         assert are_there_once(sent, in_redis(redis_url))
 
 

@@ -23,7 +23,7 @@ from evalstore.local.supervisor import NOBODY
 Eventually = Callable[..., None]
 LivingIn = Callable[[Path], list[str]]
 
-GOOD_ORDER = "database system is shut down|Valkey is now ready to exit"  # the last words of a server that was not killed
+GOOD_ORDER = "database system is shut down|Valkey is now ready to exit"  # The last log line after a clean shutdown.
 FILTER = struct.Struct("HBBI")  # struct sock_filter
 PROGRAM = struct.Struct("HxxxxxxP")  # struct sock_fprog
 
@@ -246,7 +246,7 @@ def test_the_next_start_takes_over_when_all_of_it_was_killed_at_once(tmp_path: P
 
 def test_the_next_start_waits_for_a_server_whose_guard_was_killed(tmp_path: Path, living_in: LivingIn) -> None:
     with owner(tmp_path) as (process, servers):
-        os.kill(servers[0], signal.SIGSTOP)  # it cannot hear that its guard is gone
+        os.kill(servers[0], signal.SIGSTOP)  # A stopped server cannot notice that its supervisor has ended.
         guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "supervisor.py" in line]
         for pid in (process.pid, *guards):
             os.kill(pid, signal.SIGKILL)
@@ -286,7 +286,7 @@ def forbid_namespaces() -> None:
 
 @needs_root
 def test_root_finds_the_same_database_with_and_without_user_namespaces(open_folder: Path) -> None:
-    folder = open_folder / "closed"  # as root's home is: the real nobody may not enter it
+    folder = open_folder / "closed"  # Like root's home, which the real nobody may not enter.
     folder.mkdir(mode=0o700)
     env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(open_folder)}
     passwd = Path("/etc/passwd").read_text()

@@ -113,7 +113,7 @@ def _move_over(conn: Connection) -> str | None:
 
     if version.recognised(conn) is None:
         return None
-    _lock(conn, _OLD_LOCK)  # An old release may be migrating now.
+    _lock(conn, _OLD_LOCK)
     if (revision := version.recognised(conn)) is not None:
         command.stamp(config(conn), revision)
     return revision
