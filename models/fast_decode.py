@@ -185,7 +185,7 @@ _SOUND = frozenset({str, float, bool, type(None)})
 
 
 def _is_sound(metadata: dict[str, Any], body_bytes: int) -> bool:
-    """Return whether `plain_metadata`, which takes longer, accepts it.
+    """Return whether `plain_metadata` would accept this metadata. This check is faster.
 
     msgspec writes a number at most eight times as long as the sender did, so small bodies need no check of their size.
     """

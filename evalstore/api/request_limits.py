@@ -135,7 +135,7 @@ class _Exchange:
             await self._send_slices(message)
         else:
             self._answered = True
-            await self._send(message)  # fits into the socket's buffer: needs no time-out
+            await self._send(message)  # Small: the socket's buffer takes it without a time-out.
 
     def _has_unread_body(self) -> bool:
         """Tell whether the client sends more than was read.

@@ -111,9 +111,9 @@ def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetter
 
 
 def _due(redrive: Mapping[str, Any]) -> tuple[int, float, Callable[[int], datetime | None]]:
-    """Return how many letters the rate allows now, and the seconds until it allows one more.
+    """Return how many letters the rate allows now, and the seconds until the next letter.
 
-    The third value maps a number of letters to the time until which sending them uses up the rate.
+    The third value is a function: it returns the time from which the rate allows more, after this number of letters.
     """
     rate, now = redrive["rate"], redrive["now"]
     if rate is None:

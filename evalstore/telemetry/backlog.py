@@ -42,7 +42,7 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
         if client.llen(keys.suspects):
             return float("inf")
         ids = queues.oldest_messages(broker, queue, redriven=True)
-        # Messages that wait for an object or a lock are retried, in no order of age.
+        # Delayed messages are not sorted by age: messages that wait for an object or a lock are among them.
         now_s: int = client.time()[0]
         ids += client.zrangebyscore(keys.delayed, "-inf", (now_s + _SOON_S) * 1000, start=0, num=_MOST_DELAYED)
         return queues.waited_s(broker, queue, ids) if len(ids) <= _MOST_DELAYED else float("inf")
