@@ -78,10 +78,10 @@ def pages_so_far(engine: Engine) -> int:
 
 def measure(engine: Engine, at: Archive, what: str, due: int) -> Cost:
     before = pages_so_far(engine)
-    begun = time.perf_counter(), time.process_time()
+    begin = time.perf_counter(), time.process_time()
     with engine.connect() as conn:
         moved = archive.run_once(conn, at, datetime.now(UTC)).moved
-    taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    taken = time.perf_counter() - begin[0], time.process_time() - begin[1]
     pages = pages_so_far(engine) - before
     if moved != due:
         raise SystemExit(f"{moved:,} moved instead of {due:,}")

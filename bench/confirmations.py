@@ -59,15 +59,15 @@ class Reader(threading.Thread):
 
 def cost(place: Place, shape: Shape, rounds: int, count: int) -> dict[str, Any]:
     """Return events/s and processor time for each event, with and without confirmations, in alternating rounds."""
-    found: dict[str, list[measure.Rate]] = {"with": [], "without": []}
+    results: dict[str, list[measure.Rate]] = {"with": [], "without": []}
     for number in range(rounds):
         for name, side in (("with", _SIDE), ("without", _SILENT)):
             done = measure.rate(place, side, shape, count, seed=number)
-            found[name].append(done)
+            results[name].append(done)
             spent = {part: round(us, 1) for part, us in done.cpu_us.items()}
             print(f"{name}: {done.events_per_s:,.0f} events/s, µs of CPU an event: {spent}", flush=True)
-    rates = {name: statistics.median(rate.events_per_s for rate in each) for name, each in found.items()}
-    cpu = {name: statistics.median(sum(rate.cpu_us.values()) for rate in each) for name, each in found.items()}
+    rates = {name: statistics.median(rate.events_per_s for rate in each) for name, each in results.items()}
+    cpu = {name: statistics.median(sum(rate.cpu_us.values()) for rate in each) for name, each in results.items()}
     return {
         "events_per_s": rates,
         "cpu_us": cpu,

@@ -116,7 +116,7 @@ def compare(place: Place, rounds: int, seconds: int) -> None:
         "EVALSTORE_WRITE_API_KEYS": _KEY,
     }
     headers = {"Authorization": f"Bearer {_KEY}"}
-    found: dict[str, list[float]] = {"constant": [], "records": []}
+    results: dict[str, list[float]] = {"constant": [], "records": []}
     with running(["-m", "evalstore.api"], **servers):
         wait_for(f"{api}/health/live")
         sent: list[dict[str, Any]] = list(events(_RECORDS * 3))
@@ -131,10 +131,10 @@ def compare(place: Place, rounds: int, seconds: int) -> None:
             scripts = {"constant": ["/constant"], "records": paths}
             for _ in range(rounds):
                 for name, url in (("constant", other), ("records", api)):
-                    found[name].append(requests_per_s(url, script(place.folder, name, scripts[name]), seconds))
+                    results[name].append(requests_per_s(url, script(place.folder, name, scripts[name]), seconds))
         rates = [batches(api, 6) for _ in range(max(1, rounds // 2))]
-    ratios = [record / constant for record, constant in zip(found["records"], found["constant"], strict=True)]
-    for name, values in found.items():
+    ratios = [record / constant for record, constant in zip(results["records"], results["constant"], strict=True)]
+    for name, values in results.items():
         print(f"{name:10} {statistics.median(values):10,.0f} requests/s")
     print(f"{'ratio':10} {statistics.median(ratios):10.2f}    of {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     print(f"{'batches':10} {statistics.median(rates):10,.0f} events/s")

@@ -1,4 +1,4 @@
-"""What a server's settings mean for what it commits, as worker/durability.py says of Redis."""
+"""Check whether a PostgreSQL server's settings keep what it commits. worker/redis_config.py does this for Redis."""
 
 from typing import Final
 
@@ -21,7 +21,7 @@ SELECT current_setting('fsync'), current_setting('full_page_writes'), current_se
 
 
 def doubts(conn: Connection) -> list[str]:
-    """Why this server could lose what it committed, or stores nothing: a sentence each. Raises DatabaseOutage (retry)."""
+    """Return a sentence for each reason why this server may lose commits or refuse writes. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         ((*safe, read_only, lacks_temporary),) = database.driver(conn).execute(_READ).fetchall()
     unsafe = [sentence for sentence, setting in zip(_LOSES, safe, strict=True) if setting == "off"]
