@@ -250,7 +250,7 @@ def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
 
 
 def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: int) -> list[Fault]:
-    """Return the faults of an event's content that its types do not show: missing, in several forms, or too large."""
+    """Return the faults of an event's content beyond its types: missing, in several forms, or too large."""
     faults = []
     for name in CONTENT_FIELDS[type_]:
         text, b64, ref = values.get(name), values.get(f"{name}_b64"), values.get(f"{name}_ref")

@@ -261,7 +261,7 @@ class SendingBroker(RedisBroker):
         for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
-                # When the reply was lost, the repeated script writes nothing, and a new connection would wait for nothing.
+                # After a lost reply, the repeated script writes nothing on the new connection, so WAIT would return at once.
                 # This write comes after the write of the messages.
                 pipeline.set(fence(keys[0]), 1, ex=60)
                 pipeline.execute_command(*wait)

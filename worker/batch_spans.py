@@ -34,7 +34,7 @@ from worker.batches import Batch, BatchOutcome, Delivery
 
 _ODD: Final = frozenset("13579bdf")
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
-# A span of a full batch is near 1 MB, so few requests wait.
+# The limit of waiting requests is low: the spans of a full batch take about 1 MB.
 _MOST_WAITING, _MOST_TOGETHER = 32, 12
 _MOST_REQUEST_BYTES: Final = 8 * 1024 * 1024
 _MOST_TRANSACTIONS, _MOST_FAILURES = 20, 2
