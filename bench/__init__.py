@@ -1,1 +1,1 @@
-"""Benchmarks: evalstore beside what else one would use, everything in one run on one machine. See docs/performance.md."""
+"""Compare evalstore with other queues and libraries in one run on one machine. See docs/performance.md."""

@@ -1,4 +1,4 @@
-"""`make bench`: measure evalstore beside what else one would use, and write down what came of it."""
+"""Run `make bench`: measure evalstore and its alternatives, and write the results."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ MEASURES: Final = ("rate", "latency", "send", "processes", "stored", "memory", "
 
 
 class Sizes(NamedTuple):
-    """How much of everything. `rate_s`: for how long a side is to be busy in a round."""
+    """The amounts of a run. `rate_s` is the duration of a round for each side, in seconds."""
 
     rounds: int
     rate_s: float
@@ -44,7 +44,7 @@ QUICK: Final = Sizes(1, 0.7, 0.0, 10, 2.0, 1_000, 30_000, (20_000,), (1, 2))
 
 
 class Run:
-    """One run: its servers, what it is to measure, and what it found so far."""
+    """A run: its servers, the selected measurements, and the results so far."""
 
     def __init__(self, place: Place, sides: list[Side], sizes: Sizes, events: int | None) -> None:
         self.place, self.sides, self.sizes, self.events = place, sides, sizes, events
@@ -58,20 +58,20 @@ class Run:
         print(f"[{took // 60:3d}:{took % 60:02d}] {text}", flush=True)
 
     def count(self, side: Side) -> int:
-        """So many events that a side is busy for a while."""
+        """Return the number of events that keep a side busy for one round."""
         return self.events or max(300, int(self.rates[side.name] * self.sizes.rate_s))
 
-    def attempt(self, name: str, what: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """What it gives, or None where it cannot be measured; the others go on."""
+    def attempt(self, name: str, what: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Return the result of a measurement, or None if it fails. The other measurements go on."""
         try:
-            return what(*given, **named)
+            return what(*arguments, **named)
         except (RuntimeError, psycopg.Error, redis.RedisError) as error:
             self.say(f"{name}: {error}")
             self.found.setdefault("failures", {})[name] = str(error)[-1000:]
             return None
 
     def all(self, measures: list[str]) -> None:
-        """Everything that is asked for, into `found`."""
+        """Run all selected measurements and add their results to `found`."""
         self.say(f"{self.found['machine']}")
         if self.sizes.tune_s and {"rate", "latency"} & {*measures}:
             self.tune()
@@ -85,13 +85,13 @@ class Run:
         }
 
     def tune(self) -> None:
-        """Find the shape that suits each side best, and of the peers of one letter the one to go on with."""
+        """Find the best shape of each side. Of peers with the same letter keep the best."""
         best: dict[str, Side] = {}
         tuned: dict[str, float] = {}
         for side in self.sides:
-            found = self.attempt(side.title, measure.tune, self.place, side, self.say, seconds=self.sizes.tune_s)
-            if found:
-                self.shapes[side.name], self.rates[side.name] = found
+            shape = self.attempt(side.title, measure.tune, self.place, side, self.say, seconds=self.sizes.tune_s)
+            if shape:
+                self.shapes[side.name], self.rates[side.name] = shape
                 tuned[side.name] = self.rates[side.name]
                 if side.letter not in best or tuned[side.name] > tuned[best[side.letter].name]:
                     best[side.letter] = side
@@ -99,14 +99,14 @@ class Run:
         self.sides = list(best.values())
 
     def rate(self) -> None:
-        found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in self.sides}
+        results: dict[str, list[dict[str, Any]]] = {side.name: [] for side in self.sides}
         for number in range(self.sizes.rounds):
             for side in self.sides:
                 done = self.attempt(side.title, self._drained, side, self.shapes[side.name], number)
                 if done:
-                    found[side.name].append(vars(done))
+                    results[side.name].append(vars(done))
                     self.say(f"round {number + 1}, {side.title}: {_told(done)}")
-        self.found["rate"] = {name: each for name, each in found.items() if each}
+        self.found["rate"] = {name: each for name, each in results.items() if each}
 
     def _drained(self, side: Side, shape: Shape, seed: int, **options: Any) -> measure.Rate:
         return measure.rate(self.place, side, shape, self.count(side), seed=seed, **options)
@@ -115,9 +115,9 @@ class Run:
         self.found["latency"] = {}
         for side in self.sides:
             if side.name in {"evalstore", "stock"}:
-                found = self.attempt(side.title, self._latency, side)
-                self.found["latency"][side.name] = found
-                self.say(f"latency of {side.title}: {found}")
+                result = self.attempt(side.title, self._latency, side)
+                self.found["latency"][side.name] = result
+                self.say(f"latency of {side.title}: {result}")
 
     def _latency(self, side: Side) -> dict[str, Any]:
         sizes = self.sizes
@@ -128,16 +128,16 @@ class Run:
         self.say(f"sending: {self.found['send']}")
 
     def processes(self) -> None:
-        side, found = SIDES["evalstore"], {}
+        side, rates = SIDES["evalstore"], {}
         for processes in self.sizes.processes:
             shape = Shape(processes, side.shapes[0].threads)
             done = [self._drained(side, shape, seed) for seed in range(min(2, self.sizes.rounds))]
-            found[processes] = statistics.median(one.events_per_s for one in done)
-            self.say(f"{processes} processes: {found[processes]:,.0f} events/s")
-        self.found["processes"] = found
+            rates[processes] = statistics.median(rate.events_per_s for rate in done)
+            self.say(f"{processes} processes: {rates[processes]:,.0f} events/s")
+        self.found["processes"] = rates
 
     def tracing(self) -> None:
-        """The storing rate with every event traced, with one in ten, and without."""
+        """Measure the storing rate with all events traced, with one in ten traced, and with none."""
         with collecting() as environment:
             tenth = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.1"}
             cases = {"off": {}, "of one event in ten": environment | tenth, "on": environment}
@@ -145,7 +145,7 @@ class Run:
             self.found["tracing"] = self._turns("traces", 200, {name: (side, more) for name, more in cases.items()})
 
     def watching(self) -> None:
-        """The storing rate with metrics, which somebody asks for every few seconds, and logs; and without both."""
+        """Measure the storing rate with metrics, scrapes and logs, and without them."""
         side = SIDES["evalstore"]
         bare = replace(
             side, command=lambda shape: [*side.command(shape)[:2], "bench.sides.uncounted", *side.command(shape)[3:]]
@@ -155,8 +155,8 @@ class Run:
             self.found["watching"] = self._turns("metrics and logs", 300, cases)
 
     def _turns(self, what: str, seed: int, cases: dict[str, tuple[Side, dict[str, str]]]) -> dict[str, list[dict[str, Any]]]:
-        """Rounds of each case in turns, forwards and backwards, and so many that a difference of a few per cent shows."""
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+        """Run rounds of each case in alternating order. The number of rounds makes a difference of a few per cent visible."""
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
         for number in range(2 * self.sizes.rounds):
             for name in list(cases) if number % 2 else reversed(cases):
                 side, self.place.more = cases[name]
@@ -164,12 +164,13 @@ class Run:
                     done = self._drained(side, self.shapes["evalstore"], seed + number)
                 finally:
                     self.place.more = {}
-                found[name].append(vars(done))
+                results[name].append(vars(done))
                 self.say(f"round {number + 1}, {what} {name}: {_told(done)}")
-        return found
+        return results
 
     def stored(self) -> None:
-        side, found, before = SIDES["evalstore"], [], 0
+        side, before = SIDES["evalstore"], 0
+        results: list[dict[str, Any]] = []
         for old in (0, *self.sizes.stored):
             if old:
                 self.say(f"making {old - before:,} more evaluations of before")
@@ -178,13 +179,13 @@ class Run:
                 measure.store_old(self.place, before + 1, old)
                 before = old
             for ordered in (False, True):
-                # What was stored before stays: other seeds each time, or all of it would come again.
-                seeds = range(100 + len(found) * 10, 100 + len(found) * 10 + self.sizes.rounds)
+                # Earlier rows stay, so each round uses another seed: the same events would be duplicates.
+                seeds = range(100 + len(results) * 10, 100 + len(results) * 10 + self.sizes.rounds)
                 done = [self._drained(side, self.shapes[side.name], seed, ordered=ordered, keep_rows=old > 0) for seed in seeds]
-                per_s = statistics.median(one.events_per_s for one in done)
-                found.append({"before": old, "ordered": ordered, "events_per_s": per_s, "complaint": done[0].complaint})
+                per_s = statistics.median(rate.events_per_s for rate in done)
+                results.append({"before": old, "ordered": ordered, "events_per_s": per_s, "complaint": done[0].complaint})
                 self.say(f"{old:,} evaluations stored, {'ascending' if ordered else 'random'} ids: {per_s:,.0f} events/s")
-        self.found["stored"] = found
+        self.found["stored"] = results
 
     def memory(self) -> None:
         self.say(f"draining {self.sizes.memory_events:,} events and watching memory")
@@ -209,25 +210,25 @@ def main() -> int:
     parser.add_argument("--events", type=int, help="in each queue; default: as many as keep the side busy for seconds")
     parser.add_argument("--peers", type=Path, help="the Python of an environment with Celery, RQ, arq, taskiq and SAQ")
     parser.add_argument("--out", type=Path, help="where to write JSON; default: bench/results/<date>.json, and the docs page")
-    given = parser.parse_args()
-    names, measures = given.sides.split(","), given.measures.split(",")
+    arguments = parser.parse_args()
+    names, measures = arguments.sides.split(","), arguments.measures.split(",")
     if wrong := [*({*names} - {*SIDES}), *({*measures} - {*MEASURES})]:
         parser.error(f"no such side or measure: {', '.join(wrong)}")
-    sizes = QUICK if given.quick else LARGE if given.large else FULL
-    sizes = sizes._replace(rounds=given.rounds) if given.rounds else sizes
-    sides = [side for side in SIDES.values() if side.name in names and (given.peers or not side.is_peer)]
+    sizes = QUICK if arguments.quick else LARGE if arguments.large else FULL
+    sizes = sizes._replace(rounds=arguments.rounds) if arguments.rounds else sizes
+    sides = [side for side in SIDES.values() if side.name in names and (arguments.peers or not side.is_peer)]
 
     try:
-        with Place(given.peers.absolute() if given.peers else None) as place:
-            run = Run(place, sides, sizes, given.events)
+        with Place(arguments.peers.absolute() if arguments.peers else None) as place:
+            run = Run(place, sides, sizes, arguments.events)
             run.all(measures)
     except KeyboardInterrupt:
         print("stopped; nothing is written", file=sys.stderr)
         return 128 + signal.SIGINT
-    run.found["quick"] = given.quick
-    is_kept = not given.out and not given.quick
-    if given.out or is_kept:
-        out = given.out or ROOT / "bench/results" / f"{datetime.now(UTC):%Y-%m-%d}.json"
+    run.found["quick"] = arguments.quick
+    is_kept = not arguments.out and not arguments.quick
+    if arguments.out or is_kept:
+        out = arguments.out or ROOT / "bench/results" / f"{datetime.now(UTC):%Y-%m-%d}.json"
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(run.found, indent=2) + "\n", encoding="utf-8")
     table = report.table(run.found)

@@ -1,8 +1,8 @@
-"""A run of the archive with many evaluations stored beside what is due: `python -m bench.archive [--rows N] [--due 1000]`.
+"""Measure a run of the archive in a large table: `python -m bench.archive [--rows N] [--due 1000]`.
 
-First with nothing but what is due, then with as many evaluations more, each with content in the database that is not due.
-Prints for each the seconds of a run, its processor time, how many pages PostgreSQL looked at for it, the milliseconds of a
-run that finds nothing to do, and how many pages the search for what is due reads; then the ratios, which are to be near 1.
+The first run has only due content. The second run has N evaluations more, whose content is in the database and not due. For
+each it prints the seconds, the processor time and the pages that PostgreSQL read, the milliseconds of a run without due
+content, and the pages that the search for due content reads. The ratios at the end should be near 1.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _SERVER = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "256MB",
 
 
 def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
-    """Half of them due by their size, and half by their age."""
+    """Make half of the contents due by size, and half due by age."""
     for number in range(count):
         name, is_old = f"d{time.time_ns()}", number % 2
         data = os.urandom(5000 if is_old else size)
@@ -53,7 +53,10 @@ def make_due(conn: psycopg.Connection, count: int, size: int) -> None:
 
 
 class Cost(NamedTuple):
-    """Of moving what is due; of a run that finds nothing; of the search alone. Processor time is this process's."""
+    """The cost of moving due content, of a run without due content, and of the search alone.
+
+    Processor time is of this process.
+    """
 
     seconds: float
     processor_s: float
@@ -63,7 +66,7 @@ class Cost(NamedTuple):
 
 
 def pages_so_far(engine: Engine) -> int:
-    """Pages that PostgreSQL looked at in this database, wherever it found them."""
+    """Return the number of pages that PostgreSQL has read in this database, from its cache or the disk."""
     with engine.connect() as conn, conn.begin():
         raw = database.driver(conn)
         raw.execute("SELECT pg_stat_force_next_flush()")
@@ -75,10 +78,10 @@ def pages_so_far(engine: Engine) -> int:
 
 def measure(engine: Engine, at: Archive, what: str, due: int) -> Cost:
     before = pages_so_far(engine)
-    begun = time.perf_counter(), time.process_time()
+    begin = time.perf_counter(), time.process_time()
     with engine.connect() as conn:
         moved = archive.run_once(conn, at, datetime.now(UTC)).moved
-    taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    taken = time.perf_counter() - begin[0], time.process_time() - begin[1]
     pages = pages_so_far(engine) - before
     if moved != due:
         raise SystemExit(f"{moved:,} moved instead of {due:,}")
@@ -94,8 +97,8 @@ def measure(engine: Engine, at: Archive, what: str, due: int) -> Cost:
                 raw = database.driver(conn)
                 raw.execute(archive.PLAN)
                 explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode()
-                ((((found,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
-                searched += found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+                ((((plan,)),),) = raw.execute(explain, archive.values(at, datetime.now(UTC))).fetchall()
+                searched += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     cost = Cost(*taken, pages, statistics.median(idle), searched)
     print(
         f"{what}: {moved:,} moved in {cost.seconds:.2f} s, {cost.processor_s:.2f} s of the processor, {cost.pages:,} pages; "
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--due", type=int, default=1000)
     parser.add_argument("--bytes", type=int, default=1_100_000, help="of each content that is due by its size")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp") as name,
         Postgres(Path(name) / "pg", settings=_SERVER) as server,
@@ -120,22 +123,22 @@ def main() -> None:
 
         def measure_due(what: str) -> Cost:
             with psycopg.connect(server.url("evalstore")) as conn:
-                make_due(conn, given.due, given.bytes)
-            return measure(engine, at, what, given.due)
+                make_due(conn, arguments.due, arguments.bytes)
+            return measure(engine, at, what, arguments.due)
 
         measure_due("to be warm")
         alone = measure_due("nothing else stored")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with psycopg.connect(server.url("evalstore"), autocommit=True) as conn:
-            for first in range(1, given.rows + 1, 500_000):
-                values = {"first": first, "last": min(first + 499_999, given.rows)}
+            for first in range(1, arguments.rows + 1, 500_000):
+                values = {"first": first, "last": min(first + 499_999, arguments.rows)}
                 conn.execute(_FILL, values)
                 conn.execute(_FILL_CONTENTS, values)
             conn.execute("VACUUM ANALYZE")
-        print(f"{given.rows:,} evaluations made in {time.perf_counter() - begun:.0f} s")
-        beside = measure_due(f"beside {given.rows:,} evaluations")
+        print(f"{arguments.rows:,} evaluations made in {time.perf_counter() - start:.0f} s")
+        beside = measure_due(f"beside {arguments.rows:,} evaluations")
         engine.dispose()
-        print(f"{given.due:,} due beside {given.rows:,} others cost, divided by what they cost alone:")
+        print(f"{arguments.due:,} due beside {arguments.rows:,} others cost, divided by what they cost alone:")
         for figure, ours, theirs in zip(Cost._fields, beside, alone, strict=True):
             print(f"  {figure:<12} {ours / theirs:.2f}" if theirs else f"  {figure:<12} {ours:,} and {theirs:,}")
 

@@ -1,4 +1,4 @@
-"""A receiver of traces that keeps none: `python -m bench.collector` prints its port, and at the end the bytes it was sent."""
+"""Receive traces and discard them: `python -m bench.collector` prints its port, and at the end the number of bytes received."""
 
 import signal
 import subprocess
@@ -21,13 +21,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *given: Any) -> None:
+    def log_message(self, *values: Any) -> None:
         pass
 
 
 @contextmanager
 def collecting() -> Iterator[dict[str, str]]:
-    """The environment of processes that send their traces to one."""
+    """Run a collector, and return the environment of processes that send traces to it."""
     command = [sys.executable, "-m", "bench.collector"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,8 +1,7 @@
-"""What confirmations cost, and how soon they come: `python -m bench.confirmations [--rounds 5] [--seconds 15]`.
+"""Measure the cost and the delay of confirmations: `python -m bench.confirmations [--rounds 5] [--seconds 15]`.
 
-The cost: workers as they are take turns at full queues with workers that confirm nothing. How soon: from the time of commit,
-as PostgreSQL notes it, until a reader that blocks on the stream has the confirmation; with nothing else going on, and at 1,000
-events/s.
+Cost: normal workers alternate with workers without confirmations, at full queues. Delay: from the commit, as PostgreSQL records
+it, until a blocking reader of the stream has the confirmation. The delay is measured when idle, and at 1,000 events/s.
 """
 
 import argparse
@@ -40,7 +39,7 @@ _PER_S: Final = 1000
 
 
 class Reader(threading.Thread):
-    """Notes when each event's confirmation came."""
+    """Notes the time at which each event's confirmation arrives."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -50,8 +49,8 @@ class Reader(threading.Thread):
     def run(self) -> None:
         last: bytes | str = "$"
         while True:
-            found: Any = self._client.xread({"evalstore:confirmations": last}, count=1000, block=1000)
-            now, entries = time.time(), found[0][1] if found else []
+            reply: Any = self._client.xread({"evalstore:confirmations": last}, count=1000, block=1000)
+            now, entries = time.time(), reply[0][1] if reply else []
             last = entries[-1][0] if entries else last
             for _, fields in entries:
                 for event_id in msgspec.json.decode(fields[b"confirmation"])["event_ids"]:
@@ -59,16 +58,16 @@ class Reader(threading.Thread):
 
 
 def cost(place: Place, shape: Shape, rounds: int, count: int) -> dict[str, Any]:
-    """Events/s and processor time for each event, with and without, in turns."""
-    found: dict[str, list[measure.Rate]] = {"with": [], "without": []}
+    """Return events/s and processor time for each event, with and without confirmations, in alternating rounds."""
+    results: dict[str, list[measure.Rate]] = {"with": [], "without": []}
     for number in range(rounds):
         for name, side in (("with", _SIDE), ("without", _SILENT)):
             done = measure.rate(place, side, shape, count, seed=number)
-            found[name].append(done)
+            results[name].append(done)
             spent = {part: round(us, 1) for part, us in done.cpu_us.items()}
             print(f"{name}: {done.events_per_s:,.0f} events/s, µs of CPU an event: {spent}", flush=True)
-    rates = {name: statistics.median(one.events_per_s for one in each) for name, each in found.items()}
-    cpu = {name: statistics.median(sum(one.cpu_us.values()) for one in each) for name, each in found.items()}
+    rates = {name: statistics.median(rate.events_per_s for rate in each) for name, each in results.items()}
+    cpu = {name: statistics.median(sum(rate.cpu_us.values()) for rate in each) for name, each in results.items()}
     return {
         "events_per_s": rates,
         "cpu_us": cpu,
@@ -78,17 +77,17 @@ def cost(place: Place, shape: Shape, rounds: int, count: int) -> dict[str, Any]:
 
 
 def delivered(place: Place, shape: Shape, *, probes: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds from committed to read."""
+    """Return the milliseconds from commit to read."""
     place.reset()
     with measure.warm(place, _SIDE, shape, 0):
-        found: dict[str, Any] = json.loads(
+        result: dict[str, Any] = json.loads(
             place.run(_SIDE, "bench.confirmations", "--send", "--probes", str(probes), "--seconds", str(seconds))
         )
-    return found
+    return result
 
 
 def send(probes: int, seconds: float) -> None:
-    """In a process of its own, with the run's environment: send, and print what came when."""
+    """Send events in a separate process with the run's environment, and print when each confirmation came."""
     reader = Reader(settings().redis_url.get_secret_value())
     reader.start()
     idle = list(events(probes, seed=201))
@@ -96,9 +95,9 @@ def send(probes: int, seconds: float) -> None:
         time.sleep(random.uniform(0.1, 0.3))  # noqa: S311
         store_evaluation.send(event)
     loaded = list(events(int(seconds * _PER_S), seed=202))
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for number, event in enumerate(loaded):
-        if (ahead := begun + number / _PER_S - time.perf_counter()) > 0:
+        if (ahead := start + number / _PER_S - time.perf_counter()) > 0:
             time.sleep(ahead)
         store_evaluation.send(event)
     give_up = time.monotonic() + 10
@@ -121,16 +120,16 @@ def main() -> int:
     parser.add_argument("--probes", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--send", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.send:
-        send(given.probes, given.seconds)
+    arguments = parser.parse_args()
+    if arguments.send:
+        send(arguments.probes, arguments.seconds)
         return 0
     with Place(None) as place:
         print(json.dumps(place.describe()))
-        found = {"delivered": delivered(place, _SIDE.shapes[0], probes=given.probes, seconds=given.seconds)}
-        print(json.dumps(found["delivered"], indent=2), flush=True)
-        found["cost"] = cost(place, _SIDE.shapes[0], given.rounds, given.events)
-    print(json.dumps(found, indent=2))
+        results = {"delivered": delivered(place, _SIDE.shapes[0], probes=arguments.probes, seconds=arguments.seconds)}
+        print(json.dumps(results["delivered"], indent=2), flush=True)
+        results["cost"] = cost(place, _SIDE.shapes[0], arguments.rounds, arguments.events)
+    print(json.dumps(results, indent=2))
     return 0
 
 

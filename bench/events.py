@@ -1,4 +1,4 @@
-"""The events that every side stores: three for each evaluation, each of about 1.2 KB as JSON."""
+"""Make the events that every side stores: three for each evaluation, each about 1.2 KB as JSON."""
 
 import random
 import string
@@ -13,10 +13,10 @@ _TEXT: Final = "".join(random.Random(1).choices(string.ascii_letters + string.di
 
 
 def events(count: int, *, seed: int = 0, ordered: bool = False) -> Iterator[dict[str, Any]]:
-    """`count` events, evaluation after evaluation, as a gateway and an executor send them; the same for the same `seed`.
+    """Yield `count` events, evaluation after evaluation, as a gateway and an executor send them. Equal seeds give equal events.
 
-    The ids of evaluations are random (UUIDv4): neighbours in time are strangers in an index. With `ordered` they ascend,
-    like UUIDv7.
+    Ids of evaluations are random (UUIDv4), so neighbours in time are far apart in an index. With `ordered` the ids ascend, like
+    UUIDv7.
     """
     chance = random.Random(seed)  # noqa: S311 - nothing secret
     for number in range(-(-count // PER_EVALUATION)):
@@ -59,6 +59,6 @@ def _named(eval_id: str, chance: random.Random, at: datetime) -> dict[str, Any]:
 
 
 def _text(chance: random.Random, length: int) -> str:
-    """Text that compresses as little as real text of that length does."""
+    """Return text that compresses about as well as real text of that length."""
     start = chance.randrange(len(_TEXT) - length)
     return _TEXT[start : start + length]

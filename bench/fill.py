@@ -1,4 +1,4 @@
-"""Enqueue events for one side, in its own environment: `python -m bench.fill --side NAME --count N --seed S`."""
+"""Enqueue events for a side in the side's environment: `python -m bench.fill --side NAME --count N --seed S`."""
 
 import argparse
 from importlib import import_module
@@ -12,8 +12,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ordered", action="store_true")
-    given = parser.parse_args()
-    import_module(f"bench.sides.{given.side}").fill(events(given.count, seed=given.seed, ordered=given.ordered))
+    arguments = parser.parse_args()
+    import_module(f"bench.sides.{arguments.side}").fill(events(arguments.count, seed=arguments.seed, ordered=arguments.ordered))
 
 
 if __name__ == "__main__":

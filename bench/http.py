@@ -1,8 +1,9 @@
-"""The HTTP service beside a FastAPI that answers a constant: `python -m bench.http [--rounds 5] [--seconds 4]`.
+"""Compare the HTTP service with a FastAPI application that returns a constant: `python -m bench.http [--rounds 5] [--seconds
+4]`.
 
-Both are one process, started alike; the constant is as long as a record's JSON. They take turns under wrk (which must be
-installed) with 32 connections that ask for 300 different records. Then batches of 10,000 events are sent to the service by two
-clients, as the benchmark's workers run two processes.
+Both run in one process with the same server options. The constant is as long as a record's JSON. They alternate under wrk,
+which must be installed, with 32 connections that request 300 different records. Then two clients send batches of 10,000 events
+to the service.
 """
 
 import argparse
@@ -73,21 +74,21 @@ def wait_for(url: str) -> None:
 
 def requests_per_s(url: str, script: Path, seconds: int) -> float:
     command = ["wrk", "-t1", "-c32", f"-d{seconds}s", "-s", str(script), url]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise RuntimeError(said)
-    found = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    return float(found[1]) if found else 0.0
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise RuntimeError(output)
+    match = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    return float(match[1]) if match else 0.0
 
 
 def script(folder: Path, name: str, paths: list[str]) -> Path:
     path = folder / f"{name}.lua"
-    path.write_text(_SCRIPT % ", ".join(f'"{one}"' for one in paths))
+    path.write_text(_SCRIPT % ", ".join(f'"{request_path}"' for request_path in paths))
     return path
 
 
 def batches(url: str, count: int) -> float:
-    """Events stored per second."""
+    """Return the events stored per second."""
     stream = events(count * _BATCH, seed=time.time_ns())
     bodies = [b"\n".join(json.dumps(event).encode() for event in islice(stream, _BATCH)) for _ in range(count)]
     headers = {"Authorization": f"Bearer {_KEY}", "Content-Type": "application/x-ndjson"}
@@ -98,9 +99,9 @@ def batches(url: str, count: int) -> float:
             raise RuntimeError(answer.text[:500])
 
     with ThreadPoolExecutor(2) as pool:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         list(pool.map(send, bodies))
-        return count * _BATCH / (time.perf_counter() - begun)
+        return count * _BATCH / (time.perf_counter() - start)
 
 
 def compare(place: Place, rounds: int, seconds: int) -> None:
@@ -115,14 +116,14 @@ def compare(place: Place, rounds: int, seconds: int) -> None:
         "EVALSTORE_WRITE_API_KEYS": _KEY,
     }
     headers = {"Authorization": f"Bearer {_KEY}"}
-    found: dict[str, list[float]] = {"constant": [], "records": []}
+    results: dict[str, list[float]] = {"constant": [], "records": []}
     with running(["-m", "evalstore.api"], **servers):
         wait_for(f"{api}/health/live")
         sent: list[dict[str, Any]] = list(events(_RECORDS * 3))
         body = b"\n".join(json.dumps(event).encode() for event in sent)
         lines = {**headers, "Content-Type": "application/x-ndjson"}
         httpx.post(f"{api}/storage/events:batch", content=body, headers=lines).raise_for_status()
-        paths = [f"/storage/evaluations/{eval_id}" for eval_id in dict.fromkeys(one["eval_id"] for one in sent)]
+        paths = [f"/storage/evaluations/{eval_id}" for eval_id in dict.fromkeys(ratio["eval_id"] for ratio in sent)]
         record = httpx.get(api + paths[0], headers=headers).content
         uvicorn = ["-m", "uvicorn", "bench.http:constant", "--no-access-log", "--no-server-header", "--log-level=warning"]
         with running([*uvicorn, f"--port={constant_port}"], BENCH_CONSTANT=record.decode()):
@@ -130,12 +131,12 @@ def compare(place: Place, rounds: int, seconds: int) -> None:
             scripts = {"constant": ["/constant"], "records": paths}
             for _ in range(rounds):
                 for name, url in (("constant", other), ("records", api)):
-                    found[name].append(requests_per_s(url, script(place.folder, name, scripts[name]), seconds))
+                    results[name].append(requests_per_s(url, script(place.folder, name, scripts[name]), seconds))
         rates = [batches(api, 6) for _ in range(max(1, rounds // 2))]
-    ratios = [record / constant for record, constant in zip(found["records"], found["constant"], strict=True)]
-    for name, values in found.items():
+    ratios = [record / constant for record, constant in zip(results["records"], results["constant"], strict=True)]
+    for name, values in results.items():
         print(f"{name:10} {statistics.median(values):10,.0f} requests/s")
-    print(f"{'ratio':10} {statistics.median(ratios):10.2f}    of {', '.join(f'{one:.2f}' for one in ratios)}")
+    print(f"{'ratio':10} {statistics.median(ratios):10.2f}    of {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     print(f"{'batches':10} {statistics.median(rates):10,.0f} events/s")
 
 

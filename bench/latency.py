@@ -1,4 +1,5 @@
-"""From `send` to committed, in a sender's own process: `python -m bench.latency --side NAME`. Prints milliseconds as JSON."""
+"""Measure the delay from `send` to commit, in a sender's process: `python -m bench.latency --side NAME`. Print milliseconds as
+JSON."""
 
 import argparse
 import json
@@ -16,28 +17,28 @@ from bench.events import events
 from models.settings import settings
 
 _PER_S: Final = 1000
-_PROBE_EVERY: Final = 29  # an evaluation has three events, so every kind is probed
+_PROBE_EVERY: Final = 29  # An evaluation has three events, and 29 is no multiple of 3: every kind is probed.
 _PATIENCE_S: Final = 10.0
 _SEEN: Final = "SELECT event_id::text FROM evaluation_events WHERE eval_id = ANY(%s)"
 
 
 def idle(send: Callable[[dict[str, Any]], None], conn: psycopg.Connection[Any], probes: int) -> list[float]:
-    """One event at a time, a while after the last was stored."""
+    """Send one event at a time, some time after the previous event was stored."""
     taken = []
     for event in events(probes, seed=101):
         time.sleep(random.uniform(0.1, 0.4))  # noqa: S311
-        begun = time.perf_counter()
+        start = time.perf_counter()
         send(event)
         while event["event_id"] not in {row[0] for row in conn.execute(_SEEN, [[event["eval_id"]]])}:
-            if time.perf_counter() > begun + _PATIENCE_S:
+            if time.perf_counter() > start + _PATIENCE_S:
                 break
             time.sleep(0.0002)
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.perf_counter() - start)
     return taken
 
 
 class Probes(threading.Thread):
-    """Looks for some of the events that are sent meanwhile, until all are seen or it is out of patience."""
+    """Polls for some of the events during the load, until all are visible or the time is up."""
 
     def __init__(self, conn: psycopg.Connection[Any]) -> None:
         super().__init__(daemon=True)
@@ -64,30 +65,30 @@ class Probes(threading.Thread):
 
 
 def loaded(send: Callable[[dict[str, Any]], None], probes: Probes, seconds: float) -> float:
-    """Send at an even pace, whatever becomes of it; returns how many a second it came to."""
+    """Send at an even pace, however long storing takes. Return the rate reached, in events/s."""
     count = int(seconds * _PER_S)
     probes.start()
-    begun = time.perf_counter()
-    for number, event in _paced(count, begun):
+    start = time.perf_counter()
+    for number, event in _paced(count, start):
         if number % _PROBE_EVERY == 0:
             probes.sent[event["event_id"]] = (event["eval_id"], time.perf_counter())
         send(event)
-    took = time.perf_counter() - begun
+    took = time.perf_counter() - start
     probes.done.set()
     probes.join()
     return count / took
 
 
-def _paced(count: int, begun: float) -> Iterator[tuple[int, dict[str, Any]]]:
+def _paced(count: int, start: float) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, event in enumerate(events(count, seed=102)):
-        if (ahead := begun + number / _PER_S - time.perf_counter()) > 0:
+        if (ahead := start + number / _PER_S - time.perf_counter()) > 0:
             time.sleep(ahead)
         yield number, event
 
 
 def summary(taken: list[float], missing: int = 0) -> dict[str, float]:
-    """Those that were not seen in time count as that long, at least."""
-    ms = sorted([*(one * 1000 for one in taken), *[_PATIENCE_S * 1000] * missing])
+    """Summarise the delays. An event not seen in time counts with the time waited, so its delay is a lower bound."""
+    ms = sorted([*(seconds * 1000 for seconds in taken), *[_PATIENCE_S * 1000] * missing])
     return {
         "p50_ms": statistics.median(ms),
         "p99_ms": ms[min(len(ms) - 1, int(len(ms) * 0.99))],
@@ -102,14 +103,14 @@ def main() -> None:
     parser.add_argument("--side", required=True)
     parser.add_argument("--probes", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=15)
-    given = parser.parse_args()
-    send = import_module(f"bench.sides.{given.side}").send
+    arguments = parser.parse_args()
+    send = import_module(f"bench.sides.{arguments.side}").send
     with psycopg.connect(settings().database_url.get_secret_value(), autocommit=True) as conn:
-        found: dict[str, Any] = {"idle": summary(idle(send, conn, given.probes))}
+        results: dict[str, Any] = {"idle": summary(idle(send, conn, arguments.probes))}
         probes = Probes(conn)
-        sent_per_s = loaded(send, probes, given.seconds)
-        found["loaded"] = summary(probes.taken, len(probes.sent)) | {"sent_per_s": sent_per_s}
-    print(json.dumps(found))
+        sent_per_s = loaded(send, probes, arguments.seconds)
+        results["loaded"] = summary(probes.taken, len(probes.sent)) | {"sent_per_s": sent_per_s}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured, each with every side in the same way. Nothing here asserts anything about time."""
+"""The measurements, equal for all sides. No measurement asserts a time."""
 
 import json
 import statistics
@@ -20,7 +20,7 @@ _WARM_SEED: Final = 999_983
 
 @dataclass(frozen=True)
 class Rate:
-    """One drained queue. `cpu_us`: processor time for each event, of the side's workers and of both servers."""
+    """The result of one drained queue. `cpu_us` is processor time for each event, of the side's workers and both servers."""
 
     events: int
     events_per_s: float
@@ -41,9 +41,9 @@ def rate(  # noqa: PLR0913  each says something of its own
     sample_s: float | None = None,
     within_s: float = 90.0,
 ) -> Rate:
-    """Drain a full queue: from the moment warm, idle workers are given all of it until the last row is committed.
+    """Drain a full queue. The time runs from the release of the queue to warm, idle workers until the commit of the last row.
 
-    With `sample_s` the largest worker process's memory is looked at that often. Raises RuntimeError where a worker dies.
+    With `sample_s`, sample the memory of the largest worker process at that interval. Raises RuntimeError if a worker dies.
     """
     count -= count % PER_EVALUATION
     eval_ids = sorted({event["eval_id"] for event in events(count, seed=seed, ordered=ordered)})
@@ -54,29 +54,29 @@ def rate(  # noqa: PLR0913  each says something of its own
     side.hold(place.redis)
     place.settle()
     with warm(place, side, shape, seed) as workers:
-        before, begun, begun_s = place.cpu(workers), time.monotonic(), time.time()
+        before, start, start_s = place.cpu(workers), time.monotonic(), time.time()
         side.release(place.redis)
         rss = _until(
             lambda: side.waiting(place.redis) == 0,
             workers,
             sample_s,
-            give_up=begun + within_s,
+            give_up=start + within_s,
             every_s=0.02 if side.stores == "nothing" else 0.1,
         )
         stored, last_s = count, time.time()
         if side.stores != "nothing":
-            while (found := place.stored(eval_ids)).events < count and time.monotonic() < begun + within_s:
+            while (totals := place.stored(eval_ids)).events < count and time.monotonic() < start + within_s:
                 time.sleep(0.2)
-            stored, last_s = found
+            stored, last_s = totals
         after = place.cpu(workers)
     spent = {name: (after[i] - before[i]) / max(stored, 1) * 1e6 for i, name in enumerate(Cpu._fields)}
     complaint = "" if side.stores == "nothing" else _complaint(place, side, eval_ids, stored, count)
-    return Rate(stored, stored / max(last_s - begun_s, 1e-3), spent, complaint, [size / 2**20 for size in rss])
+    return Rate(stored, stored / max(last_s - start_s, 1e-3), spent, complaint, [size / 2**20 for size in rss])
 
 
 @contextmanager
 def warm(place: Place, side: Side, shape: Shape, seed: int) -> Iterator[Workers]:
-    """Workers that have stored something, and wait for more."""
+    """Start workers, let them store something, and wait until they are idle."""
     with place.workers(side, shape) as workers:
         warm_seed = _WARM_SEED + seed
         place.fill(side, _WARM, seed=warm_seed)
@@ -92,7 +92,7 @@ def warm(place: Place, side: Side, shape: Shape, seed: int) -> Iterator[Workers]
 
 
 def _until(is_so: Callable[[], bool], workers: Workers, sample_s: float | None, *, give_up: float, every_s: float) -> list[int]:
-    """Wait, and sample memory meanwhile."""
+    """Wait for a condition and sample memory meanwhile."""
     samples: list[int] = []
     next_sample = time.monotonic()
     while not is_so() and time.monotonic() < give_up:
@@ -104,7 +104,7 @@ def _until(is_so: Callable[[], bool], workers: Workers, sample_s: float | None, 
 
 
 def _complaint(place: Place, side: Side, eval_ids: list[str], stored: int, count: int) -> str:
-    """What is wrong with what a side stored, or nothing."""
+    """Return what is wrong with the stored rows, or an empty text."""
     if stored != count:
         return f"stored {stored:,} of {count:,} events in time"
     if side.stores == "all":
@@ -118,34 +118,34 @@ def _complaint(place: Place, side: Side, eval_ids: list[str], stored: int, count
 
 
 def tune(place: Place, side: Side, say: Callable[[str], None], *, seconds: float) -> tuple[Shape, float]:
-    """Which of a side's shapes stores most, and how much."""
-    found = {}
+    """Return the shape with the highest rate, and that rate."""
+    rates = {}
     for shape in side.shapes:
         done = rate(place, side, shape, int(side.rate * seconds), seed=7)
-        found[shape] = done.events_per_s
+        rates[shape] = done.events_per_s
         say(f"{side.title}, {shape}: {done.events_per_s:,.0f} events/s {done.complaint}")
-    best = max(found, key=lambda shape: found[shape])
-    return best, found[best]
+    best = max(rates, key=lambda shape: rates[shape])
+    return best, rates[best]
 
 
 def latency(place: Place, side: Side, shape: Shape, *, probes: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds from `send` to committed and visible, when idle and at 1,000 events/s."""
+    """Return the milliseconds from `send` to committed and visible, when idle and at 1,000 events/s."""
     place.reset()
     with warm(place, side, shape, 0):
         options = ["--side", side.name, "--probes", str(probes), "--seconds", str(seconds)]
-        found: dict[str, Any] = json.loads(place.run(side, "bench.latency", *options))
-    return found
+        result: dict[str, Any] = json.loads(place.run(side, "bench.latency", *options))
+    return result
 
 
 def sending(place: Place, *, count: int, rounds: int) -> dict[str, Any]:
-    """Microseconds that a sender spends on each event."""
+    """Return the microseconds that a sender spends on each event."""
     place.reset()
-    found: dict[str, Any] = json.loads(place.run(None, "bench.sending", "--count", str(count), "--rounds", str(rounds)))
-    return found
+    result: dict[str, Any] = json.loads(place.run(None, "bench.sending", "--count", str(count), "--rounds", str(rounds)))
+    return result
 
 
 def memory(place: Place, shape: Shape, *, count: int) -> dict[str, Any]:
-    """The largest worker process, in MiB, while one queue of `count` events is drained."""
+    """Return the memory of the largest worker process in MiB, while it drains a queue of `count` events."""
     done = rate(place, SIDES["evalstore"], shape, count, seed=5, sample_s=0.5, within_s=600)
     samples = done.rss_mib or [0.0]
     fifth = max(1, len(samples) // 5)
@@ -185,10 +185,10 @@ ALTER TABLE evaluation_events ADD PRIMARY KEY (eval_id, event_id); ALTER TABLE e
 
 
 def store_old(place: Place, first: int, last: int) -> None:
-    """Evaluations of before, from number `first` to `last`, each with its three events; then fresh statistics.
+    """Store old evaluations, numbers `first` to `last`, each with its three events. Then refresh the statistics.
 
-    Their ids are of the same form as the benchmark's, so that new ones fall between them. The keys are made anew afterwards,
-    exactly as they were: in one go.
+    Their ids have the form of the benchmark's ids, so new ids fall between them. Keys and indexes are dropped and rebuilt,
+    which is faster.
     """
     with psycopg.connect(place.postgres.url(), autocommit=True) as conn:
         keys = conn.execute(_KEYS).fetchall()

@@ -1,10 +1,10 @@
-"""Storing and reading content beside plain boto3 with the same bytes on the same server, one after the other:
-`python -m bench.objects [--mb 100] [--rounds 3]`. Prints MB/s of content, and the ratio to boto3's; then the same by the
-processor time of this process, which other work on the machine hardly changes. Who begins changes from round to round.
+"""Compare storing and reading content with plain boto3: same bytes, same server, in turns.
 
-`put` compresses, hashes and looks whether the object is there; `read` decompresses and checks every frame. upload_file
-and download_file, with boto3's defaults, do none of that; so they are also shown with the time added that the SHA-256 of
-a file takes.
+Run `python -m bench.objects [--mb 100] [--rounds 3]`. It prints MB/s of content and the ratio to boto3, by the clock and by the
+processor time of this process. Other work on the machine hardly changes processor time. The order changes from round to round.
+
+`put` compresses, hashes and looks for an existing object. `read` decompresses and checks every frame. boto3's upload_file and
+download_file do none of that, so their results are also shown with the time of a SHA-256 added.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.seaweedfs import SeaweedFS
 
 
 def text(size: int, seed: int) -> bytes:
-    """What programs print: lines of words and numbers, a third of which come again."""
+    """Return text like the output of programs: lines of words and numbers, of which a third repeat."""
     rng = random.Random(seed)  # noqa: S311
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(4000)]
     lines = [
@@ -40,17 +40,17 @@ def text(size: int, seed: int) -> bytes:
 
 
 class Taken(NamedTuple):
-    """Seconds: by the clock, and of the processor, of all threads of this process."""
+    """The seconds of an operation: by the clock, and of the processor for all threads of this process."""
 
     clock: float
     processor: float
 
 
 def timed(act: Callable[[], object]) -> Taken:
-    os.sync()  # or it waits for the disk because of what went before
-    begun = time.perf_counter(), time.process_time()
+    os.sync()  # Otherwise the operation would wait for earlier writes.
+    start = time.perf_counter(), time.process_time()
     act()
-    return Taken(time.perf_counter() - begun[0], time.process_time() - begun[1])
+    return Taken(time.perf_counter() - start[0], time.process_time() - start[1])
 
 
 def drain(chunks: Iterator[bytes], path: Path) -> None:
@@ -65,7 +65,7 @@ def digest(path: Path) -> None:
 
 
 def one_round(store: Store, server: SeaweedFS, folder: Path, data: bytes, number: int) -> dict[str, Taken]:
-    """What each took, with the same new content, from a file and to a file, as boto3 has it."""
+    """Time each operation with the same new content, from a file and to a file, as boto3 requires."""
     client, source, target, key = server.client(), folder / "source", folder / "target", f"plain-{number}"
     source.write_bytes(data)
     kept: list[object_store.Put] = []
@@ -111,8 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=100, help="of content, in millions of bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    size = given.mb * 1_000_000
+    arguments = parser.parse_args()
+    size = arguments.mb * 1_000_000
     kinds: dict[str, Callable[[int], bytes]] = {
         "text": lambda seed: text(size, seed),
         "bytes that do not compress": lambda _: os.urandom(size),
@@ -123,8 +123,8 @@ def main() -> None:
         warm = object_store.put(store, os.urandom(1000))
         print(f"warmed up with {warm.reference.size} bytes")
         for kind, make in kinds.items():
-            print(f"{given.mb} MB of {kind}, median of {given.rounds}, S3 by SeaweedFS on this machine")
-            measure(store, server, Path(name), make, given.rounds)
+            print(f"{arguments.mb} MB of {kind}, median of {arguments.rounds}, S3 by SeaweedFS on this machine")
+            measure(store, server, Path(name), make, arguments.rounds)
         server.kill()
 
 

@@ -1,4 +1,4 @@
-"""Where a run takes place: the servers it boots, processes of the sides, and what the machine is."""
+"""Start the servers of a run and the processes of the sides, and describe the machine."""
 
 import os
 import platform
@@ -28,14 +28,14 @@ _MIGRATED: Final = "evalstore_migrated"
 
 
 class Stored(NamedTuple):
-    """Events committed, and the time of the last commit, in seconds since 1970."""
+    """The number of committed events, and the time of the last commit in seconds since 1970."""
 
     events: int
     last_s: float
 
 
 class Totals(NamedTuple):
-    """Records, those of them that are complete, and confirmations."""
+    """The numbers of records, of complete records, and of confirmations."""
 
     evaluations: int
     complete: int
@@ -43,7 +43,7 @@ class Totals(NamedTuple):
 
 
 class Cpu(NamedTuple):
-    """Seconds of processor time."""
+    """Processor time in seconds."""
 
     workers: float
     postgres: float
@@ -51,20 +51,20 @@ class Cpu(NamedTuple):
 
 
 class Place:
-    """A PostgreSQL and a Valkey of the run's own, set up as `evalstore up` does. `peers`: their Python, None without them."""
+    """A PostgreSQL and a Valkey for this run, set up as `evalstore up` does. `peers` is the Python of the peers, or None."""
 
     def __init__(self, peers: Path | None) -> None:
         self.peers = peers
-        self.more: dict[str, str] = {}  # variables for all processes, until they are taken out again
+        self.more: dict[str, str] = {}  # Variables for all processes, until they are removed.
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            # Not the folder for temporary files, which may be in memory: what is written is to reach a disk.
+            # Not the folder for temporary files, which may be in memory: writes must reach a disk.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evalstore-bench-", dir="/var/tmp")))
             folder.chmod(0o755)
             self.folder = folder
-            # So that when rows were committed can be asked for afterwards, and counting does not compete with storing.
+            # Records commit times, so that counting need not compete with storing.
             self.postgres = stack.enter_context(Postgres(folder / "postgres", settings={"track_commit_timestamp": "on"}))
             self.valkey = stack.enter_context(Valkey(folder / "valkey"))
             migrations.upgrade(self.postgres.url())
@@ -85,14 +85,14 @@ class Place:
         return str(self.peers)
 
     def environment(self, shape: Shape | None = None) -> dict[str, str]:
-        """Of a side's processes."""
-        given = {name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")}
-        given |= {"EVALSTORE_DATABASE_URL": self.postgres.url(), "EVALSTORE_REDIS_URL": self.valkey.url()}
-        given |= {"RQ_REDIS_URL": self.valkey.url(), "BENCH_THREADS": str(shape.threads if shape else 1)}
-        return given | self.more
+        """Return the environment for a side's processes."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")}
+        variables |= {"EVALSTORE_DATABASE_URL": self.postgres.url(), "EVALSTORE_REDIS_URL": self.valkey.url()}
+        variables |= {"RQ_REDIS_URL": self.valkey.url(), "BENCH_THREADS": str(shape.threads if shape else 1)}
+        return variables | self.more
 
     def reset(self, *, keep_rows: bool = False) -> None:
-        """No messages, no rows (or only those of the log and the records), and the servers as rested as they can be."""
+        """Remove all messages, and all rows (or only the log and the records), and let the servers settle."""
         self.redis.flushall()
         with psycopg.connect(self.postgres.url("postgres"), autocommit=True) as conn:
             if not keep_rows:
@@ -105,15 +105,14 @@ class Place:
                 conn.execute("UPDATE confirmation_position SET stream_ms = 0, stream_seq = 0")
 
     def settle(self) -> None:
-        """Let Valkey rewrite its append-only file now: filling the queue sets that off, in the midst of some rounds and not of
-        others."""
-        with suppress(redis.ResponseError):  # it is at it
+        """Let Valkey rewrite its append-only file now. Otherwise filling the queue starts a rewrite during some rounds only."""
+        with suppress(redis.ResponseError):  # A rewrite is already running.
             self.redis.bgrewriteaof()
-        while (told := self.redis.info("persistence"))["aof_rewrite_in_progress"] or told["aof_rewrite_scheduled"]:
+        while (state := self.redis.info("persistence"))["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
             time.sleep(0.05)
 
     def run(self, side: Side | None, module: str, *options: str) -> str:
-        """Run a module of ours in a side's environment, and return what it prints. Raises RuntimeError with its errors."""
+        """Run a module of ours in a side's environment and return its output. Raises RuntimeError with its errors."""
         command = [self.python(side), "-m", module, *options]
         done = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -127,7 +126,7 @@ class Place:
 
     @contextmanager
     def workers(self, side: Side, shape: Shape) -> Iterator["Workers"]:
-        """A side's workers, until the end of the block."""
+        """Run a side's workers until the end of the block."""
         command = [self.python(side), *side.command(shape)]
         log_path = self.folder / f"{side.name}.log"
         with log_path.open("wb") as log, ExitStack() as stack:
@@ -140,14 +139,14 @@ class Place:
             yield Workers(guards, log_path)
 
     def stored(self, eval_ids: list[str]) -> Stored:
-        """How many events of these evaluations are committed, and when the last was."""
+        """Return how many events of these evaluations are committed, and the time of the last commit."""
         with psycopg.connect(self.postgres.url()) as conn:
             query = "SELECT count(*), extract(epoch FROM max(pg_xact_commit_timestamp(xmin)))::float8 FROM evaluation_events"
             events, last = conn.execute(f"{query} WHERE eval_id = ANY(%s)".encode(), [eval_ids]).fetchone() or (0, None)
             return Stored(events, last or 0.0)
 
     def totals(self, eval_ids: list[str]) -> Totals:
-        """What became of these evaluations, and what is in the outbox."""
+        """Count the records of these evaluations, and the confirmations in the outbox."""
         query = "SELECT count(*), count(*) FILTER (WHERE version = 3 AND status = 'completed') FROM evaluations"
         with psycopg.connect(self.postgres.url()) as conn:
             evaluations, complete = conn.execute(f"{query} WHERE eval_id = ANY(%s)".encode(), [eval_ids]).fetchone() or (0, 0)
@@ -155,7 +154,7 @@ class Place:
             return Totals(evaluations, complete, confirmations)
 
     def cpu(self, workers: "Workers | None" = None) -> Cpu:
-        """Processor time used until now."""
+        """Return the processor time used until now."""
         return Cpu(
             workers.cpu_s() if workers else 0.0,
             _cpu_s([psutil.Process(self.postgres.pid)]),
@@ -163,7 +162,7 @@ class Place:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The machine, the servers and the libraries."""
+        """Describe the machine, the servers and the libraries."""
         with psycopg.connect(self.postgres.url()) as conn:
             (postgres,) = _row(conn, "SHOW server_version")
         info = self.redis.info("server")
@@ -183,7 +182,7 @@ class Place:
         }
 
     def _fsync_ms(self) -> float:
-        """What it takes this disk to make 8 KiB durable: the median of 50."""
+        """Return the milliseconds that this disk needs to make 8 KiB durable: the median of 50."""
         taken = []
         with (self.folder / "fsync").open("wb") as file:
             for _ in range(50):
@@ -203,39 +202,39 @@ class Place:
 
 
 class Workers:
-    """All processes of one side that runs."""
+    """All running processes of one side."""
 
     def __init__(self, guards: Sequence["subprocess.Popen[bytes]"], log: Path) -> None:
         self._guards, self._log = guards, log
 
     def tree(self) -> list[psutil.Process]:
-        """Every process but the guards, which do nothing."""
-        found = []
+        """Return all processes except the guards, which use no time."""
+        processes = []
         for guard in self._guards:
             if guard.poll() is not None:
                 raise RuntimeError(f"a worker ended with status {guard.returncode}:\n{self.tail()}")
-            found += psutil.Process(guard.pid).children(recursive=True)
-        return found
+            processes += psutil.Process(guard.pid).children(recursive=True)
+        return processes
 
     def tail(self) -> str:
-        """The end of what they printed."""
+        """Return the end of the processes' output."""
         return self._log.read_text(errors="replace")[-3000:]
 
     def cpu_s(self) -> float:
         return _cpu_s(self.tree(), recursive=False)
 
     def rss_bytes(self) -> list[int]:
-        """Resident memory of each process."""
-        found = []
+        """Return the resident memory of each process."""
+        sizes = []
         for process in self.tree():
             try:
-                found.append(process.memory_info().rss)
+                sizes.append(process.memory_info().rss)
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return sizes
 
     def wait_until_idle(self, *, within_s: float = 15.0) -> None:
-        """Return when they have nothing to do: less than a tenth of one core over half a second."""
+        """Wait until the processes use less than a tenth of one core over half a second."""
         give_up = time.monotonic() + within_s
         before = self.cpu_s()
         while time.monotonic() < give_up:
@@ -247,7 +246,7 @@ class Workers:
 
 
 def _cpu_s(roots: Sequence[psutil.Process], *, recursive: bool = True) -> float:
-    """Processor time of processes, of what they started, and of those of these that ended."""
+    """Return the processor time of processes and of their children, also of those that have ended."""
     total = 0.0
     for root in roots:
         for process in [root, *(root.children(recursive=True) if recursive else [])]:

@@ -1,4 +1,4 @@
-"""The table in docs/performance.md, made from a run's results: `python -m bench.report RESULTS.json` makes it again."""
+"""Make the table in docs/performance.md from a run's results: `python -m bench.report RESULTS.json`."""
 
 import json
 import statistics
@@ -12,50 +12,54 @@ END: Final = "<!-- made by bench/report.py: end -->"
 _PEERS: Final = ("celery", "rq", "arq", "taskiq", "saq")
 
 
-def table(found: dict[str, Any]) -> str:
-    """Everything a run found, as Markdown."""
-    parts = [_machine(found), _rates(found), _aims(found), _latency(found), _send(found), _more(found)]
+def table(results: dict[str, Any]) -> str:
+    """Format all results of a run as Markdown."""
+    parts = [_machine(results), _rates(results), _aims(results), _latency(results), _send(results), _more(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write(page: Path, text: str) -> None:
-    """Put `text` between the page's markers. Raises ValueError where it has none."""
+    """Put `text` between the page's markers. Raises ValueError if the page has no markers."""
     old = page.read_text(encoding="utf-8")
     before, after = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
     page.write_text(f"{before}\n\n{text}\n{after}", encoding="utf-8")
 
 
-def _machine(found: dict[str, Any]) -> str:
-    machine = found["machine"]
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
     libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
-    note = " A smoke run: its numbers mean nothing." if found.get("quick") else ""
+    note = " A smoke run: its numbers mean nothing." if results.get("quick") else ""
     return (
-        f"Run of {found['date'][:10]}, {found['minutes']} minutes.{note} {machine['cores']} cores of {machine['cpu']}, "
+        f"Run of {results['date'][:10]}, {results['minutes']} minutes.{note} {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, {machine['file_system']} (8 KiB durable in "
         f"{machine['fsync_ms']} ms), load before: {machine['load_before']}. Python {machine['python']}, "
         f"PostgreSQL {machine['postgresql']}, Valkey {machine['valkey']}; {libraries}."
     )
 
 
-def _medians(found: dict[str, Any]) -> dict[str, float]:
-    return {name: statistics.median(one["events_per_s"] for one in each) for name, each in found.get("rate", {}).items()}
+def _medians(results: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: statistics.median(round_["events_per_s"] for round_ in each) for name, each in results.get("rate", {}).items()
+    }
 
 
 def _cpu_us(each: list[dict[str, Any]]) -> float:
-    return float(statistics.median(sum(one["cpu_us"].values()) for one in each))
+    return float(statistics.median(sum(round_["cpu_us"].values()) for round_ in each))
 
 
-def _rates(found: dict[str, Any]) -> str:
-    medians = _medians(found)
+def _rates(results: dict[str, Any]) -> str:
+    medians = _medians(results)
     rows = []
     for name, per_s in medians.items():
-        each = found["rate"][name]
-        cpu = [f"{statistics.median(one['cpu_us'][part] for one in each):,.0f}" for part in each[0]["cpu_us"]]
+        each = results["rate"][name]
+        cpu = [f"{statistics.median(round_['cpu_us'][part] for round_ in each):,.0f}" for part in each[0]["cpu_us"]]
         of = f"{medians['evalstore'] / per_s:.2f}" if "evalstore" in medians else ""
-        spent = f"{_cpu_us(each) / _cpu_us(found['rate']['evalstore']):.2f}" if "evalstore" in medians else ""
-        spread = f"{min(one['events_per_s'] for one in each):,.0f} to {max(one['events_per_s'] for one in each):,.0f}"
-        complaints = "; ".join(sorted({one["complaint"] for one in each if one["complaint"]}))
-        rows.append([found["titles"][name], found["shapes"][name], f"{per_s:,.0f}", spread, of, *cpu, spent, complaints])
+        spent = f"{_cpu_us(each) / _cpu_us(results['rate']['evalstore']):.2f}" if "evalstore" in medians else ""
+        spread = (
+            f"{min(round_['events_per_s'] for round_ in each):,.0f} to {max(round_['events_per_s'] for round_ in each):,.0f}"
+        )
+        complaints = "; ".join(sorted({round_["complaint"] for round_ in each if round_["complaint"]}))
+        rows.append([results["titles"][name], results["shapes"][name], f"{per_s:,.0f}", spread, of, *cpu, spent, complaints])
     if not rows:
         return ""
     head = ["side", "processes, threads", "events/s", "rounds", "evalstore ÷ this"]
@@ -71,14 +75,14 @@ class _Aim(NamedTuple):
     form: str = "{:.2f}"
 
 
-def _aims(found: dict[str, Any]) -> str:
-    aims = [*_rate_aims(found), *_latency_aims(found), *_send_aims(found), *_memory_aims(found), *_stored_aims(found)]
+def _aims(results: dict[str, Any]) -> str:
+    aims = [*_rate_aims(results), *_latency_aims(results), *_send_aims(results), *_memory_aims(results), *_stored_aims(results)]
     rows = [[aim.what, aim.wanted, aim.form.format(aim.got), "yes" if aim.is_met else "no"] for aim in aims]
     return f"The aims:\n\n{_markdown(['what', 'aim', 'measured', 'met'], rows)}" if rows else ""
 
 
-def _rate_aims(found: dict[str, Any]) -> Iterator[_Aim]:
-    medians = _medians(found)
+def _rate_aims(results: dict[str, Any]) -> Iterator[_Aim]:
+    medians = _medians(results)
     best = max((medians[name] for name in _PEERS if name in medians), default=None)
     others = [
         ("(b)", medians.get("stock"), 20.0),
@@ -93,30 +97,30 @@ def _rate_aims(found: dict[str, Any]) -> Iterator[_Aim]:
             yield _Aim(f"rate ÷ that of {title}", f"≥ {wanted:g}", ratio, ratio >= wanted)
 
 
-def _latency_aims(found: dict[str, Any]) -> Iterator[_Aim]:
-    if measured := found.get("latency", {}).get("evalstore"):
+def _latency_aims(results: dict[str, Any]) -> Iterator[_Aim]:
+    if measured := results.get("latency", {}).get("evalstore"):
         for part, wanted in (("p50_ms", 5), ("p99_ms", 25)):
             ms = measured["idle"][part]
             yield _Aim(f"idle latency, {part[:3]}, ms", f"< {wanted}", ms, ms < wanted, "{:.1f}")
 
 
-def _send_aims(found: dict[str, Any]) -> Iterator[_Aim]:
-    if send := found.get("send"):
+def _send_aims(results: dict[str, Any]) -> Iterator[_Aim]:
+    if send := results.get("send"):
         for part, name in (("cpu_us", "CPU"), ("wall_us", "wall")):
-            one, many = send["evalstore"][part] / send["stock"][part], send["stock"][part] / send["bulk"][part]
-            yield _Aim(f"`send` ÷ stock, {name}", "≤ 1", one, one <= 1)
+            single, many = send["evalstore"][part] / send["stock"][part], send["stock"][part] / send["bulk"][part]
+            yield _Aim(f"`send` ÷ stock, {name}", "≤ 1", single, single <= 1)
             yield _Aim(f"stock `send` ÷ bulk send, {name}", "≥ 8", many, many >= 8)
 
 
-def _memory_aims(found: dict[str, Any]) -> Iterator[_Aim]:
-    if memory := found.get("memory"):
+def _memory_aims(results: dict[str, Any]) -> Iterator[_Aim]:
+    if memory := results.get("memory"):
         growth = memory["last_fifth_mib"] / memory["second_fifth_mib"]
         yield _Aim("memory of a worker process, MiB", "< 200", memory["peak_mib"], memory["peak_mib"] < 200, "{:.0f}")
         yield _Aim("… at the end ÷ at the beginning", "flat", growth, growth < 1.1)
 
 
-def _stored_aims(found: dict[str, Any]) -> Iterator[_Aim]:
-    stored = {(one["before"], one["ordered"]): one["events_per_s"] for one in found.get("stored", [])}
+def _stored_aims(results: dict[str, Any]) -> Iterator[_Aim]:
+    stored = {(round_["before"], round_["ordered"]): round_["events_per_s"] for round_ in results.get("stored", [])}
     most = max((before for before, _ in stored), default=0)
     for ordered, ids in ((False, "random"), (True, "ascending")):
         if most and stored.get((0, ordered)):
@@ -124,10 +128,10 @@ def _stored_aims(found: dict[str, Any]) -> Iterator[_Aim]:
             yield _Aim(f"rate with {most:,} stored ÷ empty, {ids} ids", "≥ 0.8", ratio, ratio >= 0.8)
 
 
-def _latency(found: dict[str, Any]) -> str:
+def _latency(results: dict[str, Any]) -> str:
     rows = [
-        [found["titles"][name], when, *(f"{of[part]:,.1f}" for part in ("p50_ms", "p99_ms", "worst_ms")), str(of["probes"])]
-        for name, both in found.get("latency", {}).items()
+        [results["titles"][name], when, *(f"{of[part]:,.1f}" for part in ("p50_ms", "p99_ms", "worst_ms")), str(of["probes"])]
+        for name, both in results.get("latency", {}).items()
         if both
         for when, of in (("idle", both["idle"]), (f"{both['loaded']['sent_per_s']:,.0f} events/s", both["loaded"]))
     ]
@@ -135,37 +139,39 @@ def _latency(found: dict[str, Any]) -> str:
     return f"From `send` to committed and visible:\n\n{_markdown(head, rows)}" if rows else ""
 
 
-def _send(found: dict[str, Any]) -> str:
+def _send(results: dict[str, Any]) -> str:
     names = {"stock": "stock `send`", "evalstore": "`store_evaluation.send`", "bulk": "`store_evaluations`, 1,000 together"}
-    rows = [[names[name], f"{one['cpu_us']:.0f}", f"{one['wall_us']:.0f}"] for name, one in found.get("send", {}).items()]
+    rows = [
+        [names[name], f"{result['cpu_us']:.0f}", f"{result['wall_us']:.0f}"] for name, result in results.get("send", {}).items()
+    ]
     return f"What an event costs its sender:\n\n{_markdown(['', 'CPU µs', 'wall µs'], rows)}" if rows else ""
 
 
-def _more(found: dict[str, Any]) -> str:
-    rows = [[f"{number} processes", f"{per_s:,.0f}"] for number, per_s in found.get("processes", {}).items()]
+def _more(results: dict[str, Any]) -> str:
+    rows = [[f"{number} processes", f"{per_s:,.0f}"] for number, per_s in results.get("processes", {}).items()]
     rows += [
         [
-            f"{one['before']:,} evaluations before, {'ascending' if one['ordered'] else 'random'} ids {one['complaint']}",
-            f"{one['events_per_s']:,.0f}",
+            f"{result['before']:,} evaluations, {'ascending' if result['ordered'] else 'random'} ids {result['complaint']}",
+            f"{result['events_per_s']:,.0f}",
         ]
-        for one in found.get("stored", [])
+        for result in results.get("stored", [])
     ]
-    if memory := found.get("memory"):
+    if memory := results.get("memory"):
         rows.append([f"one queue of {memory['events']:,} events {memory['complaint']}", f"{memory['events_per_s']:,.0f}"])
-    rows += [*_turns("traces", found.get("tracing", {})), *_turns("metrics and logs", found.get("watching", {}))]
+    rows += [*_turns("traces", results.get("tracing", {})), *_turns("metrics and logs", results.get("watching", {}))]
     return f"evalstore in other situations:\n\n{_markdown(['', 'events/s'], rows)}" if rows else ""
 
 
 def _turns(what: str, cases: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
-    """With what each costs beside the case `off`: the median over rounds, of which each had all cases one after the other."""
+    """Format each case with its cost relative to the case `off`: the median over rounds, each of which ran all cases."""
     for name, each in cases.items():
-        told = f"{what} {name}; {_cpu_us(each):.1f} µs of processor time an event"
+        text = f"{what} {name}; {_cpu_us(each):.1f} µs of processor time an event"
         if name != "off":
             pairs = list(zip(cases["off"], each, strict=True))
-            rate = statistics.median(1 - one["events_per_s"] / off["events_per_s"] for off, one in pairs)
-            cpu = statistics.median(_cpu_us([one]) / _cpu_us([off]) - 1 for off, one in pairs)
-            told += f"; by rounds {rate:.1%} fewer events/s, {cpu:.1%} more processor time"
-        yield [told, f"{statistics.median(one['events_per_s'] for one in each):,.0f}"]
+            rate = statistics.median(1 - round_["events_per_s"] / off["events_per_s"] for off, round_ in pairs)
+            cpu = statistics.median(_cpu_us([round_]) / _cpu_us([off]) - 1 for off, round_ in pairs)
+            text += f"; by rounds {rate:.1%} fewer events/s, {cpu:.1%} more processor time"
+        yield [text, f"{statistics.median(round_['events_per_s'] for round_ in each):,.0f}"]
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

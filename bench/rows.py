@@ -1,7 +1,7 @@
-"""What the other sides store: the rows evalstore stores, in one transaction a message, as an engineer would write it.
+"""Store for the other sides the rows that evalstore stores, in one transaction for each message.
 
-An insert, an upsert that does not mind the order in which an evaluation's events arrive, and a row in the outbox. Metadata is
-merged in the order of arrival and two results of one attempt are not told apart; evalstore's rule costs more than this.
+The transaction has an insert, an upsert that accepts an evaluation's events in any order, and a row in the outbox. Metadata is
+merged in order of arrival, and two results of one attempt are not told apart. evalstore's rule costs more than this.
 """
 
 from datetime import datetime
@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from evalstore.storage.tables import confirmations, evaluation_events, evaluations
 
-if TYPE_CHECKING:  # it needs greenlet, which only the peers' environment has
+if TYPE_CHECKING:  # It needs greenlet, which only the peers' environment has.
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _STATUS: Final = {"evaluation:queued": "queued", "evaluation:started": "running", "evaluation:completed": "completed"}
@@ -29,14 +29,14 @@ LOG: Final = insert(evaluation_events).values(dict.fromkeys(_COLUMNS - {"recorde
 
 def _upsert() -> Any:
     new = insert(evaluations).values(dict.fromkeys(["eval_id", "status", "attempt", "version", "metadata", *_KEPT]))
-    given = new.excluded
-    is_later = case({"queued": 0, "running": 1}, value=given.status, else_=2) > case(
+    excluded = new.excluded
+    is_later = case({"queued": 0, "running": 1}, value=excluded.status, else_=2) > case(
         {"queued": 0, "running": 1}, value=evaluations.c.status, else_=2
     )
-    changed: dict[str, Any] = {name: func.coalesce(evaluations.c[name], given[name]) for name in _KEPT}
-    changed["status"] = case((is_later, given.status), else_=evaluations.c.status)
+    changed: dict[str, Any] = {name: func.coalesce(evaluations.c[name], excluded[name]) for name in _KEPT}
+    changed["status"] = case((is_later, excluded.status), else_=evaluations.c.status)
     changed["version"] = evaluations.c.version + 1
-    changed["metadata"] = evaluations.c.metadata.concat(given.metadata)
+    changed["metadata"] = evaluations.c.metadata.concat(excluded.metadata)
     changed["updated_at"] = func.now()
     return new.on_conflict_do_update(index_elements=["eval_id"], set_=changed).returning(
         evaluations.c.version, evaluations.c.status, literal_column("evaluations.xmax = 0")
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 def rows(event: dict[str, Any]) -> Rows:
-    """The rows of one event."""
+    """Return the rows of one event."""
     at = datetime.fromisoformat(event["occurred_at"])
     log = dict.fromkeys(_COLUMNS - {"recorded_at"}) | event
     event_id = UUID(event["event_id"])
@@ -74,7 +74,7 @@ def rows(event: dict[str, Any]) -> Rows:
 
 
 def confirmation(event: dict[str, Any], version: int, status: str, *, created: bool) -> dict[str, Any]:
-    """The row of the outbox."""
+    """Return the row of the outbox."""
     body = {
         "type": "storage:evaluation:created" if created else "storage:evaluation:updated",
         "eval_id": event["eval_id"],
@@ -86,20 +86,20 @@ def confirmation(event: dict[str, Any], version: int, status: str, *, created: b
 
 
 def store(conn: Connection, event: dict[str, Any]) -> None:
-    """Store one event; the caller's transaction."""
-    made = rows(event)
-    if conn.execute(LOG, made.log).rowcount == 0:
+    """Store one event in the caller's transaction."""
+    values = rows(event)
+    if conn.execute(LOG, values.log).rowcount == 0:
         return
-    version, status, created = conn.execute(RECORD, made.record).one()
+    version, status, created = conn.execute(RECORD, values.record).one()
     conn.execute(OUTBOX, confirmation(event, version, status, created=created))
 
 
 async def store_async(conn: "AsyncConnection", event: dict[str, Any]) -> None:
-    """The same for the queues that work on an event loop."""
-    made = rows(event)
-    if (await conn.execute(LOG, made.log)).rowcount == 0:
+    """Do as `store` does, for queues that run on an event loop."""
+    values = rows(event)
+    if (await conn.execute(LOG, values.log)).rowcount == 0:
         return
-    version, status, created = (await conn.execute(RECORD, made.record)).one()
+    version, status, created = (await conn.execute(RECORD, values.record)).one()
     await conn.execute(OUTBOX, confirmation(event, version, status, created=created))
 
 

@@ -1,4 +1,4 @@
-"""Somebody who asks a worker for its metrics every five seconds, three times as often as Prometheus usually does."""
+"""Scrape a worker's metrics every five seconds, three times as often as Prometheus usually does."""
 
 import contextlib
 import tempfile
@@ -12,7 +12,7 @@ from evalstore.local.servers import free_port
 
 @contextmanager
 def scraping() -> Iterator[dict[str, str]]:
-    """The settings of workers that are asked, whenever one of them runs."""
+    """Scrape workers during the block. Return their settings."""
     port, done = free_port(), threading.Event()
 
     def ask() -> None:

@@ -1,7 +1,8 @@
-"""What it costs that somebody looks, in processor time: `python -m bench.seeing`.
+"""Measure the processor time of observability: `python -m bench.seeing`.
 
-A worker and its endpoint at their start, and each scrape. Then one thread stores batches and relays their confirmations without
-traces, with one event in ten traced, and with every event, in turns: so small differences show on a busy machine as well.
+It measures the start of a worker and its endpoint, and each scrape. Then one thread stores batches and relays their
+confirmations: without traces, with one event in ten traced, and with every event traced. The cases alternate, so small
+differences show on a busy machine.
 """
 
 import gc
@@ -47,13 +48,15 @@ def _start(place: Place) -> None:
             time.sleep(0.05)
         time.sleep(2)
         tree = [master, *master.children(recursive=True)]
-        endpoint = next(one for one in tree if any(at.laddr and at.laddr.port == port for at in one.net_connections("tcp")))
+        endpoint = next(
+            process for process in tree if any(at.laddr and at.laddr.port == port for at in process.net_connections("tcp"))
+        )
         print(f"start of two processes and their endpoint: {sum(map(_cpu_ms, tree)):,.0f} ms")
         print(f"of that the endpoint with its first scrape: {_cpu_ms(endpoint):,.0f} ms; it holds ", end="")
         print(f"{endpoint.memory_full_info().uss / 2**20:.0f} MiB of its own")
         spent = []
         for _ in range(_SCRAPES):
-            time.sleep(2.1)  # what servers told is kept for two seconds
+            time.sleep(2.1)  # Answers of the servers are cached for two seconds.
             before = _cpu_ms(endpoint)
             _scrape(port)
             spent.append(_cpu_ms(endpoint) - before)
@@ -64,9 +67,9 @@ def _start(place: Place) -> None:
 def _worker(place: Place) -> Iterator[tuple[psutil.Process, int]]:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        given = {"EVALSTORE_METRICS_PORT": str(port), "EVALSTORE_RUNTIME_DIR": folder}
+        variables = {"EVALSTORE_METRICS_PORT": str(port), "EVALSTORE_RUNTIME_DIR": folder}
         command = [sys.executable, "-m", "dramatiq", "worker.tasks", "--processes", "2", "--threads", "2"]
-        environment = place.environment() | given
+        environment = place.environment() | variables
         with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
             yield psutil.Process(process.pid), port
             process.terminate()
@@ -77,7 +80,7 @@ def _scrape(port: int) -> None:
 
 
 def _cpu_ms(process: psutil.Process) -> float:
-    """Its processor time to the nanosecond, of threads that ended too: a clock that Linux has for each process."""
+    """Return the processor time in nanoseconds of all threads, also of ended threads, from Linux's clock for the process."""
     return time.clock_gettime((~process.pid << 3) | 2) * 1e3
 
 
@@ -89,14 +92,14 @@ def _store(place: Place, environment: dict[str, str]) -> None:
 
     traces = tracing.traces()
     gc.freeze()
-    gc.set_threshold(100_000, 10, 10)  # as a worker does
+    gc.set_threshold(100_000, 10, 10)  # As in a worker.
     spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _SHARES}
     place.reset()
     for number in range(_ROUNDS):
         for name in list(_SHARES) if number % 2 else reversed(_SHARES):
-            batch = Batch([Delivery(*one) for one in _messages(random.getrandbits(64), _SHARES[name])])
+            batch = Batch([Delivery(*message) for message in _messages(random.getrandbits(64), _SHARES[name])])
             tracing.traces = (lambda: None) if name == "off" else (lambda: traces)  # type: ignore[assignment]
-            begun = time.thread_time()
+            start = time.thread_time()
             store(batch)
             stored = time.thread_time()
             with connections.engine.connect() as conn:
@@ -104,7 +107,7 @@ def _store(place: Place, environment: dict[str, str]) -> None:
             relayed, sending = time.thread_time(), time.process_time()
             if traces and name != "off":
                 traces.flush()
-            spent[name].append((stored - begun, relayed - stored, time.process_time() - sending))
+            spent[name].append((stored - start, relayed - stored, time.process_time() - sending))
     print(f"\nµs an event, median of {_ROUNDS} batches of {_EVENTS:,}: stored, confirmations relayed, spans sent")
     for name, each in spent.items():
         print(f"traces {name}: ", *(f"{statistics.median(part) / _EVENTS * 1e6:6.2f}" for part in zip(*each, strict=True)))

@@ -1,6 +1,6 @@
-"""What sending an event costs the sender: `python -m bench.sending`. Prints microseconds as JSON.
+"""Measure what sending an event costs the sender: `python -m bench.sending`. Print microseconds as JSON.
 
-Stock Dramatiq sends what it is given, one message a round trip; evalstore checks it first, and can send many together.
+Plain Dramatiq sends one unchecked message in each round trip. evalstore checks each event first, and can send many together.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from tasks import store_evaluation, store_evaluations
 _TOGETHER: Final = 1000
 
 
-def _stock(given: list[dict[str, Any]]) -> None:
-    for event in given:
+def _stock(batch: list[dict[str, Any]]) -> None:
+    for event in batch:
         stock.store_evaluation.send(event)
 
 
-def _evalstore(given: list[dict[str, Any]]) -> None:
-    for event in given:
+def _evalstore(batch: list[dict[str, Any]]) -> None:
+    for event in batch:
         store_evaluation.send(event)
 
 
-def _bulk(given: list[dict[str, Any]]) -> None:
-    for first in range(0, len(given), _TOGETHER):
-        store_evaluations(given[first : first + _TOGETHER])
+def _bulk(batch: list[dict[str, Any]]) -> None:
+    for first in range(0, len(batch), _TOGETHER):
+        store_evaluations(batch[first : first + _TOGETHER])
 
 
 def main() -> None:
@@ -45,18 +45,18 @@ def main() -> None:
     with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
         for number in range(options.rounds + 1):
             for name, send in ways.items():
-                given = list(events(options.count if number else 100, seed=number))
+                batch = list(events(options.count if number else 100, seed=number))
                 client.flushall()
                 cpu, wall = time.process_time(), time.perf_counter()
-                send(given)
+                send(batch)
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-                if number:  # the first is for connections, and for what is made once
-                    taken[name].append((cpu / len(given) * 1e6, wall / len(given) * 1e6))
-    found = {
+                if number:  # The first round opens connections and fills caches.
+                    taken[name].append((cpu / len(batch) * 1e6, wall / len(batch) * 1e6))
+    results = {
         name: {"cpu_us": statistics.median(cpu for cpu, _ in each), "wall_us": statistics.median(wall for _, wall in each)}
         for name, each in taken.items()
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shapes that cross a process border. No I/O, and nothing here needs more than a gateway has installed."""
+"""The data that crosses a process border. No I/O, and no imports beyond a gateway's packages."""
 
 from models.errors import (
     BadMessage,

@@ -16,7 +16,7 @@ MAX_CONTENT_BYTES = 100 * 1024 * 1024
 # Content is compressed and checked in frames of this size. Smaller content may be stored uncompressed.
 FRAME_BYTES = 4 * 1024 * 1024
 
-# A surrogate pair with each half encoded by itself. No string encodes to this: a pair encodes as its one character.
+# The bytes for the halves of a surrogate pair. No string encodes to these: a pair encodes as one character.
 _SPLIT_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 
 _SIZES = range(2**63)

@@ -1,7 +1,7 @@
-"""The events: one fact about an evaluation each, as senders give them and as they travel.
+"""The models of events. Each event states one fact about an evaluation.
 
-`parse` and `check` are the only ways in. Unknown fields are kept (`model_extra`) so that a newer gateway does not break an
-older worker; `check`, the sender's way, refuses them, so that a typo shows at once.
+Events enter only through `parse` and `check`. `parse` is for workers: it keeps unknown fields (`model_extra`), so that a newer
+gateway does not break an older worker. `check` is for senders: it refuses unknown fields, so that a typo shows at once.
 """
 
 import json
@@ -22,7 +22,7 @@ from models.kinds import UUID_FORM, Int64
 from models.plain import SURROGATE, plain_scalar
 from models.validation_errors import did_you_mean, format_error
 
-MAX_EXTRA_DEPTH = 500  # of an unknown field; Python's JSON gives up on some depth below 1,000
+MAX_EXTRA_DEPTH = 500  # Of an unknown field. Python's JSON decoder fails at some depth below 1,000.
 
 
 class _Event(fields.Common, BaseModel):
@@ -30,13 +30,13 @@ class _Event(fields.Common, BaseModel):
 
 
 class EvaluationQueued(fields.Code, fields.Queued, _Event):
-    """The evaluation was accepted: this is the code to run."""
+    """The evaluation was accepted. The event holds the code to run."""
 
     type: Literal["evaluation:queued"] = "evaluation:queued"
 
 
 class EvaluationStarted(fields.Started, fields.Ran, _Event):
-    """An executor took it up, or says that it still runs."""
+    """An executor started the evaluation, or reports that it still runs."""
 
     type: Annotated[Literal["evaluation:started", "evaluation:running"], AfterValidator(lambda _: "evaluation:started")] = (
         "evaluation:started"
@@ -44,14 +44,14 @@ class EvaluationStarted(fields.Started, fields.Ran, _Event):
 
 
 class EvaluationCompleted(fields.Graded, fields.Output, fields.Measured, fields.Ran, _Event):
-    """The code ran to its end, whatever its exit code."""
+    """The code ran to its end, with any exit code."""
 
     type: Literal["evaluation:completed"] = "evaluation:completed"
-    exit_code: Int64 = Field()  # required here
+    exit_code: Int64 = Field()  # Other events may omit it.
 
 
 class EvaluationFailed(fields.Output, fields.Measured, fields.Ran, _Event):
-    """The code could not be run, or not to its end."""
+    """The code could not be started, or failed before its end."""
 
     type: Literal["evaluation:failed"] = "evaluation:failed"
 
@@ -63,13 +63,13 @@ class EvaluationTimedOut(fields.Output, fields.Measured, fields.Ran, _Event):
 
 
 class EvaluationCancelled(fields.Cancelled, _Event):
-    """Somebody called it off."""
+    """The evaluation was cancelled."""
 
     type: Literal["evaluation:cancelled"] = "evaluation:cancelled"
 
 
 class EvaluationLost(_Event):
-    """No result came in time. Written by the system alone."""
+    """No result came in time. Only the system writes this event."""
 
     type: Literal["evaluation:lost"] = "evaluation:lost"
 
@@ -96,14 +96,14 @@ _REQUIRED_CONTENT: Final = {
 }
 
 
-# Built at the first event, not while a gateway starts.
+# Built at the first event: a gateway should start fast.
 @cache
 def _adapter() -> TypeAdapter[Event]:
     return TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
 def decode(text: bytes | bytearray, name: str = "event") -> Any:
-    """The value of a JSON text; lone surrogates are let through, NaN and Infinity are not. Raises InvalidEvent of that name."""
+    """Decode a JSON text. Accept lone surrogates; refuse NaN and Infinity. Raises InvalidEvent."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -126,19 +126,19 @@ def _finite(digits: str) -> float:
 
 
 def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
-    """The event that a decoded JSON value is, as a worker takes it: fields it does not know are kept in `model_extra`.
+    """Build the event from a decoded JSON value, for a worker. Unknown fields are kept in `model_extra`.
 
-    Raises InvalidEvent, which names every wrong field; the same value would fail again.
+    Raises InvalidEvent, which names every wrong field. The same value would fail again.
     """
     try:
         event = _adapter().validate_python(data)
     except ValidationError as error:
-        # pydantic takes no names with lone surrogates, and unknown fields may have any.
-        given: dict[Any, Any] = data if isinstance(data, dict) else {}
-        odd = {name: value for name, value in given.items() if isinstance(name, str) and SURROGATE.search(name)}
+        # pydantic refuses names with lone surrogates, but unknown fields may have any name.
+        fields: dict[Any, Any] = data if isinstance(data, dict) else {}
+        odd = {name: value for name, value in fields.items() if isinstance(name, str) and SURROGATE.search(name)}
         if not odd:
             raise InvalidEvent(_faults(data, error, max_content_bytes)) from None
-        event = parse({name: value for name, value in given.items() if name not in odd}, max_content_bytes=max_content_bytes)
+        event = parse({name: value for name, value in fields.items() if name not in odd}, max_content_bytes=max_content_bytes)
         event = event.model_copy(update=odd)
     faults = _content_faults(event.type, event.__dict__, max_content_bytes)
     if event.model_extra:
@@ -149,7 +149,7 @@ def parse(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
 
 def _extra_fault(value: Any) -> str | None:
-    """What keeps the value of an unknown field from being kept as it came, or None."""
+    """Return why an unknown field's value cannot be stored unchanged, or None."""
     level = [value]
     for _ in range(MAX_EXTRA_DEPTH + 1):
         if any(isinstance(item, float) and not math.isfinite(item) for item in level):
@@ -162,10 +162,10 @@ def _extra_fault(value: Any) -> str | None:
 
 
 def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: int) -> dict[str, Any]:
-    """`event` with an `event_id` and an `occurred_at`: its own, or else its message's, the same at every delivery.
+    """Return `event` with an `event_id` and an `occurred_at`. Missing values come from the message, equally at every delivery.
 
-    A message_id that is no UUID gives one derived from it. Raises InvalidEvent for what is no object, an id that is no text, or
-    a timestamp that is no time.
+    If message_id is no UUID, the event_id is derived from it. Raises InvalidEvent if the event is no object, an id is no text,
+    or a timestamp is no time.
     """
     if not isinstance(event, Mapping):
         raise InvalidEvent([Fault("event", f"expected a JSON object, not {type(event).__name__}")])
@@ -188,20 +188,20 @@ def identified(event: Mapping[str, Any], message_id: str, message_timestamp_ms: 
 
 
 def identity(event: Mapping[str, Any]) -> tuple[str | None, UUID | None]:
-    """The `eval_id` and `event_id` of an event that may be wrong in any way, each None where it is no such thing."""
-    found: list[Any] = []
+    """Return the `eval_id` and `event_id` of an event that may be invalid. An invalid id is None."""
+    ids: list[Any] = []
     for validate, name in ((kinds.eval_id, "eval_id"), (kinds.event_id, "event_id")):
         try:
-            found.append(validate(event.get(name)))
+            ids.append(validate(event.get(name)))
         except ValueError:
-            found.append(None)
-    return found[0], found[1]
+            ids.append(None)
+    return ids[0], ids[1]
 
 
 def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -> Event:
-    """The event that a sender gives, as a JSON object or as one of the models: no unknown fields, no system events.
+    """Build the event from a sender's JSON object or model. Refuse unknown fields and system events.
 
-    Its fields have JSON's own types, or those of the models. Raises InvalidEvent, which names every wrong field.
+    Fields have the types of JSON or of the models. Raises InvalidEvent, which names every wrong field.
     """
     faults: list[Fault] = []
     if isinstance(data, _Event):
@@ -227,12 +227,15 @@ def check(data: object, *, max_content_bytes: int = content.MAX_CONTENT_BYTES) -
 
 
 def known_values(type_: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scalar fields of that type of events among `values`, as its model holds them. Leave out invalid values."""
-    model, found = _MODELS[type_], {}
+    """Return the valid scalar fields in `values` of this type of event, converted to the model's types.
+
+    Leave out invalid values.
+    """
+    model, known = _MODELS[type_], {}
     for name in values.keys() & _FIELDS[model] & set(fields.SCALARS):
         with suppress(ValidationError):
-            found[name] = _field_adapter(model, name).validate_python(values[name])
-    return found
+            known[name] = _field_adapter(model, name).validate_python(values[name])
+    return known
 
 
 @cache
@@ -247,7 +250,7 @@ def _unknown(name: str, type_: str, known: Collection[str]) -> Fault:
 
 
 def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: int) -> list[Fault]:
-    """What is wrong with an event's content beyond the type of each field."""
+    """Return the faults of an event's content beyond its types: missing, in several forms, or too large."""
     faults = []
     for name in CONTENT_FIELDS[type_]:
         text, b64, ref = values.get(name), values.get(f"{name}_b64"), values.get(f"{name}_ref")
@@ -258,7 +261,7 @@ def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: in
         forms = [form for form, value in ((name, text), (f"{name}_b64", b64), (f"{name}_ref", ref)) if value is not None]
         if len(forms) > 1:
             faults.append(Fault(name, f"given more than once, as {' and '.join(forms)}"))
-        # A character takes at most 4 bytes, four characters of base64 make 3: only what comes near is measured.
+        # A character takes at most 4 bytes: encode only text that may exceed the limit. Four characters of base64 hold 3 bytes.
         if isinstance(text, str) and len(text) * 4 > max_content_bytes:
             size = len(content.to_bytes(text))
         elif isinstance(b64, str):
@@ -273,7 +276,7 @@ def _content_faults(type_: str, values: Mapping[str, Any], max_content_bytes: in
 
 
 def _faults(data: object, error: ValidationError, max_content_bytes: int) -> list[Fault]:
-    """Every wrong field of `data`, in the words of DESIGN rather than pydantic's."""
+    """Return every wrong field of `data`, in evalstore's words instead of pydantic's."""
     if not isinstance(data, dict):
         return [Fault("event", f"expected a JSON object, not {type(data).__name__}")]
     faults = []

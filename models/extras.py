@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Final
 
-# The extras of pyproject.toml: modules, and another extra that is included.
+# The extras of pyproject.toml: the modules of each, and the extra that it includes.
 EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "s3": (("boto3",), None),
     "worker": (

@@ -37,7 +37,7 @@ for _name in (*SCALARS, *CONTENTS):
 
 
 def _struct(type_: str) -> type[_Event]:
-    """Return the struct of a type of events. Content is inline: references and base64 take the slow path."""
+    """Return the struct for a type of event. Its content is inline text: references and base64 take the slow path."""
 
     def declared(field: Field) -> tuple[str, Any] | tuple[str, Any, None]:
         wire = field.kind.wire
@@ -86,10 +86,10 @@ def decode_message(
         message = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    found = _fact(message.args[0], body, max_content_bytes)
-    if traceparents is not None and found is not None and (traceparent := message.options.traceparent) is not None:
+    row = _fact(message.args[0], body, max_content_bytes)
+    if traceparents is not None and row is not None and (traceparent := message.options.traceparent) is not None:
         traceparents[redis_id] = traceparent
-    return found
+    return row
 
 
 def decode_event(body: bytes, *, max_content_bytes: int) -> EventRow | None:
@@ -109,12 +109,13 @@ def check_and_encode(data: dict[str, Any], *, max_content_bytes: int) -> tuple[d
 
     The event has a lower-case id and no nulls: it can be sent as it is, but for the form of its time.
     """
-    # Convert to the struct of one type: msgspec prepares a union anew at each call. Decoding the JSON would copy all text.
+    # Convert to the struct of one type, because msgspec prepares a union again at each call. Decoding the JSON would copy all
+    # text.
     kind = _STRUCTS.get(tag) if type(tag := data.get("type")) is str else None
     if kind is None or not _is_plain(data, _PLAIN):
         return None
     metadata = data.get("metadata")
-    # Before the encoder, which fails on other types, or on deep nesting, without the name of the field.
+    # Check before encoding: the encoder's errors for other types or deep nesting do not name the field.
     if type(metadata) is dict and not (_is_plain(metadata, _PLAIN_METADATA) and _is_finite(metadata)):
         return None
     try:
@@ -162,7 +163,7 @@ def _fact(event: Any, body: bytes, max_content_bytes: int) -> EventRow | None:
         None if error is None else error.encode(),
         None,
     )
-    return _new(EventRow, head + _scalars(event) + tail)  # `_make` counts the fields once more
+    return _new(EventRow, head + _scalars(event) + tail)  # `_make` would count the fields again.
 
 
 _new = tuple.__new__
@@ -170,7 +171,7 @@ _scalars = attrgetter(*SCALARS)
 
 
 def _uuid(text: str) -> UUID | None:
-    """Return the UUID. msgspec accepts two forms; the one with hyphens has 36 characters."""
+    """Return the UUID. msgspec accepts two forms; the form with hyphens has 36 characters."""
     if len(text) != 36:
         return None
     try:
@@ -184,7 +185,7 @@ _SOUND = frozenset({str, float, bool, type(None)})
 
 
 def _is_sound(metadata: dict[str, Any], body_bytes: int) -> bool:
-    """Return whether `plain_metadata`, which takes longer, accepts it.
+    """Return whether `plain_metadata` would accept this metadata. This check is faster.
 
     msgspec writes a number at most eight times as long as the sender did, so small bodies need no check of their size.
     """

@@ -95,7 +95,8 @@ class Code:
 
 @_carried_by("started", "completed", "failed", "timed_out")
 class Ran:
-    """The record takes each by itself: from the result if it has the field, else from the attempt's last started event."""
+    """The record takes each of these fields separately: from the result if the result has it, else from the attempt's last
+    started event."""
 
     executor_id: Annotated[Text | None, "the executor that ran it"] = None
     container_id: Annotated[Text | None, "the container it ran in"] = None

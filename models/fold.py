@@ -1,7 +1,7 @@
-"""The rule: what the record of an evaluation is, as a function of the set of its events.
+"""The rule that makes the record of an evaluation from the set of its events.
 
-Neither the order in which events arrive nor how often each does makes a difference. `fold` adds events to a record without the
-events before them, so the events of an evaluation may be given in any parts: the record is what `merge` gives for all.
+The order of events and repeats make no difference. `fold` adds events to a record without the earlier events. So the events of
+an evaluation may come in any parts, and the record equals the result of `merge` for all events.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -21,13 +21,13 @@ def _slice(names: tuple[str, ...]) -> slice:
     return slice(first, first + len(names))
 
 
-# The columns of an event's row that the record takes from one event, and what it has without that event.
+# The columns of an event's row that go to the record, and their values if there is no such event.
 _QUEUED, _RESULT, _STARTED = map(_slice, (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
 _NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
 
 
 class Folded(NamedTuple):
-    """A record with its merge state, and how many of the events given ended an attempt that had ended before."""
+    """A record with its merge state. `conflicting_results` counts new results of attempts that already had a result."""
 
     record: RecordRow
     merge_state: bytes
@@ -35,9 +35,10 @@ class Folded(NamedTuple):
 
 
 def fold(before: Folded | None, events: Sequence[EventRow]) -> Folded:
-    """Return the record that `events` make of the record `before`, which must not count any of them yet.
+    """Add `events` to the record `before`, which must not include any of them yet. Return the new record.
 
-    `events` are of one evaluation, each given once, at least one. Raises Undecodable if the merge state is none.
+    `events` belong to one evaluation. There is at least one, and none comes twice. Raises Undecodable if the merge state is
+    invalid.
     """
     if before:
         past, version = merge_state.decode(before.record, before.merge_state), before.record.version + len(events)
@@ -46,18 +47,18 @@ def fold(before: Folded | None, events: Sequence[EventRow]) -> Folded:
         past, version, counted = NOTHING, len(events), list(events)
     metadata = merge_state.merge_metadata(past, counted)
     winners = _winners(counted)
-    made = _record(winners, metadata, version)
+    new = _record(winners, metadata, version)
     new_endings = [event.attempt for event in events if event.type in ENDINGS]
     endings = {*past.endings, *new_endings} if new_endings else past.endings
-    if merge_state.names_its_event(made):
+    if merge_state.names_its_event(new):
         state = merge_state.ONLY_EVENT
     else:
         state = merge_state.encode(_merge_state(winners, metadata, endings))
-    return Folded(made, state, len(new_endings) - (len(endings) - len(past.endings)))
+    return Folded(new, state, len(new_endings) - (len(endings) - len(past.endings)))
 
 
 class _Winners(NamedTuple):
-    """The events that a record is made of; the started, lost and ending ones are of its attempt."""
+    """The events that determine a record. The started, lost and ending events belong to its attempt."""
 
     eval_id: str
     attempt: int
@@ -109,7 +110,7 @@ def _record(winners: _Winners, metadata: Metadata, version: int) -> RecordRow:
         attempt,
         version,
         *(code[_QUEUED] if code else _NO_QUEUED),
-        # Each by itself: an ending that does not say where it ran leaves what the last started event said.
+        # Each field separately: if the result does not name its executor, the last started event's executor stays.
         result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
         result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
         *(first_started[_STARTED] if first_started else _NO_STARTED),
@@ -146,18 +147,18 @@ def _merge_state(winners: _Winners, metadata: Metadata, endings: Collection[int]
 
 
 def merge(events: Iterable[Event]) -> Record:
-    """Return the record that a set of events of one evaluation makes, whatever their order and however often each is given.
+    """Return the record that a set of events of one evaluation makes, in any order and with any repeats.
 
-    Raises ValueError for no events, events of several evaluations, or one without `event_id` or `occurred_at`. Of two events
-    with the same `event_id` the first given stands, as the first committed does in the store.
+    Raises ValueError for no events, for events of several evaluations, and for an event without `event_id` or `occurred_at`. Of
+    two events with the same `event_id` the first in `events` counts, as the first committed counts in the store.
     """
-    facts: dict[UUID, EventRow] = {}
+    rows: dict[UUID, EventRow] = {}
     for event in events:
         row = to_row(event)
-        facts.setdefault(row.event_id, row)
-    if len({row.eval_id for row in facts.values()}) != 1:
+        rows.setdefault(row.event_id, row)
+    if len({row.eval_id for row in rows.values()}) != 1:
         raise ValueError("expected the events of exactly one evaluation")
-    made = fold(None, list(facts.values())).record
-    code = facts[made.code_event_id].code if made.code_event_id else None
-    result = facts[made.result_event_id] if made.result_event_id else None
-    return record(made, code, result.output if result else None, result.error if result else None)
+    folded = fold(None, list(rows.values())).record
+    code = rows[folded.code_event_id].code if folded.code_event_id else None
+    result = rows[folded.result_event_id] if folded.result_event_id else None
+    return record(folded, code, result.output if result else None, result.error if result else None)

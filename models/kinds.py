@@ -17,7 +17,7 @@ from models.plain import INT64, MAX_METADATA_BYTES, plain_metadata
 
 _EVAL_ID = re.compile(r"[A-Za-z0-9._~:@+=-]{1,200}")
 UUID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-# The form of nearly all times: UTC, nothing to truncate. A time of this form that does not begin with 1 is after 1970.
+# The form of nearly all times: UTC with at most microseconds. A time of this form that does not begin with 1 is after 1970.
 PLAIN_TIME = re.compile(r"[1-9]\d{3}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|\+00:00)", re.ASCII)
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(\.\d+)?([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
@@ -68,9 +68,9 @@ def _occurred_at(value: Any) -> datetime | None:
 
 
 def _in_utc(at: datetime) -> datetime:
-    """Convert `at` to UTC and to `datetime` itself, without `fold`.
+    """Convert `at` to UTC and to a plain `datetime` without `fold`.
 
-    pandas' Timestamp writes nanoseconds, and its NaT is no time.
+    The conversion also serves pandas: its Timestamp writes nanoseconds, and its NaT is no time.
     """
     try:
         moment = at.astimezone(UTC)
@@ -101,10 +101,10 @@ def _reference(value: Any) -> content.Reference | None:
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """How values of one kind look outside of the event models.
+    """How the values of one kind look outside of the event models.
 
-    `words` is for reference pages, `sql` is a PostgreSQL type, `schema` is JSON Schema. `wire` is a type for msgspec; apart
-    from NUL in text it accepts no value that the event models refuse.
+    `words` is for reference pages, `sql` is a PostgreSQL type, `schema` is JSON Schema. `wire` is a type for msgspec. Except
+    for NUL in text, msgspec accepts no value that the event models refuse.
     """
 
     words: str

@@ -1,7 +1,7 @@
-"""What a record's columns do not hold of its events, and a later fold needs.
+"""The merge state: what a later fold needs from a record's events beyond the record's columns.
 
-The state is a function of the set of events, and so are its bytes: the number of the rule, then msgpack. A record made of one
-event needs no more than the number, where its columns name that event.
+The set of events determines the state and its bytes: the number of the rule, then msgpack. A record of one event needs only the
+number, if its columns name that event.
 """
 
 import heapq
@@ -39,20 +39,21 @@ PHASES: Final = {
 Moment = tuple[datetime, UUID]
 # The order in which metadata is merged: attempt, phase, occurred_at, event_id.
 Stamp = tuple[int, int, datetime, UUID]
-# The metadata of an event that still counts, and which of its values are omitted.
+# The metadata of an event that still counts, and the keys of its omitted values.
 Described = tuple[Stamp, dict[str, Any], frozenset[str]]
 
 
 class Undecodable(EvalstoreError):
-    """The bytes are no merge state of the record beside them, by this release's rule."""
+    """The bytes are no merge state of this record by the rule of this release."""
 
 
 class MergeState(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """All but `queued_attempt`, `endings` and metadata is of the record's attempt.
+    """The merge state of a record. All fields except `queued_attempt`, `endings` and metadata describe the record's attempt.
 
-    `last_started` is None where the first started event is the last. `last_executor_id` and `last_container_id` are the last
-    started event's, where the result names its own. `keys` has, for each metadata key in sorted order, the place of its event
-    in `stamps`; it is empty if there is one stamp. `omitted` has the places of the keys whose values were too large.
+    `last_started` is None if the first started event is also the last. `last_executor_id` and `last_container_id` belong to the
+    last started event, if the result names its own. `keys` has a number for each metadata key, in sorted order: the position of
+    the key's event in `stamps`. It is empty if there is only one stamp. `omitted` has the positions of keys whose values were
+    too large.
     """
 
     queued_attempt: int
@@ -71,7 +72,7 @@ class MergeState(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc
 
 
 class Past(NamedTuple):
-    """The events that a record and its merge state stand for, as far as a later event can make a difference to them."""
+    """The events that a record and its merge state represent, reduced to what can still affect a later fold."""
 
     events: list[EventRow]
     described: list[Described]
@@ -83,7 +84,7 @@ NOTHING: Final = Past([], [], (), False)
 
 
 class Metadata(NamedTuple):
-    """Merged metadata, and what its merge state needs."""
+    """Merged metadata, with the data for its merge state."""
 
     values: dict[str, Any]
     stamps: list[Stamp]
@@ -93,7 +94,7 @@ class Metadata(NamedTuple):
 
     @property
     def is_truncated(self) -> bool:
-        """Whether a key was dropped or a value omitted."""
+        """Tell whether a key was dropped or a value omitted."""
         return self.dropped or bool(self.omitted)
 
 
@@ -102,17 +103,17 @@ _DECODER: Final = msgspec.msgpack.Decoder(MergeState)
 
 
 def encode(state: MergeState) -> bytes:
-    """Return the bytes to store beside a record that does not name its only event."""
+    """Encode the merge state of a record that does not name its only event."""
     return _RULE + _ENCODER.encode(state)
 
 
 def names_its_event(record: RecordRow) -> bool:
-    """Whether the columns of `record` hold all that counts of the one event that it is made of."""
+    """Tell whether the columns of `record` hold everything that counts of its one event."""
     return record.version == 1 and record.status not in ("running", "lost") and not record.metadata_truncated
 
 
 def decode(record: RecordRow, data: bytes) -> Past:
-    """Return what `record` and its merge state stand for. Raises Undecodable."""
+    """Decode `record` and its merge state into the events that they represent. Raises Undecodable."""
     if data[:1] != _RULE:
         raise Undecodable("the merge state is of another rule")
     if data == ONLY_EVENT:
@@ -150,7 +151,7 @@ def _only_event(record: RecordRow) -> Past:
 
 
 def _events(record: RecordRow, state: MergeState) -> list[EventRow]:
-    """The queued, started, lost and ending events that count, without metadata and content."""
+    """Return the queued, started, lost and ending events that still count, without metadata and content."""
     events: list[EventRow] = []
     if record.code_event_id and record.queued_at:
         events.append(
@@ -206,7 +207,7 @@ def _events(record: RecordRow, state: MergeState) -> list[EventRow]:
 
 
 def _described(metadata: dict[str, Any], state: MergeState) -> list[Described]:
-    """The merged metadata by the events that it is of. Raises ValueError, IndexError."""
+    """Group the merged metadata by source event. Raises ValueError, IndexError."""
     stamps, keys = state.stamps, state.keys
     if not metadata and not stamps:
         return []
@@ -221,7 +222,7 @@ def _described(metadata: dict[str, Any], state: MergeState) -> list[Described]:
 
 
 def merge_metadata(past: Past, events: Iterable[EventRow]) -> Metadata:
-    """Merge the metadata of `events` into that of the past."""
+    """Merge the metadata of `events` into the metadata of `past`."""
     described = past.described + [_describe(event) for event in events if event.metadata]
     if not described:
         return Metadata({}, [], [], [], past.dropped)
@@ -265,7 +266,7 @@ _NONE: Final[frozenset[str]] = frozenset()
 
 
 def _describe(event: EventRow) -> Described:
-    """The metadata of an event, with a marker instead of each value that is too large."""
+    """Return an event's metadata, with a marker in place of each value that is too large."""
     values = event.metadata or {}
     stamp = event.attempt, PHASES[event.type], event.occurred_at, event.event_id
     large: dict[str, Any] | None = None
@@ -279,12 +280,12 @@ def _describe(event: EventRow) -> Described:
     return (stamp, values | large, frozenset(large)) if large else (stamp, values, _NONE)
 
 
-# No character takes more bytes of JSON than \u0000 does.
+# In JSON no character takes more bytes than \u0000.
 _SHORT: Final = MAX_VALUE_BYTES // 6 - 1
 _NEGATIVE_ZERO: Final = re.compile(rb"-0\.0(?![0-9e])")
 
 
 def _json_bytes(value: Any) -> int:
-    """The size of `value` as JSON, the same for what was sent and what was read back: jsonb has no -0.0."""
+    """Return the size of `value` as JSON. It is equal before and after storage: jsonb has no -0.0."""
     text = msgspec.json.encode(value)
     return len(text) if len(text) <= MAX_VALUE_BYTES else len(text) - len(_NEGATIVE_ZERO.findall(text))

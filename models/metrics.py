@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
 Kind = Literal["counter", "gauge", "histogram"]
-# Who has the value: a group of processes, or Redis and PostgreSQL (`servers`).
+# The source of the value: a group of processes, or Redis and PostgreSQL (`servers`).
 Source = Literal["worker", "api", "sinks", "any", "servers"]
 
 
@@ -40,7 +40,7 @@ REASONS: Final = (
     *("ObjectUnavailable", "WorkerDied"),
     "other",
 )
-# Why a record was made anew from its log: it had no merge state, one of another version, or one that cannot be decoded.
+# Why a record was rebuilt from its log: its merge state was absent, of another version, or undecodable.
 RebuildReason = Literal["absent", "stale", "undecodable"]
 QUEUES: Final = ("evaluations", "jobs")
 _SERVERS: Final = ("postgresql", "redis")
@@ -67,7 +67,7 @@ METRICS: Final = (
     Metric(
         "evalstore_merge_states_rebuilt_total",
         "counter",
-        "Records made anew from their event log, as their merge state was absent, of another version, or undecodable.",
+        "Records rebuilt from their event log because their merge state was absent, of another version, or undecodable.",
         "any",
         {"reason": get_args(RebuildReason)},
     ),

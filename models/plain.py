@@ -58,7 +58,7 @@ def plain_metadata(value: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: str, depth: int) -> Any:
-    """Copy `value`. Raises ValueError for all that is not exact in PostgreSQL's jsonb and in other languages' JSON."""
+    """Copy `value`. Raises ValueError for values that jsonb or JSON of other languages would change."""
     if isinstance(value, dict | list):
         if depth == MAX_METADATA_DEPTH:
             raise ValueError(f"{path}: nested deeper than {MAX_METADATA_DEPTH} levels")

@@ -1,7 +1,7 @@
-"""The record: what an evaluation is now, as a function of the set of its events.
+"""The record: the current state of an evaluation, computed from the set of its events.
 
-Neither the order in which events arrive nor how often each does makes a difference; every worker computes records with
-`fold`, so what PostgreSQL holds is what `merge` gives.
+The order of events and repeats make no difference. Every worker computes records with `fold`, so PostgreSQL holds what `merge`
+returns.
 """
 
 import base64
@@ -21,7 +21,7 @@ from models.content import Reference
 from models.events import CONTENT_FIELDS, EvaluationQueued, Event, known_values
 from models.fields import EVENT_COLUMNS, RECORD_COLUMNS, SCALARS, Scalars
 
-if TYPE_CHECKING:  # the same columns as those of the named tuples below, with types; scalars have them from the table
+if TYPE_CHECKING:  # For type checkers: the columns of the named tuples below. The scalar columns come from the table of fields.
 
     class _Row(tuple[Any, ...]):
         __slots__ = ()
@@ -68,8 +68,8 @@ class EventRow(_EventColumns):
 
     @property
     def references(self) -> list[Reference]:
-        """The objects that hold its content."""
-        return [found for found in (self.code, self.output, self.error) if isinstance(found, Reference)]
+        """Return the references to the objects that hold the content."""
+        return [content for content in (self.code, self.output, self.error) if isinstance(content, Reference)]
 
 
 class RecordRow(_RecordColumns):
@@ -86,9 +86,9 @@ class _Head(BaseModel):
 
 
 class Record(Scalars, _Head):
-    """What readers see. Content is text where it is text, else bytes (`*_b64` in JSON).
+    """The record as readers see it. Content is text if its bytes are valid text, else bytes (`*_b64` in JSON).
 
-    `merge`, which reads no object, leaves a `Reference` where an event gave one.
+    `merge` reads no object: it leaves a `Reference` from an event unchanged.
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True, arbitrary_types_allowed=True)
@@ -109,16 +109,16 @@ def to_row(event: Event) -> EventRow:
     """Return `event` as a row of the event log. Raises ValueError without `event_id` or `occurred_at`."""
     if event.event_id is None or event.occurred_at is None:
         raise ValueError("an event is stored under an event_id and an occurred_at")
-    given = event.__dict__
+    fields = event.__dict__
     contents: dict[str, bytes | Reference] = {}
     for name in CONTENT_FIELDS[event.type]:
-        if (text := given[name]) is not None:
+        if (text := fields[name]) is not None:
             contents[name] = content.to_bytes(text)
-        elif (b64 := given[f"{name}_b64"]) is not None:
+        elif (b64 := fields[f"{name}_b64"]) is not None:
             contents[name] = base64.b64decode(b64)
-        elif (reference := given[f"{name}_ref"]) is not None:
+        elif (reference := fields[f"{name}_ref"]) is not None:
             contents[name] = reference
-    get = given.get
+    get = fields.get
     return EventRow(
         event.eval_id,
         event.event_id,
@@ -140,14 +140,14 @@ def _language(event: Event) -> str | None:
 
 def _extra(event: Event) -> str | None:
     """Return the fields that this release does not know, without nulls, as canonical JSON."""
-    given = {name: value for name, value in (event.model_extra or {}).items() if value is not None}
-    return canonical_json(given) if given else None
+    unknown = {name: value for name, value in (event.model_extra or {}).items() if value is not None}
+    return canonical_json(unknown) if unknown else None
 
 
 def promote(row: EventRow) -> EventRow:
-    """Return `row` with the fields that an older worker kept in `extra` in their columns.
+    """Return `row` after moving fields of this release from `extra` to their columns.
 
-    A worker that does not know a field keeps it in `extra`. Values that the field does not take stay there.
+    An older worker stores unknown fields in `extra`. Values that the field does not accept stay there.
     """
     if row.extra is None:
         return row
@@ -155,14 +155,14 @@ def promote(row: EventRow) -> EventRow:
     columns = known_values(row.type, {name: value for name, value in extra.items() if getattr(row, name, ...) is None})
     if not columns:
         return row
-    left = {name: value for name, value in extra.items() if name not in columns}
-    return row._replace(**columns, extra=canonical_json(left) if left else None)
+    remaining = {name: value for name, value in extra.items() if name not in columns}
+    return row._replace(**columns, extra=canonical_json(remaining) if remaining else None)
 
 
 def demote(row: EventRow, stored_extra: str | None) -> EventRow | None:
-    """Return `row` as an older worker stores it: the fields that are in `stored_extra` go from their columns to `extra`.
+    """Return `row` as an older worker stores it: fields in `stored_extra` move from their columns to `extra`.
 
-    None if no such field has the value that `row` has.
+    Return None if `row` has none of these fields.
     """
     if stored_extra is None:
         return None
@@ -178,7 +178,7 @@ def demote(row: EventRow, stored_extra: str | None) -> EventRow | None:
 def record(
     state: RecordRow, code: bytes | Reference | None, output: bytes | Reference | None, error: bytes | Reference | None
 ) -> Record:
-    """`state` for readers, with its content; where that is an object, with the reference to it."""
+    """Build the record for readers from `state` and its content. Content in an object stays a reference."""
     fields: dict[str, Any] = {name: value for name, value in state._asdict().items() if name in Record.model_fields}
     for name, data in (("code", code), ("output", output), ("error", error)):
         fields[name] = content.from_bytes(data) if isinstance(data, bytes) else data
@@ -186,15 +186,14 @@ def record(
 
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
-# Begins with a letter so that the search goes from one to the next, which is many times faster than to look at every character.
+# It begins with a letter, so the search jumps between letters. That is many times faster than a test of every character.
 _LARGE_EXPONENT = re.compile(rb"e(?<=[0-9]e)\+?[0-9]")
 
 
 def jsonb(value: dict[str, Any]) -> bytes:
-    """`value` as JSON that keeps floats floats in PostgreSQL's jsonb.
+    """Encode `value` as JSON that PostgreSQL's jsonb returns with equal numbers.
 
-    jsonb stores 1e16 as the integer 10000000000000000; a float of 2**53 and above is therefore written out with its ".0",
-    so that what is read back equals what was sent.
+    jsonb stores 1e16 as the integer 10000000000000000. So a float from 2**53 on is written with all digits and ".0".
     """
     if not value:
         return b"{}"
@@ -215,10 +214,10 @@ def _written_out(value: Any) -> Any:
 
 
 def rfc3339(at: datetime) -> str:
-    """A time in UTC as RFC 3339 has it."""
+    """Format a UTC time as RFC 3339."""
     return at.isoformat().replace("+00:00", "Z")
 
 
 def canonical_json(value: dict[str, Any]) -> str:
-    """The same text for the same object, in ASCII."""
+    """Encode an object as ASCII JSON. Equal objects give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

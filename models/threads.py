@@ -76,7 +76,7 @@ _entered = _Entered()
 
 
 def is_within(step: str) -> bool:
-    """Return whether this thread is in that step. The caller is then a signal handler or finalizer that interrupted it."""
+    """Return whether this thread is inside `step`. The caller is then a signal handler or finalizer that interrupted it."""
     return step in _entered.steps
 
 

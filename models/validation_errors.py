@@ -1,4 +1,4 @@
-"""Phrase pydantic's validation errors as evalstore phrases its own."""
+"""Translate pydantic's validation errors into evalstore's words."""
 
 import difflib
 from collections.abc import Collection
@@ -50,6 +50,6 @@ def format_error(error: ErrorDetails) -> str:
 
 
 def did_you_mean(name: object, known: Collection[str], *, prefix: str = "") -> str:
-    """Return `; did you mean NAME?` for the closest known name, or nothing. `known` lacks the `prefix` of the names."""
+    """Return `; did you mean NAME?` for the closest known name, or nothing. The names in `known` are without `prefix`."""
     close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -77,7 +77,7 @@ class EventActor(Actor[[Mapping[str, Any] | Event], None]):
     def build_message(
         self, event: dict[str, Any], options: dict[str, Any] | None = None, *, at_ms: int | None = None, is_small: bool = False
     ) -> Message[None]:
-        """Build the message for a completed event. `is_small`: no content of it is large enough for base64."""
+        """Build the message for a completed event. `is_small` says that its content is too small for base64."""
         if not is_small:
             _encode_escaped_content(event)
         at_ms = int(time.time() * 1000) if at_ms is None else at_ms
@@ -94,7 +94,7 @@ def _load_broker() -> "Callable[[], GatewayBroker]":
 
 
 def _refuse_at_exit() -> None:
-    """Raise SendRefused for a first event after the interpreter cleared its modules: pydantic would panic."""
+    """Raise SendRefused if the interpreter has cleared its modules before the first event: pydantic would panic."""
     if sys.is_finalizing() and not _load_broker.cache_info().currsize:
         raise SendRefused("the interpreter has ended: send the first event earlier, or from another process")
 
@@ -111,9 +111,9 @@ def _refuse_to_run(_event: object) -> NoReturn:
 
 
 def _complete(data: Mapping[str, Any] | Event, settings: Settings) -> tuple[dict[str, Any], bytes | None]:
-    """Check an event and give it `event_id` and `occurred_at`, without nulls, in JSON's types.
+    """Check an event. Return it with `event_id` and `occurred_at`, without nulls, in JSON's types.
 
-    The second result is the event as JSON, or None where content may still change its form.
+    The second result is the event as JSON, or None if content may still change its form.
     """
     max_bytes, has_store = settings.max_content_bytes, settings.object_store_url is not None
     if type(data) is dict:
@@ -161,7 +161,7 @@ def _is_rfc3339_form(time_text: str) -> bool:
 
 
 def _encode_escaped_content(event: dict[str, Any]) -> None:
-    """Turn large content into base64 where its JSON escapes, of 6 characters each, would take more."""
+    """Encode large content as base64 if its JSON escapes, of 6 characters each, would take more space."""
     for name in CONTENT_FIELDS[event["type"]]:
         text = event.get(name)
         if text is not None and len(text) > _SMALL_BYTES:

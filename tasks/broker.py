@@ -30,7 +30,7 @@ MessageState = Literal["queued", "dead"]
 _MAX_DELAY_MS: Final = 365 * 86_400_000
 # A large message extends the timeout: 100 MiB on a slow network are no outage.
 _SLOWEST_BYTES_PER_S: Final = 10_000_000
-_SLOWEST_SPOOL_BYTES_PER_S: Final = 1_000_000  # nobody waits for the spool
+_SLOWEST_SPOOL_BYTES_PER_S: Final = 1_000_000  # No caller waits for the spool.
 # Smaller messages do not extend the timeout. To change a socket's timeout is a system call.
 _LARGE_BYTES: Final = 256 * 1024
 # Below this number of messages the script is as fast as a transaction, which has one more round trip.
@@ -40,7 +40,7 @@ _WITHOUT_RESENT: Final = 2  # keys: the queue and the bodies
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
-    """Encode `message` in Dramatiq's JSON. `event`: its argument, if that is encoded already.
+    """Encode `message` in Dramatiq's JSON. `event` is its argument as JSON, if already encoded.
 
     Messages of other queues, and values that msgspec refuses, go through Dramatiq's encoder, which the application may have
     replaced (`dramatiq.set_encoder`). Workers always read JSON.
@@ -75,7 +75,7 @@ def _fields(message: Message[Any]) -> dict[str, Any]:
 class SendingBroker(RedisBroker):
     """Dramatiq's Redis broker with repeatable sends, bulk sends, and durable sends.
 
-    It takes RedisBroker's parameters, except those of its maintenance. With `spool`, events that Redis does not take are kept
+    It takes RedisBroker's parameters, except those of its maintenance. With `spool`, events that Redis does not accept are kept
     on disk, unless they are delayed or durable.
     """
 
@@ -120,7 +120,7 @@ class SendingBroker(RedisBroker):
 
     @cached_property
     def names(self) -> Names:
-        """The names in Redis that belong to no queue."""
+        """The names in Redis outside the queues."""
         return Names(self.namespace)
 
     def declare_queue(self, queue_name: str) -> None:
@@ -261,8 +261,8 @@ class SendingBroker(RedisBroker):
         for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
-                # When the reply was lost, the repeated script writes nothing, and a new connection would wait for nothing.
-                # This write is later than that of the messages.
+                # After a lost reply, the repeated script writes nothing on the new connection, so WAIT would return at once.
+                # This write comes after the write of the messages.
                 pipeline.set(fence(keys[0]), 1, ex=60)
                 pipeline.execute_command(*wait)
                 sent, fenced, confirmed = pipeline.execute(raise_on_error=False)
@@ -275,7 +275,7 @@ class SendingBroker(RedisBroker):
         raise NotDurable(f"sent, but not known to be durable: {why}")
 
     def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
-        """Yield every message that Redis holds for `queue`. One that moves meanwhile may come twice. Raises RedisOutage."""
+        """Yield every message that Redis holds for `queue`. A message that moves may come twice. Raises RedisOutage."""
         keys = self.keys(queue)
         places: list[tuple[MessageState, str]] = [
             ("queued", keys.stock_delayed_bodies),

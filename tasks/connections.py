@@ -130,8 +130,8 @@ def run_script(pool: redis.ConnectionPool, script: Any, keys: list[str], argumen
 def run_transaction(pool: redis.ConnectionPool, watched: str, commands: Iterable[bytes]) -> bool:
     """Run packed commands in one transaction, and return whether they ran. Redis reads each while the next is packed.
 
-    Returns False, with no effect, if Redis refuses a command or something writes to `watched` meanwhile. A transaction that
-    arrives after its sender gave up has no effect either, if the sender wrote to `watched`.
+    Returns False, with no effect, if Redis refuses a command or another client writes to `watched` before the end. A
+    transaction that arrives after its sender gave up has no effect either, if the sender wrote to `watched`.
     Raises ResponseError if some commands failed at EXEC. Raises redis.ConnectionError or TimeoutError: the outcome is unknown.
     """
     connection = pool.get_connection()

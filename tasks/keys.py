@@ -57,13 +57,13 @@ class Keys(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The names of a namespace that belong to no queue."""
+    """The names of a namespace outside its queues."""
 
     namespace: str
 
     @property
     def prefix(self) -> str:
-        """The prefix of names that do not contain the namespace otherwise, and of the channels of confirmations."""
+        """The prefix that puts other names into the namespace. It is empty for the default namespace."""
         return "" if self.namespace == DEFAULT_REDIS_NAMESPACE else f"{self.namespace}:"
 
     @property

@@ -7,9 +7,9 @@ of a segment is a record:
 
 The message is JSON without line breaks. So the next record can be found after a torn write or a damaged sector.
 
-Two flock(2) locks end with their process. `append.lock` is held during a write, never during a send. `forward.lock` is held by
-the one forwarder, and contains its position. A record leaves the spool after Redis confirmed it. After a crash some records are
-sent again with the same id, which adds nothing.
+The two flock(2) locks end with their process. `append.lock` is held during a write, never during a send. `forward.lock` is held
+by the one forwarder, and contains its position. A record leaves the spool after Redis confirmed it. After a crash some records
+are sent again with the same id, which adds nothing.
 """
 
 import fcntl
@@ -172,7 +172,7 @@ class Spool:
         messages = size = damaged = 0
         oldest_ms: int | None = None
         for path, segment_bytes in self._segments():
-            with suppress(FileNotFoundError), path.open("rb") as file:  # forwarded meanwhile
+            with suppress(FileNotFoundError), path.open("rb") as file:  # The forwarder has removed the segment.
                 offset, _ = self._progress(path.name, segment_bytes)
                 file.seek(offset)
                 for line in file:
@@ -189,7 +189,7 @@ class Spool:
     def lines(self) -> Iterator[tuple[int | None, bytes]]:
         """Yield every line and its time in ms since 1970. The time is None for damaged lines and for `.bad` files."""
         for path, size in self._segments():
-            with suppress(FileNotFoundError), path.open("rb") as file:  # forwarded meanwhile
+            with suppress(FileNotFoundError), path.open("rb") as file:  # The forwarder has removed the segment.
                 file.seek(self._progress(path.name, size)[0])
                 for line in file:
                     record = SpoolRecord.parse(line)

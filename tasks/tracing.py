@@ -1,4 +1,4 @@
-"""Traces with OpenTelemetry. They are off unless its environment variables turn them on; off, nothing of it is imported.
+"""Traces with OpenTelemetry, which its environment variables turn on. Otherwise OpenTelemetry is not imported.
 
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
@@ -52,7 +52,7 @@ def _asked(environment: Mapping[str, str]) -> Literal["nothing", "otlp", "unsupp
 
 @cache
 def provider(service: str | None = None) -> "TracerProvider | None":
-    """Return the provider of this process's spans; None with traces off. `service` is its name if the environment has none."""
+    """Return the provider of this process's spans, or None if traces are off. `service` is the default service name."""
     if threads.is_within(_SPAN):  # a signal handler interrupted the work below
         return None
     asked = _asked(os.environ)

@@ -80,7 +80,7 @@ class Uploader:
                 return None
 
         with suppress(ObjectStoreOutage, SendRefused), once_at_a_time(_UPLOAD):
-            self._open()  # before several threads would
+            self._open()  # Open once, before several threads upload.
         references = in_threads(upload, large, _UPLOAD_THREADS)
         for (event, name, _), reference in zip(large, references, strict=True):
             if reference is not None:
@@ -98,7 +98,7 @@ class Uploader:
         try:
             stored = put(store, data, touch_before=datetime.now(UTC) - self._max_age)
         except ObjectUnavailable:
-            raise  # the store still takes other objects
+            raise  # The store still accepts other objects.
         except ObjectStoreOutage as error:
             self._retry_at = time.monotonic() + _RETRY_AFTER_S
             self._outage = error

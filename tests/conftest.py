@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
     from tests.seaweedfs import SeaweedFS
 
-# Only a crash of the machine may lose what was written; tests that kill the server hold with these too.
+# Only a crash of the machine may lose data. So these settings suit tests that kill the server too.
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
 EMPTY, MIGRATED = "template0", "evalstore_migrated"
-# Of the shared Valkey: those that tests take in turn, and the one of the service that tests share.
+# Databases of the shared Valkey: some for single tests in turn, and one for the shared service.
 DATABASES, OF_SERVICE = 64, 64
 
 _numbers = itertools.count(1)
@@ -249,7 +249,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedFS"]
     server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
     server.start()
     yield server
-    server.kill()  # in good order takes it ten seconds, and nobody reads its data again
+    server.kill()  # A clean shutdown takes ten seconds, and nobody reads the data again.
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The archive's periodic jobs. Each run is bounded in time; it reports an object store that is away, and does not wait."""
+"""The archive's periodic jobs. Each run is bounded in time. A run reports an unavailable object store instead of waiting."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -21,9 +21,9 @@ from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 
-# Longer than the time between two runs: with much to do, a few workers share it.
+# Longer than the time between two runs, so a few workers share a long queue of due content.
 _LONGEST_S: Final = 240.0
-_PARTS: Final = 48  # of a day: half hours
+_PARTS: Final = 48  # A day has 48 half hours.
 STEP_S: Final = 300.0
 
 
@@ -44,7 +44,7 @@ class Progress:
 
 
 def archive_of(settings: Settings) -> Archive | None:
-    """Return access to the archive, or None where none is set up."""
+    """Return access to the archive, or None if no archive is set up."""
     try:
         return Archive.of(settings)
     except InvalidSettings:
@@ -78,7 +78,7 @@ def move(
 
 
 def sweep(conn: Connection, broker: SendingBroker, settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Remove objects that nothing refers to, among a part of all objects that changes each half hour; returns the counts.
+    """Remove unreferenced objects in one part of the object names. Each half hour has its part. Return the counts.
 
     Raises DatabaseOutage, RedisOutage (retry).
     """

@@ -19,7 +19,7 @@ from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
 
-# Another process may have died between its commit and the relay: look without being woken, too.
+# Look also without `wake`: another process may have died between its commit and the relay.
 _TICK_S: Final = 5.0
 _LONGEST_S: Final = 15.0
 
@@ -53,7 +53,7 @@ class Background(threading.Thread):
         counters.set_deadline(WORK_S)
         try:
             with self._connections.connect(_LONGEST_S):
-                pass  # log at the start what keeps this worker from storing
+                pass  # Connecting at the start logs why this worker cannot store.
         except SchemaMismatch as error:
             log.critical("schema_mismatch", error=error)
         except Outage as error:
@@ -75,7 +75,7 @@ class Background(threading.Thread):
         dead_letter_mover.move(conn, self._broker, self._scripts, go_on=go_on)
 
     def _try(self, what: str, work: Callable[[Connection, Callable[[], bool]], None]) -> None:
-        """Do one duty. After any failure it is tried again, and the other duty and storing continue."""
+        """Do one duty. Log any failure: the next turn tries again, and other work continues."""
         go_on = time_budget(self._turn_s)
         try:
             with self._connections.connect(_LONGEST_S) as conn:
@@ -88,25 +88,25 @@ class Background(threading.Thread):
             self._stopping.wait(timeout=1)
         else:
             self._failing.discard(what)
-            if not go_on():  # there may be more to do
+            if not go_on():  # The duty used its whole turn, so work may remain.
                 self.wake()
 
     def stop(self) -> None:
-        """Do each duty once more, and wait 1 s for it. Other processes do what is left."""
+        """Do each duty once more, and wait 1 s for the end. Other processes do the remaining work."""
         self._stopping.set()
         self._wanted.set()
         self.join(timeout=1)
 
 
 class BackgroundMiddleware(dramatiq.Middleware):
-    """Runs `make()`'s thread beside each worker, and tells `handler` when the worker stops."""
+    """Runs the thread that `make()` returns beside each worker. Tells `handler` when the worker stops."""
 
     def __init__(self, handler: Handler, make: Callable[[], Background]) -> None:
         self._handler, self._make = handler, make
         self.thread: Background | None = None
 
     def before_worker_boot(self, broker: Any, worker: dramatiq.Worker) -> None:  # noqa: ARG002 - Dramatiq's signature
-        tracing.traces()  # loading OpenTelemetry takes 0.2 s, for which the first events would wait
+        tracing.traces()  # Loading OpenTelemetry takes 0.2 s. Load it before the first events arrive.
 
     def after_ack(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         if self.thread:

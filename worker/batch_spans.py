@@ -34,7 +34,7 @@ from worker.batches import Batch, BatchOutcome, Delivery
 
 _ODD: Final = frozenset("13579bdf")
 _SAMPLED, _REMOTE_PARENT = 0x01, 0x300  # SpanFlags of opentelemetry/proto/trace/v1/trace.proto
-# A span of a full batch is near 1 MB, so few requests wait.
+# The limit of waiting requests is low: the spans of a full batch take about 1 MB.
 _MOST_WAITING, _MOST_TOGETHER = 32, 12
 _MOST_REQUEST_BYTES: Final = 8 * 1024 * 1024
 _MOST_TRANSACTIONS, _MOST_FAILURES = 20, 2
@@ -68,7 +68,7 @@ def is_sampled(traceparent: str) -> bool:
 
 
 def below(traceparent: str, span_id: bytes) -> str:
-    """Return the `traceparent` of our span below; the given one where the trace is not sampled, as there is no span then."""
+    """Return the `traceparent` of our child span. If the trace is not sampled, there is no child: return the sender's."""
     return f"00-{traceparent[3:35]}-{span_id.hex()}-01" if is_sampled(traceparent) else traceparent
 
 
@@ -77,7 +77,7 @@ def _id(size: int) -> bytes:
 
 
 def _span(sender: bytes, span_id: bytes, fields: bytes) -> bytes:
-    """Return a span below that of a sender, as a field of ScopeSpans."""
+    """Return a child span of a sender's span, encoded as a field of ScopeSpans."""
     return b"\x12%b\x0a\x10%b\x22\x08%b\x12\x08%b%b" % (
         _varint(len(fields) + 38),
         sender[1:17],
@@ -135,12 +135,12 @@ class Traces:
         return self._sampler.should_sample(None, int.from_bytes(trace_id), name).decision != Decision.DROP
 
     def send(self, spans: Sequence[bytes]) -> None:
-        """Queue encoded spans. If the receiver is away, the oldest are dropped."""
+        """Queue encoded spans. If the receiver is unavailable, the oldest spans are dropped."""
         size = sum(map(len, spans))
         self._processor.on_end(cast("ReadableSpan", _Encoded([self._scope_before(size), *spans], size)))
 
     def _scope_before(self, size: int) -> bytes:
-        """Return the head of a request with so many bytes of spans."""
+        """Return the head of a request whose spans have this many bytes."""
         scope = _before(b"\x12", len(self._scope) + size) + self._scope
         made: bytes = _before(b"\x0a", len(self._resource) + len(scope) + size) + self._resource + scope
         return made
@@ -162,7 +162,7 @@ class _Stored(NamedTuple):
 class BatchSpans:
     """Collects the outcomes of a batch, and sends its spans at the end.
 
-    `traceparents` holds the option of each message that was read, not yet checked, by its id in Redis.
+    `traceparents` has the unchecked option `traceparent` of each message read, by its id in Redis.
     """
 
     def __init__(self, traces: Traces, batch: Batch, outcome: BatchOutcome) -> None:
@@ -177,7 +177,7 @@ class BatchSpans:
         self._failures: list[Span.Event] = []
 
     def _parsed(self) -> dict[bytes, str]:
-        """Return the `traceparent`s of the messages that were read so far, by their ids."""
+        """Return the valid `traceparent`s of the messages read until now, by message id."""
         self._senders |= {redis_id: parse_traceparent(given) for redis_id, given in self.traceparents.items()}
         self.traceparents.clear()
         return self._senders
@@ -200,7 +200,7 @@ class BatchSpans:
 
     @contextmanager
     def transaction(self, events: int) -> Iterator[None]:
-        """Trace one attempt to store so many events."""
+        """Trace one attempt to store this number of events."""
         span = self._below("transaction evaluations", database(events))
         try:
             yield
@@ -214,7 +214,7 @@ class BatchSpans:
         finally:
             span.end_time_unix_nano = time.time_ns()
             self._transactions.append(span)
-            if len(self._transactions) > _MOST_TRANSACTIONS:  # a long outage keeps its first and last ones
+            if len(self._transactions) > _MOST_TRANSACTIONS:  # Keep the first and the last transactions of a long outage.
                 del self._transactions[_MOST_TRANSACTIONS // 2]
 
     def _below(self, name: str, attributes: Mapping[str, Any]) -> Span:
@@ -230,7 +230,7 @@ class BatchSpans:
         )
 
     def end(self) -> None:
-        """Send the batch's span, and that of each event whose trace is sampled."""
+        """Send the batch's span and the spans of events whose trace is sampled."""
         ended = time.time_ns()
         links: dict[bytes, None] = {}
         spans: list[bytes] = []
@@ -257,7 +257,7 @@ class BatchSpans:
             spans.append(_span(ids, span_id, b"%b%b%b" % (_before_eval_id(len(eval_id)), eval_id, fields)))
 
     def _add_others(self, ended: int, links: dict[bytes, None], spans: list[bytes]) -> None:
-        """Add the spans of dead letters, and of events that come again."""
+        """Add the spans of dead letters and of repeated events."""
         outcome_of, sender_of = self._outcome, self._parsed()
         known = {pair[0].redis_id: (pair[1], outcome) for one in self._stored for pair, outcome in zip(*one[:2], strict=True)}
         for delivery in self._batch:
@@ -288,7 +288,7 @@ class BatchSpans:
         return encoded
 
     def _of_event(self, ended: int, type_: str, outcome: str, is_redriven: bool, cause: bytes | None = None) -> bytes:
-        """Return the fields that spans of such events share. `cause` is that of a dead letter."""
+        """Return the fields shared by all spans with this outcome. `cause` is the cause of a dead letter."""
         about = messaging("dramatiq", "process", QUEUE) | {"evalstore.type": type_, "evalstore.outcome": outcome}
         about |= {"evalstore.redriven": True} if is_redriven else {}
         span = Span(
@@ -349,7 +349,7 @@ def _varint(number: int) -> bytes:
 
 @cache
 def _before_eval_id(length: int) -> bytes:
-    """Return the start of an attribute with an eval_id of so many bytes, as a field of Span; none for 0."""
+    """Return the encoded start of an attribute whose eval_id has this many bytes, as a field of Span. For 0 return nothing."""
     if not length:
         return b""
     value = b"\x0a" + _varint(length)

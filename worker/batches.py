@@ -1,4 +1,4 @@
-"""What a consumer hands to the handler, and what the handler returns."""
+"""The batches that a consumer hands to the handler, and the outcomes that the handler returns."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from tasks.redrives import REDRIVEN
 
 
 class Delivery(NamedTuple):
-    """A message as it was fetched from Redis."""
+    """A message fetched from Redis."""
 
     redis_id: bytes
     body: bytes
@@ -25,7 +25,7 @@ Pair = tuple[Delivery, EventRow]
 
 @dataclass(slots=True)
 class BatchOutcome:
-    """What became of the messages of a batch, by their ids in Redis. A message that no field names is stored."""
+    """The outcomes of a batch's messages, by their ids in Redis. A message that no field names is stored."""
 
     dead: dict[bytes, bytes] = field(default_factory=dict)
     """Dead letters, each with its cause as JSON."""
@@ -50,7 +50,10 @@ class BatchOutcome:
 
 @dataclass(slots=True)
 class Batch:
-    """Deliveries for one call of a handler. The broker adds the handler's `outcome`, by which the consumer settles them."""
+    """The deliveries for one call of a handler.
+
+    The broker adds the handler's `outcome`, and the consumer settles the deliveries.
+    """
 
     deliveries: list[Delivery]
     outcome: BatchOutcome = field(default_factory=BatchOutcome)

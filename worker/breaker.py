@@ -16,7 +16,8 @@ log = EventLogger("evalstore.worker")
 
 @dataclass(frozen=True)
 class BreakerLimits:
-    """The breaker opens when of at least `messages` within `window_s` the `share` is bad. Then one is tried every `probe_s`."""
+    """When the breaker opens: of at least `messages` within `window_s`, the `share` is bad. Then one message is tried every
+    `probe_s`."""
 
     messages: int = 500
     share: float = 0.5
@@ -25,7 +26,7 @@ class BreakerLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Return the limits that are set."""
+        """Return the limits from the settings."""
         return cls(settings.breaker_messages, settings.breaker_share, settings.breaker_window_s, settings.breaker_probe_s)
 
 
@@ -40,7 +41,7 @@ class Breaker:
         self.is_open = False
 
     def record(self, good: int, causes: Mapping[bytes, bytes]) -> None:
-        """Count messages that were tried; `causes` has those that are bad. May open the breaker."""
+        """Count messages that were tried. `causes` has the bad messages. May open the breaker."""
         bad = len(causes)
         with self._lock:
             now = time.monotonic()
@@ -56,7 +57,7 @@ class Breaker:
             self.report_open(causes)
 
     def may_probe(self) -> bool:
-        """Return whether the caller may try one message. After True, no caller may for `probe_s`."""
+        """Return whether the caller may try one message. One caller gets True in each period of `probe_s`."""
         with self._lock:
             now = time.monotonic()
             if now - self._probed < self._limits.probe_s:
@@ -65,7 +66,7 @@ class Breaker:
             return True
 
     def report_open(self, causes: Mapping[bytes, bytes]) -> None:
-        """Log that the breaker is open, with one of the causes. Does nothing where another thread closed it meanwhile."""
+        """Log that the breaker is open, with one of the causes. Does nothing if another thread has closed it."""
         if not self.is_open:
             return
         self._counters.set("evalstore_breaker_open", to=1)

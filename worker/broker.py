@@ -1,7 +1,7 @@
 """The consuming half of the broker, which Dramatiq's worker and command line run.
 
 A message is in one place in Redis: in the queue, in a process's unacknowledged set, delayed, in quarantine, or dead. Other
-processes reclaim the set of a process that died. A process that lives requeues what is in its set and in none of its threads.
+processes reclaim the set of a dead process. A running process requeues messages of its set that none of its threads holds.
 """
 
 import gc
@@ -24,10 +24,10 @@ from worker.scripts import Scripts
 
 
 class Broker(SendingBroker):
-    """Takes the parameters of SendingBroker, and these.
+    """Takes the parameters of SendingBroker and a few more.
 
-    `max_deaths`: a message that killed so many processes, alone in each, becomes a dead letter. `batch_events`, `batch_bytes`:
-    the most that is fetched for one batch.
+    `max_deaths`: a message becomes a dead letter after this many processes died while they held only this message.
+    `batch_events` and `batch_bytes` are the limits of one batch.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Broker(SendingBroker):
         self.add_middleware(_Lifecycle())
 
     def declare_batch_actor(self, actor: Actor[..., None], handle: Callable[[Batch], BatchOutcome]) -> None:
-        """Declare an actor whose queue is handled in batches: `handle` returns what the consumer does with each message."""
+        """Declare an actor that receives batches. `handle` returns the outcome of each message."""
         actor.fn = partial(_run, handle)
         self._batch_actors[actor.queue_name] = BatchActor(actor.actor_name, self._batch_events)
         self.declare_actor(actor)
@@ -86,7 +86,7 @@ class Broker(SendingBroker):
         )
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        """Send a message. Where Dramatiq's middleware retries a message, the consumer schedules that as it acknowledges."""
+        """Send a message. For a retry by Dramatiq's middleware, the consumer schedules the message when it acknowledges."""
         if isinstance(message, DeliveryHandle):
             message.retry_ms = delay or 0
             return message
@@ -104,21 +104,21 @@ class Broker(SendingBroker):
         self._heartbeat.start()
 
     def stopping(self) -> None:
-        """Fetch nothing more."""
+        """Stop fetching."""
         self.in_flight.close()
         self.metrics.counters.disable_deadlines()
         if self._heartbeat:
             self._heartbeat.stop_in_time()
 
     def stopped(self) -> None:
-        """Requeue what is left, and deregister the process."""
+        """Requeue the remaining messages, and deregister the process."""
         if self._heartbeat:
             self._heartbeat.stop()
             self._heartbeat = None
 
 
 def _run(handle: Callable[[Batch], BatchOutcome], batch: Batch) -> None:
-    # Dramatiq discards what an actor returns, with a warning: the outcome reaches the consumer in the message.
+    # Dramatiq discards an actor's return value with a warning. So the message carries the outcome to the consumer.
     batch.outcome = handle(batch)
 
 

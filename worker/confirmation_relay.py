@@ -1,4 +1,4 @@
-"""Publishes confirmations of what was stored: to the Redis stream, and to a pub/sub channel for each type."""
+"""Publish confirmations of commits: to the Redis stream, and to a pub/sub channel for each type."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -15,14 +15,14 @@ from worker.scripts import Scripts
 
 KEEP_S: Final = 24 * 3600
 _TRACEPARENT_LENGTH: Final = 55
-# For one call of the script, which keeps Redis from other work for about 5 ms.
+# The limit of one script call, which blocks Redis for about 5 ms.
 _BYTES: Final = 256 * 1024
 
 
 def relay(
     conn: Connection, names: Names, scripts: Scripts, counters: Counters, *, go_on: Callable[[], bool] = lambda: True
 ) -> int:
-    """Publish pending confirmations, until `go_on` returns False; returns how many.
+    """Publish pending confirmations, until `go_on` returns False. Return their number.
 
     Raises DatabaseOutage, RedisOutage (retry: some may be published again).
     """
@@ -43,9 +43,10 @@ def relay(
 
 
 def _parts(commits: Sequence[Commit]) -> Iterator[tuple[str, str]]:
-    """Give what goes to Redis at once: lines, and their `traceparent`s, which the script cuts by their length.
+    """Yield the arguments of script calls: lines of confirmations, and their `traceparent`s in one text.
 
-    55 characters each, spaces for none; "" where no line has one. There is one part at least, which may be empty.
+    Each `traceparent` takes 55 characters, or 55 spaces for none. The text is empty if no line has a trace. There is at least
+    one part, which may be empty.
     """
     lines, traces = "\n".join(commit.body for commit in commits), list[str]()
     if any(commit.traceparents for commit in commits):

@@ -43,7 +43,7 @@ class BatchActor(NamedTuple):
 
 
 class Consumer(DramatiqConsumer):
-    """Hands out batches where the queue has a batch actor, else single messages. Waits while Redis is away."""
+    """Hands out batches if the queue has a batch actor, else single messages. Waits during an outage of Redis."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Consumer(DramatiqConsumer):
         self._failures = 0
 
     def __next__(self) -> DeliveryHandle | None:
-        """Return the next batch or message; None after a while without one."""
+        """Return the next batch or message, or None after a pause without messages."""
         self.loops += 1
         self._metrics.counters.set_deadline(LOOP_S)
         if not self._ready:
@@ -84,7 +84,7 @@ class Consumer(DramatiqConsumer):
         return self._ready.popleft() if self._ready else None
 
     def _fill(self) -> None:
-        """Fetch messages, or wait a while for some."""
+        """Fetch messages, or wait a limited time for them."""
         in_flight = self._in_flight
         # The reply may be lost after Redis assigned the messages: stay exclusive and ask again.
         if self._is_asking_quarantine or (self._has_quarantined and in_flight.enter_exclusive()):
@@ -109,11 +109,11 @@ class Consumer(DramatiqConsumer):
         self._hand_out(found)
 
     def _wait_for_message(self) -> None:
-        self._is_empty = False  # the next fetch finds out, also where this reply is lost
+        self._is_empty = False  # The next fetch checks the queue, even if this reply is lost.
         try:
             self._queue.wait_for_message(min(self._next_due_s, self.timeout_s))
         except (redis.OutOfMemoryError, redis.exceptions.NoPermissionError):
-            # A full Redis refuses BLMOVE, and so does one whose user may not block: poll instead.
+            # Redis refuses BLMOVE if it is full, or if the user may not block: poll instead.
             self._in_flight.sleep_unless_stopping(0.05)
 
     def _fetch(self, max_messages: int) -> list[Delivery]:
@@ -124,13 +124,13 @@ class Consumer(DramatiqConsumer):
         return self._register(fetched.bodies)
 
     def _register(self, bodies: dict[bytes, bytes]) -> list[Delivery]:
-        # In this order: Heartbeat requeues what an answered fetch brought and nobody holds.
+        # The order matters: Heartbeat requeues answered messages that are not in flight.
         new = self._in_flight.add(self.queue_name, bodies)
         self._queue.mark_answered()
         return [Delivery(redis_id, body) for redis_id, body in bodies.items() if redis_id in new]
 
     def _hand_out(self, found: list[Delivery]) -> None:
-        """Make what was fetched available to `__next__`: as a batch for a batch actor, else one by one."""
+        """Make fetched messages available to `__next__`: as one batch for a batch actor, else singly."""
         if not found:
             return
         if self._batch_actor:
@@ -139,7 +139,8 @@ class Consumer(DramatiqConsumer):
         try:
             self._hand_out_singly(found)
         except BaseException:
-            # Out of memory, for example. Heartbeat requeues what is not in flight; in flight without a worker it would stay.
+            # For example, memory ran out. A message in flight that no worker holds would stay forever; Heartbeat requeues other
+            # messages.
             self._in_flight.remove([redis_id for redis_id, _ in found])
             raise
 
@@ -172,7 +173,7 @@ class Consumer(DramatiqConsumer):
         self._ready.append(DeliveryHandle(message, redis_ids))
 
     def ack(self, message: Any) -> None:
-        """Settle a message as its handler, actor or middleware decided: done, try again, or dead letter."""
+        """Settle a message as its handler, actor or middleware decided: acknowledge, retry, or dead letter."""
         redis_ids, error = _ids(message), getattr(message, "_exception", None)
         batch = message.batch if isinstance(message, DeliveryHandle) else None
         try:
@@ -181,7 +182,7 @@ class Consumer(DramatiqConsumer):
             elif error is None:
                 self._acknowledge(redis_ids)
             elif isinstance(error, PASSING):
-                # Unchanged: Dramatiq's middleware has counted this as a retry, and an outage uses up none.
+                # Retry the message unchanged: the changed message counts a retry, and an outage should use up none.
                 self._retry_later(dict.fromkeys(redis_ids, _OUTAGE_DELAY_MS))
             elif isinstance(message, DeliveryHandle) and message.retry_ms is not None:
                 self._retry(redis_ids[0], message, message.retry_ms)
@@ -195,7 +196,7 @@ class Consumer(DramatiqConsumer):
             self._metrics.counters.set_deadline(None)
 
     def _settle_batch(self, batch: Batch, redis_ids: list[bytes], error: BaseException | None) -> None:
-        """Settle what the handler returned. Where it raised, bisect the batch until the cause is alone."""
+        """Settle the outcomes that the handler returned. If it raised, bisect the batch until the bad message is alone."""
         if isinstance(error, Outage):
             self._requeue(redis_ids)
             return
@@ -237,14 +238,14 @@ class Consumer(DramatiqConsumer):
             self._metrics.counters.set_deadline(None)
 
     def requeue(self, messages: Iterable[Any]) -> None:
-        """Put messages that no worker thread began back at the head of the queue."""
+        """Put messages back at the head of the queue, if no worker thread has begun them."""
         left = list(messages)
         self._requeue([redis_id for message in left for redis_id in _ids(message)])
         for _ in left:
             self._release()
 
     def close(self) -> None:
-        """Put back what was fetched and not handed out."""
+        """Put back messages that were fetched and not handed out."""
         if self._is_asking_quarantine:
             self._is_asking_quarantine = False
             self._in_flight.leave_exclusive()
@@ -284,7 +285,7 @@ class Consumer(DramatiqConsumer):
             self._metrics.redelivered(self.queue_name, "stopped", len(redis_ids))
 
     def _until_done(self, redis_ids: Sequence[bytes], act: Callable[[], Any]) -> None:
-        """Repeat `act` while Redis is away. Once the process stops, try one more time; other processes reclaim the rest."""
+        """Repeat `act` during an outage of Redis. While the process stops, try once more; other processes reclaim the rest."""
         while not self._in_flight.abandoned:
             self._metrics.counters.set_deadline(WORK_S)
             try:
@@ -298,7 +299,7 @@ class Consumer(DramatiqConsumer):
                 return
 
     def _wait_for_redis(self, error: redis.RedisError) -> bool:
-        """Wait, longer after each failure, and log the first; returns whether to go on."""
+        """Wait, longer after each failure. Log the first failure. Return whether to go on."""
         self.loops += 1
         self._failures += 1
         self._metrics.outages.away("redis", self.queue_name)

@@ -1,4 +1,4 @@
-"""Events whose content is in the object store are stored once their objects are known to be there."""
+"""Store events with content in the object store only once their objects exist."""
 
 import random
 import threading
@@ -25,7 +25,7 @@ _WARN_EVERY_S: Final = 60.0
 
 
 class ContentGate:
-    """Tells which events can be stored. Any thread may use it."""
+    """Decides which events can be stored. Any thread may use it."""
 
     def __init__(self, existence: ExistenceCache, outages: Outages, grace_s: float) -> None:
         self._existence, self._outages, self._grace_s = existence, outages, grace_s
@@ -39,12 +39,12 @@ class ContentGate:
         return all(self._existence.is_known(reference) for reference in fact.references)
 
     def split_ready(self, events: Sequence[Pair]) -> tuple[list[Pair], BatchOutcome]:
-        """Look for objects; returns the events whose objects are there, and what to do with the other messages.
+        """Look for objects. Return the events whose objects exist, and the outcomes of the other messages.
 
-        They are retried. After the grace an event whose object is still missing is a dead letter.
+        Other messages are retried. If the object is still missing after the grace, the event becomes a dead letter.
         """
         absent = self._existence.missing(reference for _, fact in events for reference in fact.references)
-        if not self._existence.stopping:  # a stop cuts the look short, which is no outage
+        if not self._existence.stopping:  # A stop interrupts the look for objects, which is no outage.
             self._log_changes(self._existence.outage)
         found: list[Pair] = []
         outcome = BatchOutcome()
@@ -78,7 +78,7 @@ class ContentGate:
             return self._next_due - now
 
     def _log_changes(self, outage: ObjectStoreOutage | None) -> None:
-        """Log once that the store is away, and once that it is back."""
+        """Log when the store becomes unavailable, and when it is back."""
         with self._lock:
             changed, self._away = self._away != (outage is not None), outage is not None
             if outage is None:
@@ -99,9 +99,9 @@ def _ends_with_grace(absence: Absence) -> bool:
 
 
 def _missing_s(delivery: Delivery, grace_s: float) -> float | None:
-    """Return how long to wait for a missing object, longer each time; None after the grace.
+    """Return how long to wait for a missing object: longer each time, and None after the grace.
 
-    A message whose time is further in the future than the grace has waited long enough: its sender's clock is wrong.
+    A message whose time lies beyond the grace in the future waits no longer: its sender's clock is wrong.
     """
     waited_s = time.time() - read_envelope(delivery.body).message_timestamp / 1000
     if abs(waited_s) >= grace_s:

@@ -26,10 +26,10 @@ _CHUNK_BYTES: Final = 32 * 1024 * 1024
 
 
 def move(conn: Connection, broker: SendingBroker, scripts: Scripts, *, go_on: Callable[[], bool] = lambda: True) -> int:
-    """Move the dead letters of all queues, until `go_on` returns False; returns how many.
+    """Move the dead letters of all queues, until `go_on` returns False. Return their number.
 
-    Each is committed to the table before it leaves Redis. Moving one again changes nothing.
-    Raises DatabaseOutage, RedisOutage (retry).
+    Each is committed to the table before it leaves Redis. Moving a dead letter again changes nothing. Raises DatabaseOutage,
+    RedisOutage (retry).
     """
     moved = 0
     for queue in sorted(broker.queues):
@@ -68,7 +68,7 @@ def _chunks(broker: SendingBroker, queue: str) -> Iterator[tuple[list[DeadLetter
 
 
 def _within(broker: SendingBroker, key: str, found: list[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
-    """Return the first of `found` whose bodies together fit in memory, at least one."""
+    """Return the first of `found` whose bodies together fit into memory, but at least one."""
     with broker.client.pipeline(transaction=False) as pipeline:
         for redis_id, _ in found:
             pipeline.hstrlen(key, redis_id)
@@ -83,7 +83,7 @@ def _within(broker: SendingBroker, key: str, found: list[tuple[bytes, float]]) -
 
 
 def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], died_ms: float) -> DeadLetterInsert:
-    """Return the row of a dead letter, with as many of its fields as the message lets one read."""
+    """Return the row of a dead letter, with all fields that can be read from the message."""
     actor = eval_id = event_id = None
     attempts = 1
     try:
@@ -114,7 +114,10 @@ def _insert_of(queue: str, redis_id: bytes, body: bytes, cause: dict[str, Any], 
 
 
 def _dead_letter_id(queue: str, redis_id: bytes) -> UUID:
-    """Return the id under which a message was redriven, else one that is the same for every move of this message."""
+    """Return the id under which the message was redriven.
+
+    Otherwise return an id that is equal for every move of this message.
+    """
     return dead_letter_of(redis_id) or uuid5(NAMESPACE_URL, f"evalstore:dead:{queue}:{redis_id.hex()}")
 
 
@@ -129,9 +132,9 @@ def dead_letter_of(redis_id: bytes) -> UUID | None:
 
 
 def record_stored(connections: VerifiedDatabase, redis_ids: Sequence[bytes]) -> None:
-    """Note in their dead letters that redriven messages are done. Call it after their commit, before they are acknowledged.
+    """Record in their dead letters that redriven messages are stored. Call after their commit and before their acknowledgement.
 
-    Never raises for an outage: the redrive sweep finds out what is not noted here.
+    An outage is ignored: the redrive sweep finds outcomes that were not recorded.
     """
     letters = [letter for redis_id in redis_ids if (letter := dead_letter_of(redis_id))]
     try:

@@ -8,9 +8,9 @@ from worker.batches import Batch
 
 
 class DeliveryHandle(MessageProxy):
-    """A message, or a batch as the one argument of its actor, that is settled under `redis_ids`.
+    """A message or a batch, which is settled under `redis_ids`. A batch is the only argument of its actor.
 
-    `retry_ms`: the delay after which Dramatiq's middleware wants the message to be tried again.
+    `retry_ms` is the delay that Dramatiq's middleware chose for a retry.
     """
 
     def __init__(self, message: Message[Any], redis_ids: list[bytes]) -> None:

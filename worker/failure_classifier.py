@@ -1,4 +1,4 @@
-"""Why a transaction fails again and again: an outage of PostgreSQL, a time limit, or the batch itself."""
+"""Classify repeated failures of a transaction: an outage of PostgreSQL, a time limit, or the batch itself."""
 
 from typing import Final, Literal
 
@@ -18,10 +18,10 @@ class BatchFailureClassifier:
     After a failure that the batch may have caused, a small write is tried. If the write fails too, it is an outage. After
     _FAILURES such failures in a row while the write succeeds, the batch is the cause.
 
-    A connection that ends without a reason may have been ended by the batch, an administrator, or the network. A control
-    connection, which does nothing, is open beside each further attempt. If both end, the batch is not the cause, unless a
-    server process crashed: then the server tells every connection so but the one whose work crashed it.
-    See docs/decisions/0021.
+    The batch, an administrator or the network may end a connection without a reason. So each further attempt has an idle
+    control connection beside it. If both connections end, the batch is not the cause. A crash of a server process is the
+    exception: the server then tells the reason to all connections except the connection whose work crashed. See
+    docs/decisions/0021.
     """
 
     def __init__(self, connections: VerifiedDatabase, watch: database.Watch) -> None:
@@ -39,7 +39,7 @@ class BatchFailureClassifier:
         """Return why the last attempt failed."""
         is_time_limit = isinstance(error, DatabaseTimeout)
         if not isinstance(error, DatabaseOutage) or not error.may_be_the_work:
-            if self._control is not None:  # without one, the attempt may not have reached the work
+            if self._control is not None:  # Without a control connection, the attempt may not have reached the work.
                 self.blamed = 0
             self.close()
             return "time limit" if is_time_limit else "outage"
@@ -59,7 +59,7 @@ class BatchFailureClassifier:
             self._control = None
 
     def _is_blamed(self, error: DatabaseOutage, *, is_well: bool) -> bool | None:
-        """Return whether a failure speaks against the batch; None where it is unknown."""
+        """Return whether a failure speaks against the batch, or None if that is unknown."""
         if not error.is_lost:
             return is_well
         if self._control is None:

@@ -1,4 +1,4 @@
-"""What a worker does with a batch of events: decode, split, store with retry, report.
+"""Handle a batch of events: decode, split, store with retry, report.
 
 Four calls lead to the SQL: the handler, `_process`, `_store`, `event_store.store`.
 """
@@ -37,7 +37,7 @@ from worker.verified_database import VerifiedDatabase
 log = EventLogger("evalstore.worker")
 _CONNECT_S: Final = 12.0
 _STOP_GRACE_S: Final = 2.0
-_PAGE_S: Final = 10.0  # to read a page of a log from which a record is made anew
+_PAGE_S: Final = 10.0  # Time to read a page of a log during a rebuild.
 
 
 class Handler:
@@ -53,10 +53,10 @@ class Handler:
         self._contents = ContentGate(self._existence, metrics.outages, settings.object_grace_s)
 
     def __call__(self, batch: Batch) -> BatchOutcome:
-        """Store a batch of events, and return what became of each. What it says is stored is committed.
+        """Store a batch of events. Return the outcome of each. Events reported as stored are committed.
 
-        Blocks while PostgreSQL is away and while the breaker is open. When the process stops meanwhile, the messages that are
-        not stored are to be requeued.
+        Blocks during an outage of PostgreSQL and while the breaker is open. If the process stops during the call, messages that
+        are not stored are requeued.
         """
         outcome, left = BatchOutcome(), list(batch)
         self._counters.observe("evalstore_batch_events", value=len(left))
@@ -70,7 +70,8 @@ class Handler:
                 result = self._process(tried)
                 self._report_to_breaker(turn, tried, result)
                 if turn == "all" and result.dead and self._breaker.is_open:
-                    # No dead letters of a bad release: these are tried again one by one, while others wait.
+                    # After a bad release, messages are tried singly and the others wait. So the queue does not become dead
+                    # letters.
                     left = [delivery for delivery in tried if delivery.redis_id in result.dead]
                     result.dead.clear()
                 outcome.update(result)
@@ -79,14 +80,14 @@ class Handler:
         return outcome
 
     def stop_soon(self) -> None:
-        """After _STOP_GRACE_S, break off every transaction and every look for an object."""
+        """After _STOP_GRACE_S, interrupt all transactions and all checks for objects."""
         self._existence.stopping = True
         timer = threading.Timer(_STOP_GRACE_S, self._watch.break_all)
         timer.daemon = True
         timer.start()
 
     def _wait_for_turn(self) -> Literal["all", "probe", "stop"]:
-        """Return what may be tried: all while the breaker is closed, one message when it is time for a probe."""
+        """Return the messages to try: all if the breaker is closed, and one message when a probe is due."""
         if not self._breaker.is_open:
             return "all"
         with self._in_flight.waiting():
@@ -105,7 +106,7 @@ class Handler:
             elif result.stored([tried[0].redis_id]):
                 self._breaker.close()
             return
-        # Redriven messages do not count: an operator expects that some are bad again.
+        # Redriven messages do not count: an operator expects that some fail again.
         dead = {redis_id: why for redis_id, why in result.dead.items() if not redis_id.startswith(REDRIVEN)}
         ids = [redis_id for redis_id, _ in tried if not redis_id.startswith(REDRIVEN)]
         self._breaker.record(len(result.stored(ids)), dead)
@@ -116,7 +117,7 @@ class Handler:
         ready, referring = self._decode(deliveries, outcome)
         parts = [ready]
         while parts or referring:
-            if not parts:  # last, as the object store may be slow
+            if not parts:  # Last, because the object store may be slow.
                 self._counters.set_deadline(WORK_S)
                 present, waiting = self._contents.split_ready(referring)
                 outcome.update(waiting)
@@ -146,7 +147,7 @@ class Handler:
         return outcome
 
     def _decode(self, deliveries: list[Delivery], outcome: BatchOutcome) -> tuple[list[Pair], list[Pair]]:
-        """Return the events that can be stored, and those whose objects are to be looked for. Adds bad ones to `outcome`."""
+        """Return the events that can be stored, and the events whose objects must be checked. Add bad events to `outcome`."""
         ready: list[Pair] = []
         referring: list[Pair] = []
         max_bytes, started = self._settings.max_content_bytes, time.perf_counter()
@@ -164,7 +165,7 @@ class Handler:
         return ready, referring
 
     def _without_locked(self, events: list[Pair], outcome: BatchOutcome) -> list[Pair]:
-        """Return the events that need no locked record. Adds the others to `outcome`, to be retried."""
+        """Return the events that need no locked record. Add the others to `outcome`, for a retry."""
         possibly_locked = self._locks.possibly_locked(events)
         if not possibly_locked or not self._are_locked(possibly_locked):
             return events
@@ -173,16 +174,16 @@ class Handler:
         return free
 
     def _store(self, events: list[Pair]) -> event_store.Stored:
-        """Store events in one transaction, retrying while the database is away or its schema does not fit.
+        """Store events in one transaction. Retry while the database is unavailable or its schema does not fit.
 
-        Raises DatabaseOutage where the events cause it, _EvaluationsLocked, _Stopping; other errors of PostgreSQL as they are.
+        Raises DatabaseOutage if the events cause it, _EvaluationsLocked, _Stopping, and other errors of PostgreSQL unchanged.
         """
         limit_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
         classifier = BatchFailureClassifier(self._connections, self._watch)
         with OutageWait(self._in_flight, self._metrics, len(events)) as outage:
             try:
                 while True:
-                    self._counters.set_deadline(WORK_S)  # for each attempt: waiting for a server is no standstill
+                    self._counters.set_deadline(WORK_S)  # For each attempt, because a wait for a server is no standstill.
                     try:
                         classifier.begin()
                         with self._transaction(events, limit_s * 2**classifier.blamed) as (conn, connected_at):
@@ -208,13 +209,13 @@ class Handler:
                 classifier.close()
 
     def _extend(self) -> None:
-        """Move this thread's time limit and deadline: a long log is being read, page by page."""
+        """Extend this thread's time limit and deadline: a long log is being read page by page."""
         self._watch.renew(_PAGE_S)
         self._counters.set_deadline(_PAGE_S + _CONNECT_S)
 
     @contextmanager
     def _transaction(self, events: list[Pair], limit_s: float) -> Iterator[tuple[Connection, float]]:
-        """Give a connection, and when it was there on the clock of `time.perf_counter`."""
+        """Open a connection. Give the connection and the time at which it was ready, on the clock of `time.perf_counter`."""
         self._counters.set_deadline(limit_s + _CONNECT_S)
         started = time.perf_counter()
         with tracing.transaction(len(events)), self._connections.connect(limit_s, self._watch) as conn:
@@ -229,13 +230,16 @@ class Handler:
                     outcome.dead[delivery.redis_id] = cause(EventIdReused(event.eval_id, event.event_id))
 
     def _observe(self, phase: str, started: float, ended: float | None = None) -> float:
-        """Count how long a phase took; returns when it ended."""
+        """Record the duration of a phase. Return its end."""
         ended = time.perf_counter() if ended is None else ended
         self._counters.observe("evalstore_store_duration_seconds", phase, value=ended - started)
         return ended
 
     def _are_locked(self, events: list[Pair]) -> bool:
-        """Return whether records of some of these events are locked; False where that is unknown or a whole table is locked."""
+        """Return whether records of some of these events are locked.
+
+        False if that is unknown, or if a whole table is locked.
+        """
         try:
             with self._connections.connect(5, self._watch) as conn:
                 return self._locks.refresh(conn, events)
@@ -244,15 +248,15 @@ class Handler:
 
 
 class _EvaluationsLocked(Outage):
-    """Records of some evaluations are locked; the events of the others need not wait."""
+    """Records of some evaluations are locked. Events of other evaluations need not wait."""
 
 
 class _Stopping(Outage):
-    """The process stops while PostgreSQL is away."""
+    """The process stops during an outage of PostgreSQL."""
 
 
 def _bisect(events: list[Pair], failed_after_s: float) -> list[list[Pair]]:
-    """Return smaller parts, the first one last. Work that takes long to fail is narrowed down in fewer steps."""
+    """Return smaller parts, the first part last. Work that fails slowly is divided into more parts, for fewer steps."""
     parts = 2 if failed_after_s < 1 else 16
     size = -(-len(events) // parts)
     return [events[start : start + size] for start in range(0, len(events), size)][::-1]

@@ -1,8 +1,8 @@
-"""Heartbeats: how processes notice that another process died, and take back the messages that it held.
+"""Heartbeats: a process notices that another process died, and takes over the messages of the dead process.
 
 Every HEARTBEAT_S a process writes a count that goes up. When a process sees another count unchanged for DEAD_AFTER_S, while its
 own heartbeats succeed, it reclaims the messages of that process. No clock of another host is used. During an outage of Redis no
-process writes heartbeats, and none is declared dead. A process that is gone from this machine is declared dead at once.
+process writes heartbeats, and none is declared dead. A process that has ended on this machine is declared dead at once.
 """
 
 import faulthandler
@@ -36,18 +36,18 @@ HEARTBEAT_S: Final = 2.0
 DEAD_AFTER_S: Final = 10.0
 RECONCILE_S: Final = 5.0
 WEDGED_AFTER_S: Final = 60.0
-STOP_WITHIN_S: Final = 8.0  # Docker kills after 10
+STOP_WITHIN_S: Final = 8.0  # Docker kills a container after 10 s.
 THREAD_DIED: Final = 70  # EX_SOFTWARE of sysexits.h
 STOPPED_LATE: Final = 75  # EX_TEMPFAIL
 _BEATS: Final = 4
 
 
 class WorkerDied(Exception):
-    """As many processes as the setting allows died while they held this message and nothing else."""
+    """The maximum number of processes died while they held only this message."""
 
 
 def process_name() -> str:
-    """Return a unique name for this process, by which others on this machine tell whether it still runs."""
+    """Return a unique name for this process. Other processes on this machine can check whether the named process still runs."""
     return "|".join([socket.gethostname(), *host_id(), str(os.getpid()), start_ticks(os.getpid()) or "?", uuid4().hex[:12]])
 
 
@@ -86,7 +86,7 @@ class PeerMonitor:
 
 
 class Limits(NamedTuple):
-    """A message becomes a dead letter once it has killed `max_deaths` processes that held nothing else.
+    """A message becomes a dead letter after `max_deaths` processes died that held only this message.
 
     `event_queues`: the queues whose dead letters count as events.
     """
@@ -98,7 +98,7 @@ class Limits(NamedTuple):
 class Heartbeat(threading.Thread):
     """Writes heartbeats, reclaims messages of dead processes, and requeues messages that no thread of this process holds.
 
-    Ends the process when one of its threads died or stands still.
+    Ends the process if one of its threads died or makes no progress.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Heartbeat(threading.Thread):
             self._metrics.outages.away("redis", self.name)
             self._broker.reset_if_readonly(error)
             self._monitors.clear()
-        # A new state is written at once: when a process dies soon after an outage began, its messages are not the cause.
+        # A new state is written at once. If a process dies soon after an outage began, its messages are not the cause.
         until = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until and (self._failing or self._state == self._in_flight.state):
             if self.wake.wait(min(HEARTBEAT_S, 0.2)):
@@ -158,7 +158,10 @@ class Heartbeat(threading.Thread):
         self.wake.clear()
 
     def run_once(self) -> None:
-        """Write one heartbeat for each queue, reclaim, and requeue what is stranded. Raises RedisError (call again)."""
+        """Write one heartbeat for each queue, reclaim, and requeue messages that no thread holds.
+
+        Raises RedisError (call again).
+        """
         self._beats += 1
         self._state = self._in_flight.state
         status, queues = self._status(), self._queues()
@@ -210,7 +213,7 @@ class Heartbeat(threading.Thread):
             log.warning("deregistration_failed", error=error)
 
     def _status(self) -> bytes:
-        """Return what `evalstore status` shows of this process, as JSON."""
+        """Return the status of this process for `evalstore status`, as JSON."""
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -235,8 +238,8 @@ class Heartbeat(threading.Thread):
                 log.warning("process_dead", process=process, state=last.partition(":")[0], messages=held)
 
     def _reconcile(self, queue: QueueClient) -> None:
-        """Requeue what Redis has as this process's, and no thread of it holds."""
-        ours = queue.held()  # first: what is fetched after asking what is in flight would look stranded
+        """Requeue messages that Redis assigns to this process, and that no thread holds."""
+        ours = queue.held()  # First: a message fetched after the check of messages in flight would look unheld.
         in_flight = self._in_flight.ids(queue.queue)
         stranded = [redis_id for redis_id in ours if redis_id not in in_flight]
         if stranded and (given := queue.requeue(stranded)):
@@ -244,10 +247,10 @@ class Heartbeat(threading.Thread):
             log.warning("stranded_requeued", messages=len(stranded), queue=queue.queue)
 
     def _watch_threads(self) -> None:
-        """End a process whose threads died or whose consumer stands still: it would look alive and store nothing."""
+        """End a process whose threads died or whose consumer makes no progress: it would look alive and store nothing."""
         consumers = dict(self._worker.consumers)
         dead = [t for t in (*consumers.values(), *self._worker.workers) if t.ident is not None and not t.is_alive()]
-        # Counted in loops of this thread, not in time: a process that was frozen must not end when it continues.
+        # Count loops of this thread instead of time: a process that was suspended must not end when it resumes.
         before, self._loop_counts = self._loop_counts, {}
         for queue, thread in consumers.items():
             loops = getattr(thread.consumer, "loops", -1)

@@ -1,4 +1,4 @@
-"""The messages that this process fetched and has not settled, of all queues; and whether it may fetch more."""
+"""The messages of all queues that this process has fetched and not settled. They decide whether it may fetch more."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ _DRAIN_S = 5.0
 class InFlight:
     """The ids of messages in flight. Any thread may use it.
 
-    Messages in quarantine are fetched exclusively: the process holds nothing else, so that its death speaks against them alone.
+    Messages in quarantine are fetched exclusively: the process holds no other message. So its death speaks only against them.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class InFlight:
             self._waiting = 0
 
     def close(self) -> None:
-        """Fetch nothing more, and wake every thread that waits."""
+        """Stop fetching, and wake every waiting thread."""
         with self._changed:
             self.stopping = True
             self._changed.notify_all()
@@ -58,7 +58,7 @@ class InFlight:
             return {redis_id for redis_id, held_of in self._queue_of.items() if held_of == queue}
 
     def add(self, queue: str, redis_ids: Iterable[bytes]) -> set[bytes]:
-        """Add ids; returns those that are new."""
+        """Add ids. Return the ids that are new."""
         with self._changed:
             new = {redis_id for redis_id in redis_ids if redis_id not in self._queue_of}
             self._queue_of.update(dict.fromkeys(new, queue))
@@ -68,7 +68,7 @@ class InFlight:
         """Remove ids."""
         with self._changed:
             dropped = [redis_id for redis_id in redis_ids if self._queue_of.pop(redis_id, None)]
-            # Only where something was removed: messages in quarantine may be fetched at this moment.
+            # Without a removal, stay exclusive: a thread may be fetching messages from quarantine now.
             if dropped and not self._queue_of:
                 self._is_exclusive = False
             self._changed.notify_all()
@@ -90,9 +90,10 @@ class InFlight:
                 self._fetching -= may
 
     def enter_exclusive(self) -> bool:
-        """Enter exclusive mode where nothing is in flight; returns whether messages in quarantine may be fetched now.
+        """Enter exclusive mode if nothing is in flight. Return whether messages in quarantine may be fetched now.
 
-        Else fetching pauses, so that the process drains: for 5 s of every 10 s, as a long job must not stop all other work.
+        Otherwise pause fetching, so that the process becomes empty. The pause is 5 s of every 10 s, because a long job must not
+        stop all other work.
         """
         with self._changed:
             if self.stopping or self._is_exclusive:
@@ -106,23 +107,23 @@ class InFlight:
             return True
 
     def leave_exclusive(self) -> None:
-        """End exclusive mode, as nothing was in quarantine."""
+        """Leave exclusive mode, because quarantine was empty."""
         with self._changed:
             self._is_exclusive = False
             self._changed.notify_all()
 
     def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
-        """Wait until `is_so` returns True, at most so long."""
+        """Wait until `is_so` returns True, or until the time is up."""
         with self._changed:
             self._changed.wait_for(is_so, timeout=seconds)
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until something is settled, at most so long."""
+        """Wait until a message is settled, or until the time is up."""
         with self._changed:
             self._changed.wait(timeout=seconds)
 
     def sleep_unless_stopping(self, seconds: float) -> bool:
-        """Wait; returns False, at once, when the process is told to stop."""
+        """Wait. Return False at once if the process is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping, timeout=seconds)
             return not self.stopping

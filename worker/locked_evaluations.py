@@ -30,14 +30,14 @@ class LockedEvaluations:
         known = self._known
         if not known:
             return []
-        # Other processes may have stored the events since, and none of them comes here.
+        # Forget the locks after a while: other processes may have stored these events, which then never come here again.
         if time.monotonic() - self._found_at > _REMEMBER_S:
             with self._lock:
                 self._known = set()
         return [pair for pair in events if pair[1].eval_id in known]
 
     def refresh(self, conn: Connection, events: Sequence[Pair]) -> bool:
-        """Look which evaluations of `events` are locked; returns whether any is. Raises DatabaseOutage (retry)."""
+        """Check which evaluations of `events` are locked. Return whether any is locked. Raises DatabaseOutage (retry)."""
         wanted = {fact.eval_id for _, fact in events}
         locked = event_store.locked(conn, sorted(wanted))
         with self._lock:
@@ -48,7 +48,7 @@ class LockedEvaluations:
         return bool(locked)
 
     def split_locked(self, events: Sequence[Pair]) -> tuple[list[Pair], dict[bytes, int]]:
-        """Return the events of evaluations that are not locked, and for each other message when to retry it, in ms."""
+        """Return the events whose evaluations are not locked, and the delay in ms until the retry of each other message."""
         known = self._known
         free = [pair for pair in events if pair[1].eval_id not in known]
         retry_ms = {

@@ -1,4 +1,4 @@
-"""Marks evaluations as lost whose result is overdue. A result that still arrives counts."""
+"""Mark stalled evaluations as lost. A result that still arrives counts."""
 
 from collections.abc import Callable
 
@@ -22,10 +22,10 @@ def run_once(
     *,
     go_on: Callable[[], bool] = lambda: True,
 ) -> dict[str, int]:
-    """Mark overdue evaluations as lost, until `go_on` returns False; returns how many.
+    """Mark stalled evaluations as lost, until `go_on` returns False. Return their number.
 
-    Marks none while a message has waited for longer than the grace: it may hold the result.
-    Raises DatabaseOutage, RedisOutage (retry: the same events are made again, and stored once).
+    Marks none while a message has waited for longer than the grace: the message may hold the result. Raises DatabaseOutage,
+    RedisOutage (retry: the same events are built again, and stored once).
     """
     marked = 0
     while oldest_age_s(broker, QUEUE) <= limits.lost_grace_s:

@@ -1,4 +1,4 @@
-"""Reading Dramatiq messages, and describing why one became a dead letter."""
+"""Decode Dramatiq messages, and describe the cause of a dead letter."""
 
 import json
 import socket
@@ -87,7 +87,7 @@ def read_message(body: bytes, max_content_bytes: int) -> EventRow:
 def parse_message(
     body: bytes, max_content_bytes: int, traceparents: dict[bytes, Any] | None = None, redis_id: bytes = b""
 ) -> EventRow:
-    """Return the event in a message that `decode_message` left to the slow path, which has the same `traceparents`.
+    """Return the event in a message that `decode_message` left to the slow path. `traceparents` is as in `decode_message`.
 
     Raises InvalidEvent, ActorNotFound.
     """
@@ -106,7 +106,7 @@ def parse_message(
 
 
 def cause(error: BaseException) -> bytes:
-    """Return why a message becomes a dead letter, as JSON: class, message and traceback of `error`, host and release."""
+    """Return the cause of a dead letter as JSON: class, message and traceback of `error`, host and release."""
     return msgspec.json.encode(
         {
             "error_class": type(error).__name__,
@@ -119,6 +119,6 @@ def cause(error: BaseException) -> bytes:
 
 
 def _printable(text: str, limit: int) -> str:
-    """Return `text` without what UTF-8 or PostgreSQL refuses; of a long text its beginning and its end."""
+    """Return `text` without characters that UTF-8 or PostgreSQL refuses. Shorten a long text in the middle."""
     text = text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
     return text if len(text) <= limit else f"{text[: limit // 2]}\n[...]\n{text[-limit // 2 :]}"

@@ -18,7 +18,7 @@ from models.record import EventRow
 from worker.batches import Delivery
 
 LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
-# A thread without progress for so long is stuck. A longer wait for a server sets its own deadline.
+# A thread without progress for this time is stuck. A longer wait for a server sets its own deadline.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0
 _HEARD_FOR_S: Final = 30.0
@@ -42,7 +42,7 @@ class WorkerMetrics:
         outcomes = stored.outcomes
         now, types = datetime.now(UTC), [event.type for _, event in events]
         applied: Sequence[int]
-        if outcomes.count("applied") == len(outcomes):  # the usual case, and faster
+        if outcomes.count("applied") == len(outcomes):  # The usual case, and faster.
             applied = range(len(outcomes))
             self._count({("applied", type_): count for type_, count in Counter(types).items()})
         else:
@@ -162,11 +162,11 @@ class Outages:
                 self._ledger.set("evalstore_outage", server, to=bool(self._away[server]))
 
     def update(self) -> list[str]:
-        """Count the time passed so far, and return the servers with an outage."""
+        """Add the time since the last call, and return the servers with an outage."""
         with self._lock:
             for server in self._away:
                 self._count(server)
-            # Events that wait for objects are delayed in Redis. Another process may receive them after the outage.
+            # Assume the end after a silence: waiting events are delayed in Redis, and another process may get them.
             if self._away["objects"] and time.monotonic() - self._heard > self._heard_for_s:
                 self._away["objects"].clear()
                 self._ledger.set("evalstore_outage", "objects", to=0)

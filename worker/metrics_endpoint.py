@@ -22,7 +22,7 @@ log = EventLogger("evalstore.worker")
 
 _BEAT_S: Final = 5.0
 _AGAIN_S: Final = 1.0
-# periodiq wakes each minute; later than this it is stuck.
+# periodiq wakes each minute. A longer pause means that periodiq is stuck.
 _TICK_S: Final = 60.0 + 25.0
 
 
@@ -38,14 +38,14 @@ class MetricsMiddleware(dramatiq.Middleware):
 def _serve_beside(group: process_registry.Group) -> None:
     """Serve from a forked process, so that scrapes do not delay workers. The first process of a group forks it.
 
-    Fork before threads and connections exist; the modules are loaded, which saves most of a second. The fork forks the process
-    that serves, and restarts it when it ended: the worker has threads by then, and cannot fork safely.
+    Fork before threads and connections exist. The modules are loaded then, which saves most of a second. The forked process
+    forks the serving process and restarts it: the worker has threads later and cannot fork safely.
     """
     try:
         os.close(os.open(group.folder / "endpoint", os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         return
-    until, here = os.pipe()  # the read end sees EOF when this process ends, as it never closes `here`
+    until, here = os.pipe()  # The read end sees EOF when this process ends, because the process never closes `here`.
     gc.freeze()
     if os.fork():
         os.close(until)
@@ -83,7 +83,7 @@ def _serve(group: process_registry.Group, until: int) -> None:
 
 
 class Scheduler:
-    """The liveness and the metrics of a scheduler, which also serves what the servers hold while no worker runs."""
+    """The liveness and the metrics of a scheduler. It also serves the metrics of the servers while no worker runs."""
 
     def __init__(self) -> None:
         self._ledger: Counters | None = None

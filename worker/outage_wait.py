@@ -16,9 +16,9 @@ _LONGEST_WAIT_S: Final = 4.0
 
 
 class OutageWait:
-    """The waits of one batch. From the first to the end of the block, this process counts as waiting.
+    """The waits of one batch. From the first wait to the end of the block, this process counts as waiting.
 
-    Only an outage is shown as an outage, in the log and the metrics: a time limit that this process sets is none.
+    Log and metrics show only real outages: a time limit that this process sets is none.
     """
 
     def __init__(self, in_flight: InFlight, metrics: WorkerMetrics, events: int) -> None:
@@ -36,7 +36,7 @@ class OutageWait:
             self._outages.back("postgresql", threading.current_thread().name)
 
     def wait(self, error: Exception, verdict: Verdict) -> bool:
-        """Wait after a failure, longer each time; returns False once the process is told to stop."""
+        """Wait after a failure, longer each time. Return False once the process is stopping."""
         self._failures += 1
         if self._failures == 1:
             self._until_end.enter_context(self._in_flight.waiting())

@@ -1,4 +1,4 @@
-"""What one process does with one queue in Redis. Each method is one script or command."""
+"""The operations of one process on one queue in Redis. Each method is one script or command."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from worker.scripts import Scripts
 
 
 class Fetched(NamedTuple):
-    """The answer to a fetch: messages by id, groups in quarantine, messages left, seconds until a delayed one is due."""
+    """The answer to a fetch: messages by id, groups in quarantine, remaining messages, seconds until a delayed one is due."""
 
     bodies: dict[bytes, bytes]
     quarantined: int
@@ -20,10 +20,9 @@ class Fetched(NamedTuple):
 
 
 class QueueClient:
-    """Moves messages of `queue` between the queue, the process's unacknowledged set, the delayed and the dead.
+    """Moves messages of `queue` between the queue, the process's unacknowledged set, the delayed and the dead messages.
 
-    All methods raise RedisError, and may be called again after it. The methods that settle ignore messages that another process
-    took over meanwhile.
+    All methods raise RedisError; call them again then. Methods that settle ignore messages that another process has reclaimed.
     """
 
     def __init__(self, broker: SendingBroker, scripts: Scripts, queue: str, process: str) -> None:
@@ -34,7 +33,7 @@ class QueueClient:
         self._answered = 0
 
     def fetch(self, max_messages: int, max_bytes: int) -> Fetched:
-        """Take messages from the head of the queue. Gives the same messages again until `mark_answered` is called."""
+        """Take messages from the head of the queue. Return the same messages again until `mark_answered` is called."""
         keys = self.keys
         places = [keys.queue, keys.bodies, self.unacked, keys.delayed, keys.suspects]
         places += [keys.stock_delayed, keys.stock_delayed_bodies, keys.processes, keys.woken]
@@ -48,25 +47,25 @@ class QueueClient:
         return Fetched(found, quarantined, left, None if next_due_ms < 0 else next_due_ms / 1000)
 
     def fetch_quarantined(self) -> dict[bytes, bytes]:
-        """Take the next group in quarantine. Gives the same group again until `mark_answered` is called."""
+        """Take the next group in quarantine. Return the same group again until `mark_answered` is called."""
         places = [self.keys.suspects, self.keys.bodies, self.unacked, self.keys.processes]
         found = self._scripts.run("fetch_quarantined", places, self._answered + 1, self.process)
         return {as_bytes(redis_id): as_bytes(body) for redis_id, body in zip(found[::2], found[1::2], strict=True)}
 
     def mark_answered(self) -> None:
-        """Note that the process knows what the last fetch brought."""
+        """Record that the reply to the last fetch arrived."""
         self._answered += 1
 
     def held(self) -> list[bytes]:
-        """Return what Redis has as this process's, but for a fetch that is not answered yet."""
-        unanswered = (self._answered + 1) * 65536  # the score's unit: see lua/fetch.lua
+        """Return the messages that Redis assigns to this process, except those of an unanswered fetch."""
+        unanswered = (self._answered + 1) * 65536  # In the unit of the scores: see lua/fetch.lua.
         found: list[bytes] = self._broker.client.zrangebyscore(self.unacked, "-inf", f"({unanswered}")  # type: ignore[assignment]
         return found
 
     def wait_for_message(self, seconds: float) -> None:
-        """Block until the queue has a message, at most so long. One message wakes one of all processes that wait.
+        """Block until the queue has a message, or until the time is up. One message wakes one waiting process.
 
-        The message moves to a list from which the next fetch of any process takes it, so it survives this process.
+        The message moves to a list that the next fetch of any process reads. So it survives the death of this process.
         """
         wait_s: Any = max(0.001, seconds)
         self._broker.client.blmove(self.keys.queue, self.keys.woken, wait_s, "LEFT", "RIGHT")
@@ -76,7 +75,7 @@ class QueueClient:
         self._scripts.run("settle", [self.unacked, self.keys.bodies, self.keys.deaths], *redis_ids)
 
     def dead_letter(self, causes: dict[bytes, bytes]) -> None:
-        """Make dead letters of messages, by id with the cause as JSON."""
+        """Make dead letters of messages. `causes` has the cause of each as JSON, by id."""
         keys = self.keys
         places = [self.unacked, keys.bodies, keys.dead, keys.dead_bodies, keys.causes, keys.deaths]
         self._scripts.run("dead_letter", places, *_flat(causes))
@@ -86,24 +85,24 @@ class QueueClient:
         self._scripts.run("retry", [self.unacked, self.keys.bodies, self.keys.delayed], redis_id, body, delay_ms)
 
     def retry_later(self, delays_ms: dict[bytes, int]) -> None:
-        """Schedule messages unchanged, by id with the delay."""
+        """Schedule messages unchanged. The delays are by message id."""
         self._scripts.run("retry_later", [self.unacked, self.keys.delayed], *_flat(delays_ms))
 
     def requeue(self, redis_ids: list[bytes]) -> int:
-        """Put messages back at the head of the queue, in their order; returns how many were this process's."""
+        """Put messages of this process back at the head of the queue, in their order. Return their number."""
         given: int = self._scripts.run("requeue", [self.unacked, self.keys.queue], *redis_ids)
         return given
 
     def heartbeat(self, state: str, status: bytes) -> dict[str, str]:
-        """Write this process's state and its status as JSON; returns the state of all processes."""
+        """Write this process's state and its status as JSON. Return the state of all processes."""
         answer = self._scripts.run("heartbeat", [self.keys.processes, self.keys.workers], self.process, state, status)
         texts = [part.decode(errors="surrogateescape") if isinstance(part, bytes) else part for part in answer]
         return dict(zip(texts[::2], texts[1::2], strict=True))
 
     def reclaim(self, process: str, state: str, max_deaths: int, cause: bytes) -> tuple[int, int]:
-        """Take back what `process` held, which ended in `state`; returns how many messages, and how many are dead letters now.
+        """Take over the messages of `process`, which died in `state`. Return the number of messages, and of new dead letters.
 
-        The number of messages is -1 where the process wrote another heartbeat since, or another process reclaimed it.
+        The number of messages is -1 if the process has written another heartbeat, or another process has reclaimed it.
         """
         keys = self.keys
         places = [keys.processes, keys.unacked_prefix + process, keys.queue, keys.bodies, keys.suspects]
@@ -113,13 +112,13 @@ class QueueClient:
         return held, dead
 
     def deregister(self) -> None:
-        """Put back everything that the process holds, and remove the process."""
+        """Put back all messages of the process, and remove the process."""
         client = self._broker.client
         left: list[bytes] = client.zrange(self.unacked, 0, -1)  # type: ignore[assignment]
         if left:
             self.requeue(left)
         client.hdel(self.keys.workers, self.process)
-        client.hdel(self.keys.processes, self.process)  # last: other processes clean up after those that are listed here
+        client.hdel(self.keys.processes, self.process)  # Last, because other processes clean up after listed processes only.
 
     def reset_if_readonly(self, error: redis.RedisError) -> None:
         """Drop connections to a server that is no longer the primary."""

@@ -1,17 +1,18 @@
-"""Checks whether a Redis server keeps what it confirms. Workers do so when they start, and after each outage."""
+"""Check whether a Redis server keeps the writes that it confirms. Workers check at the start and after each outage."""
 
 from typing import Any, Final
 
 import redis
 
-# The first version with BLMOVE, with which workers wait: https://redis.io/docs/latest/commands/blmove/
+# The first version with BLMOVE, which waiting workers use: https://redis.io/docs/latest/commands/blmove/
 _OLDEST: Final = (6, 2)
 
 
 def redis_config_warnings(client: redis.Redis) -> list[str]:
-    """Return a sentence for each reason why this server may lose confirmed events, or does not work with evalstore.
+    """Return a sentence for each reason why this server may lose confirmed events or does not work with evalstore.
 
-    Reads INFO and CONFIG where the server allows it: managed servers often forbid CONFIG, some both. Raises RedisError.
+    Reads INFO and CONFIG if the server allows that. Managed servers often forbid CONFIG, and some forbid both. Raises
+    RedisError.
     """
     try:
         info: dict[str, Any] = client.info()

@@ -1,4 +1,4 @@
-"""Redrives: sends dead letters again at the pace that an operator asked for, each once, whichever process dies meanwhile."""
+"""Send dead letters again at the pace that an operator chose. Each is sent once, even if processes die."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -32,16 +32,16 @@ _SHORT_S: Final = 0.2
 _QUESTIONABLE_S: Final = 10.0
 _LONGEST_S: Final = 20.0
 _CHUNK: Final = 500
-# Dramatiq's counts of earlier attempts: with these, the first failure would be the last.
+# Dramatiq's counts of earlier attempts. If they stayed, the first failure would be the last.
 _OLD_OPTIONS: Final = frozenset({"retries", "traceback", "requeue_timestamp", "eta"})
 
 
 def declare(broker: SendingBroker, connections: VerifiedDatabase, scripts: Scripts, in_flight: InFlight) -> None:
-    """Declare the actor of redrives, and a middleware that notes the outcome of redriven messages without a batch."""
+    """Declare the redrive actor, and a middleware that records the outcome of redriven messages without a batch."""
     broker.add_middleware(_Outcomes(connections))
 
-    # It raises Retry until the redrive ends, and no number of retries makes a dead letter of it. With `throws`, Dramatiq logs
-    # outages without a traceback.
+    # The actor raises Retry until the redrive ends. It may retry without limit. With `throws`, Dramatiq logs outages without a
+    # traceback.
     @dramatiq.actor(broker=broker, queue_name=QUEUE, actor_name=ACTOR, retry_when=_asked, throws=PASSING)
     def redrive_dead_letters(redrive_id: str) -> None:
         work_on(connections, broker, scripts, in_flight, UUID(redrive_id))
@@ -73,8 +73,8 @@ def work_on(
 ) -> None:
     """Send as many letters of a redrive as its pace and one turn allow.
 
-    Raises Retry while letters are left, Outage (retry). Any other error ends the redrive, with the error as the reason; its
-    other letters are dead again.
+    Raises Retry while letters remain, Outage (retry). Any other error ends the redrive with that reason: its unsent letters are
+    dead letters again.
     """
     try:
         with connections.connect(_LONGEST_S) as conn:
@@ -92,7 +92,7 @@ def work_on(
 def _turn(
     conn: Connection, send_letters: Callable[[Sequence[DeadLetterRef]], None], in_flight: InFlight, redrive_id: UUID
 ) -> float | None:
-    """Send for one turn; returns in how many seconds to continue, or None where nothing is left to send."""
+    """Send letters for one turn. Return the seconds until the next turn, or None if no letter remains."""
     goes_on = time_budget()
     while True:
         wait_s = redrives.step(conn, redrive_id, send_letters).wait_s
@@ -102,9 +102,9 @@ def _turn(
 
 
 def send(broker: SendingBroker, scripts: Scripts, letters: Sequence[DeadLetterRef]) -> None:
-    """Put letters in their queues, each once: the id in Redis is made of the letter's id. Raises RedisOutage (retry).
+    """Put letters in their queues, each once: its id determines the id in Redis. Raises RedisOutage (retry).
 
-    Letters of a sink go nowhere: its runner reads from the table which were sent.
+    Letters of a sink stay: its runner reads from the table which are due.
     """
     by_queue: dict[str, list[bytes]] = {}
     for letter in letters:
@@ -135,10 +135,10 @@ def _renewed(body: bytes) -> bytes:
 
 
 def sweep(conn: Connection, broker: SendingBroker, max_content_bytes: int) -> dict[str, int]:
-    """Start redrives again whose job was lost, and find out the outcome of redriven messages that left Redis without a note.
+    """Restart redrives whose job was lost, and find the outcome of redriven messages that left Redis without a record.
 
-    Returns how many redrives were started, and how many letters are stored, and dead again.
-    Raises DatabaseOutage, RedisOutage (retry).
+    Return the number of restarted redrives, of stored letters, and of letters that are dead again. Raises DatabaseOutage,
+    RedisOutage (retry).
     """
     asked = 0
     for redrive_id in redrives.unsent(conn):
@@ -163,7 +163,7 @@ def sweep(conn: Connection, broker: SendingBroker, max_content_bytes: int) -> di
 
 
 def _gone(broker: SendingBroker, letters: Sequence[Sent]) -> dict[UUID, datetime]:
-    """Return the letters that are neither queued nor dead in Redis. Their outcome was written before they left, if at all."""
+    """Return the letters that are neither queued nor dead in Redis. Their outcome, if any, was written before they left."""
     try:
         with broker.client.pipeline(transaction=True) as pipeline:
             for letter in letters:
@@ -177,7 +177,7 @@ def _gone(broker: SendingBroker, letters: Sequence[Sent]) -> dict[UUID, datetime
 
 
 def _is_stored(conn: Connection, letter_id: UUID, max_content_bytes: int) -> bool:
-    """Return whether the event in a letter is in the log, and not another event with its id."""
+    """Return whether the event of a letter is in the log, with the same body under its id."""
     letter = dead_letters.get(conn, letter_id)
     if letter is None or letter["actor"] != store_evaluation.actor_name:
         return False
@@ -188,5 +188,5 @@ def _is_stored(conn: Connection, letter_id: UUID, max_content_bytes: int) -> boo
         event = read_message(letter["message"], max_content_bytes)
     except EvalstoreError:
         return False
-    # Storing an event again changes nothing, and shows whether it is the same.
+    # Storing an event again changes nothing, and shows whether the body is the same.
     return event_store.store(conn, [event]).outcomes[0] != "reused"

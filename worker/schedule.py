@@ -1,4 +1,4 @@
-"""Periodic jobs: periodiq schedules them and workers run them, once for each tick however many copies run."""
+"""Periodic jobs. periodiq schedules them and workers run them, once for each tick however many schedulers run."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from worker.verified_database import VerifiedDatabase
 
 # Less than WORK_S, with the time to connect.
 _LONGEST_S: Final = 15.0
-# Longer than other turns: each search for overdue evaluations reads all that are open. Less than _LONGEST_S.
+# Longer than other turns, because each search for stalled evaluations reads all open evaluations. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0
 
 log = EventLogger("evalstore.worker")
@@ -68,7 +68,7 @@ class _TickActor(Actor[[], None]):
         try:
             broker.lua.run("tick", [tick, keys.queue, keys.bodies], redis_id, encode(message))
         except redis.RedisError as error:
-            # Raised, it would end the scheduler. The next tick does the same work.
+            # An exception would end the scheduler. The next tick does the same work.
             log.warning("job_not_scheduled", job=self.actor_name, error=error)
         return message
 
@@ -131,7 +131,7 @@ class _Jobs:
 def _record_run(
     broker: SendingBroker, metrics: WorkerMetrics, process: str, name: str, work: Callable[[], Any]
 ) -> Callable[[], None]:
-    """Return a function that does `work` and records the run in Redis: when it began, how long it took, and its outcome."""
+    """Return a function that does `work` and records the run in Redis: its start, its duration and its outcome."""
 
     def run() -> None:
         started = time.time()
@@ -140,7 +140,7 @@ def _record_run(
             told |= {"outcome": "ok", "result": work()}
         except Exception as error:
             told |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-            # An outage is left to the next tick: Dramatiq would retry, and log a traceback each time.
+            # The next tick tries again. Dramatiq's retry would log a traceback each time.
             if not isinstance(error, PASSING):
                 raise
         finally:

@@ -23,7 +23,7 @@ warn_unknown_env()
 broker = Broker(
     url=settings.redis_url.get_secret_value(),
     namespace=settings.redis_namespace,
-    # For the periodic jobs; the handler retries events.
+    # Only for the periodic jobs. The handler retries events.
     middleware=[Retries(max_retries=20, min_backoff=1_000, max_backoff=60_000)],
     max_deaths=settings.max_deaths,
     batch_events=settings.batch_events,

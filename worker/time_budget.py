@@ -1,4 +1,4 @@
-"""How long one piece of work may keep a thread."""
+"""Limit how long one piece of work may occupy a thread."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,6 @@ BUDGET_S: Final = 2.0
 
 
 def time_budget(seconds: float = BUDGET_S) -> Callable[[], bool]:
-    """Return a function that tells whether `seconds` from now are not over yet."""
+    """Return a function that returns true until `seconds` have passed."""
     deadline = time.monotonic() + seconds
     return lambda: time.monotonic() < deadline

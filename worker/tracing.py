@@ -56,7 +56,7 @@ def sender_traces() -> dict[bytes, Any] | None:
 
 
 def transaction(events: int) -> AbstractContextManager[None]:
-    """Trace one attempt to store so many events."""
+    """Trace one attempt to store this number of events."""
     spans = _batch.get()
     return _OFF if spans is None else spans.transaction(events)
 

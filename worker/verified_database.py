@@ -23,12 +23,12 @@ class VerifiedDatabase:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Connect to nothing yet."""
+        """Return an instance for the settings. It connects at first use."""
         return cls(database.connect(settings, idle_timeout_s=15, pre_ping=False))
 
     @contextmanager
     def connect(self, limit_s: float, watch: database.Watch | None = None) -> Iterator[Connection]:
-        """Give a connection, and break it when the block takes longer than `limit_s`; `watch` may break it sooner.
+        """Open a connection, and break it when the block takes longer than `limit_s`. `watch` may break it sooner.
 
         The first call checks the schema. Raises DatabaseOutage, SchemaMismatch (retry).
         """
@@ -38,7 +38,7 @@ class VerifiedDatabase:
             yield conn
 
     def renew(self, limit_s: float) -> None:
-        """Give the calling thread's block `limit_s` from now."""
+        """Set the time limit of the calling thread's block to `limit_s` from now."""
         self._watch.renew(limit_s)
 
     def connection_counts(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""The sides: how each one's workers are started, and how a full queue is kept from them until they are ready.
+"""The sides of the comparison: how workers start, and how a full queue is hidden from them until they are ready.
 
-A side's own module is imported only in its own processes: it has `fill(events)`, which enqueues them, and what its workers run.
+A side's module is imported only in its own processes. It has `fill(events)`, which enqueues events, and the workers' code.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import redis
 
 
 class Shape(NamedTuple):
-    """Processes, and in each: threads, coroutines at once, or messages fetched together."""
+    """The number of processes, and in each the number of threads, concurrent coroutines, or messages fetched together."""
 
     processes: int
     threads: int
@@ -22,8 +22,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """`command`: the arguments to Python that start all workers of a shape, or one of its processes if `each`. `stores`: what
-    of an event's rows it writes. `rate`: events/s to expect, roughly, for the first round's number of events."""
+    """How to run a side. `command` holds Python's arguments that start all workers of a shape, or one process if `each` is set.
+
+    `stores` names the rows that the side writes. `rate` is an estimate in events/s for the size of the first round.
+    """
 
     name: str
     letter: str
@@ -38,7 +40,7 @@ class Side:
     group: str | None = None
 
     def hold(self, client: redis.Redis) -> None:
-        """Hide what was enqueued from workers that are yet to start."""
+        """Hide the enqueued messages from workers that are yet to start."""
         if self.group:
             try:
                 client.xgroup_create(self.queue, self.group, id="$", mkstream=True)
@@ -48,16 +50,16 @@ class Side:
             client.rename(self.queue, f"held:{self.queue}")
 
     def release(self, client: redis.Redis) -> None:
-        """Give it to them, all at once."""
+        """Release all messages to the workers at once."""
         if self.group:
             client.xgroup_setid(self.queue, self.group, id="0")
             last: Any = client.xrevrange(self.queue, count=1)
-            client.xadd(self.queue, last[0][1])  # wakes them; a duplicate
+            client.xadd(self.queue, last[0][1])  # Wakes the workers with a duplicate.
         else:
             client.rename(f"held:{self.queue}", self.queue)
 
     def waiting(self, client: redis.Redis) -> int:
-        """How many messages no worker has taken yet. Of the side that stores nothing: is done with."""
+        """Return how many messages no worker has taken yet. For the side that stores nothing, return unfinished messages."""
         if self.stores == "nothing":
             return client.hlen(f"{self.queue}.msgs")
         match client.type(self.queue):

@@ -1,4 +1,4 @@
-"""Celery on Redis: a task that stores each message in a transaction of its own, acknowledged when it is done."""
+"""Celery on Redis: a task stores each message in its own transaction and acknowledges it afterwards."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -11,7 +11,7 @@ from bench import rows
 from models.settings import settings
 
 app = Celery("bench", broker=settings().redis_url.get_secret_value())
-# For many short tasks: docs.celeryq.dev/en/stable/userguide/optimizing.html
+# Recommended for many short tasks: docs.celeryq.dev/en/stable/userguide/optimizing.html
 app.conf.update(
     task_ignore_result=True,
     task_acks_late=True,
@@ -23,7 +23,7 @@ app.conf.update(
 
 @cache
 def engine() -> Engine:
-    """One for each of the worker's processes, made after it was forked."""
+    """Make an engine for each worker process, after the fork."""
     return create_engine(settings().database_url.get_secret_value().replace("postgresql://", "postgresql+psycopg://"))
 
 

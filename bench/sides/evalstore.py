@@ -1,4 +1,4 @@
-"""evalstore as it is shipped: `dramatiq worker.tasks`."""
+"""evalstore as released: `dramatiq worker.tasks`."""
 
 import os
 import random
@@ -17,9 +17,9 @@ from tasks.tracing import is_asked_for
 
 def fill(events: Iterable[dict[str, Any]]) -> None:
     """Enqueue `events` as Dramatiq does, for any worker with an actor `store_evaluation` on the queue `evaluations`."""
-    left = iter(events)
+    remaining = iter(events)
     with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
-        while some := list(islice(left, 2000)):
+        while some := list(islice(remaining, 2000)):
             bodies = {redis_id: _message(event, redis_id) for event in some for redis_id in [str(uuid4())]}
             with client.pipeline(transaction=True) as pipeline:
                 pipeline.hset("dramatiq:evaluations.msgs", mapping=bodies)

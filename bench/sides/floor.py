@@ -1,6 +1,6 @@
-"""The floor: fetch, decode, `evaluations.store`, acknowledge, in one plain loop: evalstore without Dramatiq and without care.
+"""The floor: one plain loop that fetches, decodes, stores and acknowledges, without Dramatiq and without safety.
 
-What evalstore costs above this is the price of Dramatiq's worker, and of losing none.
+The difference to evalstore is the cost of Dramatiq's worker and of losing no message.
 """
 
 from bench.sides.evalstore import fill
@@ -15,14 +15,14 @@ __all__ = ["fill"]
 
 
 def main() -> None:
-    """Store until killed."""
+    """Store messages until killed."""
     broker = Broker(url=settings().redis_url.get_secret_value(), middleware=[])
     queue, max_bytes = broker.queue_client(QUEUE), settings().max_content_bytes
     with VerifiedDatabase.of(settings()).engine.connect() as conn:
         while True:
-            if found := queue.fetch(settings().batch_events, settings().batch_bytes).bodies:
-                event_store.store(conn, [read_message(body, max_bytes) for body in found.values()])
-                queue.settle(list(found))
+            if bodies := queue.fetch(settings().batch_events, settings().batch_bytes).bodies:
+                event_store.store(conn, [read_message(body, max_bytes) for body in bodies.values()])
+                queue.settle(list(bodies))
                 queue.mark_answered()
             else:
                 broker.client.blmove(queue.keys.queue, queue.keys.queue, 1, "LEFT", "LEFT")

@@ -1,4 +1,4 @@
-"""Dramatiq's own Redis broker and middleware; an actor that does nothing with what it gets."""
+"""Dramatiq's own Redis broker and middleware, with an actor that does nothing."""
 
 from typing import Any
 
@@ -16,4 +16,4 @@ dramatiq.set_broker(broker)
 
 @dramatiq.actor(queue_name="evaluations")
 def store_evaluation(_event: dict[str, Any]) -> None:
-    """Nothing."""
+    """Do nothing."""

@@ -24,8 +24,8 @@ def store_evaluation(event: dict[str, Any]) -> None:
 
 
 def fill(events: Iterable[dict[str, Any]]) -> None:
-    left = iter(events)
+    remaining = iter(events)
     with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
         queue = Queue("evaluations", connection=client)
-        while some := list(islice(left, 500)):
+        while some := list(islice(remaining, 500)):
             queue.enqueue_many([Queue.prepare_data(store_evaluation, (event,), result_ttl=0) for event in some])

@@ -1,4 +1,4 @@
-"""evalstore's worker without confirmations, to see what they cost: nothing is written to the outbox, and nothing relayed."""
+"""evalstore's worker without confirmations, to measure their cost: no outbox and no relay."""
 
 import worker.tasks
 from evalstore.storage import event_store

@@ -1,6 +1,7 @@
-"""What a good engineer would write by hand: a loop over a Redis stream with a consumer group, and one INSERT a batch.
+"""A worker that an engineer might write by hand: a loop over a Redis stream with a consumer group, and one INSERT for each
+batch.
 
-It stores the events alone: no records, no confirmations, nothing for what cannot be stored.
+It stores only events: no records, no confirmations, and no dead letters.
 """
 
 import os
@@ -45,14 +46,14 @@ ON CONFLICT DO NOTHING
 
 
 def main() -> None:
-    """Store until killed."""
+    """Store messages until killed."""
     count, consumer = int(os.environ.get("BENCH_THREADS", "1000")), str(os.getpid())
     decoder = msgspec.json.Decoder(dict[str, Any])
     client = redis.Redis.from_url(settings().redis_url.get_secret_value())
     with psycopg.connect(settings().database_url.get_secret_value()) as conn:
         while True:
-            found: Any = client.xreadgroup(GROUP, consumer, {STREAM: ">"}, count=count, block=1000)
-            for _, entries in found or []:
+            reply: Any = client.xreadgroup(GROUP, consumer, {STREAM: ">"}, count=count, block=1000)
+            for _, entries in reply or []:
                 _store(conn, [decoder.decode(fields[b"event"]) for _, fields in entries])
                 client.xack(STREAM, GROUP, *(entry_id for entry_id, _ in entries))
 
@@ -70,9 +71,9 @@ def _store(conn: psycopg.Connection[Any], events: list[dict[str, Any]]) -> None:
 
 
 def fill(events: Iterable[dict[str, Any]]) -> None:
-    left = iter(events)
+    remaining = iter(events)
     with redis.Redis.from_url(settings().redis_url.get_secret_value()) as client:
-        while some := list(islice(left, 1000)):
+        while some := list(islice(remaining, 1000)):
             with client.pipeline(transaction=False) as pipeline:
                 for event in some:
                     pipeline.xadd(STREAM, {"event": msgspec.json.encode(event)})

@@ -1,4 +1,4 @@
-"""evalstore without counting, liveness and log lines: what these cost is the difference. `dramatiq bench.sides.uncounted`."""
+"""evalstore without counters, heartbeats and log lines, to measure their cost: `dramatiq bench.sides.uncounted`."""
 
 import logging
 from typing import Any

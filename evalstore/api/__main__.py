@@ -17,7 +17,7 @@ def main() -> None:
     uvicorn.run(
         "evalstore.api.app:app",  # by name, because WEB_CONCURRENCY may ask for several processes
         http="evalstore.api.protocol:Protocol",
-        host="" if settings.api_host == "::" else settings.api_host,  # asyncio would serve IPv6 alone on `::`
+        host="" if settings.api_host == "::" else settings.api_host,  # With `::`, asyncio would serve IPv6 only.
         port=settings.api_port,
         timeout_graceful_shutdown=GRACE_S,
         access_log=False,

@@ -63,7 +63,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 class Access:
-    """The valid keys. `load` reads those of the table, and raises Outage."""
+    """The valid keys. `load` reads the keys of the table and raises Outage."""
 
     def __init__(self, settings: Settings, load: Callable[[], Awaitable[list[Key]]]) -> None:
         self._settings_keys: dict[Permission, tuple[str, ...]] = {
@@ -101,7 +101,7 @@ class Access:
             self._refresh_configured()
         presented = digest(key)
         found = None
-        for known, caller in self._configured.items():  # all of them, so that the time does not depend on the key
+        for known, caller in self._configured.items():  # Compare all keys, so that the duration does not depend on the key.
             if hmac.compare_digest(known, presented):
                 found = caller
         return found
@@ -132,7 +132,7 @@ class Access:
         if self._table is None:
             raise unavailable("keys cannot be checked: the database cannot be reached")
         stored = self._table.get(key_id)
-        # An unknown id is compared too, with a digest of the same length, so that it takes the same time.
+        # Compare unknown ids too, with a digest of the same length: the duration must not show whether an id exists.
         if not hmac.compare_digest(stored.digest if stored else bytes(32), digest(key)) or stored is None:
             return None
         if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):

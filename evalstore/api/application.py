@@ -115,7 +115,7 @@ def documented_app(**options: Any) -> DocumentedApp:
 
 
 def _observe(metrics: ApiMetrics, scope: Scope, status: int, seconds: float) -> None:
-    """Count a request; log it if it writes or is refused."""
+    """Count a request. Log requests that write, and refused requests."""
     metrics.request(scope, status, seconds)
     if scope["method"] in {"GET", "HEAD"} and status not in {401, 403}:
         return

@@ -1,4 +1,4 @@
-"""`Prefer: respond-async` (RFC 7240): an event goes to the queue, and the answer does not wait until it is stored."""
+"""Answer `Prefer: respond-async` (RFC 7240): send an event to the queue without waiting until it is stored."""
 
 from typing import Final
 

@@ -35,14 +35,15 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """The bytes from `start` up to, without, `stop`."""
+    """A range of bytes: `start` is the first byte, `stop` the byte after the last."""
 
     start: int
     stop: int
 
 
 def span_of(range_header: str | None, size: int) -> Span | None:
-    """Return the part that a Range header asks for. None means all, also for other ranges than a single one of bytes.
+    """Return the part that a Range header requests. Return None for the whole content, and for ranges that are not a single
+    byte range.
 
     RFC 9110, 14.2. Raises Problem (416) if the content has no such part.
     """
@@ -140,7 +141,7 @@ async def _stream(service: Service, content: Content, part: Span | None, headers
 class _Reading:
     """Content on its way to a client. A large piece waits in a temporary file, so that slow clients take no memory.
 
-    Between two slices nothing but that file is open. docs/decisions/0028 says why.
+    Between two slices only that file is open. docs/decisions/0028 says why.
     """
 
     def __init__(self, service: Service, content: Content, span: Span) -> None:
@@ -164,7 +165,7 @@ class _Reading:
         return io.BytesIO(piece)
 
     async def slices(self, slice_: bytes) -> AsyncIterator[bytes]:
-        """Yield that slice and all after it."""
+        """Yield this slice and all later slices."""
         while slice_:
             yield slice_
             slice_ = await self.next()
@@ -175,7 +176,7 @@ class _Reading:
 
 
 async def _read(service: Service, content: Content, work: Callable[[], T]) -> T:
-    """Call `work` in a thread. Raises Problem (404 if the content is gone), Outage, ObjectMissing, ObjectDamaged."""
+    """Call `work` in a thread. Raises Problem (404 if the content was deleted), Outage, ObjectMissing, ObjectDamaged."""
     try:
         return await service.thread(work)
     except LookupError:

@@ -91,6 +91,6 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return a table of cells that are HTML already; none without rows."""
+    """Return a table whose cells are HTML already. Return an empty text without rows."""
     lines = [f"<tr><td><code>{first}</code><td>{'<td>'.join(rest)}" for first, *rest in rows]
     return f"<table><tr><th>{'<th>'.join(heads)}{''.join(lines)}</table>" if rows else ""

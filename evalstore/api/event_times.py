@@ -1,4 +1,4 @@
-"""The times of events whose requests give none: a repeated request must make the same event as the first."""
+"""Find times for events whose requests have none: a repeated request must build the same event as the first request."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ _REMEMBERED_S: Final = 86_400
 
 
 class EventTimes:
-    """Finds the time that an event was first given, in the event log and in Redis. For threads.
+    """Finds the time of an event's first request, in the event log and in Redis. For threads.
 
-    `connect` opens a connection to PostgreSQL for a short look, and raises DatabaseOutage.
+    `connect` opens a connection to PostgreSQL for a short query, and raises DatabaseOutage.
     """
 
     def __init__(self, client: redis.Redis, names: Names, connect: Callable[[], AbstractContextManager[Connection]]) -> None:
@@ -37,9 +37,9 @@ class EventTimes:
         self._log_paused_until = self._redis_paused_until = 0.0
 
     def for_queue(self, requests: Sequence[WriteRequest]) -> list[Event]:
-        """Return the events of `requests` for the queue, each with the time that it was first given. Raises RedisOutage.
+        """Return the events of `requests` for the queue, each with the time of its first request. Raises RedisOutage.
 
-        The event log has the times of stored events. Redis has those of events that may still be in the queue.
+        The event log has the times of stored events. Redis has the times of events that may still be in the queue.
         """
         stored = self._stored([request.event for request in requests if not request.has_explicit_time])
         events = []
@@ -55,9 +55,9 @@ class EventTimes:
         return events
 
     def for_database(self, requests: Sequence[WriteRequest]) -> list[WriteRequest]:
-        """Return `requests` with the times of those events that were queued before.
+        """Return `requests` with the times of events that were queued before.
 
-        With another time the queued event would become a dead letter (EventIdReused).
+        With another time, the queued event would become a dead letter (EventIdReused).
         """
         queued = self._queued([request.event for request in requests if not request.has_explicit_time])
         return [
@@ -81,7 +81,7 @@ class EventTimes:
         return datetime.fromisoformat(first.decode())
 
     def _queued(self, events: Sequence[Event | EventRow]) -> Times:
-        """Return the times that `_remember` wrote; none, without waiting, during an outage of Redis."""
+        """Return the times that `_remember` wrote. During an outage of Redis, return none without waiting."""
         if not events or time.monotonic() < self._redis_paused_until:
             return {}
         try:
@@ -94,7 +94,7 @@ class EventTimes:
         return {(event.eval_id, event.event_id): datetime.fromisoformat(at.decode()) for event, at in pairs if at is not None}
 
     def _stored(self, events: Sequence[Event | EventRow]) -> Times:
-        """Return the times of stored events; none, without waiting, during an outage of PostgreSQL."""
+        """Return the times of stored events. During an outage of PostgreSQL, return none without waiting."""
         if not events or time.monotonic() < self._log_paused_until:
             return {}
         try:

@@ -1,4 +1,4 @@
-"""Answers `GET /storage/evaluations/{id}` before FastAPI, whose routing costs more than the rest of the request together.
+"""Answer `GET /storage/evaluations/{id}` before FastAPI, whose routing costs more than the rest of the request.
 
 The route in record_routes.py documents the request, and answers ids in another form.
 """

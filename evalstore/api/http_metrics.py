@@ -23,7 +23,8 @@ _STUCK_S: Final = 20.0
 
 
 class ApiMetrics:
-    """The metrics of one process. The exposition adds those of its group: `uvicorn --workers` starts several.
+    """The metrics of one process. The exposition adds up the metrics of its group: `uvicorn --workers` starts several
+    processes.
 
     `routes`: each method and path template of the service.
     """
@@ -85,7 +86,7 @@ class ApiMetrics:
         self.counters.add("evalstore_http_events_total", outcome, by=count)
 
     def stored(self, stored: Stored) -> None:
-        """Count endings of attempts that had another ending before, and records made anew from the log."""
+        """Count second endings of attempts, and records that were rebuilt from the log."""
         self.counters.add("evalstore_conflicting_results_total", by=stored.conflicting_results)
         for reason, count in stored.rebuilt.items():
             self.counters.add("evalstore_merge_states_rebuilt_total", reason, by=count)

@@ -116,7 +116,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
 
 
 def _metadata_filters(request: Request) -> dict[str, str]:
-    """Return the values of `metadata.KEY`. Raises Problem (422) for unknown parameters too, so that a typo is noticed."""
+    """Return the values of `metadata.KEY`. Raises Problem (422) for an unknown parameter, so that a typo shows."""
     filters: dict[str, str] = {}
     faults: list[Fault] = []
     for name, value in request.query_params.multi_items():
@@ -168,7 +168,7 @@ async def _export(service: Service, chosen: Filter) -> Response:
 
 
 class _Export:
-    """An export in a thread of its own. The thread also ends it, after the client has disconnected."""
+    """An export in its own thread. The thread also ends the export after the client has disconnected."""
 
     def __init__(self, service: Service, chosen: Filter) -> None:
         self._service = service
@@ -183,7 +183,7 @@ class _Export:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
 
     async def lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-        """Yield the lines of that chunk and of all after it."""
+        """Yield the lines of `chunk` and of all later chunks."""
         while chunk is not None:
             yield b"".join(to_json(row) + b"\n" for row in chunk)
             chunk = await self.next()

@@ -1,4 +1,4 @@
-"""What routes declare for the OpenAPI document besides what FastAPI derives from their signatures."""
+"""The parts of the OpenAPI document that FastAPI does not derive from the routes' signatures."""
 
 from typing import Annotated, Any, Final
 
@@ -8,7 +8,7 @@ from evalstore.api.schemas import EVAL_ID, SCHEMAS, ref
 
 Responses = dict[int | str, dict[str, Any]]
 
-# For the document alone. The handlers check, because an impossible id is 404, and a fault names the header as HTTP spells it.
+# Only for the document. The handlers check: an impossible id is a 404, and a fault names the header as HTTP spells it.
 EvalId = Annotated[str, Path(json_schema_extra=EVAL_ID)]
 Prefer = Annotated[
     str | None, Header(alias="Prefer", description="`respond-async`: answer 202 at once, and store through the queue.")

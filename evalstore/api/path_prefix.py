@@ -1,4 +1,4 @@
-"""The path below which a proxy offers the service, like `/evalstore`: EVALSTORE_API_ROOT_PATH, or uvicorn's `--root-path`."""
+"""Serve below a path of a proxy, like `/evalstore`. EVALSTORE_API_ROOT_PATH or uvicorn's `--root-path` sets the path."""
 
 import re
 from collections.abc import MutableMapping
@@ -49,7 +49,7 @@ def _in_origin_form(scope: Scope) -> Scope:
 
 def _without(prefix: str, scope: Scope) -> MutableMapping[str, Any]:
     path, raw_path, raw_prefix = scope["path"], scope.get("raw_path") or b"", prefix.encode()
-    for _ in range(2):  # uvicorn adds `--root-path` also to a path that has it already
+    for _ in range(2):  # uvicorn adds `--root-path` a second time to a path that has it already.
         if path == prefix or path.startswith(f"{prefix}/"):
             path = path[len(prefix) :] or "/"
         if raw_path == raw_prefix or raw_path.startswith(raw_prefix + b"/"):

@@ -10,14 +10,14 @@ _ANY: Final = range(1, 2**31)
 
 
 def matches_etag(if_none_match: str | None, etag: str) -> bool:
-    """Tell whether If-None-Match names `etag` (13.1.2)."""
+    """Tell whether If-None-Match names `etag` (RFC 9110, 13.1.2)."""
     if if_none_match is None:
         return False
     return if_none_match.strip() == "*" or any(f'"{tag}"' == etag for _, tag in _TAG.findall(if_none_match))
 
 
 def allowed_versions(if_match: str | None) -> range | list[int] | None:
-    """Return the versions that If-Match allows (13.1.1); None without the header. Raises InvalidEvent."""
+    """Return the versions that If-Match allows (RFC 9110, 13.1.1), or None without the header. Raises InvalidEvent."""
     if if_match is None:
         return None
     if if_match.strip() == "*":

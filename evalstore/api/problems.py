@@ -61,7 +61,7 @@ def invalid(faults: Iterable[Fault]) -> Problem:
 
 
 def not_found(eval_id: str, content: str = "") -> Problem:
-    """Return 404 of an evaluation, or of `content` of it."""
+    """Return a 404 for an evaluation, or for its `content`."""
     detail = f"evaluation {eval_id!r} has no {content}" if content else f"there is no evaluation {eval_id!r}"
     return Problem(404, "not-found", detail)
 
@@ -109,7 +109,7 @@ _OURS: Final = (
 
 
 def of(error: Exception) -> Problem:
-    """Translate an error. An unexpected one is logged, and answered with 500 without its text."""
+    """Translate an error into a problem. Log an unexpected error, and answer 500 without its text."""
     match error:
         case Problem():
             return error
@@ -147,7 +147,7 @@ def _faults(error: RequestValidationError) -> list[Fault]:
 
 
 def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Answer every error of `app` with a problem. `routes`: those whose methods the header Allow lists."""
+    """Answer every error of `app` with a problem. The header Allow lists methods of `routes`."""
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = of(error)
@@ -161,7 +161,7 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
-    """Return the methods of a path: Starlette's own Allow has those of one route. The routes of documents have GET alone."""
+    """Return the methods of a path from all its routes. Starlette's own Allow has the methods of one route only."""
     matching = [route for route in routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in route.methods or ()} or {"GET"}
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)

@@ -25,7 +25,7 @@ log = EventLogger("evalstore.api")
 MEMORY_BYTES: Final = 64 * 1024 * 1024
 _LARGEST_BYTES: Final = 256 * 1024
 _MOST_IDS: Final = 500
-# After a query for so many reads, wait a moment for more: a query for many costs hardly more than one for few.
+# After a query for this number of reads, wait briefly for more reads: a query for many costs hardly more than a query for few.
 _BUSY_READS: Final = 4
 _GATHER_S: Final = 0.001
 _PAUSE_AFTER_FAILURE_S: Final = 5.0
@@ -113,8 +113,8 @@ class _Memory:
 class RecordCache:
     """Records by id, for one event loop.
 
-    `row_versions` asks PostgreSQL for those of many ids. `load` reads one record. Both raise Outage. `count` counts a read from
-    memory.
+    `row_versions` asks PostgreSQL for the row versions of many ids. `load` reads one record. Both raise Outage. `count` counts
+    a read from memory.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class RecordCache:
         self._loads: dict[tuple[str, str], asyncio.Task[Rendered | None]] = {}
 
     async def get(self, eval_id: str) -> Rendered | None:
-        """Return the record as of now or later, or None if it does not exist. Raises Outage (retry)."""
+        """Return the record as of this call or later, or None if there is none. Raises Outage (retry)."""
         row_version = await self._row_version(eval_id)
         if row_version is None:
             self._memory.drop(eval_id)

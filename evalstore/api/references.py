@@ -1,4 +1,4 @@
-"""Content references in events: a key may use those that it uploaded."""
+"""Check content references in events: a key may refer only to content that it uploaded."""
 
 from collections.abc import Sequence
 from datetime import timedelta

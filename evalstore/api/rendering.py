@@ -17,7 +17,7 @@ from models import content
 
 
 def to_json(value: object) -> bytes:
-    """Encode `value`, with lone surrogates, which UTF-8 cannot encode, as escapes."""
+    """Encode `value` as JSON. Lone surrogates become escapes, because UTF-8 cannot encode them."""
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
@@ -30,7 +30,7 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 
 
 class ClosingStream(StreamingResponse):
-    """A streamed response that calls `close` at its end, also if it was never read: generators are finalized late."""
+    """A streamed response that calls `close` at its end, even if nobody reads it: Python finalizes generators late."""
 
     def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None], **options: Any) -> None:
         super().__init__(pieces, **options)
@@ -70,7 +70,7 @@ def render_past(past: PastRecord) -> bytes:
 
 
 def with_prefix(prefix: str, body: bytes) -> bytes:
-    """Add `prefix` to the addresses in a rendered record. The cache, which several services share, has them without."""
+    """Add `prefix` to the addresses in a rendered record. Services with different prefixes share the cache, so it has none."""
     if not prefix or b'_url":"/storage/' not in body:
         return body
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

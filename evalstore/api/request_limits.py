@@ -19,10 +19,10 @@ from models.logs import EventLogger
 
 log = EventLogger("evalstore.api")
 
-# docs/decisions/0033 says what happens without these three.
+# docs/decisions/0033 says what happens without these limits.
 STEP_S: Final = 60.0
 PACE_BYTES_S: Final = 16_384  # of a body, after the first STEP_S
-# Go on reading so long after an answer to an unfinished request. A connection that is closed at once loses the answer.
+# Read on for this time after an answer to an unfinished request. Closing the connection at once would lose the answer.
 LINGER_S: Final = 2.0
 
 _SOCKET_BUFFER_BYTES: Final = 65_536
@@ -56,7 +56,7 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self._is_head = scope["method"] == "HEAD"
         if self._is_head:
-            # As GET, without a body (RFC 9110, 9.3.2) and without ranges (14.2).
+            # Answer HEAD like GET, but without a body (RFC 9110, 9.3.2) and without ranges (14.2).
             scope = {**scope, "method": "GET", "headers": [header for header in scope["headers"] if header[0] != b"range"]}
         self.scope = scope
         self._receive, self._send, self._max_bytes = receive, send, max_bytes
@@ -80,7 +80,8 @@ class _Exchange:
                 if self.status:
                     cause = error.__cause__ or error
                     log.warning("response_aborted", request_id=self.request_id, kind=type(cause).__name__, error=cause)
-                    raise _RequestAborted from None  # the server closes the connection: the answer must not look whole
+                    # The server then closes the connection. The client must not take the answer for complete.
+                    raise _RequestAborted from None
                 await problems.response(problems.of(error), self.request_id)(self.scope, self.receive, self.send)
 
     def _check_content_length(self) -> None:
@@ -134,10 +135,13 @@ class _Exchange:
             await self._send_slices(message)
         else:
             self._answered = True
-            await self._send(message)  # fits into the socket's buffer: needs no time-out
+            await self._send(message)  # Small: the socket's buffer takes it without a time-out.
 
     def _has_unread_body(self) -> bool:
-        """Tell whether the client sends more than was read. With `Expect` it waits for leave, which it did not get."""
+        """Tell whether the client sends more than was read.
+
+        A client that sent `Expect` waits for permission, which it did not get.
+        """
         names = {name for name, _ in self.scope["headers"]}
         waits = b"expect" in names and not self._read
         return not waits and bool(names & {b"content-length", b"transfer-encoding"})
@@ -155,7 +159,7 @@ class _Exchange:
             slice_ = body[start : start + _SLICE_BYTES]
             async with asyncio.timeout(STEP_S):
                 await self._send({**message, "body": slice_, "more_body": more or start + _SLICE_BYTES < len(body)})
-            await asyncio.sleep(0)  # notice a disconnect: asyncio warns of each write to a closed connection
+            await asyncio.sleep(0)  # Notice a disconnect: asyncio warns of each write to a closed connection.
 
 
 class _RequestAborted(Exception):
@@ -163,4 +167,4 @@ class _RequestAborted(Exception):
 
 
 class _HeadAnswered(BaseException):
-    """Ends the application after the headers of HEAD. Not an Exception, which middleware would log or answer."""
+    """Stops the application after the headers of HEAD. Middleware would catch an Exception and log or answer it."""

@@ -36,7 +36,7 @@ def _content(name: str) -> dict[str, Schema]:
 
 
 def _given(names: Iterable[str]) -> dict[str, Schema]:
-    """The schemas of fields as requests give them."""
+    """Return the schemas of fields in requests."""
     given: dict[str, Schema] = {}
     for field in map(_FIELDS.__getitem__, names):
         described = {**field.kind.schema, "description": f"{field.doc[0].upper()}{field.doc[1:]}."}

@@ -45,12 +45,12 @@ THREADS: Final = 12
 EXPORTS: Final = 3
 TURN_S: Final = 10.0
 WORK_S: Final = 60.0  # for a statement
-# Storing a body takes several times its size in memory. So at most two above the first size, and one above the second, are in
-# memory at a time. Other requests wait with what they have received.
+# Storing a body takes several times its size in memory. So at most two bodies above the first size, and one above the second,
+# are in memory at a time. Other requests wait before reading on.
 LARGE_BODY_BYTES: Final = 1024 * 1024
 HUGE_BODY_BYTES: Final = 16 * 1024 * 1024
 LARGE_BODIES: Final = 2
-# Uploads at a time. Each holds some frames of 4 MiB.
+# The number of concurrent uploads. Each holds some frames of 4 MiB.
 UPLOADS: Final = 8
 _LARGE_TURN_S: Final = 25.0  # less than the usual time-out of clients
 _PAUSE_AFTER_FAILURE_S: Final = 5.0
@@ -100,7 +100,7 @@ class Service:
         return await loop.run_in_executor(self._row_version_thread, self._query_row_versions, eval_ids)
 
     def _query_row_versions(self, eval_ids: Sequence[str]) -> dict[str, str]:
-        """Query on a connection of its own. An idle connection may have broken unnoticed, so retry once on a new one."""
+        """Query on a separate connection. An idle connection may have broken unnoticed, so retry once on a new connection."""
         was_open = self._row_version_conn is not None
         try:
             if self._row_version_conn is None:
@@ -117,7 +117,7 @@ class Service:
         return self._query_row_versions(eval_ids)
 
     def _connect_for_row_versions(self) -> Connection:
-        """Connect in autocommit, which saves two round trips a query, where no pooler is between."""
+        """Connect in autocommit if there is no pooler. Autocommit saves two round trips for each query."""
         conn = self._engine.connect()
         return conn if database.is_pooled(conn) else conn.execution_options(isolation_level="AUTOCOMMIT")
 
@@ -141,7 +141,7 @@ class Service:
     def load(self, eval_id: str) -> RecordView | None:
         """Return the record, or None if it does not exist. For threads. Raises DatabaseOutage (retry).
 
-        During an outage of the object store the record names the content there, and does not hold it.
+        During an outage of the object store the record has only references to the content there.
         """
         record = self.with_connection(lambda conn: records.load(conn, eval_id))
         return record and self.complete(record)
@@ -174,12 +174,12 @@ class Service:
             yield conn
 
     def with_connection(self, work: Callable[[Connection], T]) -> T:
-        """Call `work` with a connection. For threads. Raises DatabaseOutage, and what `work` raises."""
+        """Call `work` with a connection. For threads. Raises DatabaseOutage, and the errors of `work`."""
         with self.connection() as conn:
             return work(conn)
 
     def write(self, events: int, work: Callable[[Connection, str | None], T]) -> T:
-        """Call `work`, which stores so many events, with a connection and the traceparent of their confirmations."""
+        """Call `work` with a connection and a traceparent for its confirmations. `work` stores this number of events."""
         with tracing.transaction(events) as traceparent:
             return self.with_connection(lambda conn: work(conn, traceparent))
 
@@ -201,11 +201,11 @@ class Service:
                     target.store.close()
 
     async def run(self, work: Callable[[Connection], T]) -> T:
-        """Call `work` in a thread with a connection. Raises Outage, Problem (503), and what `work` raises."""
+        """Call `work` in a thread with a connection. Raises Outage, Problem (503), and the errors of `work`."""
         return await self.thread(lambda: self.with_connection(work))
 
     async def thread(self, work: Callable[[], T]) -> T:
-        """Call `work` in a thread. Raises Problem (503) if none is free in time, and what `work` raises."""
+        """Call `work` in a thread. Raises Problem (503) if no thread is free in time, and the errors of `work`."""
         async with _turn(self._turns, TURN_S, "the service is busy"):
             context = contextvars.copy_context()
             self.busy += 1
@@ -215,7 +215,7 @@ class Service:
                 self.busy -= 1
 
     def _with_deadline(self, work: Callable[[], T]) -> T:
-        """Call `work`. After the longest time that a statement may take, /health/live calls the thread stuck."""
+        """Call `work`. If it exceeds the longest time of a statement, /health/live reports the thread as stuck."""
         counters = self.metrics.counters
         counters.watch_thread(threading.current_thread().name)
         counters.set_deadline(WORK_S + TURN_S)
@@ -226,7 +226,7 @@ class Service:
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:
-        """Read the body of a request. The reader clears it; a large one keeps its turn until the block ends.
+        """Read the body of a request. The caller clears the body after use. A large body keeps its turn until the block ends.
 
         Raises Problem (408, 413, 415, 503).
         """

@@ -1,4 +1,4 @@
-"""`POST /storage/content`: bytes go to the object store as they arrive. An event may name them afterwards."""
+"""`POST /storage/content`: pass bytes to the object store as they arrive. Later events may refer to the object."""
 
 import asyncio
 import base64
@@ -71,7 +71,7 @@ def _refuse_forms(request: Request) -> None:
 
 
 def _sha256(content_digest: str | None) -> str | None:
-    """Return the SHA-256 of a Content-Digest, in hex; None without one. Other algorithms are ignored. Raises Problem (422)."""
+    """Return the SHA-256 of a Content-Digest in hex, or None without one. Ignore other algorithms. Raises Problem (422)."""
     if content_digest is None or "sha-256=" not in content_digest:
         return None
     with contextlib.suppress(binascii.Error):
@@ -120,7 +120,7 @@ class _UploadAborted(Exception):
 
 
 class _Pipe:
-    """Passes a body from the event loop to a thread. At most _PIECES are between them."""
+    """Passes a body from the event loop to a thread. At most _PIECES wait in between."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -129,22 +129,22 @@ class _Pipe:
         self._is_read = True
 
     async def put(self, piece: bytes) -> bool:
-        """Wait for room, and pass a piece on. Return False if the thread reads no more."""
+        """Wait for room and pass a piece to the thread. Return False if the thread has stopped reading."""
         await self._room.acquire()
         self._pieces.put(piece)
         return self._is_read
 
     def end(self, error: _UploadAborted | None) -> None:
-        """Pass on the end of the body, or why it ended too early."""
+        """Signal the end of the body, or the error that ended it."""
         self._pieces.put(error)
 
     def stop_reading(self) -> None:
-        """Let `put` go on without room."""
+        """Tell `put` to stop, and release a `put` that waits."""
         self._is_read = False
         self._room.release()
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the pieces. For the thread. Raises the error given to `end`."""
+        """Yield the pieces. For the thread. Raises the error of `end`."""
         while (piece := self._pieces.get()) is not None:
             if isinstance(piece, _UploadAborted):
                 raise piece

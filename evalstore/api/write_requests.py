@@ -48,7 +48,7 @@ def check_idempotency_key(key: str | None) -> None:
 def _object(body: bytes | bytearray) -> dict[str, Any]:
     data = decode(body, "body")
     if isinstance(body, bytearray):
-        body.clear()  # its memory is needed for the content
+        body.clear()  # Free the memory, which the content needs.
     if not isinstance(data, dict):
         raise InvalidEvent([Fault("body", f"expected a JSON object, not {type(data).__name__}")])
     return {name: value for name, value in data.items() if value is not None}
@@ -63,7 +63,7 @@ def created(body: bytearray, key: str | None, max_content_bytes: int) -> WriteRe
 
 
 def _complete(event: Event, key: str | None) -> WriteRequest:
-    """Fill in the id and the time. With a key the id follows from it, so that a repeated request makes the same event."""
+    """Fill in the id and the time. With a key the id is derived from the key, so a repeated request builds the same event."""
     changes: dict[str, Any] = {}
     is_repeatable = event.event_id is not None or key is not None
     if event.event_id is None:
@@ -74,7 +74,7 @@ def _complete(event: Event, key: str | None) -> WriteRequest:
 
 
 class Change(NamedTuple):
-    """The event of a PUT. `make` completes it for the record's attempt. `attempt`: that of the request, if it has one."""
+    """The event of a PUT. `make` completes the event for the record's attempt. `attempt` is the request's attempt, or None."""
 
     event: Event
     make: Callable[[int], WriteRequest]
@@ -84,7 +84,7 @@ class Change(NamedTuple):
 def changed(body: bytearray, eval_id: str, key: str | None, max_content_bytes: int) -> Change:
     """Return the event of a PUT. Raises InvalidEvent.
 
-    Without an event_id and a key the id follows from the content, so that the same change again stores nothing.
+    Without event_id and key, the id is derived from the content, so the same change again stores nothing.
     """
     data = _object(body)
     faults = _path_faults(data, eval_id)
@@ -129,10 +129,10 @@ def _path_faults(data: dict[str, Any], eval_id: str) -> list[Fault]:
 
 
 def lines(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int, *, fast: bool) -> list[Line]:
-    """Read the events of a batch, a JSON object a line, and check each by itself.
+    """Read the events of a batch, one JSON object a line, and check each line separately.
 
-    `fast`: return rows of the log where the fast path decodes the line, in a tenth of the time.
-    `eval_id`: that of the path, which lines may leave out. Raises InvalidEvent for no lines or too many.
+    With `fast`, lines that the fast path decodes come as rows of the log, in a tenth of the time. `eval_id` is the id in the
+    path, which lines may omit. Raises InvalidEvent for no lines or too many.
     """
     if eval_id is not None and (faults := _path_faults({}, eval_id)):
         raise InvalidEvent(faults)
@@ -167,5 +167,5 @@ def _line(number: int, text: bytes | bytearray, eval_id: str | None, key: str | 
 
 
 def single(body: bytearray, eval_id: str | None, key: str | None, max_content_bytes: int) -> Line:
-    """Read the event of a JSON body, as line 1."""
+    """Read the event of a JSON body. Faults name it line 1."""
     return _line(1, body, eval_id, key, max_content_bytes)

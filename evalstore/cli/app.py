@@ -26,9 +26,9 @@ _WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG
 
 
 def application(words: list[str] | None = None) -> typer.Typer:
-    """Build the command. With `words`, load only the subcommand that they name; the others have a name and help.
+    """Build the command. With `words`, load only the subcommand that they name. Other subcommands have only a name and help.
 
-    To load all subcommands takes most of a second of CPU, and containers run `evalstore health` every half minute.
+    Loading all subcommands takes most of a second of CPU, and containers run `evalstore health` every half minute.
     """
     wanted = command_name(words) if words is not None else None
     app = typer.Typer(
@@ -61,7 +61,7 @@ def _is_not_loaded() -> None:
 
 
 def _words() -> list[str]:
-    """Return the words of the command line, during shell completion those typed so far."""
+    """Return the words of the command line. During shell completion, return the words typed so far."""
     if any(name.endswith("_COMPLETE") for name in os.environ):
         typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
         return typed.split()[1:]

@@ -1,4 +1,4 @@
-"""`evalstore audit`: show what became of every event of a file."""
+"""`evalstore audit`: show the state of every event of a file."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ def _key(line: bytes) -> Key | None:
 
 
 def find_fates(loaded: Settings, keys: Sequence[Key]) -> dict[Key, str]:
-    """Find out what became of each event. Raises DatabaseOutage, RedisOutage."""
+    """Return the state of each event. Raises DatabaseOutage, RedisOutage."""
     fates = dict.fromkeys(keys, "missing")
     engine = database.connect(loaded)
     for _ in range(_ATTEMPTS):

@@ -227,7 +227,7 @@ def _in_editor(message: Any) -> Any:
 
 
 def _edited(loaded: Settings, before: bytes, message: Any) -> Edited:
-    """Encode the edited message. Raises InvalidEvent with the faults for which a worker would refuse it."""
+    """Encode the edited message. Raises InvalidEvent with the faults that a worker would report."""
     kinds = {"queue_name": str, "actor_name": str, "args": list, "kwargs": dict, "options": dict, "message_id": str}
     if not isinstance(message, dict):
         raise InvalidEvent([Fault("message", "expected a JSON object")])

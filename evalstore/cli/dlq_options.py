@@ -164,7 +164,7 @@ def _chosen(conn: Connection, words: Mapping[str, Any]) -> tuple[SelectedDeadLet
 
 
 def find_by_prefix(text: str, between: Callable[[Connection, UUID, UUID], list[Any]], conn: Connection) -> Any:
-    """Return what `between` finds for an id or its beginning, or None. Raises BadParameter if it finds several."""
+    """Return the row that `between` finds for an id or its beginning, or None. Raises BadParameter for several rows."""
     digits = text.replace("-", "").lower()
     if not re.fullmatch(r"[0-9a-f]{4,32}", digits, re.ASCII):
         raise typer.BadParameter(f"{escaped(text)!r} is no id, nor the first 4 or more characters of an id")
@@ -193,7 +193,7 @@ def operator(name: str) -> str:
 
 
 def confirm(action: str, count: int, *, yes: bool) -> None:
-    """Ask for confirmation on the terminal, for a large count by typing it. Raises Exit(5) if it is not given."""
+    """Ask for confirmation on the terminal. A large count must be typed. Raises Exit(5) without confirmation."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -281,7 +281,7 @@ def new_path(folder: Path) -> Path:
 
 
 def cells(row: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """Cut the texts of a row to `widths`, so that each row of a table takes one line."""
+    """Shorten the texts of a row to `widths`, so that each row of a table takes one line."""
     cut = {}
     for name, width in widths.items():
         value = row[name]

@@ -95,7 +95,7 @@ def redrive(  # noqa: PLR0913 - options
     words = chosen.words | {name: value for name, value in options.items() if value is not None}
     intent = Intent("redrive", operator(actor), reason, words)
     refuse_without_redis()
-    # Dead letters that arrived since were not confirmed. Those that another operator claimed are not sent twice.
+    # Take only dead letters that the operator confirmed and that no other operator has claimed since.
     redrive_id, now = dead_letters.redrive(
         conn,
         selection,

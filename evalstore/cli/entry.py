@@ -8,7 +8,7 @@ def main() -> None:
     """Run the console script. The exit status after Ctrl-C is 130, as in a shell."""
     _open_streams()
     try:
-        # These imports are slow, and Ctrl-C may come meanwhile.
+        # These imports are slow, and Ctrl-C may interrupt them.
         from evalstore.cli.commands import COMMANDS, command_name  # noqa: PLC0415
         from models.extras import require  # noqa: PLC0415
 

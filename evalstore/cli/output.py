@@ -22,7 +22,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u206
 
 
 class Format(StrEnum):
-    """The values of `-o`."""
+    """The output formats of `-o`."""
 
     table = "table"
     json = "json"
@@ -52,7 +52,7 @@ def show(
 ) -> None:
     """Print `rows` as a table of `columns`, as a JSON array, or as a JSON object per line.
 
-    `wrapped`: the only column that wraps on a narrow terminal; by default all do. `nothing`: the notice for an empty table.
+    On a narrow terminal only the column `wrapped` wraps, by default all columns. An empty table prints the notice `nothing`.
     """
     if form is Format.json:
         write_json(list(rows))

@@ -59,7 +59,7 @@ def send(
                     elif output_format is Format.json:
                         rows.append(row)
                 progress.update(task, completed=read)
-        except (Outage, KeyboardInterrupt):  # sending the whole file again would send lines without event_id twice
+        except (Outage, KeyboardInterrupt):  # If the file were sent again, its lines without event_id would be sent twice.
             notice(f"{sent:,} sent, {bad:,} bad; lines from {first_unsent:,} on may not be sent", "red")
             raise
     if output_format is Format.json:
@@ -120,7 +120,7 @@ def get(
     loaded = settings()
     engine, stores = database.connect(loaded), Stores(loaded)
     record = past = None
-    if identity({"eval_id": eval_id})[0] is not None:  # no other id can be stored
+    if identity({"eval_id": eval_id})[0] is not None:  # Other ids cannot be stored.
         with engine.connect() as conn:
             past = as_of.load(conn, eval_id, at) if at else None
             record = (past.view if past else None) if at else records.load(conn, eval_id)

@@ -1,4 +1,4 @@
-"""`evalstore spool`: show and forward the events that senders on this machine kept during an outage of Redis."""
+"""`evalstore spool`: show and forward events that senders on this machine saved during an outage of Redis."""
 
 import signal
 import time

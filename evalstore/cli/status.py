@@ -39,7 +39,7 @@ def status(
 ) -> None:
     """Show the state of queues, workers, outages, dead letters, archive and periodic jobs.
 
-    During an outage, the data of that server is left out and the exit status is 7. With tables of another release it is 1.
+    During an outage of a server, its data is left out and the exit status is 7. Tables of another release exit with 1.
     """
     probe = _StatusProbe(settings())
     if not watch:

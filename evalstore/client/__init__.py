@@ -1,4 +1,4 @@
-"""The HTTP service's client: `StorageClient`, what it returns and what it raises."""
+"""The HTTP service's client: `StorageClient`, its results and its errors."""
 
 from evalstore.client.http import StorageClient
 from evalstore.client.responses import Conflict, Evaluation, NotFound, Outcome, ServiceError, ServiceOutage, VersionChanged

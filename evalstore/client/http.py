@@ -120,7 +120,7 @@ class StorageClient:
             query["cursor"] = page["next"]
 
     def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
-        """Upload content, and return its reference, for `output_ref`, `code_ref` or `error_ref` of an event within days.
+        """Upload content, and return its reference. Send it within days as an event's `output_ref`, `code_ref` or `error_ref`.
 
         A file is sent from its position to its end, in pieces. It must be seekable, because a failed attempt is repeated.
         Raises ObjectDamaged if the service received other bytes.
@@ -148,9 +148,9 @@ class StorageClient:
         return b"".join(self.stream_content(eval_id, kind))
 
     def stream_content(self, eval_id: str, kind: Kind = "output", *, start: int = 0) -> Iterator[bytes]:
-        """Yield a content in pieces, from byte `start` on. A broken stream is resumed at its position.
+        """Yield a content in pieces, from byte `start` on. Resume a broken stream at its position.
 
-        Raises NotFound, and VersionChanged if the record has other content meanwhile.
+        Raises NotFound, and VersionChanged if the record's content changes during the read.
         """
         position, etag, give_up = start, "", time.monotonic() + self._retry_s
         wait_s = 0.05
@@ -212,7 +212,7 @@ class StorageClient:
         return self._send(lambda: self._http.build_request(method, path, **options), stream=stream)
 
     def _send(self, build: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
-        """Send a request, built anew for each attempt, until the answer is no outage."""
+        """Send a request, built again for each attempt, until an answer is no outage."""
         give_up, wait_s = time.monotonic() + self._retry_s, 0.05
         while True:
             try:
@@ -249,7 +249,7 @@ def _refusal(answer: httpx.Response) -> ServiceError:
         problem = answer.json()
         faults = [Fault(fault["field"], fault["problem"]) for fault in problem.get("faults", ())]
         kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
-    except (ValueError, KeyError, TypeError, AttributeError):  # not from the service, but from a proxy
+    except (ValueError, KeyError, TypeError, AttributeError):  # The answer is not from the service, but from a proxy.
         kind, detail, faults = "unknown", answer.text[:200], []
     kind_of_error = {404: NotFound, 409: Conflict, 412: VersionChanged}.get(answer.status_code, ServiceError)
     return kind_of_error(answer.status_code, kind, detail, faults, answer.headers.get("x-request-id"))

@@ -26,7 +26,7 @@ class NotFound(ServiceError):
 
 
 class Conflict(ServiceError):
-    """Another event is stored in its place."""
+    """Another event is stored under the same evaluation or id."""
 
 
 class VersionChanged(ServiceError):

@@ -68,9 +68,9 @@ def thaw(process: subprocess.Popen[bytes]) -> None:
 
 
 def remains(mark: Path) -> list[int]:
-    """List the processes that an earlier run in this folder left: those with its mark, and servers that work in it.
+    """List the processes that an earlier run in this folder left behind: marked processes, and servers that work in the folder.
 
-    Servers overwrite their environment to show a title. Processes of other users are skipped.
+    Marks may be missing: servers overwrite their environment to show a title. Processes of other users are skipped.
     """
     pids = []
     marker = f"{MARK}={mark}".encode()

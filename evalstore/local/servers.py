@@ -64,7 +64,7 @@ def free_port(preferred: int | None = None, host: str = "127.0.0.1") -> int:
 
 
 class Server(ABC):
-    """A server that can be stopped, killed and started again, with the same data, and on the same port if free."""
+    """A server that can be stopped, killed and started again with the same data. It keeps its port if the port is free."""
 
     name: str
     stop_signal: signal.Signals
@@ -127,7 +127,7 @@ class Server(ABC):
         self._running_supervisor().wait()
 
     def kill_now(self) -> None:
-        """Kill without waiting, for a `stop` that takes too long."""
+        """Kill without waiting, if `stop` takes too long."""
         processes.kill_now(self._running_supervisor())
 
     def freeze(self) -> None:
@@ -184,7 +184,7 @@ def _shared_buffers() -> str:
     https://www.postgresql.org/docs/18/runtime-config-resource.html
 
     New ids of evaluations fall anywhere in the indexes, and each index page outside memory costs a read and a write. PostgreSQL
-    takes the memory only as it uses it.
+    allocates the memory only as it is used.
     """
     quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return f"{max(128, min(2048, quarter // 2**20))}MB"

@@ -67,7 +67,7 @@ def _api_environment(folder: Path) -> dict[str, str]:
 
 
 def _metrics_environment(folder: Path) -> dict[str, str]:
-    """Return the address of metrics: the ports of the environment, else of the last start, else the usual ones if free."""
+    """Return the addresses of metrics: ports of the environment, else of the last start, else the default ports if free."""
     host = Settings.from_environment(os.environ).metrics_host
     path = folder / "metrics"
     usual = ["9191", "9192", "9193"]

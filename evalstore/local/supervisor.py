@@ -34,7 +34,7 @@ def processes() -> dict[int, tuple[int, str]]:
         if folder.name.isdigit():
             try:
                 stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-            except OSError:  # ended meanwhile
+            except OSError:  # The process has ended.
                 continue
             state, parent, *_ = stat.rpartition(")")[2].split()
             table[int(folder.name)] = (int(parent), state)

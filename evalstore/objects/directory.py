@@ -25,7 +25,10 @@ Probe = Callable[[Reference], State]
 
 
 class DirectoryStore:
-    """Objects in a folder. The first write creates it if its parent exists; else a mount may be absent, which is an outage."""
+    """Objects in a folder.
+
+    The first write creates the folder. If its parent is missing too, a mount may be absent: an outage.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +67,7 @@ class DirectoryStore:
             path = self._path(reference.key)
             with self._errors("write", reference.key):
                 self._create_folder(path.parent)
-                temporary.replace(path)  # replaces a damaged object, or an equal one written meanwhile
+                temporary.replace(path)  # This replaces a damaged object, or an equal object that another process wrote.
                 _sync(path.parent)
             return True
         finally:
@@ -72,14 +75,14 @@ class DirectoryStore:
                 temporary.unlink(missing_ok=True)
 
     def _open_file(self, key: str) -> BinaryIO:
-        """Open the file, also while `delete` has moved it and may move it back."""
+        """Open the file, even while `delete` has moved it and may move it back."""
         path = self._path(key)
         with suppress(FileNotFoundError):
             return path.open("rb", buffering=0)
         for trash in self._temporary.glob(f"{key}.{'?' * _TRASH_DIGITS}"):
             with suppress(FileNotFoundError):
                 return trash.open("rb", buffering=0)
-        return path.open("rb", buffering=0)  # moved back or written again meanwhile
+        return path.open("rb", buffering=0)  # The file was moved back or written again.
 
     def delete(self, key: str, unmodified_since: datetime | None = None) -> bool:
         """Delete the object, unless it was modified after `unmodified_since`. Returns whether this call deleted it.
@@ -104,7 +107,7 @@ class DirectoryStore:
                     return False
                 trash.unlink()
                 return True
-        except ObjectMissing:  # or another process moved it back
+        except ObjectMissing:  # Another process may have moved the file back.
             return False
 
     def _restore(self, trash: Path) -> None:
@@ -139,7 +142,7 @@ class DirectoryStore:
     def _in_folder(self, folder: Path, after: str) -> Iterator[Listed]:
         for path in sorted(folder.iterdir()):
             if path.name > after and is_key(path.name) and path == self._path(path.name):
-                with suppress(FileNotFoundError):  # deleted meanwhile
+                with suppress(FileNotFoundError):  # Another process deleted the object.
                     stat = path.stat()
                     yield Listed(path.name, stat.st_size, _modified_at(stat))
 
@@ -172,7 +175,10 @@ class DirectoryStore:
         return []
 
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
-        """List files in tmp/ from before `before`, which crashes left. With `remove`, remove them or move objects back."""
+        """List files in tmp/ older than `before`, which crashes left behind.
+
+        With `remove`, remove them or move objects back.
+        """
         names = []
         with self._errors("list", str(self._temporary)), suppress(FileNotFoundError):
             for path in sorted(self._temporary.iterdir()):

@@ -57,7 +57,7 @@ class ExistenceCache:
             if self._outage is not None:
                 if time.monotonic() < self._retry_at:
                     return dict.fromkeys(unknown, self._outage)
-                self._retry_at = time.monotonic() + _TRIAL_S  # other callers do not try meanwhile
+                self._retry_at = time.monotonic() + _TRIAL_S  # Other callers do not try until then.
         return self._check(unknown, timeout_s)
 
     def _check(self, references: list[Reference], timeout_s: float) -> dict[Reference, Absence]:

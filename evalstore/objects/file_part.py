@@ -1,11 +1,11 @@
-"""A part of an open file as a file object of its own."""
+"""Read a part of an open file as a separate file."""
 
 import io
 import os
 
 
 class FilePart(io.RawIOBase):
-    """A part of an open file, as a file of its own, so that threads upload parts without reading them into memory."""
+    """A part of an open file as a file, so that threads upload parts without reading them into memory."""
 
     def __init__(self, file: int, start: int, stop: int) -> None:
         self._file, self._start, self._length, self._position = file, start, stop - start, 0

@@ -49,7 +49,7 @@ State = Literal["intact", "damaged", "missing"]
 
 
 class Listed(NamedTuple):
-    """An object as its store lists it. `size` is that of the stored bytes."""
+    """An object as its store lists it. `size` counts the stored bytes."""
 
     key: str
     size: int
@@ -180,7 +180,7 @@ def _pack(reference: Reference, lengths: list[int], digests: list[bytes]) -> byt
     count, ours = len(lengths), _OURS_BYTES + len(digests) * _DIGEST_BYTES
     head = struct.pack("<II", _OURS, ours) + _VERSION
     head += bytes.fromhex(reference.sha256) + struct.pack("<Q", reference.size) + b"".join(digests)
-    # The seek table has an entry for each frame before it, also for our skippable frame.
+    # The seek table has an entry for each earlier frame, and an entry for our skippable frame.
     sizes = [*[FRAME_BYTES] * (count - 1), reference.size - FRAME_BYTES * (count - 1), 0]
     table = struct.pack("<II", _SEEK_TABLE, (count + 1) * 8 + 9)
     table += b"".join(struct.pack("<II", *entry) for entry in zip([*lengths, 8 + ours], sizes, strict=True))
@@ -218,7 +218,7 @@ class Index(NamedTuple):
         return content
 
     def check_whole(self, sha256: str) -> None:
-        """Raise ObjectDamaged unless `sha256` is that of the content."""
+        """Raise ObjectDamaged unless the content has this SHA-256."""
         if sha256 != self.reference.sha256:
             raise ObjectDamaged(f"object {self.reference.key}: its content has SHA-256 {sha256}")
 

@@ -189,7 +189,7 @@ def read_range(store: Store, reference: Reference, start: int, stop: int) -> Ite
 
 
 class _Tail(NamedTuple):
-    """The stored bytes that were read for the index. For content below 4 MiB they may be the whole object."""
+    """The stored bytes read for the index. For content below 4 MiB they may be the whole object."""
 
     listed: Listed
     stored: memoryview

@@ -36,7 +36,7 @@ _READ_BYTES = 256 * 1024
 # A deletion mark is valid for this time. A `touch` waits this long for the end of a deletion.
 _MARK_S = 600
 _DELETION_WAIT_S = 10
-# A conflict over a key ends with the other request. All attempts together take about 3 s.
+# A conflict over a key ends when the other request ends. All attempts together take about 3 s.
 
 _T = TypeVar("_T")
 
@@ -95,7 +95,7 @@ class S3Store:
                 raise
 
     def _tail(self, key: str, start: int) -> dict[str, Any]:
-        """Request the last bytes, by their position if the server does not know suffix ranges."""
+        """Request the last bytes. If the server does not support suffix ranges, request them by position."""
         if self._knows_suffixes:
             try:
                 answer = self._get(key, start, None)
@@ -297,7 +297,7 @@ class S3Store:
             if s3_answers.status(error) == 404:
                 return False
             raise
-        # Compare with the server's clock. An older mark is left from a crash: its writer deletes only in half that time.
+        # Compare with the server's clock. An older mark is from a crashed process: a writer deletes only within half that time.
         date = s3_answers.field(answer["ResponseMetadata"]["HTTPHeaders"], "date", self._name(key))
         now = parsedate_to_datetime(date)
         return bool(now - answer["LastModified"] < timedelta(seconds=_MARK_S))
@@ -349,7 +349,10 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}{folder}/{name}"}
 
     def orphans(self, before: datetime, *, remove: bool = False) -> list[str]:
-        """List multipart uploads and deletion marks from before `before`, which crashes left. With `remove`, remove them."""
+        """List multipart uploads and deletion marks older than `before`, which crashes left behind.
+
+        With `remove`, remove them.
+        """
         names = []
         marks = self._s3.get_paginator("list_objects_v2")
         with self._errors("list", ""):
@@ -418,7 +421,7 @@ class S3Store:
                 is_unsupported = details.get("Code") == "InvalidArgument" and "header" in str(details.get("Message")).lower()
                 if not (s3_answers.status(error) == 501 or is_unsupported) or not any(tried):
                     raise
-            if tried == (self._knows_conditions, self._knows_checksums):  # else another thread changed them meanwhile
+            if tried == (self._knows_conditions, self._knows_checksums):  # Otherwise another thread has changed them.
                 if self._knows_conditions:
                     self._knows_conditions = False
                 else:

@@ -43,8 +43,8 @@ _STORE_ERRORS: Final = frozenset(
         *("TooManyRequests", "TooManyRequestsException"),
     }
 )
-# Errors after which the whole write is repeated. Those with status 409: another write or delete of the key came in between.
-# The others: a part of the upload is gone, or the body was damaged in transfer.
+# Errors after which the whole write is repeated. Status 409: another write or delete of the key interfered. Others: a part of
+# the upload is missing, or the body was damaged in transfer.
 _CONFLICTS: Final = frozenset(
     {
         *("ConditionalRequestConflict", "OperationAborted", "Conflict", "NoSuchUpload", "InvalidPart", "InvalidPartOrder"),

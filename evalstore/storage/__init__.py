@@ -1,6 +1,6 @@
-"""The only package that speaks to PostgreSQL and the object store."""
+"""Store everything in PostgreSQL. No other package runs SQL."""
 
 import logging
 
-# Alembic tells of each plugin as it is imported, and of each look at the schema.
+# Alembic logs each plugin that it imports and each look at the schema.
 logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,4 +1,7 @@
-"""Keys of the HTTP service. The database holds their SHA-256: who reads it cannot use them."""
+"""Keep the keys of the HTTP service.
+
+The database holds the SHA-256 of each key. A reader of the database cannot use the keys.
+"""
 
 import hashlib
 import secrets
@@ -14,7 +17,7 @@ SCOPES: Final = ("read", "write", "admin")
 
 
 class Key(NamedTuple):
-    """A key as it is kept."""
+    """A key as the database holds it."""
 
     key_id: str
     name: str
@@ -26,7 +29,10 @@ class Key(NamedTuple):
 
 
 def digest(key: str) -> bytes:
-    """What is kept of a key. It is random and long, so one SHA-256 is all it needs."""
+    """Return the hash to store for a key.
+
+    A key is long and random. So one SHA-256 is enough: no salt, no slow hash.
+    """
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -41,7 +47,10 @@ INSERT INTO api_keys (key_id, name, digest, scopes, expires_at) VALUES (%s, %s, 
 
 
 def create(conn: Connection, name: str, scopes: Sequence[str], expires_at: datetime | None = None) -> tuple[str, Key]:
-    """A new key and what is kept of it; the key itself cannot be shown again. Commits. Raises DatabaseOutage (retry)."""
+    """Create a key. Return the key and the row stored for it. Commit.
+
+    The key itself cannot be read again later. Raises DatabaseOutage (retry).
+    """
     key_id = secrets.token_hex(6)
     key = f"evs_{key_id}_{secrets.token_hex(32)}"
     kept = digest(key)
@@ -56,12 +65,12 @@ _USABLE: Final = f"{_ALL} WHERE revoked_at IS NULL AND (expires_at IS NULL OR ex
 
 
 def usable(conn: Connection) -> list[Key]:
-    """Those neither revoked nor expired. Raises DatabaseOutage (retry)."""
+    """Return the keys that are neither revoked nor expired. Raises DatabaseOutage (retry)."""
     return _keys(conn, _USABLE)
 
 
 def all_keys(conn: Connection) -> list[Key]:
-    """Every key ever created, oldest first. Raises DatabaseOutage (retry)."""
+    """Return all keys, also revoked and expired keys, oldest first. Raises DatabaseOutage (retry)."""
     return _keys(conn, f"{_ALL} ORDER BY created_at, key_id")
 
 
@@ -75,6 +84,6 @@ _REVOKE: Final = "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) W
 
 
 def revoke(conn: Connection, key_ids: Sequence[str]) -> set[str]:
-    """Make these keys worthless for good; returns those of them that exist. Commits. Raises DatabaseOutage (retry)."""
+    """Revoke keys for good. Return the keys among them that exist. Commit. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         return {key_id for (key_id,) in database.driver(conn).execute(_REVOKE, [list(key_ids)]).fetchall()}

@@ -1,9 +1,11 @@
-"""The archive: content moves there from the database, and from a directory, in steps of which each may be repeated.
+"""Move content from the database, or from a directory, to the archive. Each step can be repeated.
 
-What is to move is stored in the archive, read back and hashed, and only then, in one transaction, its row points there and the
-database's copy goes. Whoever dies on the way leaves the row as it was, and at worst an object that nothing refers to: the next
-run finds it and uses it, or the sweep takes it. The copy in a directory is left to the sweep as well: a sender may have found
-it there a moment ago, and its event may still be on the way.
+A run stores the content in the archive, reads it back and checks the hash. Only then one transaction points the row to the
+archive and deletes the copy in the database. A crash before that transaction leaves the row unchanged. At worst, it leaves an
+object without a row: the next run uses the object, or the sweep removes it.
+
+The sweep also removes the copy in a directory. The archiver must not: a sender may have just found that copy, and the sender's
+event may not be stored yet.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,22 +46,22 @@ class Row(NamedTuple):
 
     @property
     def reference(self) -> Reference:
-        """Of one that is an object."""
+        """Return the reference to the object. Raises ValueError if the content is in the database."""
         if self.encoding is None:
             raise ValueError(f"{self.kind} of {self.eval_id!r} is in the database")
         return Reference(self.sha256.hex(), self.size, self.encoding)
 
     @property
     def name(self) -> str:
-        """It in words."""
+        """Describe the row for messages to operators."""
         return f"{self.kind} of {self.eval_id!r}, event {self.event_id}"
 
 
 class Archive(NamedTuple):
-    """Where content goes, what is due, and how old an object must be to be in danger of the sweep.
+    """Where content goes, which content is due, and at what age the sweep may remove an object.
 
-    `source` is the object store where content moves out of that, too. `place` is how rows name `store`: where the archive is
-    the object store, they say "objects", so that an archive that is set up later is another place.
+    `source` is the object store, if content moves from there too. `place` is the name of `store` in rows. The place is
+    "objects" if the archive is the object store, so a separate archive can be set up later.
     """
 
     store: Store
@@ -71,7 +73,7 @@ class Archive(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings) -> "Archive":
-        """The archive that the settings name. Raises InvalidSettings where there is none."""
+        """Return the archive that the settings name. Raises InvalidSettings if they name none."""
         url = settings.archive_url or settings.object_store_url
         if url is None:
             raise InvalidSettings("EVALSTORE_OBJECT_STORE_URL, EVALSTORE_ARCHIVE_URL: neither is set, so there is no archive")
@@ -88,7 +90,7 @@ class Archive(NamedTuple):
         )
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections of both stores."""
         self.store.close()
         if self.source:
             self.source.close()
@@ -96,7 +98,10 @@ class Archive(NamedTuple):
 
 @dataclass
 class Moved:
-    """What a run did. `outage` is why it ended early: the archive is away, and the rest is for the next run."""
+    """The counts of a run.
+
+    `outage` is set if the archive was unavailable and the run ended early: the next run moves the rest.
+    """
 
     moved: int = 0
     bytes: int = 0
@@ -104,8 +109,8 @@ class Moved:
     outage: ObjectStoreOutage | None = None
 
 
-# Both are found by index alone, however many rows are not due. The second passes over content of evaluations that go on for
-# longer than that; of a lost one, nothing has come since it was given up.
+# Both queries find rows by index alone, however many rows are not due. The query by age skips content of evaluations that have
+# not finished. A lost evaluation counts from its last update.
 _IS_DUE: Final = "c.store {store} AND (c.retry_at IS NULL OR c.retry_at <= %(now)s)"
 _BY_SIZE: Final = f"FROM contents c WHERE {_IS_DUE} AND c.size > %(threshold)s"
 _BY_AGE: Final = f"""
@@ -121,24 +126,28 @@ SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 
 
 def conditions(archive: Archive) -> list[str]:
-    """What is due: content above the threshold, and with an age set, the rest of what finished before."""
+    """Return the SQL conditions for due rows: above the size threshold, and, with an age set, smaller content that finished
+    earlier."""
     stores = ["IS NULL", *(["= 'objects'"] if archive.source else [])]
-    found = [_BY_SIZE.format(store=store) for store in stores]
+    queries = [_BY_SIZE.format(store=store) for store in stores]
     if archive.after is not None:
-        found += [_BY_AGE.format(store=store) for store in stores]
-    return found
+        queries += [_BY_AGE.format(store=store) for store in stores]
+    return queries
 
 
 def values(archive: Archive, now: datetime) -> dict[str, Any]:
-    """What `conditions` are about."""
+    """Return the parameters of the SQL that `conditions` and `due` return."""
     finished = now - archive.after if archive.after is not None else None
     return {"threshold": archive.threshold_bytes, "now": now, "finished": finished, "limit": _FETCH}
 
 
 def due(archive: Archive) -> list[str]:
-    """The queries of what is due, in the order in which it is taken: the largest first, then the oldest."""
+    """Return the queries for due rows, in the order to run them: the largest first, then the oldest."""
     orders = {True: "c.store, c.occurred_at", False: "c.store DESC, c.size DESC"}
-    return [f"{_SELECT} {one} ORDER BY {orders['c.occurred_at' in one]} LIMIT %(limit)s" for one in conditions(archive)]
+    return [
+        f"{_SELECT} {condition} ORDER BY {orders['c.occurred_at' in condition]} LIMIT %(limit)s"
+        for condition in conditions(archive)
+    ]
 
 
 def run_once(
@@ -149,10 +158,10 @@ def run_once(
     go_on: Callable[[], bool] = lambda: True,
     watch: Callable[[Step, Row], None] = lambda _step, _row: None,
 ) -> Moved:
-    """Move what is due, one content after the other, until nothing is left or `go_on` says no. Commits each.
+    """Move due content until none is left or `go_on` returns false. Commit after each content.
 
-    Any number of callers share the work: each content is with one of them at a time. Memory is bounded. What cannot be moved
-    is noted in its row, is tried again later, and holds up nothing else. Raises DatabaseOutage (run again).
+    Any number of callers share the work: a row lock gives each content to one caller at a time. Memory is bounded. A failure is
+    noted in its row and retried later; it does not block other rows. Raises DatabaseOutage (run again).
     """
     done = Moved()
     outages = 0
@@ -178,13 +187,13 @@ def run_once(
     return done
 
 
-def _rows(conn: Connection, query: str, given: dict[str, Any]) -> list[Row]:
+def _rows(conn: Connection, query: str, parameters: dict[str, Any]) -> list[Row]:
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(PLAN.encode(), binary=False)
-        return [Row(*row) for row in cursor.execute(query.encode(), given)]
+        return [Row(*row) for row in cursor.execute(query.encode(), parameters)]
 
 
-# Held for as long as its transaction: whoever dies lets go. For the time of an upload nothing is said to the server.
+# The claim lasts as long as the transaction, so a crash releases it. The connection is idle during an upload: allow for that.
 _PATIENCE: Final = "SET LOCAL idle_in_transaction_session_timeout = '15min'"
 _CLAIM: Final = """
 SELECT store FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s AND sha256 = %s FOR NO KEY UPDATE SKIP LOCKED
@@ -192,7 +201,7 @@ SELECT store FROM contents WHERE eval_id = %s AND event_id = %s AND kind = %s AN
 
 
 def claim(cursor: psycopg.Cursor[Any], row: Row) -> bool:
-    """Lock a row that is to change its place, unless another does or has done that; until the end of the transaction."""
+    """Lock a row until the transaction ends. Return false if another run has the lock or has already moved the content."""
     cursor.execute(_PATIENCE)
     return cursor.execute(_CLAIM, [*row[:3], row.sha256]).fetchone() == (row.store,)
 
@@ -206,7 +215,10 @@ WHERE eval_id = %s AND event_id = %s AND kind = %s
 def _try(
     conn: Connection, archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
 ) -> Literal[True] | Exception | None:
-    """Move a row's content: True; or why it failed, which is noted; or None where another has it or was faster."""
+    """Move the content of a row and return True. Return the error if the move failed, after noting it in the row.
+
+    Return None if another run has the row or has already moved the content.
+    """
     try:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
             if not claim(cursor, row):
@@ -220,7 +232,7 @@ def _try(
         watch("failed", row)
         return error
     except DatabaseOutage as error:
-        if error.may_be_the_work:  # else it would be the first that the next run meets, too
+        if error.may_be_the_work:  # Otherwise the next run meets this row first and fails too.
             with suppress(DatabaseOutage):
                 _note_failure(conn, row, error, now)
         raise
@@ -231,7 +243,7 @@ def _try(
 def _upload(
     cursor: psycopg.Cursor[Any], archive: Archive, row: Row, now: datetime, watch: Callable[[Step, Row], None]
 ) -> Reference:
-    """Store a row's content in the archive, and read it back; what is there already and turns out damaged is replaced."""
+    """Store the content of a row in the archive and read it back. Replace a damaged object that is already there."""
     for replace_damaged in (False, True):
         content = (
             _pieces(cursor, row)
@@ -261,14 +273,14 @@ _PIECE: Final = "SELECT substring(data, %s, %s) FROM contents WHERE eval_id = %s
 
 
 def _pieces(cursor: psycopg.Cursor[Any], row: Row) -> Iterator[bytes]:
-    """The content of a row in the database, in pieces of 4 MiB."""
+    """Read the content of a row in the database, in pieces of 4 MiB."""
     for start in range(0, row.size, FRAME_BYTES):
-        with cursor.connection.cursor(binary=True) as own:  # a cursor keeps its last result
-            found = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
-        if found is None or found[0] is None:
+        with cursor.connection.cursor(binary=True) as own:  # A cursor keeps its last result in memory.
+            piece = own.execute(_PIECE, [start + 1, FRAME_BYTES, *row[:3]]).fetchone()
+        if piece is None or piece[0] is None:
             raise ObjectDamaged(f"{row.name}: the database does not hold it")
-        yield found[0]
-        del found
+        yield piece[0]
+        del piece
 
 
 _FAILED: Final = """
@@ -281,14 +293,14 @@ WHERE eval_id = %s AND event_id = %s AND kind = %s AND store IS NOT DISTINCT FRO
 def _note_failure(conn: Connection, row: Row, error: Exception, now: datetime) -> None:
     why = printable(f"{type(error).__name__}: {error}")[:1000].replace("\0", "\\x00")
     with database.errors(), conn.begin():
-        given = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
-        database.driver(conn).execute(_FAILED, given)
+        parameters = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
+        database.driver(conn).execute(_FAILED, parameters)
 
 
 _RETRY: Final = "UPDATE contents SET retry_at = NULL WHERE failure IS NOT NULL AND retry_at > %s"
 
 
 def retry_failed(conn: Connection, now: datetime) -> int:
-    """Let what failed be tried again at once; returns how many. Raises DatabaseOutage (retry)."""
+    """Let failed moves be retried at once. Return their number. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         return database.driver(conn).execute(_RETRY, [now]).rowcount

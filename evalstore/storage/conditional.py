@@ -1,6 +1,6 @@
-"""Writes with a condition: nothing is stored unless it holds at the moment of storing. All end in `evaluations.store`.
+"""Store events only if a condition holds at that moment. All writes end in `event_store.store_once`.
 
-`evaluations.store` commits; what is locked here, before it, is locked in its transaction.
+The condition's lock is taken in the transaction that `store_once` commits.
 """
 
 import hashlib
@@ -21,8 +21,10 @@ from models.record import EventRow
 
 
 class WriteRequest(NamedTuple):
-    """An event to store, and whether when it occurred stands: its sender said so, or nobody can repeat it. Else a repeat takes
-    the time of the first."""
+    """An event to store. `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time.
+
+    The time is explicit if the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
+    """
 
     event: Event | EventRow
     has_explicit_time: bool
@@ -40,7 +42,7 @@ class EvaluationErased(EvalstoreError):
 
 
 class VersionChanged(EvalstoreError):
-    """The record is not at a version that was asked for; `version` is the one it is at, None where there is none."""
+    """The record is not at a requested version. `version` is its current version, or None if there is no record."""
 
     def __init__(self, version: int | None) -> None:
         self.version = version
@@ -54,17 +56,20 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 
 
 def store(
-    conn: Connection, given: Sequence[WriteRequest], traceparent: str | None = None
+    conn: Connection, requests: Sequence[WriteRequest], traceparent: str | None = None
 ) -> tuple[list[Outcome], event_store.Stored]:
-    """Store events in one transaction, which their confirmations trace back to. Commits. Raises DatabaseOutage (retry)."""
-    stored = event_store.store(conn, [one.event for one in given], _traces_of(traceparent))
-    return _at_first_times(conn, given, stored.outcomes), stored
+    """Store events in one transaction. Their confirmations continue the trace of `traceparent`. Commit.
+
+    Raises DatabaseOutage (retry).
+    """
+    stored = event_store.store(conn, [request.event for request in requests], _traces_of(traceparent))
+    return _at_first_times(conn, requests, stored.outcomes), stored
 
 
-def _store_once(conn: Connection, given: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
-    """As `store`, in a transaction that has begun. Raises Restart after it rolled that back."""
-    stored = event_store.store_once(conn, [given.event], _traces_of(traceparent))
-    (outcome,) = _at_first_times(conn, [given], stored.outcomes)
+def _store_once(conn: Connection, request: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
+    """Do as `store` does for one event, in a transaction that has begun. Raises Restart after a rollback."""
+    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent))
+    (outcome,) = _at_first_times(conn, [request], stored.outcomes)
     return outcome, stored
 
 
@@ -72,12 +77,12 @@ def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:
     return lambda positions: [traceparent or ""] * len(positions)
 
 
-def _at_first_times(conn: Connection, given: Sequence[WriteRequest], stored: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes of events that were stored, where a repeat without a time of its own has that of the first."""
+def _at_first_times(conn: Connection, requests: Sequence[WriteRequest], stored: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes, after comparing repeats without an explicit time again with the first stored time."""
     outcomes = list(stored)
-    doubtful = [at for at, one in enumerate(given) if outcomes[at] == "reused" and not one.has_explicit_time]
+    doubtful = [at for at, request in enumerate(requests) if outcomes[at] == "reused" and not request.has_explicit_time]
     if doubtful:
-        events = [given[at].event for at in doubtful]
+        events = [requests[at].event for at in doubtful]
         stored_times = times(conn, events)
         again = [at_time(event, stored_times.get((event.eval_id, event.event_id))) for event in events]
         for at, outcome in zip(doubtful, event_store.store(conn, again).outcomes, strict=True):
@@ -86,33 +91,36 @@ def _at_first_times(conn: Connection, given: Sequence[WriteRequest], stored: Seq
 
 
 def times(conn: Connection, events: Sequence[Event | EventRow]) -> dict[tuple[str, UUID | None], datetime]:
-    """When those of `events` occurred that are stored, by (eval_id, event_id). Raises DatabaseOutage (retry)."""
+    """Return the stored `occurred_at` of those `events` that are stored, by (eval_id, event_id).
+
+    Raises DatabaseOutage (retry).
+    """
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_TIMES, [[event.eval_id for event in events], [event.event_id for event in events]])
         return {(eval_id, event_id): occurred_at for eval_id, event_id, occurred_at in cursor}
 
 
 def at_time(event: Event | EventRow, occurred_at: datetime | None) -> Event | EventRow:
-    """Return the event as of `occurred_at`; unchanged if that is None, or if the event is a row of the log."""
+    """Return the event with this `occurred_at`. Return it unchanged if the time is None or if the event is a row of the log."""
     if occurred_at is None or isinstance(event, EventRow):
         return event
     return event.model_copy(update={"occurred_at": occurred_at})
 
 
 _ONE_AT_A_TIME: Final = "SELECT pg_advisory_xact_lock(%s)"
-# The record names a queued event where there is one. So the log of a long evaluation is not read.
+# The record names a queued event if there is one. So this query need not read a long event log.
 _QUEUED: Final = """
 SELECT EXISTS (SELECT FROM evaluations WHERE eval_id = %(eval_id)s AND code_event_id <> %(event_id)s) AND NOT EXISTS (
     SELECT FROM evaluation_events WHERE eval_id = %(eval_id)s AND event_id = %(event_id)s AND type = 'evaluation:queued')
 """
 
 
-def create(conn: Connection, given: WriteRequest, traceparent: str | None = None) -> Outcome:
-    """Store a queued event unless another one of its evaluation is stored. Commits.
+def create(conn: Connection, request: WriteRequest, traceparent: str | None = None) -> Outcome:
+    """Store a queued event unless another queued event of its evaluation is stored. Commit.
 
-    Of several callers at once, one does. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
+    Of several concurrent callers, one succeeds. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
     """
-    event = given.event
+    event = request.event
     for _ in range(event_store.TRIES):
         with database.errors():
             raw = database.driver(conn)
@@ -122,7 +130,7 @@ def create(conn: Connection, given: WriteRequest, traceparent: str | None = None
                 raw.rollback()
                 raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
         try:
-            return _store_once(conn, given, traceparent)[0]
+            return _store_once(conn, request, traceparent)[0]
         except Restart as restart:
             event_store.after_restart(conn, restart)
     raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
@@ -143,50 +151,55 @@ def update(
     versions: Sequence[int] | None,
     traceparent: str | None = None,
 ) -> tuple[WriteRequest, Outcome, event_store.Stored]:
-    """Store what `make` gives for the record's attempt (1 where there is no record), if it is at one of `versions`. Commits.
+    """Store the event that `make` builds for the record's attempt, if the record is at one of `versions`. Commit.
 
-    An event that is stored already is a duplicate whatever the version: the sender did not get the answer. Returns the event
-    and what became of it. Raises VersionChanged, EvaluationErased (nothing is stored), DatabaseOutage (retry), and
-    what `make` raises.
+    The attempt is 1 if there is no record. An event that is already stored is a duplicate at any version, because its sender
+    may have missed the reply. Return the event and its outcome.
+
+    Raises VersionChanged, EvaluationErased (nothing is stored), DatabaseOutage (retry), and the errors of `make`.
     """
     for _ in range(event_store.TRIES):
-        given = _checked(conn, eval_id, make, versions)
+        request = _checked(conn, eval_id, make, versions)
         try:
-            outcome, stored = _store_once(conn, given, traceparent)
+            outcome, stored = _store_once(conn, request, traceparent)
         except Restart as restart:
             event_store.after_restart(conn, restart)
         else:
-            return given, outcome, stored
+            return request, outcome, stored
     raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
 
 
 def _checked(
     conn: Connection, eval_id: str, make: Callable[[int], WriteRequest], versions: Sequence[int] | None
 ) -> WriteRequest:
-    """The event to store, in a transaction that holds the record's lock. Raises VersionChanged and what `make` raises."""
+    """Build the event to store, in a transaction that holds the record's lock.
+
+    Raises VersionChanged and the errors of `make`.
+    """
     with database.errors():
         raw = database.driver(conn)
-        found = raw.execute(_LOCK, [eval_id]).fetchone()
-        version, attempt = found or (None, 1)
+        row = raw.execute(_LOCK, [eval_id]).fetchone()
+        version, attempt = row or (None, 1)
         try:
-            given = make(attempt)
+            request = make(attempt)
             holds = versions is None or (version is not None and version in versions)
-            if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, given.event.event_id)):
-                given = make(first)  # a repeat: another attempt may have begun since, of which this says nothing
+            if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, request.event.event_id)):
+                # This is a repeat: keep the attempt of the stored event, even if a later attempt has begun.
+                request = make(first)
                 holds = True
         except BaseException:
             raw.rollback()
             raise
         if not holds:
-            is_erased = found is None and bool(tombstones.ask(raw, [eval_id]).fetchall())
+            is_erased = row is None and bool(tombstones.ask(raw, [eval_id]).fetchall())
             raw.rollback()
             if is_erased:
                 raise EvaluationErased(eval_id)
             raise VersionChanged(version)
-    return given
+    return request
 
 
 def _attempt_of(raw: psycopg.Connection[Any], eval_id: str, event_id: UUID | None) -> int | None:
-    """That of an event which is stored."""
-    found = raw.execute(_ATTEMPT, [eval_id, event_id]).fetchone()
-    return None if found is None else int(found[0])
+    """Return the attempt of an event, or None if the event is not stored."""
+    row = raw.execute(_ATTEMPT, [eval_id, event_id]).fetchone()
+    return None if row is None else int(row[0])

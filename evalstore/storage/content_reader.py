@@ -1,7 +1,7 @@
-"""The content of evaluations, read piece by piece and checked on the way: memory stays flat however large it is.
+"""Read the content of evaluations in pieces, and check its hash. Memory stays flat, however large the content is.
 
-Content belongs to an event and never changes; where it is may: in the database, or in one of the stores. Its pieces may be read
-at any time and over several connections: a slow reader holds none.
+Content belongs to an event and never changes. Its place may change between the database and the stores. Each piece can be read
+at any time and over any connection, so a slow reader holds no connection.
 """
 
 import hashlib
@@ -25,28 +25,28 @@ Connect = Callable[[], AbstractContextManager[Connection]]
 
 
 class Content(NamedTuple):
-    """Where some content is, and what is known of it without reading it."""
+    """The place of some content, and what is known before reading the content."""
 
     eval_id: str
     event_id: UUID
     kind: Kind
     size: int
-    head: bytes  # nothing where it is an object: see `with_head`
-    sha256: bytes | None  # where it was computed when it was stored
-    piece_bytes: int  # in how large pieces it is best read
-    store: Place | None  # None: the database
+    head: bytes  # Empty for an object until `with_head` reads it.
+    sha256: bytes | None  # None if the hash was not computed at the time of storing.
+    piece_bytes: int
+    store: Place | None
     encoding: Literal["identity", "zstd"] | None
 
     @property
     def reference(self) -> Reference:
-        """Of one that is an object."""
+        """Return the reference to the object. Raises ValueError if the content is in the database."""
         if self.sha256 is None or self.encoding is None:
             raise ValueError(f"{self.kind} of {self.eval_id!r} is in the database")
         return Reference(self.sha256.hex(), self.size, self.encoding)
 
     @property
     def is_text(self) -> bool:
-        """Whether it looks like text, judged by its beginning."""
+        """Tell whether the beginning of the content looks like text."""
         try:
             self.head.decode()
         except UnicodeDecodeError as error:
@@ -55,7 +55,7 @@ class Content(NamedTuple):
         return b"\0" not in self.head
 
 
-# A compressed value is unpacked from its beginning for each piece of it: fewer, larger pieces.
+# PostgreSQL decompresses a value from its start for each piece, so read fewer and larger pieces.
 _FIND: Final = """
 SELECT e.eval_id, e.event_id, %(kind)s::text,
     coalesce(octet_length(e.{kind}), c.size),
@@ -71,7 +71,7 @@ WHERE e.eval_id = %(eval_id)s AND e.event_id = {event_id}
 
 
 def find(conn: Connection, eval_id: str, kind: Kind, event_id: UUID | None = None) -> Content | None:
-    """The content of a record, or of one of its events; None where it has none. Raises DatabaseOutage (retry)."""
+    """Return the content of a record or of one of its events. Return None if there is none. Raises DatabaseOutage (retry)."""
     of_record = f"(SELECT {'code' if kind == 'code' else 'result'}_event_id FROM evaluations WHERE eval_id = %(eval_id)s)"
     query = _FIND.format(kind=kind, event_id=of_record if event_id is None else "%(event_id)s")
     values = {"eval_id": eval_id, "kind": kind, "head": HEAD_BYTES, "event_id": event_id}
@@ -81,18 +81,20 @@ def find(conn: Connection, eval_id: str, kind: Kind, event_id: UUID | None = Non
 
 
 def with_head(connect: Connect, stores: Stores, content: Content) -> Content:
-    """`content` with its beginning, which of an object is read now. Raises as `read` does."""
+    """Return `content` with its beginning. Read the beginning of an object now. Raises the same errors as `read`."""
     if content.store is None:
         return content
     return content._replace(head=b"".join(read(connect, stores, content, 0, min(HEAD_BYTES, content.size))))
 
 
 def read(connect: Connect, stores: Stores, content: Content, start: int = 0, stop: int | None = None) -> Generator[bytes]:
-    """The bytes from `start` up to `stop`, in pieces of up to 4 MiB. Nothing is held between two of them but the place.
+    """Read the bytes from `start` up to `stop`, in pieces of up to 4 MiB. Hold no connection between two pieces.
 
-    Each piece is what was stored, and of the whole the last one is given only if its SHA-256 is right, too. Where the content
-    moves meanwhile it is found again. Raises, also while it is iterated over, DatabaseOutage, ObjectStoreOutage (retry),
-    ObjectMissing, ObjectDamaged, LookupError where it was deleted.
+    Each piece is checked. For a read of the whole content, the last piece comes only if the SHA-256 is right. If the content
+    moves during the read, look up its new place and go on.
+
+    Raises DatabaseOutage, ObjectStoreOutage (retry), ObjectMissing, ObjectDamaged, and LookupError if the content was deleted,
+    at any time during the iteration.
     """
     position, stop = start, content.size if stop is None else stop
     digest = hashlib.sha256() if content.sha256 is not None and stop - start == content.size else None
@@ -106,17 +108,17 @@ def read(connect: Connect, stores: Stores, content: Content, start: int = 0, sto
                     if position == stop and digest.digest() != content.sha256:
                         raise ObjectDamaged(f"{content.kind} of {content.eval_id!r} has SHA-256 {digest.hexdigest()}")
                 handed = [piece]
-                del piece  # or it stays in memory until the next one is asked for
+                del piece  # Free the memory before the next piece is requested.
                 yield handed.pop()
         except ObjectMissing:
             before = content.store, content.encoding
             with connect() as conn:
-                found = find(conn, content.eval_id, content.kind, content.event_id)
-            if found is None:
+                moved = find(conn, content.eval_id, content.kind, content.event_id)
+            if moved is None:
                 raise LookupError(f"{content.kind} of {content.eval_id!r} is not there any more") from None
-            if (found.store, found.encoding) == before:
+            if (moved.store, moved.encoding) == before:
                 raise
-            content = found
+            content = moved
 
 
 _READ: Final = """
@@ -128,7 +130,7 @@ WHERE e.eval_id = %(eval_id)s AND e.event_id = %(event_id)s
 
 
 def _pieces(connect: Connect, stores: Stores, content: Content, start: int, stop: int) -> Iterator[bytes]:
-    """Raises ObjectMissing where it is not where it was, too."""
+    """Read pieces from the current place. Raises ObjectMissing if the content is no longer there."""
     if content.store is not None:
         yield from object_store.read_range(stores[content.store], content.reference, start, stop)
         return
@@ -157,9 +159,9 @@ SELECT coalesce(store, 'inline'), sum(size) FROM contents WHERE eval_id = ANY(%(
 
 
 def bytes_by_place(conn: Connection, eval_ids: Sequence[str]) -> dict[str, int]:
-    """How many bytes of content of these evaluations are `inline`, in `objects` and in the `archive`. Raises DatabaseOutage."""
-    found: dict[str, int] = {}
+    """Return the bytes of content of these evaluations: `inline`, in `objects`, and in the `archive`. Raises DatabaseOutage."""
+    sizes: dict[str, int] = {}
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         for place, size in cursor.execute(_BYTES_BY_PLACE, {"eval_ids": list(eval_ids)}):
-            found[place] = found.get(place, 0) + int(size or 0)
-    return found
+            sizes[place] = sizes.get(place, 0) + int(size or 0)
+    return sizes

@@ -1,4 +1,4 @@
-"""Content that comes back into the database from the object store or the archive, streamed and checked on the way."""
+"""Stream content from the object store or the archive back into the database, and check its hash."""
 
 import struct
 from collections.abc import Iterator
@@ -22,24 +22,24 @@ _NIL: Final = "00000000-0000-0000-0000-000000000000"
 
 
 def find(conn: Connection, eval_ids: list[str] | None) -> Iterator[Row]:
-    """The content of these evaluations, or of all, that is not in the database. Raises DatabaseOutage (retry)."""
+    """Return the content of these evaluations, or of all, that is outside the database. Raises DatabaseOutage (retry)."""
     condition = "eval_id = ANY(%s::text[])" if eval_ids is not None else "%s::text[] IS NULL"
     after: tuple[object, ...] = ("", _NIL, "")
     while True:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
             query = _CHOOSE.format(condition=condition).encode()
-            found = [Row(*row) for row in cursor.execute(query, [eval_ids, *after])]
-        yield from found
-        if not found:
+            rows = [Row(*row) for row in cursor.execute(query, [eval_ids, *after])]
+        yield from rows
+        if not rows:
             return
-        after = found[-1][:3]
+        after = rows[-1][:3]
 
 
 _COUNT: Final = "SELECT count(*), coalesce(sum(size), 0)::bigint FROM contents WHERE store IS NOT NULL AND {condition}"
 
 
 def count(conn: Connection, eval_ids: list[str] | None) -> tuple[int, int]:
-    """How many `find` gives, and their bytes. Raises DatabaseOutage (retry)."""
+    """Return the number of contents that `find` yields, and their bytes. Raises DatabaseOutage (retry)."""
     condition = "eval_id = ANY(%s::text[])" if eval_ids is not None else "%s::text[] IS NULL"
     with database.errors(), conn.begin():
         ((contents, size),) = database.driver(conn).execute(_COUNT.format(condition=condition).encode(), [eval_ids]).fetchall()
@@ -56,10 +56,10 @@ WHERE c.eval_id = %s AND c.event_id = %s AND c.kind = %s AND c.store = %s AND c.
 
 
 def restore(conn: Connection, stores: Stores, row: Row, until: datetime) -> bool:
-    """Put a row's content back into the database, in one transaction; the archive leaves it there until then.
+    """Put the content of a row back into the database, in one transaction. The archiver skips this row until `until`.
 
-    False where it had moved meanwhile. The object stays, for the sweep. Memory is bounded here; the server holds the whole.
-    Raises ObjectMissing, ObjectDamaged (nothing is changed), ObjectStoreOutage, DatabaseOutage (retry).
+    Return false if the content had already moved. The object stays for the sweep. Memory here is bounded; the server holds the
+    whole content. Raises ObjectMissing, ObjectDamaged (nothing is changed), ObjectStoreOutage, DatabaseOutage (retry).
     """
     if row.store is None:
         return False
@@ -75,7 +75,10 @@ def restore(conn: Connection, stores: Stores, row: Row, until: datetime) -> bool
 
 
 def _binary(content: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """One row of one column as COPY takes it: https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.4"""
+    """Yield one row of one column in COPY's binary format.
+
+    https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.4
+    """
     yield b"PGCOPY\n\xff\r\n\0" + struct.pack(">iihi", 0, 0, 1, size)
     for chunk in content:
         size -= len(chunk)

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, and its errors in evalstore's words."""
+"""Connect to PostgreSQL, and translate the driver's errors into evalstore's."""
 
 import contextlib
 import os
@@ -26,37 +26,35 @@ from models.errors import DatabaseMisconfigured, DatabaseOutage, DatabaseTimeout
 from models.record import jsonb
 from models.settings import Settings
 
-# What passes by itself, or once an operator has mended the server: no message is to blame for it.
+# These errors pass by themselves or after an operator repairs the server. No message causes them.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OUTAGE_CLASSES = ("08", "25", "28", "3D", "40", "53", "57", "58")
-# Of these, what the work itself may have brought about.
+# Some of these outages may be caused by the work itself, for example by a very large message.
 _OVERTAXED = (pg.QueryCanceled, pg.OutOfMemory, pg.IdleInTransactionSessionTimeout)
-# How a server says that it ends a connection: on request, or because another's process crashed. It arrives as a notice where
-# nothing was asked just then, https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
+# SQLSTATEs of a server that ends a connection: on request, or because another server process crashed. On an idle connection
+# they arrive as a notice. https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
 _ENDED, _CRASHED = ("57P01", "57P02", "57P05", "25P03"), "57P02"
-# A pooler between that gives a connection another session after each transaction, which knows nothing of what was prepared.
+# A pooler that gives each transaction another session causes these: that session does not have our prepared statements.
 _POOLED = (pg.InvalidSqlStatementName, pg.DuplicatePreparedStatement)
-# Time limits that `engine` sets.
 _TIMEOUTS = (pg.QueryCanceled, pg.LockNotAvailable, pg.IdleInTransactionSessionTimeout)
 _OUTAGES = (pg.LockNotAvailable, pg.InsufficientPrivilege, *_POOLED)
-# No such database; role, password or host refused.
 _MISTAKES: Final = ("3D000", "28000", "28P01")
 _MISTAKE: Final = re.compile(
     r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
     r"|.*authentication failed|no such (database|user))|no password supplied"
 )
 _PING_S: Final = 5.0
-_MOST_ANSWERS: Final = 1000  # more than anybody sends statements at once
+_MOST_ANSWERS: Final = 1000  # More than the number of statements in any pipeline.
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
 
 
 class _ThisThread(threading.local):
     was_refused = False
-    was_told = False  # why a connection ended
+    was_told = False  # The server sent a notice why it ended a connection.
 
 
 _this_thread = _ThisThread()
-_shares_sessions = threading.Event()  # such a pooler was noticed: nothing is prepared from then on
+_shares_sessions = threading.Event()  # Set once such a pooler is noticed. New connections then prepare no statements.
 
 
 def engine(
@@ -69,17 +67,18 @@ def engine(
     idle_timeout_s: float = 0,
     pre_ping: bool = True,
 ) -> Engine:
-    """A pool of connections to `url` (any libpq address), opened as they are asked for, whose tables are those in `schema`.
+    """Return a pool of connections to `url` (any libpq address). Their tables are in `schema`.
 
-    Without `schema` they are in the connection's first schema. The defaults of role, database and environment do not count.
+    Without `schema` the tables are in the first schema of the connection's search path. Defaults of the role, the database and
+    the environment have no effect. Connections open on demand.
 
-    The server ends a transaction of a client that vanished, or with `idle_timeout_s` of one that stands still, so that its
-    locks keep nobody waiting for longer than that.
+    The server ends a transaction whose client vanished, or, with `idle_timeout_s`, a transaction that is idle for so long. So
+    its locks block others no longer than that.
 
-    With `pre_ping` a connection is tried before it is handed out, which may take _PING_S.
+    `pre_ping` tests a connection before the pool hands it out. The test may take _PING_S.
 
-    Every wait is bounded, so that a server behind a black hole is noticed within 10 s. Connecting raises DatabaseOutage.
-    Raises InvalidSettings where `url` is no address.
+    Every wait is bounded: an unreachable server is noticed within 10 s. Connecting raises DatabaseOutage. Raises
+    InvalidSettings if `url` is no address.
     """
     own_settings, own_options = split_options(parse(url).get("options") or "")
     wanted = {
@@ -91,7 +90,7 @@ def engine(
     watch = Watch()
 
     def connect() -> psycopg.Connection[tuple[Any, ...]]:
-        with errors():  # here, because callers connect before they are within `errors` themselves
+        with errors():  # Callers connect before they are inside their own `errors` block.
             conn = Session.connect(
                 url,
                 connect_timeout=3,
@@ -100,12 +99,12 @@ def engine(
                 keepalives_interval=1,
                 keepalives_count=3,
                 application_name="evalstore",
-                client_encoding="utf8",  # or else the environment's, or that of the database
-                options=own_options,  # or else PGOPTIONS
+                client_encoding="utf8",  # Overrides the environment and the database.
+                options=own_options,
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
             )
             try:
-                with watch.bounded_driver(conn, _PING_S):  # a pooler accepts while its server is away
+                with watch.bounded_driver(conn, _PING_S):  # A pooler accepts connections while its server is unavailable.
                     set_up(conn, wanted, schema)
             except BaseException:
                 conn.close()
@@ -115,7 +114,7 @@ def engine(
         conn.add_notice_handler(_note_end)
         return conn
 
-    made = create_engine(
+    pool = create_engine(
         "postgresql+psycopg://",
         creator=connect,
         pool_size=pool_size,
@@ -123,32 +122,35 @@ def engine(
         pool_timeout=10,
     )
     if pre_ping:
-        event.listen(made, "checkout", _trying_out(watch))
-    event.listen(made, "checkin", _leave_refused)
-    return made
+        event.listen(pool, "checkout", _trying_out(watch))
+    event.listen(pool, "checkin", _leave_refused)
+    return pool
 
 
 def connect(settings: Settings, **options: Any) -> Engine:
-    """The engine for the database and schema that `settings` name; `options` are those of `engine`."""
+    """Return the engine for the database and schema that `settings` name. `options` are those of `engine`."""
     return engine(settings.database_url.get_secret_value(), schema=settings.database_schema, **options)
 
 
 def check_access(url: str) -> None:
-    """Connect once. Raises DatabaseOutage; DatabaseMisconfigured where the server refuses the database, role or password."""
+    """Connect once. Raises DatabaseOutage, or DatabaseMisconfigured if the server refuses the database, role or password."""
     with errors():
         psycopg.connect(url, connect_timeout=2, options=split_options(parse(url).get("options") or "")[1]).close()
 
 
 def parse(url: str) -> dict[str, Any]:
-    """What an address says, by libpq's names for it. Connects to nothing. Raises InvalidSettings where it is none."""
+    """Parse an address into libpq's parameters.
+
+    Connect to nothing. Raises InvalidSettings if libpq does not understand the address.
+    """
     try:
         return conninfo_to_dict(url)
-    except psycopg.ProgrammingError:  # its message may hold the password
+    except psycopg.ProgrammingError:  # The driver's message may hold the password.
         raise InvalidSettings("EVALSTORE_DATABASE_URL: expected an address that libpq understands") from None
 
 
 def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], ConnectionPoolEntry, object], None]:
-    """What SQLAlchemy's `pool_pre_ping` does; but that waits without end for a server that is frozen."""
+    """Return a hook that tests a pooled connection. SQLAlchemy's `pool_pre_ping` would wait forever for a frozen server."""
 
     def try_out(raw: psycopg.Connection[Any], record: ConnectionPoolEntry, _: object) -> None:
         if record.info.get("was_used"):
@@ -158,7 +160,7 @@ def _trying_out(watch: "Watch") -> Callable[[psycopg.Connection[Any], Connection
                     raw.execute("SELECT", prepare=False)
                     raw.autocommit = False
             except (psycopg.Error, DatabaseOutage):
-                raise InvalidatePoolError from None  # the others broke with it: the pool makes new ones
+                raise InvalidatePoolError from None  # The pool's other connections broke too: the pool opens new ones.
         record.info["was_used"] = True
 
     return try_out
@@ -169,15 +171,17 @@ def _note_end(notice: psycopg.errors.Diagnostic) -> None:
 
 
 def _leave_refused(raw: object, record: ConnectionPoolEntry) -> None:  # noqa: ARG001 - SQLAlchemy's signature
-    """Use no connection again on which a server refused to write (after a switch-over there is another one behind the same
-    address), or did not know what was prepared."""
+    """Discard a connection whose server refused to write, or did not know a prepared statement.
+
+    After a switch-over the same address leads to another server.
+    """
     if _this_thread.was_refused:
         _this_thread.was_refused = False
         record.invalidate()
 
 
 def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
-    """psycopg's connection under `conn`, for COPY and binary results; in the same transaction."""
+    """Return the psycopg connection of `conn`, for COPY and binary results. It shares the transaction of `conn`."""
     raw = conn.connection.driver_connection
     if not isinstance(raw, psycopg.Connection):
         raise TypeError(f"expected a connection of psycopg, not {type(raw).__name__}")
@@ -185,7 +189,7 @@ def driver(conn: Connection) -> psycopg.Connection[tuple[Any, ...]]:
 
 
 def is_pooled(conn: Connection) -> bool:
-    """Tell whether a pooler may give each transaction another session. There autocommit would miss the session's settings."""
+    """Tell whether a pooler may give each transaction another session. Autocommit would then lose the session's settings."""
     raw = driver(conn)
     return isinstance(raw, Session) and bool(raw.per_transaction)
 
@@ -206,17 +210,17 @@ def snapshot(conn: Connection) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
 
 @contextmanager
 def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
-    """Statements of the block do not wait for the answers of those before; what they did is committed at its end.
+    """Send the statements of the block without waiting for each reply. Commit at the end of the block.
 
-    Where one fails, so do the others, and what is raised is the reason.
+    If a statement fails, the statements after it fail too. Raises the error of the first.
     """
     with conn.pipeline() as pipeline:
         try:
             yield
             conn.commit()
         except BaseException:
-            # What came after a statement that failed was not run and says so, each by itself: whoever rolls back would be told
-            # that instead of the reason.
+            # Read the replies to the statements after the failed statement. Otherwise a rollback would raise their error
+            # instead of the first error.
             for _ in range(_MOST_ANSWERS):
                 try:
                     pipeline.sync()
@@ -229,8 +233,11 @@ def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn the driver's errors that pass by themselves into DatabaseOutage, or DatabaseTimeout where a time limit of ours ended
-    the work; others go through as they are."""
+    """Translate the driver's errors that pass by themselves: to DatabaseTimeout after a time limit of ours, else to
+    DatabaseOutage.
+
+    Other errors pass through unchanged.
+    """
     _this_thread.was_told = False
     before = sys.exception()
     try:
@@ -243,7 +250,6 @@ def errors() -> Iterator[None]:
             raise DatabaseOutage(f"{cause.diag.message_primary}: run `evalstore migrate`") from error
         if isinstance(cause, _POOLED):
             _shares_sessions.set()
-        # The connection it came from goes back to its pool next.
         _this_thread.was_refused = isinstance(cause, (*_POOLED, pg.ReadOnlySqlTransaction))
         if isinstance(cause, psycopg.Error) and _is_misconfigured(cause):
             raise DatabaseMisconfigured(str(cause).strip()) from error
@@ -259,8 +265,10 @@ def errors() -> Iterator[None]:
 
 
 def _reason(error: BaseException | None, before: BaseException | None) -> BaseException | None:
-    """Why a connection ended, where `error` is only that it could not be rolled back after that. `before`: what was being
-    handled before all this."""
+    """Return why a connection ended, if `error` is only the failure of the rollback after that.
+
+    `before` is the exception that was being handled before this work began.
+    """
     while isinstance(error, psycopg.Error) and error.sqlstate is None and (inner := error.__context__) is not before:
         if not isinstance(inner, psycopg.Error):
             break
@@ -271,7 +279,7 @@ def _reason(error: BaseException | None, before: BaseException | None) -> BaseEx
 def _is_misconfigured(error: psycopg.Error) -> bool:
     if error.sqlstate is not None:
         return error.sqlstate in _MISTAKES
-    # libpq tells no SQLSTATE of an attempt to connect. Another host's failure may be an outage.
+    # libpq gives no SQLSTATE for a failed attempt to connect. With several hosts, one host's failure may be an outage.
     reasons = re.findall(r"failed: (.+)", str(error))
     return bool(reasons) and all(_MISTAKE.search(reason) for reason in reasons)
 
@@ -286,16 +294,16 @@ _PROBE: Final = "INSERT INTO probes (name, at) VALUES ('worker', now()) ON CONFL
 
 
 def probe(conn: Connection) -> None:
-    """Commit a small write. Raises DatabaseOutage where not even that goes through."""
+    """Commit a small write. Raises DatabaseOutage if even that fails."""
     with errors(), conn.begin():
         driver(conn).execute(_PROBE)
 
 
 class ControlConnection:
-    """An idle connection. Where another one ended without a reason, its own end tells why. docs/decisions/0021"""
+    """An idle connection that learns from the server why connections end. docs/decisions/0021"""
 
     def __init__(self, engine: Engine) -> None:
-        """Raises DatabaseOutage."""
+        """Connect. Raises DatabaseOutage."""
         self._conn = engine.connect()
         self._told: list[str | None] = []
         driver(self._conn).autocommit = True
@@ -317,7 +325,7 @@ class ControlConnection:
 
 
 class Watch:
-    """Breaks off what takes too long on this side, as no setting of a server helps that is frozen or cut off."""
+    """Breaks calls that take too long. This must happen in the client: a frozen server enforces no time limit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -326,16 +334,16 @@ class Watch:
 
     @contextmanager
     def bounded(self, conn: Connection, seconds: float) -> Iterator[None]:
-        """Break the connection when the block takes longer than `seconds`.
+        """Break the connection if the block takes longer than `seconds`.
 
-        Raises DatabaseTimeout where this process broke the connection, and not the server or the network.
+        Raises DatabaseTimeout if this process broke the connection, and not the server or the network.
         """
         with self.bounded_driver(driver(conn), seconds):
             yield
 
     @contextmanager
     def bounded_driver(self, raw: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
-        """Do as `bounded` does for a connection of psycopg."""
+        """Do as `bounded` does, for a psycopg connection."""
         key, call = threading.get_ident(), _Call(raw, time.monotonic() + seconds)
         with self._lock:
             self._calls[key] = call
@@ -353,7 +361,7 @@ class Watch:
                 del self._calls[key]
 
     def renew(self, seconds: float) -> None:
-        """Give the calling thread, which is within `bounded`, so many seconds from now."""
+        """Set the deadline of the calling thread to `seconds` from now. The thread must be inside `bounded`."""
         with self._lock:
             self._calls[threading.get_ident()].deadline = time.monotonic() + seconds
 
@@ -387,6 +395,6 @@ class _Call:
 
 
 def _break(raw: psycopg.Connection[Any]) -> None:
-    """Shut the socket down: whoever waits on it is told that the connection is lost."""
+    """Shut the socket down. A thread that waits on the socket then gets the error of a lost connection."""
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(raw.fileno())) as twin:
         twin.shutdown(socket.SHUT_RDWR)

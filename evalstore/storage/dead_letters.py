@@ -1,4 +1,4 @@
-"""Dead letters: messages that will not be stored without an operator, kept until one removes them."""
+"""Keep dead letters: messages that will not be stored unless an operator acts."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from models.errors import printable
 
 
 class DeadLetterInsert(NamedTuple):
-    """A message that died, and of what. The same burial written twice is one."""
+    """A dead message with its error. Writing the same dead letter twice leaves one row."""
 
     id: UUID
     queue: str
@@ -38,7 +38,7 @@ class DeadLetterInsert(NamedTuple):
     release: str | None
 
 
-# A letter that dies again after a redrive is the same letter, with its newest cause.
+# A letter that dies again after a redrive keeps its row and takes the newest error.
 _WRITE: Final = """
 INSERT INTO dead_letters (id, queue, actor, eval_id, event_id, message, error_class, error_message, traceback, signature,
     deliveries, attempts, first_at, last_at, host, release, objects)
@@ -55,33 +55,33 @@ _ALONE: Final = _SHARED.replace("_shared", "")
 _MOST_ATTEMPTS: Final = 2**31 - 1
 
 
-def write(conn: Connection, burials: Sequence[DeadLetterInsert]) -> None:
-    """Keep these, in one transaction, whatever their texts hold; those that were redriven have died again.
+def write(conn: Connection, inserts: Sequence[DeadLetterInsert]) -> None:
+    """Write dead letters in one transaction, whatever their texts hold. Mark redriven letters as dead again.
 
     Those of erased evaluations are not kept.
 
     Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin():
-        insert(database.driver(conn), burials)
+        insert(database.driver(conn), inserts)
 
 
-def insert(raw: psycopg.Connection[Any], burials: Sequence[DeadLetterInsert]) -> None:
+def insert(raw: psycopg.Connection[Any], inserts: Sequence[DeadLetterInsert]) -> None:
     """Insert as `write` does, within a transaction of the caller."""
-    ordered = sorted(burials)  # by id, as letters are locked everywhere
+    ordered = sorted(inserts)  # All writers lock letters by id, so they cannot deadlock.
     rows = [
         (
-            *one[:10],
-            max(1, min(one.attempts, _MOST_ATTEMPTS)),  # a sender may have put any number there
-            *(one.died_at, one.died_at, one.host, one.release),
-            sorted(objects_named(one.message)),
+            *insert[:10],
+            max(1, min(insert.attempts, _MOST_ATTEMPTS)),  # A sender may have put any number into the message.
+            *(insert.died_at, insert.died_at, insert.host, insert.release),
+            sorted(objects_named(insert.message)),
         )
-        for one in ordered
+        for insert in ordered
     ]
-    died_at = {one.id: one.died_at for one in burials}
+    died_at = {insert.id: insert.died_at for insert in inserts}
     with raw.cursor() as cursor:
         cursor.execute(_SHARED)
-        erased = {row[0] for row in tombstones.ask(raw, {one.eval_id for one in burials if one.eval_id})}
+        erased = {row[0] for row in tombstones.ask(raw, {insert.eval_id for insert in inserts if insert.eval_id})}
         rows = [row for row in rows if row[3] not in erased]
         redriven = redrives.lock(cursor, list(died_at))
         cursor.executemany(_WRITE, [[_storable(value) for value in row] for row in rows])
@@ -89,21 +89,22 @@ def insert(raw: psycopg.Connection[Any], burials: Sequence[DeadLetterInsert]) ->
 
 
 def _storable(value: object) -> object:
-    """A text without what PostgreSQL refuses: the one place where everything ends that nothing else takes must take it."""
+    """Replace the characters that PostgreSQL refuses. Dead letters must accept every text."""
     return printable(value).replace("\0", "\\x00") if isinstance(value, str) else value
 
 
 _VARIES: Final = re.compile(
-    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # UUIDs
-    r"|(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)"  # what is quoted, but not from one apostrophe to the next
-    r"|\bmetadata(?:\.[^\s:;,.\[]+|\[\d+\])+"  # a place in what a sender is free to name
-    r"|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,}\b"  # hashes and other ids in hexadecimal
+    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+    # quoted text, but not the text between two apostrophes in words
+    r"|(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)"
+    r"|\bmetadata(?:\.[^\s:;,.\[]+|\[\d+\])+"  # paths inside metadata, whose keys the sender chooses
+    r"|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,}\b"  # hashes and other hexadecimal ids
     r"|0x[0-9a-fA-F]+|\d+(?:[.,]\d+)*"
 )
 
 
 def signature(error_class: str, error_message: str) -> str:
-    """The same for errors that differ only in the ids, numbers, places and quoted texts they name."""
+    """Return a signature that ignores ids, numbers, paths and quoted texts in the error message."""
     template = _VARIES.sub("~", error_message.partition("\n")[0][:2000])[:500]
     return hashlib.sha256(f"{error_class}\n{template}".encode(errors="backslashreplace")).hexdigest()[:16]
 
@@ -115,7 +116,7 @@ JOIN dead_letters d ON d.eval_id = wanted.eval_id AND d.event_id = wanted.event_
 
 
 def among(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str, UUID]]:
-    """Those of `keys` (eval_id, event_id) that are dead letters. Raises DatabaseOutage (retry)."""
+    """Return those of `keys` (eval_id, event_id) that are dead letters. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_AMONG, [[eval_id for eval_id, _ in keys], [event_id for _, event_id in keys]])
         return set(cursor.fetchall())
@@ -125,14 +126,17 @@ _COUNT: Final = "SELECT count(*) FROM dead_letters WHERE state <> 'stored'"
 
 
 def count(conn: Connection) -> int:
-    """How many there are. Raises DatabaseOutage (retry)."""
+    """Return the number of dead letters. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
-    return int(found)
+        ((number,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(number)
 
 
 class Selection(NamedTuple):
-    """Which letters: those that fulfil all that is not None. `since` and `until` are about when they last died."""
+    """A filter for dead letters.
+
+    Fields that are None do not filter. `since` and `until` apply to the last time a letter died.
+    """
 
     states: tuple[str, ...] = ("dead", "redriving")
     ids: tuple[UUID, ...] | None = None
@@ -161,7 +165,7 @@ _TESTS: Final = {
 
 
 def _where(chosen: Selection) -> tuple[str, list[Any]]:
-    """The condition, and its parameters."""
+    """Return the SQL condition and its parameters."""
     tests, values = [], []
     for name, test in _TESTS.items():
         value = getattr(chosen, name)
@@ -171,7 +175,7 @@ def _where(chosen: Selection) -> tuple[str, list[Any]]:
     if chosen.match is not None:
         text = chosen.match
         pattern = re.sub(r"([\\%_])", r"\\\1", text)
-        # In the message it may stand as it is, or as JSON writes it, with escapes for what is not ASCII or without.
+        # In the message the text may stand as it is, or as JSON with non-ASCII characters escaped or not.
         forms = {
             form.encode(errors="surrogatepass")
             for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
@@ -188,7 +192,10 @@ COLUMNS: Final = (
 
 
 def find(conn: Connection, chosen: Selection, *, whole: bool = False, oldest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """The chosen letters, by when they last died; `whole`: with message and traceback. Raises DatabaseOutage (retry)."""
+    """Return the selected letters by the time they last died.
+
+    `whole` adds message and traceback. Raises DatabaseOutage (retry).
+    """
     condition, values = _where(chosen)
     columns = (*COLUMNS, "octet_length(message) AS size", *(("message", "traceback") if whole else ()))
     order = "first_at, id" if oldest_first else "last_at DESC, id"
@@ -206,13 +213,13 @@ _WHOLE: Final = f"SELECT {', '.join(COLUMNS)}, message, traceback FROM dead_lett
 
 
 def get(conn: Connection, letter_id: UUID) -> dict[str, Any] | None:
-    """A letter with message and traceback. Raises DatabaseOutage (retry)."""
+    """Return a letter with message and traceback. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         return next(_whole(conn, [letter_id]), None)
 
 
 def groups(conn: Connection, chosen: Selection) -> list[dict[str, Any]]:
-    """The chosen letters by signature, the largest group first, with an example. Raises DatabaseOutage (retry)."""
+    """Count the selected letters by signature, the largest group first, each with an example. Raises DatabaseOutage (retry)."""
     condition, values = _where(chosen)
     query = f"""
 WITH grouped AS (
@@ -229,22 +236,25 @@ _BETWEEN: Final = "SELECT id FROM dead_letters WHERE id BETWEEN %s AND %s LIMIT 
 
 
 def between(conn: Connection, first: UUID, last: UUID) -> list[UUID]:
-    """Up to two ids between these. Raises DatabaseOutage (retry)."""
+    """Return up to two ids between these two. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         return [letter_id for (letter_id,) in cursor.execute(_BETWEEN, [first, last])]
 
 
 def count_of(conn: Connection, chosen: Selection) -> int:
-    """How many are chosen. Raises DatabaseOutage (retry)."""
+    """Return the number of selected letters. Raises DatabaseOutage (retry)."""
     condition, values = _where(chosen)
     query = f"SELECT count(*) FROM (SELECT FROM dead_letters WHERE {condition} LIMIT %s) chosen"
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
-        ((found,),) = cursor.execute(query, [*values, chosen.limit]).fetchall()
-    return int(found)
+        ((number,),) = cursor.execute(query, [*values, chosen.limit]).fetchall()
+    return int(number)
 
 
 class Edited(NamedTuple):
-    """What a letter's message is to be, and the event it then names; nothing is changed where it is not `before` any more."""
+    """The new message of a letter, and the event that the new message names.
+
+    The edit fails if the message is no longer `before`.
+    """
 
     before: bytes
     message: bytes
@@ -260,7 +270,7 @@ WHERE id = ANY(%s) AND message = %b
 
 
 def _edit(edited: Edited, ids: list[UUID]) -> list[Any]:
-    # What the old message needs stays, too: an operator may want it back from the file it was kept in.
+    # Keep the objects of the old message too: an operator may restore it from the backup file.
     needed = objects_named(edited.before) | objects_named(edited.message)
     return [*edited[1:], sorted(needed), ids, edited.before]
 
@@ -275,10 +285,10 @@ def redrive(
     edited: Edited | None = None,
     details: dict[str, Any] | None = None,
 ) -> tuple[UUID | None, int]:
-    """Claim those of the chosen letters that are dead for a new redrive, in one transaction; none is ever claimed by two.
+    """Claim the selected dead letters for a new redrive, in one transaction. Two redrives never claim the same letter.
 
-    Returns the redrive and how many letters there are; no redrive where `accept` refuses that number, where there is none, or
-    where the one letter to be edited has changed. Raises DatabaseOutage (retry).
+    Return the redrive and its number of letters. Return no redrive if `accept` refuses the number, if there is no letter, or if
+    the letter to edit has changed. Raises DatabaseOutage (retry).
     """
     redrive_id = uuid4()
     with database.errors(), conn.begin() as transaction, database.driver(conn).cursor() as cursor:
@@ -303,10 +313,10 @@ def remove(
     *,
     accept: Callable[[int], bool],
 ) -> int | None:
-    """Delete the chosen letters that are not on their way, once `keep` has put them elsewhere.
+    """Delete the selected letters that no redrive has sent, after `keep` saved them elsewhere.
 
-    Returns how many, or None where `accept` refuses that number. Where `keep` raises, or this dies before it commits, nothing
-    is deleted. Raises DatabaseOutage (retry) and what `keep` raises.
+    Return their number, or None if `accept` refuses the number. If `keep` raises or the process dies before the commit, nothing
+    is deleted. Raises DatabaseOutage (retry) and the errors of `keep`.
     """
     with database.errors(), conn.begin() as transaction, database.driver(conn).cursor() as cursor:
         ids = _locked(cursor, chosen._replace(states=tuple(state for state in chosen.states if state != "redriving")))
@@ -345,7 +355,7 @@ def _whole(conn: Connection, ids: Sequence[UUID]) -> Iterator[dict[str, Any]]:
 
 
 def _locked(cursor: psycopg.Cursor[Any], chosen: Selection) -> list[UUID]:
-    """The chosen letters, the oldest first, locked by id as everywhere: nobody else changes them meanwhile."""
+    """Lock the selected letters by id, as all writers do. Return them oldest first."""
     condition, values = _where(chosen)
     query = f"SELECT id FROM dead_letters WHERE {condition} ORDER BY first_at, id LIMIT %s"
     ids = [row[0] for row in cursor.execute(query, [*values, chosen.limit])]

@@ -1,4 +1,4 @@
-"""What a server's settings mean for what it commits, as worker/durability.py says of Redis."""
+"""Check whether a PostgreSQL server's settings keep what it commits. worker/redis_config.py does this for Redis."""
 
 from typing import Final
 
@@ -10,7 +10,7 @@ _LOSES: Final = (
     "fsync is off: when its machine fails, events that it committed are lost, or the whole database",
     "full_page_writes is off: when its machine fails, pages may be damaged, unless the file system prevents it",
 )
-# Its role's or database's default may fence writers off before a switch-over, so evalstore does not override it.
+# An operator may set this default to stop writers before a switch-over, so evalstore does not override it.
 _REFUSES: Final = "default_transaction_read_only is on for this role, database or server: nothing is stored"
 _READ: Final = """
 SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('default_transaction_read_only'),
@@ -21,7 +21,7 @@ SELECT current_setting('fsync'), current_setting('full_page_writes'), current_se
 
 
 def doubts(conn: Connection) -> list[str]:
-    """Why this server could lose what it committed, or stores nothing: a sentence each. Raises DatabaseOutage (retry)."""
+    """Return a sentence for each reason why this server may lose commits or refuse writes. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         ((*safe, read_only, lacks_temporary),) = database.driver(conn).execute(_READ).fetchall()
     unsafe = [sentence for sentence, setting in zip(_LOSES, safe, strict=True) if setting == "off"]

@@ -1,4 +1,4 @@
-"""Storing and reading evaluations. Every event, whichever way it came, is written by `store`."""
+"""Store and read evaluations. All events, from every source, are written by `store_once`."""
 
 import hashlib
 import time
@@ -24,18 +24,18 @@ from models.fold import Folded, fold
 from models.metrics import RebuildReason
 from models.record import EventRow, Record, RecordRow, demote, record, rfc3339, to_row
 
-# Content up to this size is part of its event's row, larger content has a row of its own in `contents`.
+# Content up to this size is stored in its event's row. Larger content has its own row in `contents`.
 ROW_LIMIT_BYTES: Final = 4096
 
-# A transaction begins again each time that another one created a record of its evaluations at the same moment.
+# A transaction restarts if another transaction creates one of its records at the same time.
 TRIES: Final = 100
-RESTARTED_TOO_OFTEN: Final = f"other transactions made this one begin again {TRIES} times"
+RESTARTED_TOO_OFTEN: Final = f"restarted {TRIES} times because of other transactions"
 
 Outcome = Literal["applied", "duplicate", "reused", "erased"]
 
 
 class Confirmation(msgspec.Struct, gc=False):
-    """What other services are told of an evaluation that a commit changed, in the order in which it is written."""
+    """The notice to other services that a commit changed an evaluation. Fields are in the order in which they are result."""
 
     type: Literal[
         "storage:evaluation:created", "storage:evaluation:updated", "storage:evaluation:erased", "storage:evaluation:repaired"
@@ -53,10 +53,10 @@ _ENCODER: Final = msgspec.json.Encoder()
 
 @dataclass(frozen=True)
 class Stored:
-    """What became of a call's events: `outcomes` in their order, and the confirmations written to the outbox.
+    """The result of a call: an outcome for each event, in order, and the confirmations written to the outbox.
 
-    `rebuilt`: why records were made anew from the event log.
-    `written_at`: when there was nothing left to do but to commit, on the clock of `time.perf_counter`.
+    `rebuilt` counts why records were rebuilt from the event log. `written_at` is the time just before the commit, on the clock
+    of `time.perf_counter`.
     """
 
     outcomes: list[Outcome]
@@ -84,16 +84,17 @@ def store(
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> Stored:
-    """Write `events` to the log, the records and the outbox, in one transaction that is committed when this returns.
+    """Write `events` to the log, the records and the outbox, in one transaction. Commit.
 
-    An event that is already stored is a `duplicate`; one whose `event_id` is stored with another body is `reused` and
-    changes nothing; one of an evaluation that was erased is `erased`, and is not stored. Any number of callers may store
-    events of the same evaluations at once: all lock the records that exist in the order of `eval_id`, and then create the
-    others in that order, so that none waits for another in a circle. `traces_of` gives the traces of events by their
-    positions, as a `traceparent` each or nothing; each confirmation goes on in that of the last event it tells of.
-    `progress` is called while a record is made anew from a long log.
+    An event that is already stored is a `duplicate`. An event whose `event_id` is stored with another body is `reused` and
+    changes nothing. An event of an erased evaluation is `erased` and is not stored. Any number of callers may store events of
+    the same evaluations at once. All callers lock existing records by `eval_id` and then create missing records by `eval_id`,
+    so they cannot deadlock.
 
-    Raises DatabaseOutage (nothing is stored, or all of it where only the answer was lost: call again).
+    `traces_of` maps positions of events to their `traceparent`s, empty for none. A confirmation continues the trace of the last
+    event that it confirms. `progress` is called while a record is rebuilt from a long log.
+
+    Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call again.
     """
     rebuilt = Counter[RebuildReason]()
     for _ in range(TRIES):
@@ -107,7 +108,7 @@ def store(
 
 
 def after_restart(conn: Connection, restart: Restart, progress: Callable[[], object] = lambda: None) -> Counter[RebuildReason]:
-    """Prepare another try of a transaction that raised `restart`; returns why records were rebuilt. Commits.
+    """Prepare another attempt after a transaction raised `restart`. Return why records were rebuilt. Commit.
 
     Raises DatabaseOutage (retry).
     """
@@ -117,48 +118,49 @@ def after_restart(conn: Connection, restart: Restart, progress: Callable[[], obj
 def store_once(
     conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
 ) -> Stored:
-    """As `store`, within a transaction that the caller may have begun. Raises Restart after it rolled that back."""
+    """Do as `store` does, once. The caller may have begin_result the transaction. Raises Restart after a rollback."""
     if not events:
         return Stored([])
-    facts = [event if isinstance(event, EventRow) else to_row(event) for event in events]
-    outcomes: list[Outcome] = ["duplicate"] * len(facts)
+    rows = [event if isinstance(event, EventRow) else to_row(event) for event in events]
+    outcomes: list[Outcome] = ["duplicate"] * len(rows)
     with (
         database.errors(),
         _restart_after_deadlock(),
         conn.begin(),
-        event_writer.writing(database.driver(conn), conn.connection.info, facts) as way,
+        event_writer.open_writer(database.driver(conn), conn.connection.info, rows) as writer,
     ):
-        written = _write(way, facts)
-        confirmations = _confirmations(facts, written, way.recorded_at())
+        result = _write(writer, rows)
+        confirmations = _confirmations(rows, result, writer.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
-            way.confirm([len(confirmations), body, traces_of and _traces(written, traces_of)])
+            writer.confirm([len(confirmations), body, traces_of and _traces(result, traces_of)])
         written_at = time.perf_counter()
-    way.committed()
-    for positions in written.new.values():
+    writer.after_commit()
+    for positions in result.new.values():
         for position in positions:
             outcomes[position] = "applied"
-    for position in written.reused:
+    for position in result.reused:
         outcomes[position] = "reused"
-    if written.erased:
-        outcomes = [
-            "erased" if one.eval_id in written.erased else outcome for one, outcome in zip(facts, outcomes, strict=True)
-        ]
-    conflicting_results = sum([one.conflicting_results for one in written.records.values()])
-    return Stored(outcomes, confirmations, conflicting_results, written.rebuilt, written_at)
+    if result.erased:
+        outcomes = ["erased" if row.eval_id in result.erased else outcome for row, outcome in zip(rows, outcomes, strict=True)]
+    conflicting_results = sum([folded.conflicting_results for folded in result.records.values()])
+    return Stored(outcomes, confirmations, conflicting_results, result.rebuilt, written_at)
 
 
 @contextmanager
 def _restart_after_deadlock() -> Iterator[None]:
-    """Workers of releases before merge states create records before they lock others, so these and ours may deadlock."""
+    """Translate a deadlock into Restart.
+
+    Workers of older releases create records before they lock others, so deadlocks can happen.
+    """
     try:
         yield
     except psycopg.errors.DeadlockDetected as error:
         raise Restart("PostgreSQL ended a deadlock") from error
 
 
-class _Written(NamedTuple):
-    """What was written: the positions of an evaluation's new events, those of reused ones, and the records made or changed."""
+class _WriteResult(NamedTuple):
+    """The result of a write: the positions of new events by evaluation, those of reused events, and the changed records."""
 
     new: dict[str, list[int]]
     reused: list[int]
@@ -168,39 +170,41 @@ class _Written(NamedTuple):
     erased: set[str]
 
 
-def _write(way: "event_writer.Few | event_writer.Many", facts: list[EventRow]) -> _Written:
-    """Write `facts` to the log and the records. Of those with one event_id the first stands, unless one is stored already."""
-    firsts: dict[str, dict[UUID, int]] = {}
-    for position, one in enumerate(facts):
-        firsts.setdefault(one.eval_id, {}).setdefault(one.event_id, position)
-    new = {eval_id: list(firsts[eval_id].values()) for eval_id in sorted(firsts)}
-    begun = way.begin({eval_id: [facts[at] for at in positions] for eval_id, positions in new.items()})
-    for eval_id in begun.erased:
+def _write(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow]) -> _WriteResult:
+    """Write `rows` to the log and the records. Of rows with the same event_id keep the first, unless one is already stored."""
+    by_id: dict[str, dict[UUID, int]] = {}
+    for position, row in enumerate(rows):
+        by_id.setdefault(row.eval_id, {}).setdefault(row.event_id, position)
+    new = {eval_id: list(by_id[eval_id].values()) for eval_id in sorted(by_id)}
+    begin_result = writer.begin({eval_id: [rows[at] for at in positions] for eval_id, positions in new.items()})
+    for eval_id in begin_result.erased:
         del new[eval_id]
-    for eval_id in {eval_id for eval_id, _ in begun.logged}:
-        new[eval_id] = [at for event_id, at in firsts[eval_id].items() if (eval_id, event_id) not in begun.logged]
+    for eval_id in {eval_id for eval_id, _ in begin_result.logged}:
+        new[eval_id] = [at for event_id, at in by_id[eval_id].items() if (eval_id, event_id) not in begin_result.logged]
         if not new[eval_id]:
             del new[eval_id]
-    added = {eval_id: [facts[at] for at in new[eval_id]] for eval_id in begun.existing if eval_id in new}
-    changed, rebuilt = _fold(way.conn, begun.existing, added)
+    added = {eval_id: [rows[at] for at in new[eval_id]] for eval_id in begin_result.existing if eval_id in new}
+    changed, rebuilt = _fold(writer.conn, begin_result.existing, added)
     applied = [position for positions in new.values() for position in positions]
-    # None of these is in the log: an evaluation created here had no events, and the others' are known, and locked.
+    # None of these events is in the log. New evaluations have no events, and `begin` looked up the others under their locks.
     if applied:
         contents: list[tuple[Any, ...]] = []
-        way.log([_without_large(facts[position], contents) for position in applied], contents)
+        writer.log([_without_large(rows[position], contents) for position in applied], contents)
     if changed:
-        way.update(list(changed.values()))
-    repeated = set(range(len(facts))).difference(applied) if len(applied) < len(facts) else set()
-    repeated -= {position for position in repeated if facts[position].eval_id in begun.erased}
-    reused = _reused(way, facts, repeated) if repeated else []
-    records = begun.created | changed
-    return _Written(new, reused, begun.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt, begun.erased)
+        writer.update(list(changed.values()))
+    repeated = set(range(len(rows))).difference(applied) if len(applied) < len(rows) else set()
+    repeated -= {position for position in repeated if rows[position].eval_id in begin_result.erased}
+    reused = _reused(writer, rows, repeated) if repeated else []
+    records = begin_result.created | changed
+    return _WriteResult(
+        new, reused, begin_result.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt, begin_result.erased
+    )
 
 
 def _fold(
     conn: psycopg.Connection[Any], existing: dict[str, StoredRecord], added: dict[str, list[EventRow]]
 ) -> tuple[dict[str, Folded], Counter[RebuildReason]]:
-    """Add events to records that exist; returns these, and why some were made anew from the log. Raises Restart."""
+    """Add events to existing records. Return the records, and why some were rebuilt from the log. Raises Restart."""
     folded: dict[str, Folded] = {}
     reasons: dict[str, RebuildReason] = {}
     for eval_id, events in added.items():
@@ -213,81 +217,84 @@ def _fold(
         return folded, Counter()
     versions = {eval_id: existing[eval_id].record.version for eval_id in reasons}
     if long := [eval_id for eval_id, version in versions.items() if version > rebuild.PAGE]:
-        raise Restart("records with long logs are to be made anew", long)
+        raise Restart("rebuild the records with long logs first", long)
     logs = rebuild.fold_logs(conn, versions)
     folded |= {eval_id: fold(logs.get(eval_id), added[eval_id]) for eval_id in reasons}
     return {eval_id: folded[eval_id] for eval_id in added}, Counter(reasons.values())
 
 
-def _without_large(one: EventRow, contents: list[tuple[Any, ...]]) -> EventRow:
-    """`one` without content that is large or an object; rows for that are added to `contents`."""
+def _without_large(row: EventRow, contents: list[tuple[Any, ...]]) -> EventRow:
+    """Return `row` without content that is large or in an object. Append rows for that content to `contents`."""
     large = [
         (kind, data)
-        for kind, data in zip(event_writer.CONTENTS, _contents(one), strict=True)
+        for kind, data in zip(event_writer.CONTENTS, _contents(row), strict=True)
         if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
     ]
     if not large:
-        return one
-    contents += [(*one[:2], kind, one.occurred_at, *_where(data)) for kind, data in large]
-    nothing: dict[str, Any] = dict.fromkeys(kind for kind, _ in large)
-    return one._replace(**nothing)
+        return row
+    contents += [(*row[:2], kind, row.occurred_at, *_where(data)) for kind, data in large]
+    empty: dict[str, Any] = dict.fromkeys(kind for kind, _ in large)
+    return row._replace(**empty)
 
 
 def _where(data: bytes | Reference) -> tuple[Any, ...]:
-    """Content as a row of `contents` holds it: size, hash, data, store and encoding."""
+    """Return the columns of `contents` for this content: size, hash, data, store and encoding."""
     if isinstance(data, Reference):
         return data.size, _digest(data), None, "objects", data.encoding
     return len(data), _digest(data), data, None, None
 
 
-def _reused(way: "event_writer.Few | event_writer.Many", facts: list[EventRow], repeated: set[int]) -> list[int]:
-    """The positions among `repeated` of facts whose body is not the one stored under their event_id."""
-    rows = {position: _without_large(facts[position], []) for position in repeated}
-    same = {position: [True, *map(_digest, _contents(facts[position]))] for position in repeated}
-    stored = way.compare(rows)
+def _reused(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow], repeated: set[int]
+) -> list[int]:
+    """Return those of the positions `repeated` whose body differs from the body stored under the same event_id."""
+    small = {position: _without_large(rows[position], []) for position in repeated}
+    same = {position: [True, *map(_digest, _contents(rows[position]))] for position in repeated}
+    stored = writer.compare(small)
     different = [position for position in repeated if stored[position][:-1] != same[position]]
-    # An older worker kept fields that it does not know in `extra`: compare with the event as that worker stores it.
-    older = {~position: row for position in different if (row := demote(rows[position], stored[position][-1]))}
+    # An older worker stored fields that it does not know in `extra`: compare with the event as that worker stores it.
+    older = {~position: row for position in different if (row := demote(small[position], stored[position][-1]))}
     if older:
-        stored = way.compare(older)
+        stored = writer.compare(older)
         different = [position for position in different if ~position not in older or stored[~position][:-1] != same[position]]
     return different
 
 
-def _contents(one: EventRow) -> tuple[bytes | Reference | None, ...]:
-    return one.code, one.output, one.error
+def _contents(row: EventRow) -> tuple[bytes | Reference | None, ...]:
+    return row.code, row.output, row.error
 
 
 def _digest(data: bytes | Reference | None) -> bytes | None:
-    """The SHA-256 of content, by which the same is the same wherever it is."""
+    """Return the SHA-256 of content, which is the same inline and in an object."""
     if isinstance(data, Reference):
         return bytes.fromhex(data.sha256)
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _confirmations(facts: list[EventRow], written: _Written, recorded_at: str) -> list[Confirmation]:
-    """One for each evaluation that changed."""
+def _confirmations(rows: list[EventRow], result: _WriteResult, recorded_at: str) -> list[Confirmation]:
+    """Build a confirmation for each changed evaluation."""
     return [
         Confirmation(
-            "storage:evaluation:created" if eval_id in written.created else "storage:evaluation:updated",
+            "storage:evaluation:created" if eval_id in result.created else "storage:evaluation:updated",
             eval_id,
             folded.record.version,
             folded.record.status,
             msgspec.UNSET if folded.record.run_id is None else folded.record.run_id,
-            [facts[position].event_id for position in written.new[eval_id]],
+            [rows[position].event_id for position in result.new[eval_id]],
             recorded_at,
         )
-        for eval_id, folded in written.records.items()
+        for eval_id, folded in result.records.items()
     ]
 
 
-def _traces(written: _Written, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
-    """The traces that the confirmations go on in, a line each, in their order; None where there are none."""
-    traces = traces_of([written.new[eval_id][-1] for eval_id in written.records])
+def _traces(result: _WriteResult, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
+    """Return the traces that the confirmations continue, one line each, or None if there are none."""
+    traces = traces_of([result.new[eval_id][-1] for eval_id in result.records])
     return "\n".join(traces) if any(traces) else None
 
 
-# Join a record `e` with the events that hold its content (`queued`, `ending`), and the rows of `contents` for what is large.
+# Joins a record `e` with the events that hold its content (`queued`, `ending`), and with the rows of `contents` for large
+# content.
 CONTENT_JOINS: Final = """
 LEFT JOIN evaluation_events queued ON queued.eval_id = e.eval_id AND queued.event_id = e.code_event_id
 LEFT JOIN evaluation_events ending ON ending.eval_id = e.eval_id AND ending.event_id = e.result_event_id
@@ -305,7 +312,7 @@ SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.update
 
 
 def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record | None:
-    """The record with all its content in memory, or None. Without `stores`, of what is an object the reference.
+    """Return the record with all its content in memory, or None. Without `stores`, return references for content in objects.
 
     Raises DatabaseOutage, ObjectStoreOutage (retry), ObjectMissing, ObjectDamaged.
     """
@@ -314,8 +321,8 @@ def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record 
     if row is None:
         return None
     state, (created_at, updated_at, *data) = RecordRow(*row[: len(RecordRow._fields)]), row[len(RecordRow._fields) : -12]
-    found = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
-    return found.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+    view = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
+    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at})
 
 
 def _whole(
@@ -336,29 +343,29 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 
 
 def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str, UUID]]:
-    """Those of `keys` (eval_id, event_id) that are in the event log. Raises DatabaseOutage (retry)."""
+    """Return those of `keys` (eval_id, event_id) that are in the event log. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_APPLIED, [[eval_id for eval_id, _ in keys], [event_id for _, event_id in keys]])
         return set(cursor.fetchall())
 
 
-_THERE: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
+_EXISTING: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
 
 
 def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
-    """Those of these evaluations whose record somebody else keeps locked at this moment. Waits for nobody.
+    """Return those of these evaluations whose record another transaction has locked now. Do not wait for locks.
 
     Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        there = {eval_id for (eval_id,) in cursor.execute(_THERE, [eval_ids])}
-        return there - {eval_id for (eval_id,) in cursor.execute(_THERE + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
+        existing = {eval_id for (eval_id,) in cursor.execute(_EXISTING, [eval_ids])}
+        return existing - {eval_id for (eval_id,) in cursor.execute(_EXISTING + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
 
 
 _COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"
 
 
 def count_by_status(conn: Connection) -> dict[str, int]:
-    """How many evaluations there are, by status. Reads every record. Raises DatabaseOutage (retry)."""
+    """Count the evaluations by status. Reads every record. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         return dict(cursor.execute(_COUNT).fetchall())

@@ -1,8 +1,10 @@
-"""How a call's events and records are written, within its transaction.
+"""Write the events and records of a call, inside its transaction.
 
-`Many` costs least for each row: COPY, and a temporary table that the statements join. That is a dozen round trips, and emptying
-the table at the commit takes some ms wherever shortening a file does. `Few` sends statements one by one without waiting
-for their answers: two round trips, whose rows cost several times as much. docs/decisions/0022-few-events-in-two-round-trips.md
+`CopyWriter` has the lowest cost per row. It uses COPY and temporary tables that statements join. It needs a dozen round trips,
+and the commit truncates the tables, which takes several ms on some file systems.
+
+`PipelineWriter` sends single statements without waiting for replies. It needs two round trips, but each row costs several times
+as much. docs/decisions/0022-few-events-in-two-round-trips.md
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,8 +24,8 @@ from models.metrics import RebuildReason
 from models.record import EventRow, RecordRow, jsonb, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
-_FEW: Final = 64
-_SMALL_BYTES: Final = 256 * 1024
+_PIPELINE_ROWS: Final = 64
+_PIPELINE_BYTES: Final = 256 * 1024
 
 _CONTENT_TYPES: Final = dict(
     zip(
@@ -32,24 +34,23 @@ _CONTENT_TYPES: Final = dict(
         strict=True,
     )
 )
-# A row of `evaluations`, as `_row` makes it.
 _RECORD_TYPES: Final = {**RECORD_COLUMNS, "merge_state": "bytea", "merge_version": "int4"}
 RECORD: Final = tuple(_RECORD_TYPES)
-# A pooler may give a worker a session in which another release made its stages: these have other names.
+# A pooler may hand over a session with temporary tables of another release. The hash in these names keeps them apart.
 _STAGED_RECORDS: Final = f"evalstore_stage_records_{crc32(repr(_RECORD_TYPES).encode()):08x}"
 _STAGED_EVENTS: Final = f"evalstore_stage_events_{crc32(repr(EVENT_COLUMNS).encode()):08x}"
 
-# What of an event's row says whether another is the same; content by its hash, as it may be elsewhere.
+# Two events with the same id are the same if these columns and the hashes of their contents are equal.
 _COMPARED: Final = [name for name in EventRow._fields if name not in {"eval_id", "event_id", *CONTENTS}]
 
 
 def columns(names: Iterable[str], form: str = "{}") -> str:
-    """A list of columns, each in that form."""
+    """Join column names, each formatted with `form`."""
     return ", ".join(form.format(name) for name in names)
 
 
-# What follows joins a stage with a table by the table's primary key, and must do so by index however large the tables grow and
-# whatever the planner believes of the stage. The last is the time of the transaction.
+# These statements join a temporary table with a table by its primary key. They must use the index at any table size, although
+# the planner has no statistics of temporary tables. The last value is the time of the transaction.
 _BEGIN: Final = f"""
 SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),
     set_config('enable_seqscan', 'off', true), {sessions.DURABLE.format("true")}, now()
@@ -57,7 +58,7 @@ SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin'
 _LOCK: Final = f"""
 SELECT {columns(RECORD)} FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
-# A later statement than the lock: this one sees what other workers committed before they released it.
+# This statement must come after the lock: only then it sees what other workers committed before they released their locks.
 _LOGGED: Final = """
 SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
 JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
@@ -75,14 +76,14 @@ Compared = dict[int, list[Any]]
 
 
 class StoredRecord(NamedTuple):
-    """A record that is locked, with its merge state, which is of the version `merge_version`."""
+    """A locked record with its merge state. The merge state belongs to the version `merge_version`."""
 
     record: RecordRow
     merge_state: bytes | None
     merge_version: int | None
 
     def add(self, events: Sequence[EventRow]) -> "Folded | RebuildReason":
-        """Return the record with `events`, or the reason why its merge state must be rebuilt from the log first."""
+        """Return the record with `events` added, or the reason why its merge state must first be rebuilt from the log."""
         if self.merge_state is None:
             return "absent"
         if self.merge_version != self.record.version:
@@ -93,10 +94,10 @@ class StoredRecord(NamedTuple):
             return "undecodable"
 
 
-class Begun(NamedTuple):
-    """The records that were created, those that existed and are locked, and the events of these that are in the log.
+class BeginResult(NamedTuple):
+    """The created records, the locked existing records, and the events of existing records that are in the log.
 
-    `erased`: the evaluations whose records would have been created if they had not been erased before.
+    `erased`: the evaluations whose records are not created, because they were erased before.
     """
 
     created: dict[str, Folded]
@@ -106,7 +107,7 @@ class Begun(NamedTuple):
 
 
 class Restart(EvalstoreError):
-    """The transaction cannot go on: roll it back, rebuild the records `to_rebuild`, and begin again."""
+    """The transaction cannot go on: roll it back, rebuild the records `to_rebuild`, and start again."""
 
     def __init__(self, message: str, to_rebuild: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -114,85 +115,97 @@ class Restart(EvalstoreError):
 
 
 @contextmanager
-def writing(conn: psycopg.Connection[Any], info: dict[str, Any], facts: Sequence[EventRow]) -> "Iterator[Few | Many]":
-    """The way to write these; `info` goes with the connection. Few are committed at the end of the block."""
-    if not are_few(facts):
-        yield Many(conn, info)
+def open_writer(
+    conn: psycopg.Connection[Any], info: dict[str, Any], rows: Sequence[EventRow]
+) -> "Iterator[PipelineWriter | CopyWriter]":
+    """Choose the writer for these rows. A PipelineWriter commits at the end of the block.
+
+    `info` is the dictionary that belongs to the connection.
+    """
+    if not are_few(rows):
+        yield CopyWriter(conn, info)
         return
     with database.pipelined(conn):
-        yield Few(conn, info)
+        yield PipelineWriter(conn, info)
 
 
-def are_few(facts: Sequence[EventRow]) -> bool:
-    """Whether these are few, and small."""
-    contents = (data for one in facts for data in (one.code, one.output, one.error) if isinstance(data, bytes))
-    return len(facts) <= _FEW and sum(map(len, contents)) <= _SMALL_BYTES
+def are_few(rows: Sequence[EventRow]) -> bool:
+    """Tell whether the rows are few and small enough for a PipelineWriter."""
+    contents = (data for row in rows for data in (row.code, row.output, row.error) if isinstance(data, bytes))
+    return len(rows) <= _PIPELINE_ROWS and sum(map(len, contents)) <= _PIPELINE_BYTES
 
 
-class _Way:
-    """What both have in common. `info` goes with the connection."""
+class EventWriter:
+    """The common part of both writers. `info` is the dictionary that belongs to the connection."""
 
     def __init__(self, conn: psycopg.Connection[Any], info: dict[str, Any]) -> None:
         self.conn, self._cursor, self._info = conn, conn.cursor(binary=True), info
-        # Said anew by each commit: after a failure they are made sure of. A pooler may have gone on with another session.
+        # `after_commit` puts these names back. After a failure the tables may be missing, so they are created again. The same
+        # holds in another session of a pooler.
         self._staged: set[str] = info.pop("evalstore_staged", set())
-        self._begun = conn.cursor(binary=True).execute(_BEGIN)
+        self._first_reply = conn.cursor(binary=True).execute(_BEGIN)
 
     def recorded_at(self) -> str:
-        """The time of the transaction, RFC 3339."""
-        ((*_, now),) = self._begun.fetchall()
+        """Return the time of the transaction in RFC 3339."""
+        ((*_, now),) = self._first_reply.fetchall()
         return rfc3339(now)
 
     def confirm(self, row: list[Any]) -> None:
-        """Write to the outbox."""
+        """Insert a row into the outbox."""
         confirm(self.conn, row)
 
-    def committed(self) -> None:
-        """Note what the next call need not do again."""
+    def after_commit(self) -> None:
+        """Remember for the next call which temporary tables exist."""
         self._info["evalstore_staged"] = self._staged
 
 
-class Many(_Way):
-    """The stages live as long as the connection, and are empty between transactions. Records to create have the number 0 in
-    them, records to change 1; events that are there already are numbered by their place in the call."""
+class CopyWriter(EventWriter):
+    """Writes with COPY through temporary tables, which live as long as the connection and are empty between transactions.
 
-    def begin(self, events: Events) -> Begun:
-        """Lock the records of these evaluations, in order; create those that there are not yet, from `events` alone.
+    In the table of records, the column `number` is 0 for records to create and 1 for records to change. In the table of events,
+    `number` is the event's position in the call.
+    """
 
-        Raises Restart if another transaction created one meanwhile: to wait for that record's lock could be a deadlock.
+    def begin(self, events: Events) -> BeginResult:
+        """Lock the existing records of these evaluations in order, and create missing records from `events`.
+
+        Raises Restart if another transaction created one of them at the same time. Waiting for that record's lock could
+        deadlock.
         """
         existing = records(lock(self.conn, list(events)))
-        found = {eval_id: events[eval_id] for eval_id in existing}
-        logged = _logged(self.conn, found).fetchall() if found else []
-        created = {eval_id: fold(None, of_one) for eval_id, of_one in events.items() if eval_id not in existing}
+        in_log = {eval_id: events[eval_id] for eval_id in existing}
+        logged = _logged(self.conn, in_log).fetchall() if in_log else []
+        created = {eval_id: fold(None, rows) for eval_id, rows in events.items() if eval_id not in existing}
         if created:
             self._stage_records(0, created.values())
             self._cursor.execute(_CREATE)
             if self._cursor.rowcount != len(created):
                 raise Restart("another transaction created an evaluation of these")
         erased = _without_erased(self.conn, tombstones.ask(self.conn, created), created) if created else set[str]()
-        return Begun(created, existing, set(logged), erased)
+        return BeginResult(created, existing, set(logged), erased)
 
-    def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
-        """Write events, and content that has rows of its own."""
-        _copy(self._cursor, "evaluation_events", EVENT_COLUMNS, facts)
+    def log(self, rows: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
+        """Insert events, and content that has its own rows."""
+        _copy(self._cursor, "evaluation_events", EVENT_COLUMNS, rows)
         if contents:
             _copy(self._cursor, "contents", _CONTENT_TYPES, contents)
 
     def update(self, records: list[Folded]) -> None:
-        """Change records."""
+        """Change locked records."""
         self._stage_records(1, records)
         self._cursor.execute(_UPDATE)
 
-    def compare(self, facts: dict[int, EventRow]) -> Compared:
-        """By number of each event, which is in the log: whether it is the same there but for content; its content's hashes; and
-        the `extra` stored there."""
+    def compare(self, rows: dict[int, EventRow]) -> Compared:
+        """Compare events with those stored under the same ids.
+
+        Return by number: whether all compared columns are equal, the hashes of the stored contents, and the stored `extra`.
+        """
         self._stage(_STAGED_EVENTS, EVENT_COLUMNS)
         _copy(
             self._cursor,
             _STAGED_EVENTS,
             {"number": "int4"} | EVENT_COLUMNS,
-            ((number, *one) for number, one in facts.items()),
+            ((number, *row) for number, row in rows.items()),
         )
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
@@ -202,22 +215,22 @@ class Many(_Way):
             self._cursor,
             _STAGED_RECORDS,
             {"number": "int4"} | _RECORD_TYPES,
-            ((number, *_row(one)) for one in records),
+            ((number, *_row(folded)) for folded in records),
         )
 
     def _stage(self, name: str, types: dict[str, str]) -> None:
         if name not in self._staged:
             declared = ", ".join(f"{column} {type_}" for column, type_ in types.items())
             declared = declared.replace("eval_id text", 'eval_id text COLLATE "C"')
-            made = f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (number int4, {declared}) ON COMMIT DELETE ROWS"
-            self._cursor.execute(made.encode())
+            statement = f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} (number int4, {declared}) ON COMMIT DELETE ROWS"
+            self._cursor.execute(statement.encode())
             self._staged.add(name)
 
 
 _CREATE: Final = f"""
 {_INTO_RECORDS} SELECT {columns(RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
 """
-# The time of the statement, not of the transaction: that may have begun before another one created the record.
+# statement_timestamp(), not now(): this transaction may have begun before another transaction created the record.
 _UPDATE: Final = f"""
 UPDATE evaluations e SET ({columns(_CHANGED)}, updated_at) = ROW({columns(_CHANGED, "s.{}")}, statement_timestamp())
 FROM {_STAGED_RECORDS} s WHERE e.eval_id = s.eval_id AND s.number = 1
@@ -236,42 +249,45 @@ def _copy(cursor: psycopg.Cursor[Any], table: str, types: dict[str, str], rows: 
             copy.write_row(row)
 
 
-class Few(_Way):
-    """Statements are the same for every call, and PostgreSQL plans them once: all values go as text, NULL or not."""
+class PipelineWriter(EventWriter):
+    """Writes with single statements in a pipeline.
 
-    def begin(self, events: Events) -> Begun:
-        """As of Many; so are the others."""
-        # Creating does nothing where a record exists. To wait and see which do would be a round trip more.
+    The statements never change, so PostgreSQL plans them once. All values are sent as text or NULL.
+    """
+
+    def begin(self, events: Events) -> BeginResult:
+        """Do as `CopyWriter.begin` does. The other methods also match those of CopyWriter."""
+        # Try to create all records: an existing record is left unchanged. Waiting to see which exist would cost a round trip.
         locked = lock(self.conn, list(events))
-        alone = {eval_id: fold(None, of_one) for eval_id, of_one in events.items()}
-        made = [self.conn.execute(_CREATE_ONE, _texts(_row(one))) for one in alone.values()]
+        new = {eval_id: fold(None, rows) for eval_id, rows in events.items()}
+        inserts = [self.conn.execute(_CREATE_ONE, _texts(_row(folded))) for folded in new.values()]
         logged = _logged(self.conn, events)
         tombs = tombstones.ask(self.conn, events)
         existing = records(locked)
-        created = {eval_id: alone[eval_id] for eval_id, one in zip(alone, made, strict=True) if one.rowcount}
+        created = {eval_id: new[eval_id] for eval_id, insert in zip(new, inserts, strict=True) if insert.rowcount}
         if len(created) + len(existing) != len(events):
             raise Restart("another transaction created an evaluation of these")
         erased = _without_erased(self.conn, tombs, created)
-        return Begun(created, existing, set(logged.fetchall()), erased)
+        return BeginResult(created, existing, set(logged.fetchall()), erased)
 
-    def log(self, facts: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
-        for one in facts:
-            self.conn.execute(_LOG_ONE, _texts(one))
-        for row in contents:
-            self.conn.execute(_CONTENT_ONE, _texts(row))
+    def log(self, rows: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
+        for row in rows:
+            self.conn.execute(_LOG_ONE, _texts(row))
+        for content in contents:
+            self.conn.execute(_CONTENT_ONE, _texts(content))
 
     def update(self, records: list[Folded]) -> None:
-        for one in records:
-            update(self.conn, one)
+        for folded in records:
+            update(self.conn, folded)
 
-    def compare(self, facts: dict[int, EventRow]) -> Compared:
-        asked = {
+    def compare(self, rows: dict[int, EventRow]) -> Compared:
+        replies = {
             number: self.conn.cursor(binary=True).execute(
-                _COMPARE_ONE, _texts([*(getattr(one, name) for name in _COMPARED), one.eval_id, one.event_id])
+                _COMPARE_ONE, _texts([*(getattr(row, name) for name in _COMPARED), row.eval_id, row.event_id])
             )
-            for number, one in facts.items()
+            for number, row in rows.items()
         }
-        return {number: list(found.fetchall()[0]) for number, found in asked.items()}
+        return {number: list(reply.fetchall()[0]) for number, reply in replies.items()}
 
 
 def _without_erased(conn: psycopg.Connection[Any], tombs: psycopg.Cursor[Any], created: dict[str, Folded]) -> set[str]:
@@ -318,7 +334,7 @@ _TEXT_OF: Final[dict[type, Any]] = {
 
 
 def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> psycopg.Cursor[Any]:
-    """Lock the records that exist of these evaluations, in order. Others read them meanwhile."""
+    """Lock the existing records of these evaluations in order. Others can still read them."""
     return conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])
 
 
@@ -328,7 +344,7 @@ def confirm(conn: psycopg.Connection[Any], row: list[Any]) -> None:
 
 
 def update(conn: psycopg.Connection[Any], folded: Folded) -> None:
-    """Change a record that is locked."""
+    """Change a locked record."""
     eval_id, *changed = _row(folded)
     conn.execute(_UPDATE_ONE, [*_texts(changed), eval_id])
 
@@ -340,13 +356,13 @@ def records(locked: psycopg.Cursor[Any]) -> dict[str, StoredRecord]:
 
 def _logged(conn: psycopg.Connection[Any], events: Events) -> psycopg.Cursor[Any]:
     """Look up which of these events are in the log."""
-    ids = [(eval_id, one.event_id.int) for eval_id, of_one in events.items() for one in of_one]
+    ids = [(eval_id, row.event_id.int) for eval_id, rows in events.items() for row in rows]
     arrays = [_array([eval_id for eval_id, _ in ids]), "{" + ",".join([f"{event_id:032x}" for _, event_id in ids]) + "}"]
     return conn.cursor(binary=True).execute(_LOGGED, arrays)
 
 
 def _array(eval_ids: Iterable[str]) -> str:
-    """The ids as PostgreSQL's text of an array; they hold neither quotes nor backslashes. psycopg takes longer for a list."""
+    """Return ids as the text of a PostgreSQL array. Ids hold no quotes or backslashes. psycopg converts a list more slowly."""
     return '{"' + '","'.join(eval_ids) + '"}'
 
 

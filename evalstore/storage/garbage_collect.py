@@ -1,9 +1,11 @@
-"""Removing objects that nothing refers to: what a crash left in the archive, what moved from there, what no event ever named.
+"""Remove objects that nothing refers to: after a crash, after a move, or after an upload whose event never came.
 
-An object goes only if it is older than the grace and named by no row, no dead letter, and no message that waits. Whoever is
-about to refer to an object makes it young before, if it is older than half the grace; and the stores delete only what is
-still as old as it was when it was judged. So the order matters: first age, then what waits, then dead letters and rows, where a
-message ends that waited a moment ago.
+An object is removed only if it is older than the grace period, and no row, dead letter or waiting message names it. A process
+that will refer to an object first renews the object's time, if the object is older than half the grace period. The stores
+delete an object only if its time is unchanged since the check.
+
+The order of the checks matters: first the age, then waiting messages, then dead letters and rows. A message that leaves the
+queue during the sweep is then in a dead letter or a row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ _BATCH: Final = 1000
 
 @dataclass
 class Collected:
-    """What a sweep saw: `objects` in all, `removed` of them (or to be removed), and its `leftovers` of writes broken off."""
+    """The counts of a sweep: `objects` in all, `removed` (or to be removed), and `leftovers` of interrupted writes."""
 
     objects: int = 0
     removed: int = 0
@@ -35,23 +37,26 @@ class Collected:
 
 
 class Target(NamedTuple):
-    """A store, and what rows call it."""
+    """A store, and the names of this store in rows."""
 
     store: Store
     places: tuple[Place, ...]
 
 
 def targets(settings: Settings) -> list[Target]:
-    """The stores that there are, each once."""
+    """Return the configured stores, each once."""
     own, archive = settings.object_store_url, settings.archive_url or settings.object_store_url
     if own and archive and is_same(own, archive):
         return [Target(open_store(own, settings), ("objects", "archive"))]
-    found: list[tuple[str | None, Place]] = [(own, "objects"), (archive, "archive")]
-    return [Target(open_store(url, settings), (place,)) for url, place in found if url]
+    urls: list[tuple[str | None, Place]] = [(own, "objects"), (archive, "archive")]
+    return [Target(open_store(url, settings), (place,)) for url, place in urls if url]
 
 
 def longest_wait(grace: timedelta) -> timedelta:
-    """While a message has waited for longer, nothing is removed: something is wrong, and spools elsewhere are not seen."""
+    """Return the limit for the age of the oldest waiting message.
+
+    Nothing is removed beyond this age: queues are stuck, and messages in spools on other hosts are unknown.
+    """
     return grace / 4
 
 
@@ -66,15 +71,15 @@ def run_once(
     remove: bool = True,
     watch: Callable[[Listed], None] = lambda _: None,
 ) -> Collected:
-    """Remove what nothing refers to from a store.
+    """Remove the objects of a store that nothing refers to.
 
-    `needed` gives the SHA-256 of what waiting messages need, and the age of the oldest one in seconds; it is called only if
-    there is something to remove. While that age is above a quarter of the grace, nothing is removed. `part` (3, 48) looks at
-    the fourth of 48 parts alone. Without `remove` this only looks. `watch` is given each object that goes.
+    `needed` returns the SHA-256s that waiting messages need, and the age of the oldest message in seconds. It is called only if
+    there is an object to remove. While that age exceeds a quarter of the grace period, nothing is removed. `part` (3, 48)
+    limits the sweep to the fourth of 48 parts. Without `remove` the sweep only counts. `watch` receives each removed object.
 
-    An object that the store refuses to remove, such as a locked one, is passed over. ObjectUnavailable reports it at the end.
+    An object that the store refuses to remove, such as a locked object, is skipped. ObjectUnavailable reports it at the end.
 
-    Raises DatabaseOutage, ObjectStoreOutage, and what `needed` raises (run again).
+    Raises DatabaseOutage, ObjectStoreOutage, and the errors of `needed` (run again).
     """
     done = Collected()
     before = now - grace
@@ -82,7 +87,7 @@ def run_once(
     refused: ObjectUnavailable | None = None
     for batch in _batches(_part_of(target.store, part)):
         done.objects += len(batch)
-        old = unnamed(conn, target.places, [one for one in batch if one.modified_at < before])
+        old = unnamed(conn, target.places, [listed for listed in batch if listed.modified_at < before])
         if not old:
             continue
         if waiting is None:
@@ -90,16 +95,16 @@ def run_once(
             if oldest_age_s > longest_wait(grace).total_seconds():
                 done.paused = f"a message has waited for longer than {longest_wait(grace)}"
                 return done
-        old = unnamed(conn, target.places, [one for one in old if sha256_of(one) not in waiting])
-        for one in old:
+        old = unnamed(conn, target.places, [listed for listed in old if sha256_of(listed) not in waiting])
+        for listed in old:
             try:
-                is_gone = not remove or target.store.delete(one.key, unmodified_since=before)
+                is_gone = not remove or target.store.delete(listed.key, unmodified_since=before)
             except ObjectUnavailable as error:
                 refused = refused or error
                 continue
             if is_gone:
-                done.removed, done.bytes = done.removed + 1, done.bytes + one.size
-                watch(one)
+                done.removed, done.bytes = done.removed + 1, done.bytes + listed.size
+                watch(listed)
     done.leftovers = len(target.store.orphans(before, remove=remove))
     if refused is not None:
         raise refused
@@ -107,17 +112,17 @@ def run_once(
 
 
 def _part_of(store: Store, part: tuple[int, int]) -> Iterator[Listed]:
-    """The objects whose names lie in a part of all names: they are hashes, so that parts are of a size."""
+    """Yield the objects of one part of the names. Names are hashes, so all parts have about the same size."""
     number, of = part
     first, last = (f"{0x10000 * bound // of:04x}" for bound in (number, number + 1))
-    for one in store.objects(first if number else ""):
-        if number + 1 < of and one.key >= last:
+    for listed in store.objects(first if number else ""):
+        if number + 1 < of and listed.key >= last:
             return
-        yield one
+        yield listed
 
 
-def _batches(found: Iterator[Listed]) -> Iterator[list[Listed]]:
-    while batch := list(islice(found, _BATCH)):
+def _batches(objects: Iterator[Listed]) -> Iterator[list[Listed]]:
+    while batch := list(islice(objects, _BATCH)):
         yield batch
 
 
@@ -128,16 +133,16 @@ SELECT unnest(objects) FROM dead_letters WHERE objects && %(wanted)s AND objects
 """
 
 
-def unnamed(conn: Connection, places: Sequence[Place], found: Sequence[Listed]) -> list[Listed]:
-    """Those that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
-    by_sha256 = {sha256_of(one) for one in found}
+def unnamed(conn: Connection, places: Sequence[Place], objects: Sequence[Listed]) -> list[Listed]:
+    """Return the objects that neither a row nor a dead letter names. Raises DatabaseOutage (retry)."""
+    by_sha256 = {sha256_of(listed) for listed in objects}
     if not by_sha256:
         return []
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        given = {"wanted": list(by_sha256), "places": list(places)}
-        named = {bytes(sha256) for (sha256,) in cursor.execute(_NAMED, given)}
-    return [one for one in found if sha256_of(one) not in named]
+        parameters = {"wanted": list(by_sha256), "places": list(places)}
+        named = {bytes(sha256) for (sha256,) in cursor.execute(_NAMED, parameters)}
+    return [listed for listed in objects if sha256_of(listed) not in named]
 
 
-def sha256_of(one: Listed) -> bytes:
-    return bytes.fromhex(one.key[:64])
+def sha256_of(listed: Listed) -> bytes:
+    return bytes.fromhex(listed.key[:64])

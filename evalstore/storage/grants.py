@@ -1,7 +1,6 @@
-"""Who may refer to which content: an HTTP key may only name, in an event, what it uploaded itself.
+"""Record which HTTP key may refer to which content: an event may only name content that its key uploaded.
 
-A reference is a hash. If knowing one were enough, whoever may write could make an evaluation of their own hold content of
-others, and have it read.
+A reference is a hash. Without grants, a writer who knows a hash could read the content of others through an own evaluation.
 """
 
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ _GRANT: Final = """
 INSERT INTO content_grants (key_id, sha256, size, encoding) VALUES (%s, %s, %s, %s)
 ON CONFLICT (key_id, sha256) DO UPDATE SET size = excluded.size, encoding = excluded.encoding, granted_at = now()
 """
-# A few of them with each upload: nobody else needs to.
+# Each upload deletes a few expired grants, so no periodic job is needed.
 _FORGET: Final = """
 DELETE FROM content_grants WHERE (key_id, sha256) IN (
     SELECT key_id, sha256 FROM content_grants WHERE granted_at < now() - %s ORDER BY granted_at LIMIT 10
@@ -27,7 +26,7 @@ DELETE FROM content_grants WHERE (key_id, sha256) IN (
 
 
 def grant(conn: Connection, key_id: str, reference: Reference, lasting: timedelta) -> None:
-    """Let a key refer to this; forget some of what was granted longer ago than `lasting`. Commits. Raises DatabaseOutage."""
+    """Let a key refer to this content. Delete some grants older than `lasting`. Commit. Raises DatabaseOutage."""
     with database.errors(), conn.begin():
         raw = database.driver(conn)
         raw.execute(_FORGET, [lasting])
@@ -41,11 +40,11 @@ WHERE key_id = %s AND sha256 = ANY(%s::bytea[]) AND granted_at > now() - %s
 
 
 def granted(conn: Connection, key_id: str, references: Iterable[Reference], lasting: timedelta) -> set[Reference]:
-    """Those of `references` that the key may use. Raises DatabaseOutage (retry)."""
+    """Return those of `references` that the key may use. Raises DatabaseOutage (retry)."""
     wanted = set(references)
     if not wanted:
         return set()
     hashes = [bytes.fromhex(reference.sha256) for reference in wanted]
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        found = cursor.execute(_GRANTED, [key_id, hashes, lasting]).fetchall()
-    return wanted & {Reference(*row) for row in found}
+        rows = cursor.execute(_GRANTED, [key_id, hashes, lasting]).fetchall()
+    return wanted & {Reference(*row) for row in rows}

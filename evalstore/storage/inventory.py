@@ -1,4 +1,4 @@
-"""What content is where, what is due to move, and whether the objects that rows name are there and right."""
+"""Report where content is, what is due to move, and whether the objects that rows name are present and undamaged."""
 
 import os
 from collections.abc import Iterator
@@ -33,18 +33,18 @@ WHERE failure IS NOT NULL ORDER BY retry_at DESC LIMIT %s
 
 
 def status(conn: Connection, at: Archive | None, now: datetime) -> dict[str, Any]:
-    """Contents and bytes by place; those that are due, and the oldest of them; those that failed, and the latest of these.
+    """Return contents and bytes by place, the due contents with the oldest, and the failed moves with the latest.
 
-    Content within its event's own row is in no count. Raises DatabaseOutage (retry).
+    Content inside its event's row is not counted. Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         places = cursor.execute(_PLACES).fetchall()
         due: dict[str, Any] = {"contents": 0, "bytes": 0, "oldest": None}
         queries = [(condition, archive.values(at, now)) for condition in archive.conditions(at)] if at else []
-        for condition, given in queries:
-            found = cursor.execute(f"{_DUE} {condition}".encode(), given).fetchone() or due
-            oldest = min((time for time in (due["oldest"], found["oldest"]) if time), default=None)
-            due = {"contents": due["contents"] + found["contents"], "bytes": due["bytes"] + found["bytes"], "oldest": oldest}
+        for condition, parameters in queries:
+            totals = cursor.execute(f"{_DUE} {condition}".encode(), parameters).fetchone() or due
+            oldest = min((time for time in (due["oldest"], totals["oldest"]) if time), default=None)
+            due = {"contents": due["contents"] + totals["contents"], "bytes": due["bytes"] + totals["bytes"], "oldest": oldest}
         failing = cursor.execute(_FAILING).fetchone() or {"contents": 0}
         failures = cursor.execute(_FAILURES, [_SHOWN]).fetchall()
     return {"places": places, "due": due, "failing": failing["contents"], "failures": failures}
@@ -66,39 +66,39 @@ _COUNT: Final = "SELECT count(DISTINCT (sha256, store, encoding)) FROM contents 
 
 
 def count_objects(conn: Connection) -> int:
-    """How many there are. Reads an entry for each. Raises DatabaseOutage (retry)."""
+    """Return the number of objects that rows name. Reads an index entry for each. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        ((found,),) = database.driver(conn).execute(_COUNT).fetchall()
-    return int(found)
+        ((number,),) = database.driver(conn).execute(_COUNT).fetchall()
+    return int(number)
 
 
 def named_objects(conn: Connection, sample: int | None = None) -> Iterator[Object]:
-    """The objects that rows name, each once: all, or as many as the sample. Raises DatabaseOutage (retry).
+    """Return the objects that rows name, each once: all of them, or a sample. Raises DatabaseOutage (retry).
 
-    A sample is a stretch of the hashes that begins anywhere, and what is next to one another in it has nothing in common.
+    A sample is a range of hashes from a random start. Hashes are random, so objects in a range are unrelated.
     """
     begin = b"" if sample is None else os.urandom(32)
-    left = sample
+    remaining = sample
     for first, last in ((begin, None), (b"", begin)) if begin else ((b"", None),):
         after = (first, "", "")
-        while left is None or left > 0:
-            given = dict(zip(("first", "store", "encoding"), after, strict=True))
+        while remaining is None or remaining > 0:
+            position = dict(zip(("first", "store", "encoding"), after, strict=True))
             with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-                found = cursor.execute(_OBJECTS, {**given, "limit": min(_PAGE, left or _PAGE)}).fetchall()
-            for sha256, size, encoding, store, digest in found:
+                rows = cursor.execute(_OBJECTS, {**position, "limit": min(_PAGE, remaining or _PAGE)}).fetchall()
+            for sha256, size, encoding, store, digest in rows:
                 if last is not None and digest >= last:
                     return
                 yield Object(Reference(sha256, size, encoding), store)
                 after = (digest, store, encoding)
-                left = None if left is None else left - 1
-            if len(found) < min(_PAGE, left or _PAGE):
+                remaining = None if remaining is None else remaining - 1
+            if len(rows) < min(_PAGE, remaining or _PAGE):
                 break
 
 
-def verify(stores: Stores, one: Object) -> tuple[State, str | None]:
-    """Whether every byte of an object is right, and if not what is wrong. Raises ObjectStoreOutage (retry)."""
+def verify(stores: Stores, listed: Object) -> tuple[State, str | None]:
+    """Read the whole object and check it. Return the fault, or None. Raises ObjectStoreOutage (retry)."""
     try:
-        object_store.verify(stores[one.place], one.reference)
+        object_store.verify(stores[listed.place], listed.reference)
     except ObjectMissing as error:
         return "missing", str(error)
     except ObjectDamaged as error:
@@ -111,8 +111,8 @@ SELECT eval_id, event_id, kind FROM contents WHERE sha256 = decode(%s, 'hex') AN
 """
 
 
-def rows_naming(conn: Connection, one: Object) -> list[tuple[str, UUID, str]]:
-    """The rows whose content an object is, or the first hundred. Raises DatabaseOutage (retry)."""
+def rows_naming(conn: Connection, listed: Object) -> list[tuple[str, UUID, str]]:
+    """Return up to a hundred rows whose content is this object. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        values = [one.reference.sha256, one.place, one.reference.encoding, _SHOWN]
+        values = [listed.reference.sha256, listed.place, listed.reference.encoding, _SHOWN]
         return [(eval_id, event_id, kind) for eval_id, event_id, kind in cursor.execute(_NAMING, values)]

@@ -1,10 +1,11 @@
-"""Lists of evaluations: filtered, in order of creation, by page or all at once.
+"""List evaluations: filtered, in order of creation, by page or all at once.
 
-One index serves every list, that of `created_at`; what one commit made is sorted by `eval_id` when it is read. Another index
-would make each event dearer to store, and listing is rare beside storing. So a page read by cursor looks at no more than SCAN
-evaluations: it may hold fewer than were asked for, even none, while its cursor leads on. It takes the same time whatever the
-filter and however many evaluations there are. A page by number looks at as many as it takes, but for no longer than PATIENCE_S,
-so that nobody keeps the database busy with a filter that nothing matches.
+All lists use one index on `created_at`. Records of one commit share that time and are sorted by `eval_id` at reading. Another
+index would make each stored event dearer, and lists are rare.
+
+A page read by cursor examines at most SCAN evaluations. So it may hold fewer evaluations than requested, even none, and still
+have a next cursor. Its duration does not depend on the filter or on the size of the table. A page read by number examines as
+many evaluations as needed, for at most PATIENCE_S: a filter without matches cannot keep the database busy.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -31,7 +32,7 @@ _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM evaluations"
 
 
 class Position(NamedTuple):
-    """Where a list goes on: after this evaluation."""
+    """The evaluation after which a list goes on."""
 
     created_at: datetime
     eval_id: str
@@ -39,7 +40,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Filter:
-    """What to list. `since` is included, `until` is not; both are about `created_at`."""
+    """A filter for lists. `since` is inclusive, `until` exclusive; both apply to `created_at`."""
 
     statuses: Sequence[str] = ()
     language: str | None = None
@@ -52,12 +53,12 @@ class Filter:
 
     @property
     def is_selective(self) -> bool:
-        """Whether it may skip any number of evaluations between two that it lets through."""
+        """Tell whether the filter may skip any number of evaluations between two matches."""
         return bool(self.statuses or self.language or self.submitter or self.executor_id or self.metadata)
 
 
 class Page(NamedTuple):
-    """Evaluations, and where the next page begins; None at the end of the list."""
+    """Evaluations, and the position of the next page. The position is None at the end of the list."""
 
     rows: list[dict[str, Any]]
     following: Position | None
@@ -68,9 +69,9 @@ def _where(chosen: Filter, after: Position | None = None, up_to: Position | None
     conditions: list[str] = []
     values: list[Any] = []
 
-    def add(condition: str, *given: Any) -> None:
+    def add(condition: str, *parameters: Any) -> None:
         conditions.append(condition)
-        values.extend(given)
+        values.extend(parameters)
 
     if chosen.statuses:
         add("status = ANY(%s)", list(chosen.statuses))
@@ -95,15 +96,14 @@ def _order(chosen: Filter) -> str:
     return f" ORDER BY created_at {direction}, eval_id {direction}"
 
 
-# Where an index over the order exists, everything is read by it: the planner's guesses about filters send it elsewhere.
+# Read by the index on the order, also if the planner's estimate for a filter suggests another plan.
 _BEGIN: Final = (
     "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0"
 )
 
 
 def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None, scan: int | None = None) -> Page:
-    """The evaluations that come `after` a position, or first, among the next `scan`, which are SCAN. Raises DatabaseOutage
-    (retry)."""
+    """Return matching evaluations among the next `scan` (default SCAN) after a position. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         cursor.execute(_BEGIN, binary=False)
         scanned: Position | None = None
@@ -112,8 +112,8 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
             where, values = _where(span, after)
             query = f"SELECT created_at, eval_id FROM evaluations{where}{_order(chosen)} OFFSET %s LIMIT 1"
             cursor.execute(query.encode(), [*values, (scan or SCAN) - 1])
-            found = cursor.fetchone()
-            scanned = Position(*found) if found else None
+            bound = cursor.fetchone()
+            scanned = Position(*bound) if bound else None
         where, values = _where(chosen, after, scanned)
         cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s".encode(), [*values, limit + 1])
         rows = [readable(dict(zip(COLUMNS, row, strict=True))) for row in cursor]
@@ -124,26 +124,28 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
 
 
 def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page | None:
-    """The evaluations from the `offset`th on. Where it takes too long to find them: those among the first LOOKED, or None if
-    some were to be left out. Raises DatabaseOutage (retry)."""
+    """Return the page that starts at `offset`. If the search takes too long, search only the first LOOKED evaluations.
+
+    In that case return None for an `offset` above zero. Raises DatabaseOutage (retry).
+    """
     where, values = _where(chosen)
     rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
     if rows is None:
         return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
-    found = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
-    return Page(found, Position(found[-1]["created_at"], found[-1]["eval_id"]) if len(rows) > limit else None)
+    records = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
+    return Page(records, Position(records[-1]["created_at"], records[-1]["eval_id"]) if len(rows) > limit else None)
 
 
 def count(conn: Connection, chosen: Filter) -> int | None:
-    """How many there are, counted up to COUNTED; None where that takes too long. Raises DatabaseOutage (retry)."""
+    """Count the evaluations, up to COUNTED. Return None if that takes too long. Raises DatabaseOutage (retry)."""
     where, values = _where(chosen)
     query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
-    found = _in_time(conn, query, [*values, COUNTED])
-    return None if found is None else int(found[0][0])
+    counted = _in_time(conn, query, [*values, COUNTED])
+    return None if counted is None else int(counted[0][0])
 
 
 def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:
-    """The rows, or None where they take longer than PATIENCE_S."""
+    """Return the rows, or None if the query takes longer than PATIENCE_S."""
     try:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
             cursor.execute(f"SET LOCAL statement_timeout = {int(PATIENCE_S * 1000)}".encode(), binary=False)
@@ -155,9 +157,9 @@ def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any,
 
 
 def export(conn: Connection, chosen: Filter) -> Generator[list[dict[str, Any]]]:
-    """All of them as they are at one moment, in lists of up to 1,000, through a cursor in the server.
+    """Yield all evaluations of one snapshot in lists of up to 1,000, through a server-side cursor.
 
-    Holds the connection until it is exhausted or closed. Raises DatabaseOutage (begin anew).
+    Holds the connection until the generator is exhausted or closed. Raises DatabaseOutage (start again).
     """
     where, values = _where(chosen)
     query = f"{_SELECT}{where}{_order(chosen)}"

@@ -1,4 +1,4 @@
-"""What operators changed: who, when, why, which and how many, written in the transaction of the change itself."""
+"""Record the changes of operators: who, when, why and what. Each row is written in the transaction of its change."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -13,7 +13,7 @@ from evalstore.storage import database
 
 
 class Intent(NamedTuple):
-    """Who wants what, and why; `filter` says in words and values what it was to apply to."""
+    """Who wants which action, and why. `filter` is the selection, as names and values."""
 
     verb: str
     actor: str
@@ -34,13 +34,13 @@ def write(
     redrive: UUID | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Note what is done in the transaction of `cursor`, which its caller commits."""
+    """Insert the action in the transaction of `cursor`, which the caller commits."""
     values = [intent.actor, intent.verb, intent.reason, Jsonb(dict(intent.filter)), count, redrive, Jsonb(dict(details or {}))]
     cursor.execute(_WRITE, values)
 
 
 def note(conn: Connection, intent: Intent, count: int, *, details: Mapping[str, Any] | None = None) -> None:
-    """Note what was done in steps of its own, or is about to be. Commits. Raises DatabaseOutage (retry)."""
+    """Record an action that has its own transactions, before or after them. Commit. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         write(cursor, intent, count, details=details)
 
@@ -51,6 +51,6 @@ SELECT at, actor, verb, reason, filter, count, redrive, details FROM operator_ac
 
 
 def latest(conn: Connection, limit: int | None = None) -> list[dict[str, Any]]:
-    """The newest first. Raises DatabaseOutage (retry)."""
+    """Return the newest actions first. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         return cursor.execute(_LATEST, [limit]).fetchall()

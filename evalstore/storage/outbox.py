@@ -1,4 +1,4 @@
-"""The outbox: confirmations of what was committed, until they are relayed, and for a while after."""
+"""The outbox: confirmations of commits. They stay until they are relayed, and for a while after."""
 
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
@@ -9,16 +9,16 @@ from evalstore.storage import database
 
 
 class StreamId(NamedTuple):
-    """The id of an entry of a Redis stream; they ascend."""
+    """The id of an entry of a Redis stream. Ids ascend."""
 
     ms: int
     seq: int
 
 
 class Relayed(NamedTuple):
-    """What `publish` did: the stream's last entry, and whether the confirmations are in it.
+    """The result of `publish`: the last entry of the stream, and whether the confirmations were appended.
 
-    They are not where the stream does not reach to where it was before: then the server lost entries it had.
+    `done` is false if the stream ends before its recorded position: Redis has lost entries, and they must be relayed again.
     """
 
     last: StreamId
@@ -26,9 +26,9 @@ class Relayed(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """The confirmations of a commit: how many, a line of JSON each, and a `traceparent` each, empty where one has no trace.
+    """The confirmations of one commit: their number, a line of JSON for each, and a line with a `traceparent` for each.
 
-    Without `traceparents` none has.
+    The line is empty for a confirmation without a trace. `traceparents` is None if no confirmation has a trace.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Commit(NamedTuple):
 
 Publish = Callable[[StreamId, Sequence[Commit]], Relayed]
 
-# Losing this transaction only makes confirmations be relayed twice, so nobody waits for the disk.
+# If this transaction is lost, confirmations are only relayed twice. So the commit does not wait for the disk.
 _POSITION: Final = """
 SELECT stream_ms, stream_seq, set_config('synchronous_commit', 'off', true) FROM confirmation_position FOR UPDATE
 """
@@ -66,20 +66,21 @@ _COMMITS: Final = 20
 
 
 def relay(conn: Connection, publish: Publish, *, go_on: Callable[[], bool] = lambda: True) -> int:
-    """Hand all pending confirmations to `publish`, those of some commits at a time, until `go_on` says no; returns how many.
+    """Hand all pending confirmations to `publish`, a few commits at a time, until `go_on` returns false. Return their number.
 
-    One caller at a time works, the others wait. An evaluation's confirmations come in the order of its versions: a commit takes
-    its id while it holds the lock of each evaluation it confirms, so what is seen here includes every lower version. Where
-    `publish` raises, or this dies before it commits, they stay pending and are handed over again. Where the server lost what it
-    had confirmed, all that was lost is handed over again, as long as it was not forgotten here.
+    A row lock lets one caller work at a time. The confirmations of an evaluation come in the order of its versions: a commit
+    takes its id while it holds the lock of each evaluation that it confirms.
 
-    Raises DatabaseOutage (retry) and what `publish` raises.
+    If `publish` raises, or the process dies before the commit, the confirmations stay pending and are handed over again. If
+    Redis lost entries, all lost confirmations that `forget` has not deleted are handed over again.
+
+    Raises DatabaseOutage (retry) and the errors of `publish`.
     """
     handed = 0
     while True:
         with database.errors(), conn.begin(), database.pipelined(database.driver(conn)):
             position, pending, after = (database.driver(conn).cursor(binary=True) for _ in range(3))
-            # What is pending is read once the position is locked, though it is asked for before that is known.
+            # The server runs the second query after the first has the lock, although both are sent at once.
             position.execute(_POSITION)
             pending.execute(_PENDING, [_COMMITS])
             ((ms, seq, _),), rows = position.fetchall(), pending.fetchall()
@@ -96,10 +97,9 @@ def relay(conn: Connection, publish: Publish, *, go_on: Callable[[], bool] = lam
 
 
 def forget(conn: Connection, *, older_than_s: float = 600, max_age_s: float = 259_200) -> int:
-    """Delete what was relayed `older_than_s` ago and no running sink needs, and all that is older than `max_age_s`.
+    """Delete confirmations relayed more than `older_than_s` ago that no running sink needs, and all older than `max_age_s`.
 
-    Returns how many commits' confirmations. A sink that loses some of them, as it is paused or too slow, is told so in its row.
-    Raises DatabaseOutage (retry).
+    Return the number of commits. The row of a sink that loses some of them says so. Raises DatabaseOutage (retry).
     """
     values = {"older_than_s": older_than_s, "max_age_s": max(older_than_s, max_age_s)}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:

@@ -1,6 +1,6 @@
-"""Records made anew from the event log, because their merge state is not of their version or cannot be decoded.
+"""Rebuild records from the event log, if their merge state belongs to another version or cannot be decoded.
 
-Workers of releases before merge states change records and leave the merge state as it is.
+Workers of releases before merge states change a record and leave its merge state unchanged.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from models.fold import Folded, fold
 from models.metrics import RebuildReason
 from models.record import EventRow, promote
 
-# A log of up to one page is read within the transaction of the batch, a longer one in a transaction of its own before it.
+# A log of up to one page is read in the transaction of the batch. A longer log is read before, in its own transaction.
 PAGE: Final = 1000
 _ROWS_AT_ONCE: Final = 5000
 _LAST: Final = UUID(int=(1 << 128) - 1)
@@ -39,9 +39,10 @@ def event_row(columns: Sequence[Any]) -> EventRow:
 def fold_logs(
     conn: psycopg.Connection[Any], versions: Mapping[str, int], progress: Callable[[], object] = lambda: None
 ) -> dict[str, Folded]:
-    """Return the records of these evaluations as their logs give them. The caller holds their locks, and gives their versions.
+    """Return the records that the logs of these evaluations give. The caller holds the locks of the records.
 
-    Reads the logs by pages, so that memory does not grow with their length, and calls `progress` after each.
+    `versions` are the records' versions. The logs are read in pages, so memory does not grow with their length. `progress` is
+    called after each page.
     """
     folded: dict[str, Folded] = {}
     for eval_ids in _groups(versions):
@@ -56,14 +57,14 @@ def fold_logs(
             after = {
                 eval_id: UUID(int=last.int + 1)
                 for eval_id, page in pages.items()
-                if len(page) == PAGE and (last := max([one.event_id for one in page])) != _LAST
+                if len(page) == PAGE and (last := max([event.event_id for event in page])) != _LAST
             }
             progress()
     return folded
 
 
 def _groups(versions: Mapping[str, int]) -> Iterable[list[str]]:
-    """The evaluations in groups whose pages are not too many rows together."""
+    """Group the evaluations so that one page of each fits into _ROWS_AT_ONCE rows."""
     group: list[str] = []
     rows = 0
     for eval_id, version in versions.items():
@@ -77,15 +78,15 @@ def _groups(versions: Mapping[str, int]) -> Iterable[list[str]]:
 
 
 def rebuild(conn: Connection, eval_id: str, progress: Callable[[], object] = lambda: None) -> RebuildReason | None:
-    """Make the record of `eval_id` anew, in a transaction that is committed when this returns; holds the record's lock.
+    """Rebuild the record of `eval_id` under its lock. Commit.
 
-    Returns why that was needed, None if it was not any more. Raises DatabaseOutage (retry).
+    Return the reason, or None if the merge state is usable now. Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin():
         raw = database.driver(conn)
-        found = event_writer.records(event_writer.lock(raw, [eval_id])).get(eval_id)
-        if found is None or isinstance(reason := found.add([]), Folded):
+        stored = event_writer.records(event_writer.lock(raw, [eval_id])).get(eval_id)
+        if stored is None or isinstance(reason := stored.add([]), Folded):
             return None
-        for folded in fold_logs(raw, {eval_id: found.record.version}, progress).values():
+        for folded in fold_logs(raw, {eval_id: stored.record.version}, progress).values():
             event_writer.update(raw, folded)
         return reason

@@ -1,4 +1,4 @@
-"""Records and event logs as readers of the service see them: small content whole, of large content its size and beginning."""
+"""Load records and event logs for the HTTP service: small content whole, large content as its size and beginning."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,7 +20,10 @@ CONTENTS: Final[tuple[Kind, ...]] = ("code", "output", "error")
 
 
 class ContentView(NamedTuple):
-    """Some content: all of its bytes, or its beginning. Of an object, `where` it is, and nothing else."""
+    """All bytes of some content, or its beginning.
+
+    `where` is set for content in an object, until `complete` reads the object.
+    """
 
     size: int
     data: bytes
@@ -32,21 +35,21 @@ class ContentView(NamedTuple):
 
 
 class RecordView(NamedTuple):
-    """A record or an event. `stamp` changes whenever the record does, and never comes back."""
+    """A record or an event. `stamp` changes with each change of the record, and never repeats."""
 
     stamp: str
     fields: dict[str, Any]
     contents: dict[str, ContentView]
 
 
-# xmin, the transaction that wrote the row, and the time tell apart what was deleted and stored anew with the same version.
+# A record that was deleted and stored again may have the same version. The writing transaction (xmin) and the time then differ.
 _TAG: Final = "e.version || CASE WHEN e.repairs > 0 THEN '-' || e.repairs ELSE '' END"
 _ROW_VERSION: Final = f"{_TAG} || '.' || e.xmin || '.' || extract(epoch FROM e.updated_at)"
 _ROW_VERSIONS: Final = f"SELECT e.eval_id, {_ROW_VERSION} FROM evaluations e WHERE e.eval_id = ANY(%s::text[])"
 
 
 def row_versions(conn: Connection, eval_ids: Sequence[str]) -> dict[str, str]:
-    """Return the row versions of those of `eval_ids` that exist, as of now. Raises DatabaseOutage (retry)."""
+    """Return the current row versions of the records that exist. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         return dict(cursor.execute(_ROW_VERSIONS, [list(eval_ids)], prepare=True).fetchall())
 
@@ -55,8 +58,10 @@ _FIELDS: Final = [name for name in RecordRow._fields if not name.endswith("_even
 
 
 def _content(kind: str, event: str) -> str:
-    """Size, the content or its beginning, and where it is, of one kind; `event` joined with its row of `contents`, named like
-    the kind."""
+    """Return SQL columns for one kind of content: the size, the content or its beginning, and the place.
+
+    `event` is the table alias of the event; the alias of its row of `contents` is `kind`.
+    """
     return f"""coalesce(octet_length({event}.{kind}), {kind}.size),
     CASE WHEN {kind}.size > {INLINE_BYTES} THEN substring({kind}.data, 1, {PREVIEW_BYTES})
         ELSE coalesce({event}.{kind}, {kind}.data) END,
@@ -74,14 +79,14 @@ SELECT {_CONTENTS} FROM (SELECT %s::text AS eval_id, %s::uuid AS code_event_id, 
 
 
 def readable(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record as readers see them: `metadata_truncated` only where it is true."""
+    """Remove `metadata_truncated` from the fields of a record if it is false."""
     if not fields["metadata_truncated"]:
         del fields["metadata_truncated"]
     return fields
 
 
 def load(conn: Connection, eval_id: str) -> RecordView | None:
-    """The record, or None; what content of it is an object is left to `complete`. Raises DatabaseOutage (retry)."""
+    """Return the record, or None. Content in objects is not read: call `complete`. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(_LOAD, [eval_id]).fetchone()
     if row is None:
@@ -109,7 +114,7 @@ def _content_views(eval_id: str, columns: Sequence[Any]) -> dict[str, ContentVie
 
 
 def complete(connect: Connect, stores: Stores, record: RecordView) -> RecordView:
-    """`record` with what belongs to it of content that is an object: as much as if it were in the database.
+    """Read content in objects: small content whole, and the beginning of large content.
 
     Raises ObjectStoreOutage, DatabaseOutage (retry), ObjectMissing, ObjectDamaged, LookupError.
     """
@@ -127,7 +132,7 @@ def _parts(columns: Sequence[Any]) -> dict[str, ContentView]:
 
 
 _LOGGED: Final = [name for name in EventRow._fields if name not in {"eval_id", *CONTENTS}]
-# In the log, content is shown where it is in the event's own row.
+# The log shows only content in the event's own row. For other content it shows the size.
 _LOG: Final = f"""
 SELECT {", ".join(f"e.{name}" for name in _LOGGED)}, e.recorded_at, {
     ", ".join(
@@ -143,7 +148,7 @@ _BEGINNING: Final = (datetime.fromisoformat("0001-01-01T00:00:00+00:00"), UUID(i
 
 
 def log(conn: Connection, eval_id: str, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RecordView]:
-    """The events of an evaluation, by (`occurred_at`, `event_id`), from `after` on. Raises DatabaseOutage (retry)."""
+    """Return the events of an evaluation after `after`, by (`occurred_at`, `event_id`). Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         rows = cursor.execute(_LOG, [eval_id, *(after or _BEGINNING), limit]).fetchall()
     names = [*_LOGGED, "recorded_at"]

@@ -1,7 +1,7 @@
-"""Redrives: dead letters that an operator asked to be sent again, and what came of each of them.
+"""Redrives: dead letters that an operator sends again, and the outcome of each letter.
 
-Whoever settles letters locks their redrives first, in the order of `id`, and then the letters, in theirs. So the counts are
-exact at any time, whichever of workers, operators and sweeps come at once, and none waits for another in a circle.
+Each transaction that settles letters first locks their redrives by `id`, and then the letters by `id`. So the counts are exact,
+and workers, operators and sweeps cannot deadlock.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ _CANARY_WAIT_S: Final = 0.5
 
 
 class Pace(NamedTuple):
-    """How to go about it: at most `rate` letters a second, and `canary` of them first."""
+    """The pace of a redrive: at most `rate` letters a second, and first a canary of `canary` letters."""
 
     rate: float | None = None
     canary: int | None = None
@@ -50,14 +50,14 @@ UPDATE dead_letters SET state = 'redriving', redrive = %s, sent_at = NULL WHERE 
 
 
 def begin(cursor: psycopg.Cursor[Any], redrive_id: UUID, ids: Sequence[UUID], intent: Intent, pace: Pace) -> None:
-    """Claim these letters, which the transaction of `cursor` has locked, for a new redrive; its caller commits."""
+    """Claim letters for a new redrive. The transaction of `cursor` has locked the letters, and the caller commits."""
     values = [redrive_id, intent.actor, intent.reason, Jsonb(dict(intent.filter)), pace.rate, pace.canary, len(ids)]
     cursor.execute(_NEW, values)
     cursor.execute(_CLAIM, [redrive_id, list(ids)])
 
 
 class Step(NamedTuple):
-    """What one step sent, and in how many seconds there is something to do again: never, where it is None."""
+    """The number of letters that one step sent, and the seconds until the next step. `wait_s` is None if no step remains."""
 
     sent: int
     wait_s: float | None
@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
 _LOCK: Final = "SELECT *, clock_timestamp() AS now FROM redrives WHERE id = %s FOR UPDATE"
 _START: Final = "UPDATE redrives SET started_at = clock_timestamp() WHERE id = %s AND started_at IS NULL"
-# A canary is to meet every kind of error there is, so the first of each kind come first.
+# The canary should contain every kind of error: order by rank within each signature first.
 _WAITING: Final = """
 SELECT id, octet_length(message) AS size FROM dead_letters
 WHERE redrive = %s AND state = 'redriving' AND sent_at IS NULL ORDER BY {} first_at, id LIMIT %s
@@ -80,12 +80,12 @@ _COUNT_SENT: Final = "UPDATE redrives SET sent = sent + %s, paced_until = %s WHE
 
 
 def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetterRef]], object]) -> Step:
-    """Hand the next letters to `send`, as many as the pace allows now, and note that they were sent; commits.
+    """Hand the next letters to `send`, as many as the pace allows, and mark them as sent. Commit.
 
-    While `send` runs the letters are locked, so that nothing that comes of them is written before this is. Where `send` raises,
-    or this dies before it commits, the same letters are handed over again: `send` must take them twice and send them once.
+    The letters are locked while `send` runs, so a worker cannot record an outcome before the mark. If `send` raises, or the
+    process dies before the commit, the same letters are handed over again: `send` must be idempotent.
 
-    Raises DatabaseOutage (retry) and what `send` raises.
+    Raises DatabaseOutage (retry) and the errors of `send`.
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         redrive = cursor.execute(_LOCK, [redrive_id]).fetchone()
@@ -102,10 +102,10 @@ def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetter
         canary_left = (redrive["canary"] or 0) - redrive["sent"]
         if canary_left > 0:
             most = min(most, canary_left)
-        found = cursor.execute(_WAITING.format(_SPREAD if canary_left > 0 else ""), [redrive_id, most or 1]).fetchall()
-        if not found or not most:
-            return Step(0, wait_s if found else None)
-        taken = cursor.execute(_TAKE, [_within(found, _CHUNK_BYTES), redrive_id]).fetchall()
+        waiting = cursor.execute(_WAITING.format(_SPREAD if canary_left > 0 else ""), [redrive_id, most or 1]).fetchall()
+        if not waiting or not most:
+            return Step(0, wait_s if waiting else None)
+        taken = cursor.execute(_TAKE, [_within(waiting, _CHUNK_BYTES), redrive_id]).fetchall()
         send([DeadLetterRef(**row) for row in taken])
         cursor.execute(_SENT, [[row["id"] for row in taken]])
         cursor.execute(_COUNT_SENT, [len(taken), paced_until(len(taken)), redrive_id])
@@ -113,12 +113,15 @@ def step(conn: Connection, redrive_id: UUID, send: Callable[[Sequence[DeadLetter
 
 
 def _due(redrive: Mapping[str, Any]) -> tuple[int, float, Callable[[int], datetime | None]]:
-    """How many letters the rate allows now, after how many seconds it allows one, and until when a number uses it up."""
+    """Return how many letters the rate allows now, and the seconds until the next letter.
+
+    The third value is a function: it returns the time from which the rate allows more, after this number of letters.
+    """
     rate, now = redrive["rate"], redrive["now"]
     if rate is None:
         return _CHUNK, 0, lambda _: None
     every_s = 1 / rate
-    # What was not used counts for a second at most: after a pause nothing comes in a burst.
+    # Unused time counts for one second at most, so a pause is not followed by a burst.
     begin: datetime = max(redrive["paced_until"] or now, now - timedelta(seconds=_LONGEST_S))
     ahead_s = (begin - now).total_seconds()
     most = 0 if ahead_s > 0 else min(_CHUNK, 1 + int(-ahead_s / every_s))
@@ -129,10 +132,10 @@ def _canary_is_out(redrive: Mapping[str, Any]) -> bool:
     return redrive["canary"] is not None and 0 < redrive["sent"] <= redrive["canary"] < redrive["total"]
 
 
-def _within(found: Sequence[Mapping[str, Any]], most_bytes: int) -> list[UUID]:
-    """The first of them that together are small enough, and always one."""
+def _within(letters: Sequence[Mapping[str, Any]], most_bytes: int) -> list[UUID]:
+    """Return the first letters whose sizes add up to at most `most_bytes`, and at least one letter."""
     ids: list[UUID] = []
-    for row in found:
+    for row in letters:
         most_bytes -= row["size"]
         if ids and most_bytes < 0:
             break
@@ -147,7 +150,7 @@ UPDATE dead_letters SET state = 'dead' WHERE redrive = %s AND state = 'redriving
 
 
 def _end(cursor: psycopg.Cursor[Any], redrive_id: UUID, state: Ended, error: str | None) -> int:
-    """Send no more of a redrive that is locked, and give back what was not sent; returns how many."""
+    """End a locked redrive and return its unsent letters to the dead letters. Return their number."""
     cursor.execute(_END, [state, error, redrive_id])
     returned = cursor.execute(_RETURN, [redrive_id]).rowcount
     _add(cursor, redrive_id, "returned", returned)
@@ -155,7 +158,7 @@ def _end(cursor: psycopg.Cursor[Any], redrive_id: UUID, state: Ended, error: str
 
 
 def end(conn: Connection, redrive_id: UUID, state: Ended, error: str | None = None, intent: Intent | None = None) -> int | None:
-    """Send no more, and give back what was not sent; returns how many letters, or None if it had ended before.
+    """End a redrive and return its unsent letters to the dead letters. Return their number, or None if it had already ended.
 
     Raises DatabaseOutage (retry).
     """
@@ -183,7 +186,7 @@ WHERE id = %(id)s
 
 
 class Redriven(NamedTuple):
-    """A letter that is being redriven, as it is locked."""
+    """A locked letter that is being redriven."""
 
     id: UUID
     redrive: UUID
@@ -192,15 +195,15 @@ class Redriven(NamedTuple):
 
 
 def lock(cursor: psycopg.Cursor[Any], ids: Sequence[UUID]) -> list[Redriven]:
-    """Those of `ids` that are being redriven, locked together with their redrives."""
+    """Lock the letters among `ids` that are being redriven, and before them their redrives."""
     cursor.execute(_LOCK_OF_LETTERS, [list(ids)])
     return [Redriven(*row) for row in cursor.execute(_LOCK_LETTERS.format("state = 'redriving'"), [list(ids)])]
 
 
 def count(cursor: psycopg.Cursor[Any], letters: Sequence[Redriven], outcome: Outcome) -> None:
-    """Count what became of letters that were locked, in their redrives."""
+    """Add the outcome of locked letters to the counts of their redrives."""
     settled = Counter(letter.redrive for letter in letters)
-    # Of one that was sent by a worker that died before it could say so.
+    # A worker sent these letters and died before it set `sent_at`: count them as sent now.
     unsaid = Counter(letter.redrive for letter in letters if letter.sent_at is None)
     for redrive_id, number in sorted(settled.items()):
         _add(cursor, redrive_id, outcome, number, unsaid[redrive_id])
@@ -210,7 +213,6 @@ def _add(cursor: psycopg.Cursor[Any], redrive_id: UUID, outcome: Outcome, number
     cursor.execute(_ADD.format(outcome), {"number": number, "sent": sent, "id": redrive_id})
 
 
-# One without the time was sent by a worker that died before it could say so.
 _STORED: Final = """
 UPDATE dead_letters SET state = 'stored', redrives = redrives + (sent_at IS NULL)::int,
     sent_at = coalesce(sent_at, clock_timestamp())
@@ -219,12 +221,12 @@ WHERE id = ANY(%s)
 
 
 def stored(conn: Connection, ids: Sequence[UUID]) -> None:
-    """Their events are stored. Raises DatabaseOutage (retry)."""
+    """Mark the letters as stored. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         letters = lock(cursor, ids)
-        # Also of one that was given back meanwhile: it had left already, with a worker that died before it could say so.
-        found = [row[0] for row in cursor.execute(_LOCK_LETTERS.format("state <> 'stored'"), [list(ids)])]
-        cursor.execute(_STORED, [found])
+        # This includes letters that were returned meanwhile: a worker sent them and died before it could set `sent_at`.
+        unstored = [row[0] for row in cursor.execute(_LOCK_LETTERS.format("state <> 'stored'"), [list(ids)])]
+        cursor.execute(_STORED, [unstored])
         count(cursor, letters, "stored")
 
 
@@ -232,9 +234,9 @@ _LOST: Final = "UPDATE dead_letters SET state = 'dead' WHERE id = ANY(%s)"
 
 
 def lost(conn: Connection, sent: Mapping[UUID, datetime]) -> int:
-    """They were sent at these times, and are nowhere any more: dead letters as before. Returns how many that still goes for.
+    """Return sent letters that are in no queue to the dead letters. `sent` has the expected `sent_at` of each letter.
 
-    Raises DatabaseOutage (retry).
+    Letters with another `sent_at` are unchanged. Return the number of returned letters. Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         letters = [letter for letter in lock(cursor, list(sent)) if letter.sent_at == sent[letter.id]]
@@ -251,7 +253,7 @@ ORDER BY id LIMIT %s
 
 
 class Sent(NamedTuple):
-    """A letter that is on its way."""
+    """A letter that was sent and has no outcome yet."""
 
     id: UUID
     queue: str
@@ -259,7 +261,7 @@ class Sent(NamedTuple):
 
 
 def in_question(conn: Connection, *, after: UUID, older_than_s: float, limit: int) -> list[Sent]:
-    """Letters that were sent to Redis that long ago and of which nothing came, by `id`. Raises DatabaseOutage (retry)."""
+    """Return letters sent more than `older_than_s` ago that have no outcome yet, by `id`. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         return [Sent(*row) for row in cursor.execute(_IN_QUESTION, [older_than_s, after, limit])]
 
@@ -293,7 +295,7 @@ SELECT id FROM redrives r WHERE finished_at IS NULL AND state = 'running' AND EX
 
 
 def unsent(conn: Connection) -> list[UUID]:
-    """The redrives that have letters to send. Raises DatabaseOutage (retry)."""
+    """Return the redrives that have letters to send. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         return [redrive_id for (redrive_id,) in cursor.execute(_UNSENT)]
 
@@ -305,12 +307,12 @@ _GET: Final = f"SELECT {_SHOWN} FROM redrives WHERE id BETWEEN %s AND %s LIMIT 2
 
 
 def latest(conn: Connection, limit: int | None = None) -> list[dict[str, Any]]:
-    """The newest first. Raises DatabaseOutage (retry)."""
+    """Return the newest redrives first. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         return cursor.execute(_LIST, [limit]).fetchall()
 
 
 def between(conn: Connection, first: UUID, last: UUID) -> list[dict[str, Any]]:
-    """Up to two whose ids lie between these. Raises DatabaseOutage (retry)."""
+    """Return up to two redrives whose ids lie between these two. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         return cursor.execute(_GET, [first, last]).fetchall()

@@ -1,7 +1,7 @@
-"""What each session with PostgreSQL is set to, whatever the defaults of its role, its database and this environment.
+"""Set up each PostgreSQL session, independent of the defaults of its role, its database and the environment.
 
-A direct connection keeps what is set once, after connecting. A pooler may give each transaction another session. So behind a
-pooler every transaction begins with all settings, in the message that begins it, and no session that others use is changed.
+A direct connection is set up once, after connecting. A pooler may give each transaction another session. So behind a pooler
+every transaction begins with all settings, in the message that begins it. Sessions that others use stay unchanged.
 """
 
 import re
@@ -12,7 +12,7 @@ import psycopg
 from psycopg import generators, pq, sql
 from psycopg.abc import PQGen
 
-# The environment (PGDATESTYLE, PGTZ) and `ALTER ROLE` or `ALTER DATABASE … SET` may have set each of these to something else.
+# The environment (PGDATESTYLE, PGTZ), `ALTER ROLE` or `ALTER DATABASE … SET` may have changed these settings.
 _SETTINGS: Final = {
     "default_transaction_isolation": "read committed",
     "TimeZone": "UTC",
@@ -23,14 +23,15 @@ _SETTINGS: Final = {
     "standard_conforming_strings": "on",
     "jit": "off",
 }
-# The server's side of a connection, which is a pooler's where there is one.
+# Settings of the server's socket. Behind a pooler this is the socket to the pooler.
 _SOCKET: Final = {
     "tcp_user_timeout": "10000",
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
 }
-# Time-outs with the version that brought them. Ours bound each statement and each pause; a pool keeps idle sessions.
+# Time-outs to disable, with the server version that added them. evalstore bounds statements and pauses, but pools keep idle
+# sessions.
 _UNBOUNDED: Final = {"idle_session_timeout": 140000, "transaction_timeout": 170000}
 # Every transaction that stores is durable. https://www.postgresql.org/docs/current/runtime-config-wal.html#GUC-SYNCHRONOUS-COMMIT
 DURABLE: Final = (
@@ -40,12 +41,12 @@ DURABLE: Final = (
 
 
 class Session(psycopg.Connection[tuple[Any, ...]]):
-    """A connection whose transactions begin with `per_transaction`, a statement, where there is one."""
+    """A connection that runs the statement `per_transaction`, if it is set, at the start of each transaction."""
 
     per_transaction = b""
 
     def _start_query(self) -> PQGen[None]:
-        # psycopg's own, with another statement in the same message or pipeline.
+        # Overrides psycopg's method, to send a second statement in the same message or pipeline.
         if not self.per_transaction or self.autocommit or self.pgconn.transaction_status != pq.TransactionStatus.IDLE:
             yield from super()._start_query()
         elif self._pipeline:
@@ -60,17 +61,17 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
 
 
 def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -> None:
-    """Set the session, or each of its transactions where a pooler is between, to _SETTINGS and what is `wanted`.
+    """Apply _SETTINGS and `wanted` to the session, in one statement. Behind a pooler apply them to each transaction.
 
-    One statement. The search path is `schema` alone, or else the connection's first schema alone: nothing is found, and nothing
-    is created, in another. Raises what psycopg raises.
+    The search path has one schema: `schema`, or else the connection's first schema. So no table in another schema is found or
+    created. Raises psycopg's errors.
     """
     version = raw.info.server_version
     unbounded = {name: "0" for name, since in _UNBOUNDED.items() if version >= since}
     settings = {**_SETTINGS, **unbounded, **wanted}
     path = settings.pop("search_path", None)
     settings.pop("synchronous_commit", None)
-    # A pooler has no process of PostgreSQL to name when a client connects, and makes up a number.
+    # A pooler reports an invented process id at connecting, so the ids differ behind a pooler.
     is_pooled = sql.SQL("pg_backend_pid() <> {}").format(raw.info.backend_pid)
     first = sql.SQL("coalesce(quote_ident(current_schema()), current_setting('search_path'))")
     fixed = first if schema is None else sql.SQL("quote_ident({})").format(schema)
@@ -85,7 +86,8 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
     query = sql.SQL("SELECT {}").format(sql.SQL(", ").join(columns))
     ((pooled, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
     raw.autocommit = False
-    # Not by the setting above: that is of the session, and a transaction cannot change its own after its first statement.
+    # default_transaction_isolation cannot help behind a pooler: a transaction cannot change its isolation after its first
+    # statement.
     raw.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     if pooled:
         local = sql.SQL("true")
@@ -99,17 +101,18 @@ def _set(name: str, value: str, is_local: sql.SQL | sql.Composed) -> sql.Compose
 
 
 def split_options(options: str) -> tuple[dict[str, str], str]:
-    """The settings in an address's `options` (`-c name=value`, `--name=value`), and the rest, which is the server's to read.
+    """Split an address's `options` into settings (`-c name=value`, `--name=value`) and the rest, which the server reads.
 
-    Poolers ignore or refuse start-up options, so settings are sent later. https://www.postgresql.org/docs/current/libpq-connect.html
+    Poolers ignore or refuse start-up options, so settings are sent later.
+    https://www.postgresql.org/docs/current/libpq-connect.html
     """
     words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
     settings, rest = {}, []
     while words:
         word = words.pop(0)
-        given = words.pop(0) if word == "-c" and words else re.sub("^(-c|--)", "", word) if word[:2] in {"-c", "--"} else ""
-        name, found, value = given.partition("=")
-        if found:
+        option = words.pop(0) if word == "-c" and words else re.sub("^(-c|--)", "", word) if word[:2] in {"-c", "--"} else ""
+        name, equals, value = option.partition("=")
+        if equals:
             settings[name.replace("-", "_")] = value
         else:
             rest.append(re.sub(r"([\s\\])", r"\\\1", word))

@@ -1,4 +1,4 @@
-"""Evaluations whose result should have come by now."""
+"""Find stalled evaluations: their result should have come by now."""
 
 from datetime import datetime
 from typing import Final
@@ -9,9 +9,9 @@ from sqlalchemy import Connection
 from evalstore.storage import database
 from models.events import EvaluationLost
 
-# Lateness is judged by when this database recorded the last sign of life. The event says when that was too long ago, so that
-# whoever judges the same makes the same event. Time limits are what senders say, in any number: what no interval holds would
-# end the whole query, and with it the giving up of all others. So would a time after the last that there is.
+# An evaluation is stalled by the time at which this database recorded its last sign of life. The event's time is the moment it
+# stalled, so every process derives the same event. Senders may send any time limit: a limit beyond the range of an
+# interval, or a start at the last possible time, must not fail the query for all evaluations.
 _OVERDUE: Final = """
 SELECT e.eval_id, e.attempt, sign.event_id, greatest(
     CASE WHEN sign.event_id IS NULL THEN e.updated_at + make_interval(secs => %(queued_limit_s)s)
@@ -36,10 +36,10 @@ ORDER BY e.updated_at LIMIT %(limit)s
 def find(
     conn: Connection, *, grace_s: float, queued_limit_s: float, running_limit_s: float, limit: int = 1000
 ) -> list[EvaluationLost]:
-    """The events that give up the oldest of them, not yet stored: those running longer than their `timeout_s` (or
-    `running_limit_s` without one) and a grace, and those queued longer than `queued_limit_s` and a grace.
+    """Return lost events, not yet stored, for the longest stalled evaluations.
 
-    Raises DatabaseOutage (retry).
+    A running evaluation is stalled after its `timeout_s` (or `running_limit_s` without one) plus the grace. A queued
+    evaluation is stalled after `queued_limit_s` plus the grace. Raises DatabaseOutage (retry).
     """
     limits = {"grace_s": grace_s, "queued_limit_s": queued_limit_s, "running_limit_s": running_limit_s, "limit": limit}
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:

@@ -1,4 +1,4 @@
-"""How things stand in the database: numbers for metrics and `evalstore status`, read, and nothing changed."""
+"""Read the numbers of the database for metrics and `evalstore status`. Change nothing."""
 
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -11,7 +11,7 @@ from evalstore.storage.archive import Archive
 
 Numbers = dict[tuple[str, ...], float]
 
-# Of sessions of others an ordinary role is told hardly more than that they are there, and by whom: of their kind, nothing.
+# An ordinary role cannot see `backend_type` of other roles' sessions.
 _SERVER: Final = """
 SELECT (SELECT count(*) FROM pg_stat_activity WHERE coalesce(backend_type, 'client backend') = 'client backend'
         AND datid IS NOT NULL AND usesysid IS NOT NULL),
@@ -28,7 +28,7 @@ FROM redrives
 
 
 def server(conn: Connection) -> Numbers:
-    """What takes no time to tell: connections, the outbox, redrives. Raises DatabaseOutage."""
+    """Return the numbers that are cheap to read: connections, the outbox, redrives. Raises DatabaseOutage."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         used, limit = _row(cursor, _SERVER)
         pending, age_s = _row(cursor, _CONFIRMATIONS)
@@ -83,7 +83,7 @@ FROM dead_letters WHERE state <> 'stored' GROUP BY queue, error_class, state
 
 
 def letters(conn: Connection) -> list[tuple[str, str, str, int, float]]:
-    """Dead letters: queue, class of error, state, how many, and how long ago the oldest died. Raises DatabaseOutage."""
+    """Count dead letters by queue, error class and state, with the age of the oldest in seconds. Raises DatabaseOutage."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         return [(*row[:4], float(row[4])) for row in cursor.execute(_LETTERS)]
 
@@ -96,19 +96,18 @@ _DUE: Final = "SELECT count(*), coalesce(sum(c.size), 0), coalesce(extract(epoch
 
 
 def contents(conn: Connection, moving: Archive | None) -> Numbers:
-    """What takes the longer to tell the more is stored. Without an archive nothing is due. Raises DatabaseOutage."""
-    found: Numbers = {}
+    """Return the numbers whose cost grows with the stored data. Without an archive nothing is due. Raises DatabaseOutage."""
+    numbers: Numbers = {}
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         for status, count in cursor.execute(_OPEN):
-            found["evalstore_evaluations_open", status] = count
+            numbers["evalstore_evaluations_open", status] = count
         for place, count, size in cursor.execute(_CONTENTS):
-            found["evalstore_contents", place], found["evalstore_content_bytes", place] = count, float(size)
-        (found[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
-        (found[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
-        # Also what is left alone for a while, because it could not be moved.
+            numbers["evalstore_contents", place], numbers["evalstore_content_bytes", place] = count, float(size)
+        (numbers[("evalstore_archive_failing_contents",)],) = _row(cursor, _FAILING)
+        (numbers[("evalstore_postgresql_bytes",)],) = _row(cursor, _BYTES)
         values = {**archive.values(moving, datetime.now(UTC)), "now": datetime.max.replace(tzinfo=UTC)} if moving else {}
-        due = [_row(cursor, _DUE.format(one), values) for one in (archive.conditions(moving) if moving else [])]
-    found["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)
-    found["evalstore_archive_due_bytes",] = sum(size for _, size, _ in due)
-    found["evalstore_archive_oldest_due_age_seconds",] = max((age_s for _, _, age_s in due), default=0.0)
-    return found
+        due = [_row(cursor, _DUE.format(condition), values) for condition in (archive.conditions(moving) if moving else [])]
+    numbers["evalstore_archive_due_contents",] = sum(count for count, _, _ in due)
+    numbers["evalstore_archive_due_bytes",] = sum(size for _, size, _ in due)
+    numbers["evalstore_archive_oldest_due_age_seconds",] = max((age_s for _, _, age_s in due), default=0.0)
+    return numbers

@@ -1,7 +1,7 @@
-"""The tables, for Alembic and for queries built with SQLAlchemy. A gateway never imports this.
+"""Define the tables, for Alembic and for SQLAlchemy queries. A gateway never imports this module.
 
-Every primary key begins with `eval_id` where there is one, so that the tables can be distributed by it; none is partitioned
-by time. `eval_id` sorts by bytes, the same on every server, because workers take their locks in that order.
+Every primary key of evaluation data begins with `eval_id`, so the tables can be distributed by it. No table is partitioned by
+time. `eval_id` sorts by bytes, equally on every server, because workers take their locks in that order.
 """
 
 from collections.abc import Iterable
@@ -43,7 +43,6 @@ def _columns(names: Iterable[str]) -> list[Column[Any]]:
     return [Column(name, _SQLALCHEMY[EVENT_COLUMNS[name]]) for name in names]
 
 
-# The record of each evaluation: models.record.RecordRow, and when the row was made and last changed.
 evaluations = Table(
     "evaluations",
     metadata,
@@ -58,24 +57,25 @@ evaluations = Table(
     Column("finished_at", _TIME),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     Column("updated_at", _TIME, nullable=False, server_default=_NOW),
-    # The events whose content is this evaluation's code, and its output and error.
+    # The events that hold the evaluation's code, and its output and error.
     Column("code_event_id", Uuid),
     Column("result_event_id", Uuid),
-    # Whether metadata is less than its events gave; see models/merge_state.py.
+    # True if the merged metadata was shortened. models/merge_state.py
     Column("metadata_truncated", Boolean, nullable=False, server_default=text("false")),
-    # See models/merge_state.py, and the record's version that it belongs to. Workers of releases before it write neither.
+    # Workers of older releases write neither column. models/merge_state.py
     Column("merge_state", LargeBinary),
     Column("merge_version", Integer),
     # How often a replay repaired the record; its ETag changes with each.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
-    # What may be overdue: few at any time. Those stored with their result never enter it.
+    # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
-    # The order of every list. A commit's records share their time and so their entry, at its end; see listing.py.
+    # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
+    # listing.py.
     Index("evaluations_by_time", "created_at"),
     postgresql_with={"fillfactor": "85"},
 )
 
-# The event log: models.record.EventRow. Rows are never changed, but for content that moves to the archive.
+# The event log (models.record.EventRow). Rows never change, except for content that moves to the archive.
 evaluation_events = Table(
     "evaluation_events",
     metadata,
@@ -88,9 +88,9 @@ evaluation_events = Table(
     Column("recorded_at", _TIME, nullable=False, server_default=text("statement_timestamp()")),
     Column("metadata", JSONB),
     *_columns(SCALARS),
-    # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES; what is larger has a row in `contents` instead.
+    # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES. Larger content has a row in `contents`.
     *_columns(CONTENTS),
-    # Fields this release does not know, as canonical JSON: kept, and part of what makes two bodies the same.
+    # Fields that this release does not know, as canonical JSON. They count when two bodies are compared.
     Column("extra", Text),
     Index(
         "evaluation_events_by_recorded_at",
@@ -100,8 +100,8 @@ evaluation_events = Table(
     ),
 )
 
-# Content too large for the event's own row: `data` here, or, where `store` is set, an object of that SHA-256 and `encoding` in
-# the store at EVALSTORE_OBJECT_STORE_URL ("objects") or, where that is another one, EVALSTORE_ARCHIVE_URL ("archive").
+# Content too large for the event's own row: in `data`, or, if `store` is set, in an object with that SHA-256 and `encoding`.
+# "objects" is the store at EVALSTORE_OBJECT_STORE_URL; "archive" is the store at EVALSTORE_ARCHIVE_URL, if it is another store.
 contents = Table(
     "contents",
     metadata,
@@ -114,20 +114,19 @@ contents = Table(
     Column("store", Text, CheckConstraint("store IN ('objects', 'archive')")),
     Column("encoding", Text, CheckConstraint("encoding IN ('identity', 'zstd')")),
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
-    # Of moving it: how often that failed, why it did last, and when it is tried again.
+    # Failed moves to the archive: their number, the last error, and the time of the next attempt.
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("failure", Text),
     Column("retry_at", _TIME),
-    # Of its event, so of the result when that is what it belongs to: the order in which content grows old.
+    # The time of the event, which decides when content is old enough to move.
     Column("occurred_at", _TIME, nullable=False, server_default=_NOW),
-    # What is due is found by size or by age, and never by reading what is not. evalstore/storage/archive.py
     Index("contents_by_size", "store", "size"),
     Index("contents_by_time", "store", "occurred_at", postgresql_where=text("store IS NULL OR store = 'objects'")),
     Index("contents_by_object", "sha256", postgresql_where=text("store IS NOT NULL")),
     Index("contents_failed", "retry_at", postgresql_where=text("failure IS NOT NULL")),
 )
 
-# The outbox: all confirmations of one commit in one row, a line each, so that it costs next to nothing. docs/decisions/0003.
+# The outbox: one row for all confirmations of a commit, one line each, so its cost is small. docs/decisions/0003.
 confirmations = Table(
     "confirmations",
     metadata,
@@ -135,16 +134,16 @@ confirmations = Table(
     Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
     Column("count", Integer, nullable=False),
     Column("body", Text, nullable=False),
-    # The traces they go on in, a line each, empty where there is none.
+    # One line for each confirmation, empty if it continues no trace.
     Column("traceparents", Text),
-    # When they were relayed, and how far the Redis stream had come by then.
+    # When they were relayed, and the last entry of the Redis stream at that time.
     Column("relayed_at", _TIME),
     Column("stream_ms", BigInteger),
     Column("stream_seq", BigInteger),
     Index("confirmations_pending", "id", postgresql_where=text("relayed_at IS NULL")),
 )
 
-# One row: the last entry that was appended to the stream. Who relays holds its lock.
+# One row: the last entry that was appended to the stream. The relaying process locks this row.
 confirmation_position = Table(
     "confirmation_position",
     metadata,
@@ -188,7 +187,7 @@ sinks = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
-# Messages that will not be stored without an operator, as they were received, each with its cause.
+# Messages that will not be stored unless an operator acts, as received, each with its error.
 dead_letters = Table(
     "dead_letters",
     metadata,
@@ -211,9 +210,9 @@ dead_letters = Table(
     Column("release", Text),
     Column("redrives", Integer, nullable=False, server_default=text("0")),
     Column("redrive", Uuid),
-    # When the redrive that holds it put it in Redis: unknown to one that died before it could say so.
+    # When the redrive put the letter in Redis. NULL if the worker died before it could set the time.
     Column("sent_at", _TIME),
-    # The SHA-256 of each object that the message needs, so that no sweep takes it.
+    # The SHA-256 of each object that the message needs. The sweep keeps these objects.
     Column("objects", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
     Index("dead_letters_by_time", "last_at"),
     Index("dead_letters_by_signature", "signature"),
@@ -224,10 +223,9 @@ dead_letters = Table(
     Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
 )
 
-# Small writes that show whether the database takes any.
 probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))
 
-# What operators asked to be sent again. Of `total` letters, `stored`, `died` (again) and `returned` (as they were) are settled.
+# Of `total` letters, `stored`, `died` (again) and `returned` (unchanged) are settled.
 redrives = Table(
     "redrives",
     metadata,
@@ -252,7 +250,6 @@ redrives = Table(
     Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
 )
 
-# Who changed what, when and why: written with the change, in one transaction.
 operator_actions = Table(
     "operator_actions",
     metadata,
@@ -286,7 +283,7 @@ erasure_key = Table(
     Column("outer_pad", LargeBinary, nullable=False),
 )
 
-# Keys of the HTTP service, by their SHA-256: who reads this table cannot use them.
+# Keys of the HTTP service, as SHA-256: a reader of this table cannot use them.
 api_keys = Table(
     "api_keys",
     metadata,
@@ -299,7 +296,6 @@ api_keys = Table(
     Column("revoked_at", _TIME),
 )
 
-# What a key of the HTTP service uploaded, and may therefore name in an event.
 content_grants = Table(
     "content_grants",
     metadata,

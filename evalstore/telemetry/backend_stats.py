@@ -38,7 +38,7 @@ T = TypeVar("T")
 Numbers = dict[Series, float]
 
 _KEEP_S: Final = 2.0
-# A slow probe runs at most this share of the time.
+# The largest share of time in which a slow probe runs.
 _SHARE: Final = 1 / 200
 _LONGEST_S: Final = 60.0
 _MOST_REASONS: Final = 30
@@ -46,7 +46,7 @@ _CONTENTS: Final = ("evalstore_evaluations_open", "evalstore_contents", "evalsto
 
 
 class CachedProbe(Generic[T]):
-    """Caches the result of `read`, which one thread calls for all callers. `stale`: return the last result meanwhile."""
+    """Caches the result of `read`. One thread calls `read` for all callers. `stale` returns the last result during a call."""
 
     def __init__(self, read: Callable[[], T], patience_s: float, *, stale: bool = False) -> None:
         self._read, self._patience_s, self._stale = read, patience_s, stale
@@ -59,7 +59,7 @@ class CachedProbe(Generic[T]):
         self._give_up = 0.0
 
     def get(self) -> T | None:
-        """Return the result; None if there is none in time."""
+        """Return the result, or None if it does not come in time."""
         with self._lock:
             now = time.monotonic()
             if self._thread is None and now < self._fresh_until:
@@ -82,7 +82,7 @@ class CachedProbe(Generic[T]):
             with self._lock:
                 now = time.monotonic()
                 self._value, self._thread, self.error = value, None, failed
-                # One slow run, of a frozen or locked server, does not make the result last longer.
+                # A single slow run on a frozen or locked server does not extend the life of the result.
                 usual_s, self._took_s = min(self._took_s, now - started), now - started
                 self._fresh_until = now + (max(_KEEP_S, usual_s / _SHARE) if self._stale and value else _KEEP_S)
 

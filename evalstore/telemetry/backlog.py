@@ -42,7 +42,7 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
         if client.llen(keys.suspects):
             return float("inf")
         ids = queues.oldest_messages(broker, queue, redriven=True)
-        # Messages that wait for an object or a lock are retried, in no order of age.
+        # Delayed messages are not sorted by age: messages that wait for an object or a lock are among them.
         now_s: int = client.time()[0]
         ids += client.zrangebyscore(keys.delayed, "-inf", (now_s + _SOON_S) * 1000, start=0, num=_MOST_DELAYED)
         return queues.waited_s(broker, queue, ids) if len(ids) <= _MOST_DELAYED else float("inf")
@@ -53,8 +53,8 @@ def oldest_age_s(broker: SendingBroker, queue: str) -> float:
 def snapshot(broker: SendingBroker, spool: Spool | None, *, longest_s: float) -> Backlog:
     """Read all waiting messages: spooled, queued, delayed, in flight, or dead and not yet in the database.
 
-    Return early if the oldest is older than `longest_s`. The order of reading is that in which messages move, so a moving
-    message is not missed. Raises RedisOutage, OSError (retry).
+    Return early if the oldest is older than `longest_s`. Messages move in the order of reading, so a moving message is not
+    missed. Raises RedisOutage, OSError (retry).
     """
     if (age_s := oldest_age_s(broker, QUEUE)) > longest_s:
         return Backlog(set(), age_s)

@@ -31,12 +31,12 @@ _COUNTED_BY_ALL: Final = frozenset(
 
 
 def counted_by(role: str) -> list[Metric]:
-    """Return the metrics that processes of a role count."""
+    """Return the metrics that processes with this role count."""
     return [metric for metric in METRICS if metric.source == role or metric.name in _COUNTED_BY_ALL]
 
 
 class Schema:
-    """The offset of each number. `values` lists those of open labels, by label."""
+    """The offset of each number. `values` lists the values of open labels, by label."""
 
     def __init__(self, metrics: Iterable[Metric], values: Mapping[str, Sequence[str]]) -> None:
         self.metrics = {metric.name: metric for metric in metrics}
@@ -64,7 +64,7 @@ class Schema:
         return self._series[name]
 
     def matches(self, data: bytes) -> bool:
-        """Whether `data` has this schema. A file of another release or a truncated one does not."""
+        """Tell whether `data` has this schema. A truncated file, or a file of another release, does not."""
         return len(data) == self.bytes and data.startswith(self.mark)
 
     def numbers(self, data: bytes) -> list[float]:
@@ -165,7 +165,10 @@ class Counters:
                 _LOOP.pack_into(self._memory, self._offset(), 0.0, name.encode(errors="replace")[:40])
 
     def set_deadline(self, within_s: float | None) -> None:
-        """Report progress of the calling thread. It is stuck if its next call comes later than this. None: no deadline."""
+        """Report progress of the calling thread.
+
+        The thread is stuck if it makes no other call for `within_s`. None removes the deadline.
+        """
         if getattr(self._here, "place", None) is not None:
             until = 0.0 if within_s is None or self._deadlines_disabled else time.monotonic() + within_s
             with self._lock:

@@ -14,7 +14,7 @@ _PATIENCE_S: Final = 2.0
 
 
 class Disks:
-    """The disks that one process reports. S3 has no limit, and reports none."""
+    """The disks that one process reports. S3 has no limit, so it is not reported."""
 
     def __init__(self, settings: Settings) -> None:
         folders = {
@@ -35,9 +35,9 @@ class Disks:
 
 
 def free_and_total(folder: Path) -> tuple[int, int] | None:
-    """What is free there and what there is, in bytes; None where no such folder is, or not yet.
+    """Return the free and total bytes of the folder's file system, or None if the folder does not exist.
 
-    As df has it: what the file system keeps for root counts as neither.
+    As in df, bytes reserved for root count in neither number.
     """
     with suppress(OSError):
         seen = os.statvfs(folder)

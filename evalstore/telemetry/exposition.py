@@ -30,7 +30,7 @@ from tasks.spool import Spool, folder_of
 from tasks.tracing import release
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-# Of these metrics only series that were counted are shown, as few of all possible ones are.
+# These metrics have many possible series, so only counted series are shown.
 _SPARSE: Final = frozenset({"evalstore_http_requests_total", "evalstore_http_request_duration_seconds"})
 
 _AGAIN_S: Final = 5.0
@@ -91,7 +91,7 @@ class Exposition(Collector):
         return family
 
     def _seen(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """Return the values that are read now, by metric and labels."""
+        """Return the values read now, by metric and labels."""
         found: dict[Series, float] = dict(self._standing.numbers()) if self._standing else {}
         found["evalstore_build_info", (release(), platform.python_version())] = 1
         processes = list(self._group.processes()) if self._group else []
@@ -133,7 +133,7 @@ def _spool(settings: Settings) -> dict[Series, float]:
         return {}
     try:
         size, age_s = Spool(folder, max_bytes=settings.spool_max_bytes).waiting()
-    except OSError:  # of another user, for example: show all other metrics
+    except OSError:  # The file may belong to another user: show all other metrics.
         return {}
     return {("evalstore_spool_bytes", ()): size, ("evalstore_spool_oldest_age_seconds", ()): age_s}
 

@@ -13,12 +13,12 @@ from models.logs import BY_TEXT
 from models.settings import settings
 
 _LONGEST: Final = 4_000
-# Names that senders made up must not act on the terminal of whoever reads the log, nor look like another line.
+# Senders choose names: names must not control the terminal of a reader of the log, or look like another line.
 _CONTROLS: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def replace_formatters() -> None:
-    """Replace the form that Dramatiq's or periodiq's command line gave to the lines of this process; elsewhere, nothing."""
+    """Replace the log formatters that Dramatiq's or periodiq's command line installed. Does nothing in other processes."""
     handlers = logging.getLogger().handlers
     for handler in handlers:
         if handler.formatter and handler.formatter._fmt == LOGFORMAT:  # noqa: SLF001 - how else it could be told
@@ -26,7 +26,7 @@ def replace_formatters() -> None:
 
 
 def set_up(*loggers: str) -> None:
-    """Log to stderr where nobody has set up logging, and give these loggers' lines the same form."""
+    """Log to stderr unless logging is already set up. Give the lines of `loggers` the same form."""
     logger = logging.getLogger("evalstore")
     if not logger.handlers and not logging.getLogger().handlers:
         logger.addHandler(logging.StreamHandler())
@@ -38,14 +38,17 @@ def set_up(*loggers: str) -> None:
 
 
 def formatter() -> logging.Formatter:
-    """As EVALSTORE_LOG_FORMAT says. Dramatiq's workers write to a pipe, and its master to where they seem to write."""
+    """Return the formatter that EVALSTORE_LOG_FORMAT names.
+
+    Under Dramatiq, `auto` chooses JSON, because workers write to a pipe instead of a terminal.
+    """
     form = settings().log_format
     is_terminal = os.isatty(2)
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     processors: list[Any] = [_named, structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name, stamp]
     if form == "text" or (form == "auto" and is_terminal):
         colours = is_terminal and not os.environ.get("NO_COLOR")
-        # Where rich is installed it would show all local variables: keys, passwords and what is stored among them.
+        # If rich is installed, it would print local variables, which hold keys, passwords and content.
         plain = structlog.dev.plain_traceback
         last: list[Any] = [_as_text, structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain)]
     else:
@@ -55,7 +58,7 @@ def formatter() -> logging.Formatter:
 
 
 def _named(_logger: Any, _method: str, line: EventDict) -> EventDict:
-    """The event of a line, its fields, and its text as `message`."""
+    """Split a log record into its event, its fields, and its text as `message`."""
     record: logging.LogRecord = line["_record"]
     entry, given = BY_TEXT.get(str(record.msg)), line.pop("positional_args", ())
     text = _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(line["event"])[:_LONGEST])
@@ -71,6 +74,6 @@ def _plain(value: object) -> object:
 
 
 def _as_text(_logger: Any, _method: str, line: EventDict) -> EventDict:
-    """Only what people read: the fields are in the text."""
+    """Format a line for people. The text includes the fields."""
     shown = {name: line[name] for name in ("timestamp", "level", "logger", "exc_info") if name in line}
     return {"event": line["message"], **shown}

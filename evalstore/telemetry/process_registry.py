@@ -108,7 +108,7 @@ class Group:
                 yield RegisteredProcess(path.name, [loop.name for loop in loops(data) if now > loop.deadline])
 
     def totals(self, layout: Schema) -> list[float]:
-        """Return the numbers of all its processes, with the counts taken over. Gauges come from running processes only."""
+        """Return the sums over the group, with the counts of ended groups. Only running processes have gauges."""
         return _totals(self.folder, layout, running=[process.name for process in self.processes()])
 
     def has_ended(self) -> bool:

@@ -12,7 +12,7 @@ from models.metrics import QUEUES
 from tasks.broker import SendingBroker
 from tasks.redrives import REDRIVEN
 
-# A worker tells of itself every two seconds (worker/heartbeat.py).
+# A worker writes a heartbeat every two seconds (worker/heartbeat.py).
 SILENT_AFTER_S: Final = 15.0
 
 
@@ -26,8 +26,11 @@ class Queue(NamedTuple):
 
 
 class QueueStats(NamedTuple):
-    """What Redis knew at one moment. `workers`: what each tells of itself, by its name. `jobs`: the last run of each, and when
-    one ended well. The memory is 0 where nobody may ask for it."""
+    """A snapshot of Redis. `workers` has the status of each worker by name. `jobs` has each job's last run and last successful
+    run.
+
+    The memory is 0 if the server forbids INFO.
+    """
 
     queues: list[Queue]
     workers: dict[str, dict[str, Any]]
@@ -66,7 +69,7 @@ def snapshot(broker: SendingBroker) -> QueueStats:
 def _memory(client: Any) -> dict[str, Any]:
     try:
         return dict(client.info("memory"))
-    except redis.ResponseError:  # INFO is one of the commands that count as dangerous
+    except redis.ResponseError:  # Some servers forbid INFO as a dangerous command.
         return {}
 
 
@@ -100,14 +103,18 @@ def forget_evaluation(broker: SendingBroker, eval_id: str, event_ids: Iterable[s
 
 
 def oldest_age_s(broker: SendingBroker, queue: str) -> float:
-    """For how long the oldest message of a queue has waited. What an operator sent again counts for nothing: it was sent long
-    ago, and has not waited for long. Raises what redis raises."""
+    """Return the age in seconds of the oldest message in a queue. Raises redis.RedisError.
+
+    Redriven messages do not count: their sending time is old, but they have not waited.
+    """
     return waited_s(broker, queue, oldest_messages(broker, queue, redriven=False))
 
 
 def oldest_messages(broker: SendingBroker, queue: str, *, redriven: bool) -> list[Any]:
-    """The ids that stand first wherever messages stand in the order in which they were sent: in the queue, and with each
-    process. `redriven`: also of what an operator sent again. Raises what redis raises."""
+    """Return the first ids of each list that keeps the order of sending: the queue, and the messages of each process.
+
+    `redriven` includes messages that an operator sent again. Raises redis.RedisError.
+    """
     keys, client = broker.keys(queue), broker.client
     places: list[Any] = [client.lrange(keys.woken, 0, -1), client.lrange(keys.queue, 0, 99)]
     processes: list[Any] = list(client.hkeys(keys.processes))
@@ -117,9 +124,9 @@ def oldest_messages(broker: SendingBroker, queue: str, *, redriven: bool) -> lis
 
 
 def waited_s(broker: SendingBroker, queue: str, ids: list[Any]) -> float:
-    """Return the age of the oldest of these messages, by its own timestamp; 0 without one. Raises redis.RedisError."""
+    """Return the age of the oldest of these messages by its timestamp, or 0 without messages. Raises redis.RedisError."""
     found = [0.0]
-    for start in range(0, len(ids), 50):  # as each is looked through in Redis, which does nothing else meanwhile
+    for start in range(0, len(ids), 50):  # In small groups, because Redis blocks while it reads a group.
         sent: list[bytes] = broker.waiting(keys=[broker.keys(queue).bodies], args=ids[start : start + 50])
         found += [time.time() - float(at) / 1000 for at in sent]
     return max(found)

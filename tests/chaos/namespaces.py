@@ -35,7 +35,7 @@ def in_namespaces(test: Callable[_Given, None]) -> Callable[_Given, None]:
             pytest.skip("the kernel gives this user no namespaces")
         node = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
         with tempfile.TemporaryDirectory() as folder:
-            # A folder of its own: in pytest's usual one it would clear up after others that still run.
+            # pytest's usual folder would delete files of other runs that still use them.
             options = ["-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
             done = subprocess.run(
                 [*_ENTER, sys.executable, "-m", "pytest", *options, node],
@@ -71,7 +71,7 @@ class Disk:
         taken = self.folder / "somebody-else's"
         with taken.open("wb") as file:
             while (room := self._room() - but_bytes) > 0:
-                # Whoever else writes here may have taken some of it since it was asked for.
+                # Another writer may have removed entries since the listing.
                 with suppress(OSError):
                     os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, room)
         yield

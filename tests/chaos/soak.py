@@ -28,9 +28,9 @@ from tests.chaos.world import KEYS, Workers, World, evaluations, kill
 
 _BATCH = 99  # events a send: 33 evaluations
 _MOST_GROWTH_BYTES = 48 * 1024 * 1024
-# Dramatiq's main process waits for a process of its own that died as it started, and hears no signal meanwhile: 30 s.
+# Dramatiq's main process ignores signals for up to 30 s while it waits for a process that died at its start.
 _STOPPED_WITHIN_S = 45
-_LOSSLESS = {"fsync": "off", "full_page_writes": "off"}  # only a crash of the machine would lose by it
+_LOSSLESS = {"fsync": "off", "full_page_writes": "off"}  # Only a crash of the machine would lose data with these settings.
 
 
 class Soak:
@@ -69,7 +69,7 @@ class Soak:
         sender.start()
         chaos.start()
         supervisor.start()
-        time.sleep(self.seconds * 0.3)  # after which nothing is new to the process any more
+        time.sleep(self.seconds * 0.3)  # Long enough that the process has loaded everything.
         before = _use(steady)
         sender.join()
         after = _use(steady)
@@ -118,7 +118,7 @@ class Soak:
                     self.refused += 1
                 else:
                     break
-            for event in events:  # of a million, only what the audit needs
+            for event in events:  # Keep only what the audit needs of a million events.
                 world.sent[event["event_id"]] = {"eval_id": event["eval_id"], "type": event["type"]}
 
     def _harass(self, fragile: list[Workers], postgres: Postgres, valkey: Valkey) -> None:

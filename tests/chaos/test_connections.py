@@ -123,7 +123,7 @@ def test_a_demoted_server_is_left_for_the_new_primary_behind_the_same_name(
             one.wait(1, 5000)
             wait_until(lambda: world.applied() > 0, what="work has begun")
             one.execute_command("FAILOVER")
-            relay.upstream = second.port  # connections that are open stay where they are
+            relay.upstream = second.port  # Open connections keep their server.
             wait_until(lambda: one.info("replication")["role"] == "slave", what="the roles changed")
             began = time.monotonic()
             _insist(world, evaluations(200))

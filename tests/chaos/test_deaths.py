@@ -141,7 +141,7 @@ def test_what_a_process_on_a_lost_machine_held_is_back_within_15_s_and_first_in_
     world.workers().start()
     began = time.monotonic()
     wait_until(lambda: world.applied() == len(lost), within_s=15, what="what it held is stored")
-    assert time.monotonic() - began > 8  # not before it can be known to be dead
+    assert time.monotonic() - began > 8  # No process can be declared dead earlier.
     world.audit()
 
 

@@ -46,7 +46,7 @@ def test_a_full_disk_costs_nothing_but_time(what: str, worlds: Worlds, redis_url
             if what == "log":
                 use_up(server)
             wait_until(world.is_waiting, what="the outage is noticed")
-            time.sleep(5)  # for it to fail again and again
+            time.sleep(5)  # Time for several failures.
         if not serves(server):
             server.kill()
             server.start()

@@ -88,16 +88,16 @@ def leave_suspects(broker: Broker, observer: Callable[[], None], number: int) ->
 
 def make_process_that_is_gone() -> str:
     parts = process_name().split("|")
-    return "|".join([*parts[:4], "1", uuid4().hex[:12]])  # our pid, started at another time
+    return "|".join([*parts[:4], "1", uuid4().hex[:12]])  # The pid of this process with another start time.
 
 
-def test_a_process_that_lost_redis_while_it_asked_for_suspects_goes_on(
+def test_a_process_recovers_after_losing_redis_while_fetching_from_quarantine(
     broker: Broker, observer: Callable[[], None], redis_url: str, relay: Relay
 ) -> None:
     ids = leave_suspects(broker, observer, 2)
     behind = make(through(redis_url, relay.port))
     consumer = behind.consume(QUEUE, timeout=200)
-    relay.lose(script("fetch_quarantined"), "reply", times=2)  # the second is redis-py's own repetition
+    relay.lose(script("fetch_quarantined"), "reply", times=2)  # The second loss is for redis-py's own retry.
     seen = [take(consumer).redis_ids]
     assert relay.lost(script("fetch_quarantined")) == 2
     consumer.ack(DeliveryHandle(dramatiq.Message(QUEUE, NAME, (), {}, {}), seen[0]))
@@ -128,10 +128,10 @@ def test_many_threads_that_settle_at_once_leave_all_room_free(broker: Broker) ->
         sys.setswitchinterval(before)
 
 
-def test_nothing_joins_a_suspect_while_it_is_being_fetched() -> None:
+def test_no_message_is_fetched_beside_one_from_quarantine() -> None:
     in_flight = InFlight()
     assert in_flight.enter_exclusive()
-    in_flight.remove(())  # a thread that settled something before finishes late
+    in_flight.remove(())  # A thread that settled a message earlier finishes late.
     assert not in_flight.may_fetch()
     assert in_flight.add("evaluations", [b"suspect"])
     in_flight.remove(())
@@ -166,7 +166,7 @@ def test_a_message_of_another_queue_is_not_blamed_for_its_neighbours_death(
     assert broker.client.zcard(KEYS.dead) == 0
 
 
-def test_only_deaths_of_messages_that_were_fetched_to_be_alone_count(broker: Broker, observer: Callable[[], None]) -> None:
+def test_only_deaths_with_a_single_message_from_quarantine_count(broker: Broker, observer: Callable[[], None]) -> None:
     [event] = leave_suspects(broker, observer, 1)
     for deaths in (1, 2):
         assert broker.client.zcard(KEYS.dead) == 0
@@ -202,11 +202,11 @@ def test_whoever_fetches_is_known_to_the_others_from_that_moment(broker: Broker)
     assert broker.client.hexists(KEYS.processes, broker.process)
 
 
-def test_what_nobody_works_on_is_given_back(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_that_no_thread_holds_are_requeued(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = put(broker, 3)
     held = take(broker.consume(QUEUE, timeout=200))
     assert held.redis_ids == ids
-    broker.in_flight.remove(ids[1:2])  # one gets lost within the process
+    broker.in_flight.remove(ids[1:2])  # The process loses track of this message.
     beats = broker.make_heartbeat(dramatiq.Worker(broker))
     monkeypatch.setattr(heartbeat, "RECONCILE_S", 0)
     beats.run_once()
@@ -228,10 +228,10 @@ def test_a_message_that_no_one_expected_to_be_unreadable_strands_nothing(
 
     monkeypatch.setattr("worker.consumer.read_envelope", read)
     consumer = broker.consume("jobs", prefetch=16, timeout=200)
-    if error is MemoryError:  # which is no fault of the message
+    if error is MemoryError:  # Not the fault of the message.
         with pytest.raises(MemoryError):
             take(consumer)
-        assert not broker.in_flight.ids("jobs")  # so that reconciling gives them back
+        assert not broker.in_flight.ids("jobs")  # So reconciling requeues them.
     else:
         assert [take(consumer).redis_ids, take(consumer).redis_ids] == [[ids[0]], [ids[2]]]
         assert broker.client.zrange(broker.keys("jobs").dead, 0, -1) == [ids[1]]
@@ -260,7 +260,7 @@ def test_a_raw_sender_that_puts_an_id_in_twice_gets_its_message_worked_on(broker
     consumer = broker.consume(QUEUE, timeout=200)
     held = take(consumer)
     assert held.redis_ids == [event]
-    broker.client.rpush(KEYS.queue, event)  # and once more while it is being worked on
+    broker.client.rpush(KEYS.queue, event)  # A second copy while the first is being processed.
     assert next(consumer) is None
     consumer.ack(held)
     assert broker.client.keys("*") == [KEYS.processes.encode()]
@@ -287,7 +287,7 @@ def test_an_eta_that_is_no_time_strands_nothing_that_a_stock_client_delayed(brok
     assert not broker.client.exists(KEYS.stock_delayed, KEYS.delayed)
 
 
-def test_a_batch_whose_actor_fails_without_saying_why_is_taken_apart_until_the_culprit_is_alone(redis_url: str) -> None:
+def test_a_batch_whose_handler_raises_is_bisected_until_the_bad_message_is_alone(redis_url: str) -> None:
     broker, worked_on = make(redis_url), []
     culprit = put(broker, 100)[37]
 
@@ -311,7 +311,7 @@ def test_a_batch_whose_actor_fails_without_saying_why_is_taken_apart_until_the_c
 
 def test_long_jobs_leave_a_thread_to_the_events(redis_url: str) -> None:
     broker = make(redis_url)
-    prefetch = 2 * 4  # what Dramatiq asks for, with four threads
+    prefetch = 2 * 4  # Dramatiq's prefetch with four threads.
     assert broker.consume("jobs", prefetch=prefetch).prefetch == 3
     assert broker.consume("jobs", prefetch=2).prefetch == 1
     assert broker.consume(QUEUE, prefetch=prefetch).prefetch == prefetch
@@ -349,8 +349,8 @@ def test_a_message_wakes_one_of_those_who_wait(broker: Broker, redis_url: str) -
         wait_until(lambda had=had: len(found) > had, what="it was handed out")  # type: ignore[misc]
     for thread in threads:
         thread.join()
-    turns = waiting * ((time.monotonic() - begun) / 2.0 + 2)  # of those who waited in vain for so long
-    assert fetches() - before <= 2 * number + turns  # each is fetched and settled
+    turns = waiting * ((time.monotonic() - begun) / 2.0 + 2)  # Polls of consumers that waited without messages.
+    assert fetches() - before <= 2 * number + turns  # One fetch and one settlement for each.
     for other in others:
         other.close()
 

@@ -51,7 +51,7 @@ def test_dropped_packets_are_noticed_within_10_s_and_cost_nothing_but_time(world
             wait_until(lambda: world.applied() > 500, what="work has begun")
             with network.cut(POSTGRES):
                 wait_until(world.is_waiting, within_s=12, what="it is noticed within 10 s, and seen at the next beat")
-                time.sleep(4)  # for it to be tried again and again
+                time.sleep(4)  # Time for several retries.
             goes_on(world)
             with network.cut(REDIS):
                 wait_until(lambda: workers.log.read_text().count("Redis refuses") >= 2, within_s=10, what="it is noticed")
@@ -63,7 +63,7 @@ def test_dropped_packets_are_noticed_within_10_s_and_cost_nothing_but_time(world
             world.send(evaluations(500))
             wait_until(lambda: world.client.llen(KEYS.queue) < 1500, what="some are fetched")
             assert workers.stop(within_s=30) < 12
-            # One may have been set aside, to wake a process that stopped then.
+            # A message may have moved to the wake-up list for a process that stopped then.
             assert world.client.llen(KEYS.queue) + world.client.llen(KEYS.woken) == 1500
         workers.start()
         world.audit()

@@ -47,7 +47,7 @@ def test_it_is_retried_and_what_was_not_begun_goes_back_when_the_worker_stops(re
 
 
 @pytest.mark.parametrize("error", [DatabaseOutage, SchemaMismatch])
-def test_what_an_outage_keeps_from_being_done_uses_up_no_tries(redis_url: str, error: type[Exception]) -> None:
+def test_an_outage_uses_up_no_retries(redis_url: str, error: type[Exception]) -> None:
     """The periodic jobs of an hour without PostgreSQL would be dead letters."""
     broker = Broker(url=redis_url, middleware=[Retries(max_retries=2, min_backoff=10, max_backoff=20)])
     runs: list[int] = []
@@ -57,7 +57,7 @@ def test_what_an_outage_keeps_from_being_done_uses_up_no_tries(redis_url: str, e
         runs.append(len(runs))
         if len(runs) < 6:
             raise error("for now")
-        if len(runs) < 8:  # by its own fault, as often as it may
+        if len(runs) < 8:  # Fail by its own fault as often as allowed.
             raise ValueError(len(runs))
 
     worker = Worker(broker, worker_threads=1, worker_timeout=100)
@@ -67,7 +67,8 @@ def test_what_an_outage_keeps_from_being_done_uses_up_no_tries(redis_url: str, e
     def is_done_with() -> bool:
         delayed: list[Any] = broker.client.zrange(broker.keys("own").delayed, 0, -1)
         if delayed:
-            broker.client.zadd(broker.keys("own").delayed, dict.fromkeys(delayed, 0), xx=True)  # nobody here waits for a server
+            # Make the delayed messages due now.
+            broker.client.zadd(broker.keys("own").delayed, dict.fromkeys(delayed, 0), xx=True)
         return broker.do_qsize("own") == 0
 
     wait_until(is_done_with, what="it is done with")
@@ -103,7 +104,7 @@ def test_its_arguments_are_written_by_the_encoder_of_dramatiq(redis_url: str) ->
     def work(given: object) -> None:
         arguments.append(given)
 
-    with pytest.raises(TypeError, match="set"):  # not changed to something else
+    with pytest.raises(TypeError, match="set"):  # The caller's value is unchanged.
         work.send({"b", "a"})
     usual = dramatiq.get_encoder()
     dramatiq.set_encoder(Sorted())

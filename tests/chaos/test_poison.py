@@ -98,7 +98,7 @@ def test_an_event_id_used_again_for_another_body_dies_and_the_first_stands(world
     first = events[0]
     reused = first | {"code": "another"}
     world.raw(world.message(reused).encode())
-    world.raw(world.message(first).encode())  # the same again is a duplicate
+    world.raw(world.message(first).encode())  # A repeat is a duplicate.
     world.send(evaluations(100))
     world.wait_settled()
     assert [why for _, why in world.dead()] == ["EventIdReused"]

@@ -38,7 +38,7 @@ def test_a_durable_send_that_nobody_confirms_raises(own_world: World, setting: t
     """Stock: has none."""
     own_world.client.config_set(*setting)
     message = store_evaluation.message_with_options(args=(evaluation("perhaps")[0],), durable=True)
-    for _ in range(2):  # the same again is as durable as the first time
+    for _ in range(2):  # A repeat is as durable as the first send.
         with pytest.raises(NotDurable):
             own_world.broker.enqueue(message)
     assert own_world.client.llen(KEYS.queue) == 2
@@ -46,7 +46,7 @@ def test_a_durable_send_that_nobody_confirms_raises(own_world: World, setting: t
 
 def test_a_durable_send_whose_answer_was_lost_is_not_taken_for_confirmed(own_world: World, worlds: Worlds) -> None:
     """A connection that wrote nothing itself is told at once that all it wrote is on disk."""
-    own_world.client.config_set("appendfsync", "no")  # the disk is slow, say
+    own_world.client.config_set("appendfsync", "no")  # As with a slow disk.
     with Relay(own_world.client.connection_pool.connection_kwargs["port"]) as relay:
         broker = SendingBroker(url=through(own_world.redis_url, relay.port), middleware=[], timeout_s=2)
         broker.enqueue(store_evaluation.message(evaluation("first")[0]))
@@ -76,14 +76,14 @@ def test_a_durable_send_is_content_with_a_replica(
 def test_thousands_are_sent_in_one_transaction_or_not_at_all(own_world: World) -> None:
     """Stock: a round trip each, and no telling which arrived."""
     world = own_world
-    world.send(evaluations(1))  # few, by the script
+    world.send(evaluations(1))  # Few events are sent by the script.
     assert "cmdstat_exec" not in world.client.info("commandstats")
     world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(2000)])
     assert world.client.info("commandstats")["cmdstat_exec"]["calls"] == 1
     assert world.client.llen(KEYS.queue) == 6003
     world.client.config_set(
         "maxmemory", world.client.info("memory")["used_memory"] + 1_000_000
-    )  # full when some are on the way
+    )  # Full after some of the messages.
     with pytest.raises(RedisOutage, match="maxmemory"):
         world.broker.enqueue_many([store_evaluation.message(event) for event in evaluations(2000)])
     assert world.client.llen(KEYS.queue) == world.client.hlen(KEYS.bodies) == 6003

@@ -165,7 +165,7 @@ def test_an_outage_holds_up_no_deployment(
     world.send(evaluations(2000))
     wait_until(lambda: world.applied() > 0, what="work has begun")
     (server.kill if outage == "kill" else server.freeze)()
-    time.sleep(1)  # for the workers to be in the middle of it
+    time.sleep(1)  # Time for the workers to start processing.
     took_s = workers.stop(within_s=30)
     (server.start if outage == "kill" else server.thaw)()
     assert took_s < 11

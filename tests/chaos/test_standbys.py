@@ -65,7 +65,7 @@ def test_a_worker_on_a_standby_waits_until_it_is_promoted(
     workers.start()
     world.send(evaluations(500))
     wait_until(world.is_waiting, what="it is an outage")
-    time.sleep(3)  # for it to be tried again and again
+    time.sleep(3)  # Time for several retries.
     assert world.is_waiting()
     own_postgres.kill()
     standby.promote()
@@ -171,7 +171,7 @@ def test_no_connection_to_be_had_is_an_outage(worlds: Worlds, redis_url: str, ow
         workers.start()
         world.send(evaluations(500))
         wait_until(world.is_waiting, what="it is an outage")
-        time.sleep(3)  # for it to be tried again and again
+        time.sleep(3)  # Time for several retries.
         assert world.is_waiting()
     wait_until(lambda: world.applied() > 0, within_s=5, what="storing goes on within 5 s")
     world.audit()

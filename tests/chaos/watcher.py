@@ -35,7 +35,7 @@ class Watcher(threading.Thread):
     def _note(self, confirmation: dict[str, Any]) -> None:
         seen = confirmation["version"], confirmation["status"], confirmation["event_ids"]
         so_far = self.seen[confirmation["eval_id"]]
-        # Its acknowledgement was lost with a server that died.
+        # Its acknowledgement was lost when the server died.
         if not so_far or so_far[-1] != seen:
             so_far.append(seen)
 

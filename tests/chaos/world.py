@@ -29,7 +29,7 @@ from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
 
 KEYS = Keys.of("dramatiq", QUEUE)
-_STOCK_MAY_REST_S = 12.0  # it is much slower, but slow is not stuck
+_STOCK_MAY_REST_S = 12.0  # Stock Dramatiq is much slower, but not stuck.
 _READY = b"Worker process is ready for action"
 
 
@@ -69,7 +69,7 @@ class Workers:
     def __init__(self, folder: Path, env: dict[str, str], module: str, processes_: int, threads: int) -> None:
         self.folder, self.env, self.module, self.size, self.threads = folder, env, module, processes_, threads
         self.log = folder / f"worker-{uuid4().hex[:6]}.log"
-        self.prefix: list[str] = []  # what makes of a command one that runs somewhere else
+        self.prefix: list[str] = []  # A command prefix, to run commands elsewhere.
         self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
@@ -149,7 +149,7 @@ class World:
         self.database_url, self.redis_url, self.folder = database_url, redis_url, folder
         self.fleet: list[Workers] = []
         self.broker = SendingBroker(url=redis_url, middleware=[])
-        self.client: Any = redis.Redis.from_url(redis_url, socket_timeout=10)  # its types know nothing of decode_responses
+        self.client: Any = redis.Redis.from_url(redis_url, socket_timeout=10)  # redis-py's types ignore decode_responses.
         self.sent: dict[str, dict[str, Any]] = {}
 
     def workers(self, *, n: int = 1, threads: int = 2, module: str = "worker.tasks", **env: str) -> Workers:
@@ -179,7 +179,7 @@ class World:
 
         def send() -> None:
             while not done.wait(0.2):
-                with suppress(RedisOutage):  # what perhaps arrived all the same is sent again, and stored once
+                with suppress(RedisOutage):  # The events may have arrived. They are sent again, and stored once.
                     pending.extend([] if pending else evaluations(33))
                     self.send(pending)
                     pending.clear()

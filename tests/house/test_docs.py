@@ -78,7 +78,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     install, start, *rest = steps
     assert install.note.startswith("not run")
     assert start.note == "runs on in the background"
-    # What its first step does for a terminal.
+    # The first step of the page sets these in a terminal.
     env = _environment() | {"PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
     with _running(start.commands, tmp_path, env):
         for step in rest:

@@ -45,7 +45,7 @@ def distributions(extra: str) -> set[str]:
 
 def packages(extra: str) -> set[str]:
     """The names that its distributions are imported by."""
-    if extra == "otel":  # whose top-level package FastAPI has, too
+    if extra == "otel":  # FastAPI also installs its top-level package.
         return {"opentelemetry.exporter", "opentelemetry.sdk"}
     wanted = distributions(extra)
     return {name for name, found in metadata.packages_distributions().items() if wanted & set(map(normal, found))}
@@ -94,7 +94,7 @@ def test_a_process_without_its_extra_names_it_in_one_line_and_exits_2(
 ) -> None:
     hidden = packages(lacks) - ({"uvicorn"} if "uvicorn" in words else set())
     done = run(tmp_path, hidden, *words, **environment)
-    # Each process of a worker says so; the lines of Dramatiq and periodiq begin with [time] [PID].
+    # Each process of a worker reports it. Lines of Dramatiq and periodiq begin with [time] [PID].
     ours = {line for line in done.stderr.splitlines() if "] [" not in line}
     assert ours == {f"evalstore needs the extra \"{lacks}\": pip install 'evalstore[{lacks}]'"}, done.stderr
     assert done.returncode == 2
@@ -162,7 +162,7 @@ def test_what_needs_no_command_loads_none_and_takes_less_than_300_ms(words: tupl
     assert "evalstore.cli.app" in loaded
     assert not loaded & {"sqlalchemy", "rich", "dramatiq", "redis", "alembic", *(f"ops.{name}" for name in ("up", "status"))}
     taken = []
-    for _ in range(10):  # the machine may be busy: the best counts
+    for _ in range(10):  # The machine may be busy, so take the best.
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-c", "from evalstore.cli.entry import main; main()", *words],

@@ -57,13 +57,13 @@ def test_importing_tasks_loads_no_server_side_package() -> None:
 
 
 def test_importing_tasks_takes_less_than_200_ms() -> None:
-    imported()  # so that the next are warm
+    imported()  # Warm the file cache first.
     taken = []
-    for _ in range(10):  # the machine may be busy: the best counts
+    for _ in range(10):  # The machine may be busy, so take the best.
         taken.append(imported()[0])
         if taken[-1] < 0.2:
             return
-    # Or it is so slow that what any Dramatiq gateway imports takes most of that.
+    # Or a machine so slow that the imports of any Dramatiq gateway take most of the limit.
     others = min(imported("import dramatiq, pydantic")[0] for _ in range(10))
     assert others > 0.1, f"the best of {len(taken)} took {min(taken) * 1000:.0f} ms"
     assert min(taken) < 2 * others

@@ -18,7 +18,7 @@ from worker.heartbeat import STOP_WITHIN_S
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
-VERSION = "1.33"  # what is sold today and older; later ones take it as well
+VERSION = "1.33"  # The oldest version that providers still offer. Later versions accept the same.
 Manifest = dict[str, Any]
 
 
@@ -121,7 +121,7 @@ def test_each_deployment_has_a_disruption_budget() -> None:
 
 
 @pytest.mark.parametrize("workload", of("Deployment"), ids=name)
-def test_probes_ask_what_there_is_to_ask(workload: Manifest) -> None:
+def test_probes_use_existing_paths_and_commands(workload: Manifest) -> None:
     one = container(workload)
     routes = {getattr(route, "path", "") for route in health_routes.router.routes}
     beside = (ROOT / "evalstore/telemetry/exposition.py").read_text()
@@ -140,7 +140,7 @@ def test_nothing_is_killed_before_it_has_stopped() -> None:
         assert pod(workload)["terminationGracePeriodSeconds"] > needs[role]
 
 
-def test_what_is_referred_to_is_there() -> None:
+def test_every_object_that_a_manifest_refers_to_exists() -> None:
     secrets = {found["metadata"]["name"]: set(found["stringData"]) for found in of("Secret")}
     config = {found["metadata"]["name"] for found in of("ConfigMap")}
     for workload in workloads():
@@ -197,7 +197,7 @@ def test_services_and_monitors_find_ports_of_their_names() -> None:
 def test_workers_are_scaled_by_what_waits_and_for_how_long() -> None:
     (scaled,) = of("ScaledObject")
     (worker,) = [found for found in of("Deployment") if found["metadata"]["name"] == scaled["spec"]["scaleTargetRef"]["name"]]
-    assert "replicas" not in worker["spec"]  # it would fight with what scales
+    assert "replicas" not in worker["spec"]  # Replicas would fight with the autoscaler.
     redis, prometheus = scaled["spec"]["triggers"]
     assert redis["metadata"]["listName"] == Keys.of("dramatiq", QUEUE).bodies
     assert faults_of(prometheus["metadata"]["query"], records()) == []

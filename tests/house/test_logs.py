@@ -19,7 +19,7 @@ from models.settings import settings
 ROOT = Path(__file__).parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 ROOMS = ("evalstore", "models", "tasks", "worker")
-# Within a sender's program: its logging, and its words.
+# In a sender's program: it has its own logging, so these are plain texts.
 SENDERS = {"tasks/spool.py"}
 
 
@@ -82,7 +82,7 @@ def test_a_line_is_json_for_machines_and_text_for_people(
         logger.exception("not on the list")
 
     shown = stream.getvalue()
-    assert key not in shown  # no variable is shown: some hold secrets, or what is stored
+    assert key not in shown  # Variables are never shown: some hold secrets or content.
     assert "\x1b[31m" not in shown
     if form == "text":
         assert "dead letter: InvalidEvent, eval_id e\\x1b[31m\\r" in shown

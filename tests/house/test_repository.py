@@ -25,7 +25,7 @@ COMMANDS = {
     "sinks": "evalstore sinks run",
 }
 
-# Written so that this file does not hold what it looks for.
+# Split, so that this file does not contain the text that it forbids.
 _ADDRESSES = re.compile(r"pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|deb\.debian\.org|file:///[a-z]+/pypi", re.IGNORECASE)
 _MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:root|work|home/\w+|Users/\w+)/\w")
 
@@ -154,7 +154,7 @@ def test_a_gateway_that_imports_tasks_loads_neither_the_servers_clients_nor_the_
 def test_ci_runs_make_test_and_ends_as_it_ends(tmp_path: Path, status: int) -> None:
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\necho "make $* in $PWD"\nexit {status}\n')
-    promtool, pgbouncer = tmp_path / "promtool", tmp_path / "pgbouncer"  # so that it fetches none
+    promtool, pgbouncer = tmp_path / "promtool", tmp_path / "pgbouncer"  # They exist, so that the script downloads neither.
     for program in (promtool, pgbouncer):
         program.write_text("#!/bin/sh\n")
     for program in (make, promtool, pgbouncer):
@@ -190,7 +190,7 @@ def test_images_are_pinned_by_tag(compose: dict[str, Any]) -> None:
 def test_containers_wait_for_what_they_need_and_come_back(compose: dict[str, Any]) -> None:
     services = compose["services"]
     servers = {name for name in services if name not in {*COMMANDS, "migrate"}}
-    # Our own processes are looked after by the image's; the collector's image has nothing that could ask.
+    # Our images have health checks of their own. The collector's image has no program that could check.
     assert {name for name in services if "healthcheck" in services[name]} == servers - {"otel-collector"}
     assert "\nHEALTHCHECK " in (ROOT / "deploy/Dockerfile").read_text()
     assert {name: services[name]["restart"] for name in services if name != "migrate"} == dict.fromkeys(
@@ -211,12 +211,12 @@ def test_containers_keep_their_data(compose: dict[str, Any]) -> None:
     command = " ".join(compose["services"]["valkey"]["command"])
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
-    assert "--maxmemory ${VALKEY_MAXMEMORY" in command  # without one no alert tells that it fills up
+    assert "--maxmemory ${VALKEY_MAXMEMORY" in command  # Without a limit, no alert would show that it fills up.
     mounted = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
     files = {source for source in mounted if source.startswith("./")}
     assert mounted - files == set(compose["volumes"])
     assert [source for source in files if not (ROOT / source).exists()] == []
-    # The image of PostgreSQL 18 and later has its data below this, and refuses a volume further down.
+    # Images from PostgreSQL 18 on keep data below this folder and refuse a volume further down.
     assert compose["services"]["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
 
 

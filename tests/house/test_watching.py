@@ -21,9 +21,9 @@ RULES_TEST = RULES.with_name("rules_test.yml")
 DASHBOARDS = sorted((ROOT / "deploy/grafana").glob("*.json"))
 RUNBOOK = ROOT / "docs/operations.md"
 TARGET = {"job", "instance", "pod", "namespace"}
-# What Prometheus itself tells.
+# Metrics of Prometheus itself.
 ITS_OWN = {"ALERTS": {"alertname", "alertstate", "severity"}, "up": set[str]()}
-# The least a panel of each type needs, and is worth showing.
+# The smallest useful size of a panel of each type.
 PANELS = {"stat", "timeseries", "table", "row"}
 
 
@@ -107,7 +107,7 @@ def anchors() -> set[str]:
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.get("alert") or rule["record"])
-def test_a_rule_asks_for_what_there_is(rule: dict[str, Any]) -> None:
+def test_a_rule_queries_existing_metrics(rule: dict[str, Any]) -> None:
     assert faults_of(rule["expr"], records()) == []
 
 
@@ -124,7 +124,7 @@ def test_an_alert_says_what_is_wrong_and_where_it_is_told_what_to_do(rule: dict[
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
-def test_a_dashboard_asks_for_what_there_is(dashboard: Path) -> None:
+def test_a_dashboard_queries_existing_metrics(dashboard: Path) -> None:
     asked = [(panel["title"], target["expr"]) for panel in panels(dashboard) for target in panel.get("targets", [])]
     asked += [("annotation", one["expr"]) for one in json.loads(dashboard.read_text())["annotations"]["list"]]
     faults = {title: faults for title, expression in asked if (faults := faults_of(expression, records()))}
@@ -162,7 +162,7 @@ def test_no_label_is_one_that_prometheus_gives_to_what_it_scrapes() -> None:
     assert [name for name, metric in BY_NAME.items() if TARGET & set(metric.labels)] == []
 
 
-def test_what_is_not_there_is_found_out() -> None:
+def test_a_metric_that_does_not_exist_is_reported() -> None:
     assert faults_of("sum(rate(evalstore_events_total[5m]))", {}) == []
     for wrong in (
         "evalstore_event_total",

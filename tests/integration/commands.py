@@ -73,7 +73,7 @@ def serve(path: str) -> None:
     """Fork for whoever asks, until standard input ends: whoever started this is gone then."""
     sys.path.pop(0)
     _import_libraries()
-    gc.freeze()  # so that no fork copies what it only looks through
+    gc.freeze()  # So forks do not copy these pages.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{path}.new")

@@ -48,7 +48,8 @@ class Api:
             "EVALSTORE_WRITE_API_KEYS": f"{BOTH}, {WRITE}",
             "EVALSTORE_ADMIN_API_KEYS": ADMIN,
             "PYTHONPATH": str(ROOT),
-            "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),  # where what it counts is not added to that of others
+            # A private folder, so that its counts are not added to others.
+            "EVALSTORE_RUNTIME_DIR": str(folder.resolve() / "running"),
             **environment,
         }
         self.database_url = environment["EVALSTORE_DATABASE_URL"]

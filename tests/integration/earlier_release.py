@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database, event_store, rebuild
 from evalstore.storage.event_store import Confirmation, Stored
-from evalstore.storage.event_writer import Few
+from evalstore.storage.event_writer import PipelineWriter
 from models import Event
 from models.fold import Folded, fold
 from models.record import EventRow, RecordRow, to_row
@@ -22,9 +22,9 @@ BEFORE = [name for name in RecordRow._fields if name != "metadata_truncated"]
 def store_as_before(conn: Connection, events: list[Event]) -> Stored:
     """As a worker before merge states: it creates records first, folds the whole log, and leaves the merge state as it is."""
     raw = database.driver(conn)
-    firsts: dict[str, dict[UUID, EventRow]] = defaultdict(dict)
+    by_evaluation: dict[str, dict[UUID, EventRow]] = defaultdict(dict)
     for one in map(to_row, events):
-        firsts[one.eval_id].setdefault(one.event_id, one)
+        by_evaluation[one.eval_id].setdefault(one.event_id, one)
     names, values = ", ".join(BEFORE), ", ".join(["%s"] * len(BEFORE))
     while True:
         confirmed: list[Confirmation] = []
@@ -34,23 +34,25 @@ def store_as_before(conn: Connection, events: list[Event]) -> Stored:
                 created = {
                     eval_id: raw.execute(
                         f"INSERT INTO evaluations ({names}) VALUES ({values}) ON CONFLICT DO NOTHING".encode(),
-                        before_row(fold(None, list(firsts[eval_id].values()))),
+                        before_row(fold(None, list(by_evaluation[eval_id].values()))),
                     ).rowcount
-                    for eval_id in sorted(firsts)
+                    for eval_id in sorted(by_evaluation)
                 }
-                raw.execute("SELECT FROM evaluations WHERE eval_id = ANY(%s) ORDER BY eval_id FOR NO KEY UPDATE", [[*firsts]])
-                logged = rebuild.fold_logs(raw, dict.fromkeys(firsts, 1))
+                raw.execute(
+                    "SELECT FROM evaluations WHERE eval_id = ANY(%s) ORDER BY eval_id FOR NO KEY UPDATE", [[*by_evaluation]]
+                )
+                logged = rebuild.fold_logs(raw, dict.fromkeys(by_evaluation, 1))
                 ids = raw.execute(
-                    "SELECT eval_id, event_id FROM evaluation_events WHERE eval_id = ANY(%s)", [[*firsts]]
+                    "SELECT eval_id, event_id FROM evaluation_events WHERE eval_id = ANY(%s)", [[*by_evaluation]]
                 ).fetchall()
                 new = {
                     eval_id: of_one
-                    for eval_id, by_id in firsts.items()
+                    for eval_id, by_id in by_evaluation.items()
                     if (of_one := [one for event_id, one in by_id.items() if (eval_id, event_id) not in ids])
                 }
                 contents: list[Any] = []
                 rows = [event_store._without_large(one, contents) for of_one in new.values() for one in of_one]
-                Few(raw, {}).log(rows, contents)
+                PipelineWriter(raw, {}).log(rows, contents)
                 for eval_id, of_one in new.items():
                     folded = fold(logged.get(eval_id), of_one)
                     conflicts += folded.conflicting_results

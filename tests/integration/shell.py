@@ -27,7 +27,7 @@ from tests.integration.commands import python
 
 Json = dict[str, Any]
 KEYS, JOBS = Keys.of("dramatiq", "evaluations"), Keys.of("dramatiq", "jobs")
-SMALL: dict[str, Any] = {"EVALSTORE_MAX_CONTENT_BYTES": "100"}  # a release with a fault in it
+SMALL: dict[str, Any] = {"EVALSTORE_MAX_CONTENT_BYTES": "100"}  # Simulates a release with a fault.
 DIES = '''
 """worker.tasks, in a process that dies of SIGKILL right {when} it runs the script {script}, once."""
 import os, pathlib, signal

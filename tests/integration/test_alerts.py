@@ -30,7 +30,7 @@ from tests.chaos.world import World, evaluations, wait_until
 from tests.house.test_watching import DASHBOARDS, RULES, promtool
 from tests.house.test_watching import panels as panels_of
 
-Look = dict[str, tuple[bool, float]]  # a series, whether it counts, and its value
+Look = dict[str, tuple[bool, float]]  # By series: whether it must match, and its value.
 _AT_S = 1800
 
 
@@ -156,7 +156,7 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
     world.wait_settled()
     watched.comes_to("EvalstoreNoScheduler")
     scheduler(settings)
-    # It takes up to a minute until the first job is due; meanwhile:
+    # The first job is due within a minute.
     early = ("EvalstoreNoScheduler",)
 
     world.raw(b"nonsense")
@@ -183,8 +183,8 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
     with psycopg.connect(world.database_url) as conn:
         conn.execute("UPDATE evalstore_schema_version SET version_num = %s", [head])
 
-    watched.comes_to(within_s=150)  # the scheduler tells, too, by now
-    # Where a threshold hides what is well, or the HTTP service or a folder would tell, nothing may come.
+    watched.comes_to(within_s=150)  # The scheduler reports now too.
+    # No alert may fire for thresholds that healthy values stay below.
     panels = [panel["expr"] for board in DASHBOARDS for one in panels_of(board) for panel in one.get("targets", [])]
     always = sorted({expression for expression in panels if not re.search(r"> 0|ALERTS|evalstore_(http|disk)_", expression)})
     world.send(evaluations(20, "for-the-dashboards"))
@@ -202,7 +202,7 @@ def test_each_trouble_fires_its_own_alert_and_nothing_else(
 
     workers.stop()
     watched.comes_to("EvalstoreNoWorkers")
-    # Which servers are away shows all the same.
+    # The state of unavailable servers still shows.
     assert watched.without_data([one for one in always if "server_up" in one]) == set()
 
 

@@ -122,14 +122,14 @@ def test_a_file_of_keys_is_read_again_when_it_changes(
     eventually(lambda: works("third"))
     assert works("second")
     assert not works("first")
-    path.unlink()  # as when it is about to be replaced
+    path.unlink()  # As in the middle of a replacement.
     eventually(lambda: "cannot read the keys file" in api.log.read_text() or not works("third"))
     assert works("third")
 
 
 def test_a_file_of_keys_may_come_from_another_editor(start_api: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_bytes(b"\xef\xbb\xbffirst\r\n second ,\tthird\r\n\r\n")  # a mark of UTF-8, and lines of Windows
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n second ,\tthird\r\n\r\n")  # A byte order mark, and Windows line ends.
     api = start_api(EVALSTORE_READ_API_KEYS_FILE=f"{path}\n")
     for key in ("first", "second", "third"):
         assert api.nobody.get(E, headers={"X-API-Key": key}).status_code == 200, key
@@ -172,7 +172,7 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(database_url: str,
     assert key not in made.stderr
     (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)
     assert (row["name"], row["scopes"], row["state"]) == ("ci", "read,write", "usable")
-    _, line = run_evalstore("keys", "list").stdout.splitlines()  # one for each key in 80 columns, with times to copy
+    _, line = run_evalstore("keys", "list").stdout.splitlines()  # One line for each key in 80 columns, with full times.
     assert re.search(r"usable  20\d\d-\d\d-\d\d \d\d:\d\dZ  20\d\d-\d\d-\d\d \d\d:\d\dZ", line)
     assert run_evalstore("keys", "revoke", row["key_id"], "absent", status=4).stderr.count("absent") == 1
     (row,) = json.loads(run_evalstore("keys", "list", "-o", "json").stdout)

@@ -84,7 +84,7 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_nothing_behind(
     for _ in range(20):
         with api.read.stream("GET", f"{E}/e/output") as answer:
             next(answer.iter_raw())
-    stored("packed", output=bytes(SIZE))  # read in larger pieces
+    stored("packed", output=bytes(SIZE))  # Compressed content is read in larger pieces.
     request = f"GET {E}/packed/output HTTP/1.1\r\nHost: x\r\nX-API-Key: read-key-0001\r\n\r\n".encode()
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", api.port)) as gone:
@@ -122,14 +122,14 @@ def test_a_request_that_is_too_large_is_refused_while_it_is_read(start_api: Call
     assert (announced.status_code, announced.json()["type"]) == (413, "urn:evalstore:problem:too-large")
     unannounced = api.both.post(E, content=(b"x" * 1000 for _ in range(5000)))
     assert (unannounced.status_code, unannounced.headers["content-type"]) == (413, "application/problem+json")
-    # A client that never ends is answered all the same.
+    # A client that never ends its body still gets an answer.
     with socket.create_connection(("127.0.0.1", api.port), timeout=20) as conn:
         head = f"POST {E} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.both.headers['authorization']}\r\n"
         conn.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"186a1\r\n" + b"x" * 100_001)
         assert conn.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_who_may_not_write_is_told_before_the_body_is_read(api: Any) -> None:
+def test_a_key_without_write_scope_is_refused_before_the_body_is_read(api: Any) -> None:
     answer = api.read.post(E, content=(b"x" * 65536 for _ in range(100)))
     assert (answer.status_code, answer.json()["title"]) == (403, "Forbidden")
 
@@ -144,7 +144,7 @@ def test_a_range_is_the_slice_it_names(size: int, first: int | None, last: int |
     else:
         expected = data[first:] if last is None else data[first : last + 1]
     if first is not None and last is not None and last < first:
-        expected = data  # no range at all, so it is ignored
+        expected = data  # An invalid range is ignored.
     ignored = header == "bytes=-" or (first is not None and last is not None and last < first)
     if expected or ignored:
         span = span_of(header, size)

@@ -15,7 +15,7 @@ from tests.integration.conftest import Api
 
 E = "/storage/evaluations"
 KEY = b"X-API-Key: both-key-0001\r\n"
-# The same service with shorter patience: nobody waits for half a minute here.
+# The same service with shorter time limits.
 IMPATIENT = (
     "import evalstore.api.request_limits as limits, evalstore.api.protocol, evalstore.api.__main__ as main\n"
     "evalstore.api.protocol.HEAD_S, limits.STEP_S, limits.PACE_BYTES_S = 0.5, 2.0, 1_000_000\n"
@@ -123,7 +123,7 @@ def test_head_is_answered_as_get_is_without_its_body(api: Any) -> None:
                 name: value for name, value in got.headers.items() if name not in same
             }, path
     part = api.read.head(f"{E}/e/code", headers={"Range": "bytes=0-1"})
-    assert (part.status_code, part.headers["content-length"]) == (200, "3000000")  # ranges are of GET alone
+    assert (part.status_code, part.headers["content-length"]) == (200, "3000000")  # Ranges apply only to GET.
     assert api.nobody.head(f"{E}/e").status_code == 401
     counted = api.nobody.get("/metrics").text
     assert 'method="HEAD"' not in counted
@@ -160,7 +160,7 @@ def test_who_never_ends_the_head_of_a_request_is_cut_off(impatient: Any, eventua
                     if conn.recv(65536) == b"":
                         open_ones.remove(conn)
                     elif conns.index(conn) % 3:
-                        conn.send(b"a")  # a byte now and then does not help
+                        conn.send(b"a")  # A byte now and then does not extend the limit.
                 except ConnectionError:
                     open_ones.remove(conn)
     assert open_ones == []
@@ -194,7 +194,7 @@ def test_a_stream_may_take_longer_than_any_of_its_steps(impatient: Any) -> None:
     data = "0123456789" * 1_000_000
     assert impatient.both.post(E, json={"eval_id": "slowly-read", "code": data}).status_code == 201
     received = b""
-    # The kernels between hold little, so that the service feels how slowly this reads.
+    # Small kernel buffers, so that the service notices a slow reader.
     line = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)])
     with impatient.client("read-key-0001", transport=line).stream("GET", f"{E}/slowly-read/code") as answer:
         for piece in answer.iter_raw(200_000):

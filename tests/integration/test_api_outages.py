@@ -49,7 +49,7 @@ def test_while_postgresql_is_away_requests_are_told_to_come_again(
     assert api.nobody.get("/health/ready").status_code == 503
     assert api.nobody.get("/health/live").status_code == 200
     later = api.both.post(E, json={"eval_id": "g", "code": "c"}, headers={"Prefer": "respond-async", "Idempotency-Key": "k"})
-    assert later.status_code == 202  # the queue takes it
+    assert later.status_code == 202  # The queue accepts the event.
     postgres_server.start()
     eventually(lambda: api.both.get(f"{E}/e").status_code == 200, within_s=30)
     assert api.both.put(f"{E}/e", json={"status": "running"}).json()["version"] == 2
@@ -246,7 +246,7 @@ def test_what_is_being_answered_is_finished_before_the_service_stops(
     def slowly() -> Any:
         yield b"\n".join(line.encode() for line in lines[:1500]) + b"\n"
         begun.set()
-        time.sleep(1)  # the service is told to stop meanwhile
+        time.sleep(1)  # Meanwhile the service is asked to stop.
         yield b"\n".join(line.encode() for line in lines[1500:])
 
     begun = threading.Event()

@@ -22,7 +22,7 @@ from tests.integration.test_reading_objects import store
 E = "/storage/evaluations"
 MIB = 1024 * 1024
 READERS = 100
-# Nothing of it shrinks: its frames are as large as frames are.
+# Random bytes do not compress, so frames have the largest size.
 LARGE = os.urandom(FRAME_BYTES) * 6
 PACKED = b"the database unpacks it in large pieces\n" * 500_000
 
@@ -71,7 +71,7 @@ def test_a_hundred_clients_that_read_large_content_slowly_cost_little_and_keep_n
     )
     stores.close()
     engine.dispose()
-    assert api.read.get(f"{E}/e/output").content == LARGE  # all is loaded that it takes
+    assert api.read.get(f"{E}/e/output").content == LARGE  # Load all modules first.
     service = psutil.Process(api.pid)
     with contextlib.ExitStack() as stack, peak_rss(api.pid) as peak:
         slow = []
@@ -83,7 +83,8 @@ def test_a_hundred_clients_that_read_large_content_slowly_cost_little_and_keep_n
             thread.start()
         for thread in begun:
             thread.join()
-        assert api.client("read-key-0001").get(f"{E}/e/output").content == LARGE  # who is quick waits for none of them
+        # A fast reader does not wait for slow readers.
+        assert api.client("read-key-0001").get(f"{E}/e/output").content == LARGE
         assert service.num_threads() < READERS / 2
         at_s3 = given.get("EVALSTORE_S3_ENDPOINT_URL", "").rpartition(":")[2]
         to_s3 = [one for one in service.net_connections("tcp") if one.raddr and str(one.raddr.port) == at_s3]

@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```\n", re.DOTALL)
 
 def test_the_tutorial_does_what_it_says(api: Any, tmp_path: Path) -> None:
     blocks = _BLOCK.findall((ROOT / "docs/tutorial-http.md").read_text())
-    # What the first two steps do.
+    # The results of the first two steps.
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("EVALSTORE_")},
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",

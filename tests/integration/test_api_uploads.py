@@ -104,7 +104,7 @@ def test_a_reference_is_good_for_a_time_in_which_no_sweep_takes_the_object(
     api = start_api(EVALSTORE_OBJECT_STORE_URL=folder.as_uri(), EVALSTORE_SWEEP_GRACE_DAYS=str(grace_s / 86_400))
     reference = api.write.post(C, content=b"data").json()
     (path,) = folder.rglob(reference["sha256"])
-    os.utime(path, (1, 1))  # as if it had been there for long
+    os.utime(path, (1, 1))  # As an old object.
     assert api.write.post(C, content=b"data").json() == reference
     assert path.stat().st_mtime > 1
     body = {"eval_id": "e", "code_ref": reference}
@@ -150,7 +150,7 @@ def test_without_an_object_store_it_says_what_to_set(start_api: Callable[..., An
 def test_while_the_object_store_is_away_uploads_are_told_to_come_again(start_api: Callable[..., Any], tmp_path: Path) -> None:
     mount = tmp_path / "absent"
     api = start_api(EVALSTORE_OBJECT_STORE_URL=(mount / "objects").as_uri())
-    for content in (b"data", (os.urandom(MIB) for _ in range(8))):  # the second is still coming when the store has failed
+    for content in (b"data", (os.urandom(MIB) for _ in range(8))):  # The second body is still arriving when the store fails.
         answer = api.write.post(C, content=content)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     mount.mkdir()
@@ -177,8 +177,8 @@ def test_clients_that_go_away_while_they_upload_leave_nothing_behind(
     answers = [api.write.post(C, content=os.urandom(MIB)).status_code for _ in range(10)]
     assert answers == [201] * 10
     eventually(lambda: process.num_fds() <= files + 1, what="an end of the connections")
-    assert process.num_threads() <= threads + 8  # of those that upload, which stay
-    # Nor does what they had sent count as an error of the service.
+    assert process.num_threads() <= threads + 8  # Upload threads stay.
+    # Aborted uploads do not count as errors of the service.
     assert "Traceback" not in api.log.read_text()
 
 
@@ -187,7 +187,7 @@ def test_a_hundred_mib_are_read_in_any_range_before_and_after_they_were_archived
 ) -> None:
     given = {"EVALSTORE_OBJECT_STORE_URL": folder.as_uri(), "EVALSTORE_ARCHIVE_URL": (tmp_path / "archive").as_uri()}
     api = start_api(**given)
-    data = b"".join(os.urandom(700_000) + b"a line of output\n" * 20_513 for _ in range(100))  # of which a part compresses
+    data = b"".join(os.urandom(700_000) + b"a line of output\n" * 20_513 for _ in range(100))  # A part of this compresses.
     assert len(data) > 100 * MIB
     data = data[: 100 * MIB]
     reference = api.both.post(C, content=data).json()
@@ -209,7 +209,7 @@ def test_a_hundred_mib_are_read_in_any_range_before_and_after_they_were_archived
         assert archive.run_once(conn, Archive.of(Settings.from_environment(given)), datetime.now(UTC)).moved == 1
     engine.dispose()
     check_ranges()
-    for _ in range(20):  # clients that go away in mid-stream
+    for _ in range(20):  # Clients that disconnect during the stream.
         with api.read.stream("GET", f"{E}/e/output") as answer:
             next(answer.iter_raw())
 
@@ -220,7 +220,7 @@ def test_a_hundred_mib_are_read_in_any_range_before_and_after_they_were_archived
         return not files and len(clients) <= 2
 
     eventually(is_over, what="an end of what they were reading")
-    assert process.num_threads() < 60  # and none that reads ahead for nobody
+    assert process.num_threads() < 60  # No thread reads ahead for a client that has left.
     assert api.read.get(f"{E}/e/output").content == data
     assert "Traceback" not in api.log.read_text()
 
@@ -240,7 +240,7 @@ def test_many_large_uploads_at_once_need_little_memory(
             answer = client.post(path, content=iter(pieces))
             if answer.status_code == 201 and path == E:
                 assert answer.json()["code_size"] == size
-            assert (answer.status_code == 503) == ("retry-after" in answer.headers)  # it waited too long for its turn
+            assert (answer.status_code == 503) == ("retry-after" in answer.headers)  # Its turn did not come in time.
             return answer.status_code
 
     with peak_rss(api.pid) as peak, ThreadPoolExecutor(24) as pool:

@@ -180,7 +180,7 @@ def test_content_that_is_not_what_its_hash_says_stays_is_reported_and_holds_up_n
     store, data, failures, failure = rows(conn)["bad"]
     assert (store, len(data), failures) == (None, THRESHOLD + 2, 1)
     assert "expected" in failure
-    assert counts(run(conn, at)) == (0, 0, 0)  # it is tried again later, and not all the time
+    assert counts(run(conn, at)) == (0, 0, 0)  # It is retried only after a delay.
     assert counts(archive.run_once(conn, at, datetime.now(UTC) + timedelta(minutes=3))) == (0, 0, 1)
     assert archive.retry_failed(conn, datetime.now(UTC)) == 1
     assert run(conn, at).failed == 1

@@ -103,7 +103,7 @@ def test_content_is_moved_checked_brought_back_and_swept(shell: Shell) -> None:
     assert shell.archive("restore", "e0").status == 3
     back = {row["eval_id"]: row["data"] for row in shell.rows("SELECT eval_id, data FROM contents WHERE store IS NULL")}
     assert {name: back[name] for name in ("e0", "e2")} == {name: outputs[name] for name in ("e0", "e2")}
-    assert shell.archive("run", "-o", "json").json["moved"] == 0  # it was brought back to stay for a while
+    assert shell.archive("run", "-o", "json").json["moved"] == 0  # Restored content stays for a while.
     assert shell.archive("restore", "--all").status == 5
 
     month_ago = (datetime.now(UTC) - timedelta(days=30)).timestamp()

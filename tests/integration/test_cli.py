@@ -36,7 +36,7 @@ AWAY = {
     "EVALSTORE_REDIS_URL": "redis://:hunter2@127.0.0.1:1/0",
 }
 COMMANDS = ("up", "demo", "migrate", "status", "send", "get", "audit")
-# A terminal acts on these; so nothing stored may show them.
+# Terminals act on these characters, so no output may contain them.
 CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 NASTY = "[bold]x[/bold] \x1b[31m\x1b]0;title\x07\x9b2J \u202egnp.exe\u2066 \r\x08\x7f :smile: é😀"
 
@@ -126,7 +126,7 @@ def test_which_release_it_is_is_told_whatever_the_settings_are(evalstore: Evalst
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_2(evalstore: Evalstore, arguments: Sequence[str]) -> None:
+def test_wrong_usage_exits_with_2(evalstore: Evalstore, arguments: Sequence[str]) -> None:
     done = evalstore(*arguments)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_used_is_named_in_a_line(evalstore: Evalstore, c
     assert re.search(rb"/dev/null/data\S*: Not a directory\n\Z", done.stderr)
 
 
-def test_invalid_settings_are_2_and_all_named_in_one_line(evalstore: Evalstore) -> None:
+def test_invalid_settings_exit_with_2_and_are_all_named_in_one_line(evalstore: Evalstore) -> None:
     wrong = {"EVALSTORE_DATABASE_URL": "hunter2", "EVALSTORE_REDIS_URL": "hunter2", "EVALSTORE_MAX_CONTENT_BYTES": "hunter2"}
     done = evalstore("status", **wrong)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -178,7 +178,7 @@ def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> 
     with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as sending:  # type: ignore[call-overload]
         sending.stdin.write(b'{"type": "evaluation:queued", "eval_id": "e", "code": ""}\n' * 1_500)
         sending.stdin.flush()
-        assert json.loads(sending.stdout.readline())["line"] == 1  # what is told is sent, and that a thousand at a time
+        assert json.loads(sending.stdout.readline())["line"] == 1  # Each report follows a send, a thousand lines at a time.
         sending.send_signal(signal.SIGINT)
         _, notices = sending.communicate(timeout=20)
     assert notices == b"1,000 sent, 0 bad; lines from 1,001 on may not be sent\n"
@@ -186,7 +186,7 @@ def test_ctrl_c_while_it_sends_says_up_to_which_line_it_came(redis_url: str) -> 
 
 
 @pytest.mark.parametrize("away", AWAY, ids=str)
-def test_a_server_that_is_away_is_7_in_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
+def test_an_outage_exits_with_7_and_one_line_and_soon(evalstore: Evalstore, tmp_path: Path, away: str) -> None:
     file = lines(tmp_path / "events.jsonl", event("started"))
     database_alone: list[list[str | Path]] = [["migrate"], ["get", "e"]]
     needs = database_alone if away == "EVALSTORE_DATABASE_URL" else [["send", file]]
@@ -223,7 +223,7 @@ def test_what_is_not_ready_says_why_in_the_servers_words(
     url = {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}[variable]
     wrong = changed[1].join(url.rsplit(changed[0], 1)) if changed[0] != "://" else re.sub("://([^@]*@)?", changed[1], url)
     done = evalstore("health", "--ready", "-o", "json", **{variable: wrong})
-    assert done.returncode == (1 if server == "postgresql" else 7)  # a mistake in settings, or a server that refuses
+    assert done.returncode == (1 if server == "postgresql" else 7)  # Wrong settings, or a refusing server.
     states = {row["server"]: row["state"] for row in json.loads(done.stdout)}
     assert said in states[server]
 
@@ -302,7 +302,7 @@ def test_sending_gives_the_ids_it_filled_in_for_an_audit(evalstore: Evalstore, t
 # ---- get
 
 
-def test_getting_what_is_not_there_is_3(evalstore: Evalstore, database_url: str) -> None:
+def test_get_of_an_unknown_evaluation_exits_with_3(evalstore: Evalstore, database_url: str) -> None:
     store(database_url, event("started"))
     for arguments in (["none"], ["e", "--output"], ["a/b"], ["x\x1b[31m"], [b"\xff".decode(errors="surrogateescape")]):
         done = evalstore("get", *arguments)
@@ -427,7 +427,7 @@ def test_audit_tells_applied_in_flight_dead_and_missing(
     applied, kept, waiting, delayed, dying, missing = (event("started", name) for name in ("a", "b", "c", "d", "e", "f"))
     store(database_url, applied)
     bury(database_url, kept)
-    bury(database_url, applied)  # what another body of it died of changes nothing
+    bury(database_url, applied)  # A dead letter with another body of the event changes nothing.
     with redis.Redis.from_url(redis_url) as client:
         client.hset(keys.bodies, "1", message(waiting))
         client.hset(keys.bodies, "2", b"rubbish")
@@ -435,7 +435,7 @@ def test_audit_tells_applied_in_flight_dead_and_missing(
         client.hset(keys.stock_delayed_bodies, "4", message(delayed))
         client.hset(keys.dead_bodies, "5", message(dying))
     everything = [applied, kept, waiting, delayed, dying, missing]
-    other = {**applied, "eval_id": "z"}  # the same event_id of another evaluation is another event
+    other = {**applied, "eval_id": "z"}  # The same event_id in another evaluation is another event.
     file = lines(tmp_path / "all.jsonl", *everything, applied, other)
     done = evalstore("audit", file, "-o", "json")
     assert done.returncode == 1
@@ -496,7 +496,7 @@ def test_output_that_cannot_be_written_is_told_in_a_line(
         done = subprocess.run(["sh", "-c", shell], env=environment, cwd=ROOT, capture_output=True, timeout=60, check=False)
         told = done.stderr.decode().splitlines()
         assert "Traceback" not in done.stderr.decode(), command
-        if says and command != "keys list":  # of which there is nothing to print
+        if says and command != "keys list":  # There is nothing to print for it.
             assert (done.returncode, told[-1]) == (1, f"standard output: {says}"), command
 
 

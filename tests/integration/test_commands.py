@@ -35,7 +35,7 @@ def shown(begin: Sequence[str], folder: Path) -> tuple[int, str, list[object]]:
     return done.returncode, done.stderr, json.loads(done.stdout)
 
 
-def test_it_has_its_own_arguments_environment_folder_and_streams(tmp_path: Path) -> None:
+def test_a_command_has_its_own_arguments_environment_folder_and_streams(tmp_path: Path) -> None:
     status, notice, told = shown(python(), tmp_path)
     assert told.pop() is True
     plain_status, plain_notice, plain_told = shown([sys.executable], tmp_path)
@@ -44,7 +44,7 @@ def test_it_has_its_own_arguments_environment_folder_and_streams(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 5), (signal.SIGKILL, -9)])
-def test_a_signal_reaches_it_and_it_never_outlives_who_asked(
+def test_a_signal_reaches_the_command_which_never_outlives_its_caller(
     tmp_path: Path, number: signal.Signals, status: int, eventually: Callable[..., None]
 ) -> None:
     at = tmp_path / "pid"
@@ -55,6 +55,6 @@ def test_a_signal_reaches_it_and_it_never_outlives_who_asked(
     eventually(lambda: not Path("/proc", at.read_text()).exists(), what="its end")
 
 
-def test_how_it_was_killed_is_told() -> None:
+def test_the_exit_status_shows_the_killing_signal() -> None:
     done = subprocess.run([*python(), "-c", "import os; os.kill(os.getpid(), 9)"], check=False)
     assert done.returncode == -signal.SIGKILL

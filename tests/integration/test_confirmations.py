@@ -94,7 +94,7 @@ def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(
     background = Background(connections, broker, broker.lua, broker.metrics, turn_s=0)
     background.start()
     background.wake()
-    # Each time it looks by itself, after 5 s, it would have one turn.
+    # Polling every 5 s would give it one turn.
     eventually(lambda: pending(conn) == 0, within_s=15, what="the next turns")
 
     background.stop()
@@ -230,7 +230,7 @@ def test_what_a_server_lost_is_given_to_it_again_before_anything_newer(conn: Con
     for number in (2, 3):
         store(conn, "a", number)
         confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters)
-    # As after a failover to a replica that had not come further.
+    # As after a failover to a replica that lagged.
     broker.client.delete(STREAM)
     broker.client.xadd(STREAM, kept[1], id=kept[0])
     store(conn, "a", 4)
@@ -266,9 +266,9 @@ def test_a_service_goes_on_where_it_was_and_sees_no_repeats(conn: Connection, br
     reading = iter(Confirmations("service", client=broker.client, idle_s=1))
     assert next(reading)["version"] == 1
     assert next(reading)["version"] == 2
-    del reading  # dies while it handles the second
+    del reading  # The reader dies while it handles the second confirmation.
 
-    broker.client.xadd(STREAM, entries(broker)[0][1])  # the first once more, late
+    broker.client.xadd(STREAM, entries(broker)[0][1])  # A late repeat of the first confirmation.
     assert versions(read(broker.client, "service")) == [("a", 2), ("a", 3)]
     assert read(broker.client, "service") == []
     assert versions(read(broker.client, "another"))[:3] == [("a", 1), ("a", 2), ("a", 3)]

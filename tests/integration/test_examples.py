@@ -316,7 +316,7 @@ def test_the_demo_brings_up_everything_stores_everything_and_takes_everything_do
         int(re.findall(rf"bytes of content in the {place} +([\d,]+)", shown.stdout)[0].replace(",", ""))
         for place in ("object store", "archive")
     )
-    assert (stored, archived > 500_000) == (0, True)  # what the traced programs wrote
+    assert (stored, archived > 500_000) == (0, True)  # The output of the traced programs.
     assert processes.remains(folder) == []
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 LINE = '    score: Annotated[Number | None, "what a grader gave"] = None\n'
 NEW_LINE = '    tokens: Annotated[Int64 | None, "the tokens it took"] = None\n'
 
-# Runs in a copy of the source that has the new line.
+# Runs in a copy of the source with the new field.
 USES_THE_FIELD = """
 import json, sys
 from evalstore.api.schemas import SCHEMAS

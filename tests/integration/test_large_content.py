@@ -92,7 +92,7 @@ def test_100_mib_come_back_byte_for_byte_and_are_in_nobodys_memory(
     data = block * (MAX_CONTENT_BYTES // len(block))
     assert len(data) == MAX_CONTENT_BYTES
     ended = {"type": "evaluation:completed", "exit_code": 0}
-    for number in range(20):  # so that all is loaded that a worker needs for it
+    for number in range(20):  # Load everything that a worker needs first.
         store_evaluation.send(ended | {"eval_id": f"small-{number}", "output": f"{number}" * 70_000})
     eventually(lambda: stored(database_url) == 20, within_s=60)
     before = memory(worker)

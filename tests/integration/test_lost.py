@@ -47,7 +47,7 @@ def status(conn: Connection) -> str:
     ],
     ids=["running beyond its timeout", "running without one", "queued"],
 )
-def test_it_is_given_up_when_it_is_overdue_and_not_before(
+def test_an_evaluation_is_lost_once_it_is_stalled_and_not_before(
     conn: Connection, broker: Broker, kind: str, fields: dict[str, Any], limit_s: float
 ) -> None:
     stored(conn, event(kind, **fields), recorded_s_ago=limit_s - 5)
@@ -59,14 +59,14 @@ def test_it_is_given_up_when_it_is_overdue_and_not_before(
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
 
 
-def test_a_sign_of_life_puts_it_off(conn: Connection, broker: Broker) -> None:
+def test_a_started_event_postpones_lost(conn: Connection, broker: Broker) -> None:
     stored(conn, event("started", timeout_s=30), recorded_s_ago=1000)
     event_store.store(conn, [parse(event("started"))])
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 0}
 
 
-def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker) -> None:
+def test_two_processes_make_the_same_lost_event(conn: Connection, broker: Broker) -> None:
     from evalstore.storage import stalled  # noqa: PLC0415
 
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
@@ -78,7 +78,7 @@ def test_two_who_judge_the_same_make_one_event(conn: Connection, broker: Broker)
     assert event_store.store(conn, second).outcomes == ["duplicate"]
 
 
-def test_one_whose_start_lies_in_the_future_is_given_up_too(conn: Connection, broker: Broker) -> None:
+def test_an_evaluation_that_started_in_the_future_is_lost_too(conn: Connection, broker: Broker) -> None:
     stored(conn, event("started", timeout_s=1, occurred_at="2999-01-01T00:00:00Z"), recorded_s_ago=1000)
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
@@ -96,7 +96,9 @@ def test_a_time_limit_below_zero_is_one_of_zero(conn: Connection, broker: Broker
 @pytest.mark.parametrize(
     "odd", [{"timeout_s": 1e300}, {"timeout_s": 1, "occurred_at": "9999-12-31T23:59:59.999999Z"}], ids=["no end", "no later"]
 )
-def test_one_that_can_never_be_given_up_keeps_no_other_from_it(conn: Connection, broker: Broker, odd: dict[str, Any]) -> None:
+def test_an_evaluation_that_can_never_be_lost_does_not_block_others(
+    conn: Connection, broker: Broker, odd: dict[str, Any]
+) -> None:
     stored(conn, event("started", eval_id="odd", **odd), event("started", timeout_s=1), recorded_s_ago=1000)
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
@@ -104,7 +106,7 @@ def test_one_that_can_never_be_given_up_keeps_no_other_from_it(conn: Connection,
 
 
 @pytest.mark.parametrize("kind", ["completed", "started"])
-def test_what_comes_after_all_counts(conn: Connection, broker: Broker, kind: str) -> None:
+def test_a_result_after_lost_counts(conn: Connection, broker: Broker, kind: str) -> None:
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
     lost.run_once(conn, broker, LIMITS, broker.metrics)
 
@@ -132,16 +134,14 @@ def test_nothing_is_given_up_while_its_result_may_be_waiting(conn: Connection, b
     assert status(conn) == "running"
 
 
-def test_thousands_of_overdue_ones_are_given_up_in_one_run_or_as_many_as_its_turn_allows(
-    conn: Connection, broker: Broker
-) -> None:
+def test_one_run_marks_thousands_of_stalled_evaluations_within_its_time(conn: Connection, broker: Broker) -> None:
     for start in range(0, 3000, 1000):
         event_store.store(conn, [parse(event("started", eval_id=f"e{n}", timeout_s=1)) for n in range(start, start + 1000)])
     stored(conn, recorded_s_ago=1000)
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics, go_on=lambda: False) == {"lost": 1000, "more": 1}
     counted = "evalstore_events_total", "applied", "evaluation:lost"
-    assert broker.metrics.counters.get(*counted) == 1000  # also where the next thousand ends in an outage
+    assert broker.metrics.counters.get(*counted) == 1000  # Also if the next thousand fail in an outage.
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 2000}
     assert broker.metrics.counters.get(*counted) == 3000
 
@@ -162,7 +162,7 @@ def test_how_old_the_oldest_message_is_is_told_alike_to_operators_and_to_who_giv
     put("dead-letter:1", f'{{"args": [], "message_timestamp": {sent_ms}}}')
     assert ages() == [0, 60]
     client.delete(keys.queue)
-    # From a gateway that writes its fields in an order of its own, and the event last.
+    # Another gateway may write fields in another order, with the event last.
     put("of another language", f'{{"message_timestamp" : {sent_ms}, "args": ["{"x" * 1000}"]}}')
     put("younger", f'{{"args": [], "message_timestamp": {int(time.time() * 1000)}}}')
     assert ages() == [60, 60]

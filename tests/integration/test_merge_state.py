@@ -25,8 +25,8 @@ Eventually = Callable[..., None]
 
 @pytest.fixture(params=["few", "many"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are written in another way than many are."""
-    monkeypatch.setattr(event_writer, "_FEW", 64 if request.param == "few" else 0)
+    """Few events take PipelineWriter, many take CopyWriter."""
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.integration.watched import seen as read
 
 Start = Callable[..., Watched]
 Eventually = Callable[..., None]
-# As `uvicorn --workers 2` does, at the port that the test knows.
+# Like `uvicorn --workers 2`, at a port that the test knows.
 TWO_SERVICES = """
 import os, uvicorn
 if __name__ == "__main__":
@@ -99,7 +99,7 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
 
     send(redis_url, *(queued(number) for number in range(200)))
     worker.until(lambda seen: seen(EVENTS, outcome="applied", type="evaluation:queued") == 200, **settled)
-    send(redis_url, *(queued(number) for number in range(7)))  # once more
+    send(redis_url, *(queued(number) for number in range(7)))  # Repeats.
     send(redis_url, queued(3, code="another-code"), *(queued(number, surprise=1, eval_id="") for number in range(36)))
     send(redis_url, ended(1, 1, type="evaluation:completed", exit_code=0), ended(1, 2, type="evaluation:failed", error="no"))
 
@@ -123,7 +123,8 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     seen = worker.until(is_counted, **settled)
     assert seen("evalstore_event_latency_seconds_count", since="occurred") == pytest.approx(202)
     assert seen("evalstore_event_latency_seconds_count", since="sent") == pytest.approx(202)
-    assert (seen("evalstore_event_latency_seconds_bucket", since="occurred", le="86400.0") or 0) == 0  # it was in January
+    # The event occurred in January.
+    assert (seen("evalstore_event_latency_seconds_bucket", since="occurred", le="86400.0") or 0) == 0
     assert (seen("evalstore_event_latency_seconds_bucket", since="sent", le="60.0") or 0) == pytest.approx(202)
     assert seen("evalstore_batch_events_sum") == 200 + 7 + 37 + 2
     phases = ("decode", "connect", "write", "commit", "acknowledge")
@@ -132,9 +133,9 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
 
     (endpoint := worker.endpoint).kill()
     endpoint.wait()
-    worker.until(is_counted, **settled)  # another one answers, beside the same processes
+    worker.until(is_counted, **settled)  # Another process answers for the group.
     assert "the metrics endpoint exited" in worker.log.read_text()
-    worker.workers[0].send_signal(SIGKILL)  # Dramatiq's master ends all of them then, and a supervisor starts it again
+    worker.workers[0].send_signal(SIGKILL)  # Dramatiq's master then ends all workers, and a supervisor restarts it.
     eventually(lambda: worker.process and worker.process.poll() is not None, within_s=30, what="the end of the worker")
     worker.start()
     worker.until(is_counted, **settled)
@@ -149,11 +150,11 @@ def test_what_was_done_is_what_is_counted_after_restarts_too(
     assert seen("evalstore_queue_messages", queue="evaluations", state="ready") == 5
     assert 0 < (seen("evalstore_queue_oldest_age_seconds", queue="evaluations") or 0) < 60
     assert seen("evalstore_queue_messages", queue="evaluations", state="dead") == 40
-    assert (seen("evalstore_queue_messages", queue="jobs", state="ready") or 0) >= 3  # the scheduler's own
+    assert (seen("evalstore_queue_messages", queue="jobs", state="ready") or 0) >= 3  # Messages of the scheduler.
     worker.start()
     worker.until(lambda seen: seen(EVENTS, outcome="applied", type="evaluation:queued") == 205, **settled)
     redriven = evalstore("dlq", "redrive", "--error-class", "InvalidEvent", "--yes", "--reason", "to see", **servers)
-    assert redriven.returncode == 1, redriven.stderr  # all died again
+    assert redriven.returncode == 1, redriven.stderr  # All died again.
     seen = worker.until(lambda seen: seen("evalstore_redriven_letters_total", outcome="died") == 39, **settled)
     assert seen("evalstore_redrives_running") == 0
     seen = worker.until(lambda seen: seen.total("evalstore_job_runs_total", outcome="ok") >= 3, **settled)
@@ -201,7 +202,7 @@ def test_a_server_that_is_stopped_or_frozen_shows_and_nothing_else_does(
             assert seen("evalstore_server_up", server=still) == 1
             assert seen.seconds < 5
             held = {"redis": "evalstore_consumers", "postgresql": "evalstore_confirmations_pending"}
-            assert seen.total(held[still]) == {"redis": 4, "postgresql": 0}[still]  # two processes, two queues
+            assert seen.total(held[still]) == {"redis": 4, "postgresql": 0}[still]  # Two processes and two queues.
             assert held[name] not in seen.types
         assert evalstore("health", "--ready", **servers).returncode == 7
 
@@ -219,14 +220,14 @@ def test_a_server_that_is_stopped_or_frozen_shows_and_nothing_else_does(
 
     frozen_at = time.monotonic()
     postgres_server.freeze()
-    send(valkey_server.url(), queued(3))  # so that somebody waits with something in hand
+    send(valkey_server.url(), queued(3))  # So that a thread waits with messages in flight.
     with redis.Redis.from_url(valkey_server.url()) as client:
         eventually(lambda: client.llen("dramatiq:evaluations") == 0, what="that the event is taken")
     valkey_server.freeze()
     try:
         send_later = queued(2)
         while time.monotonic() < frozen_at + 35:
-            time.sleep(1)  # nothing may change
+            time.sleep(1)  # Nothing may change.
             assert [one.health("live") for one in both] == [200, 200]
             assert evalstore("health", "--live", EVALSTORE_RUNTIME_DIR=worker.env["EVALSTORE_RUNTIME_DIR"]).returncode == 0
         assert [one.health("ready") for one in both] == [503, 503]
@@ -251,7 +252,7 @@ def test_what_is_stuck_shows_within_half_a_minute(
     health = evalstore("health", "--live", **runtime)
     assert health.returncode == 0
     assert scheduler.process
-    assert f" {scheduler.process.pid} " in health.stdout  # as `kill` takes it
+    assert f" {scheduler.process.pid} " in health.stdout  # In the form that `kill` accepts.
 
     frozen, minute = [worker.workers[0], scheduler.process], time.time() // 60
     for process in frozen:
@@ -266,7 +267,7 @@ def test_what_is_stuck_shows_within_half_a_minute(
     eventually(lambda: time.time() // 60 > minute, within_s=61, what="the time of a tick, which it sleeps through")
     for process in frozen:
         process.send_signal(SIGCONT)
-    # At once, or a minute later where it was frozen before it had set its alarm for that tick.
+    # At once, or a minute later if it was frozen before it set its alarm.
     eventually(lambda: scheduler.log.read_text().count("Scheduling") > scheduled, within_s=70, what="that tick, late")
     for one in (worker, scheduler):
         eventually(lambda one=one: one.health("live") == 200, within_s=20, what="that it goes on")
@@ -309,7 +310,7 @@ def test_the_services_processes_count_together(start_api: Callable[..., Any], ev
     for status in ("completed", "failed"):
         body = {"status": status, "exit_code": 0} if status == "completed" else {"status": status, "error": "no"}
         assert api.both.put("/storage/evaluations/e1", json=body).status_code == 200
-    for _ in range(30):  # each over a connection of its own, which goes to either process
+    for _ in range(30):  # Each connection may reach either process.
         with api.client("both-key-0001") as client:
             assert client.get("/storage/evaluations/e2").status_code == 200
     assert api.nobody.get("/storage/evaluations/e2").status_code == 401

@@ -86,7 +86,7 @@ def test_several_processes_may_migrate_at_once(empty_database_url: str) -> None:
         done = list(threads.map(lambda _: evalstore("migrate", url=empty_database_url), range(4)))
     assert [process.returncode for process in done] == [0] * 4, [process.stderr for process in done]
     head = revisions()[-1]
-    assert sorted(process.stderr.splitlines()[-1] for process in done) == [  # before that, some may say that they wait
+    assert sorted(process.stderr.splitlines()[-1] for process in done) == [  # Earlier lines may report waiting.
         *[f"the schema is already at {head}"] * 3,
         f"the schema was migrated from nothing to {head}",
     ]
@@ -131,7 +131,7 @@ def test_the_check_says_what_to_do_and_changes_nothing(engine: Engine, empty_dat
 def test_the_revisions_can_be_applied_one_after_another(empty_database_url: str) -> None:
     from alembic import command  # noqa: PLC0415 - only here
 
-    assert [*migrations.revisions()] == revisions()  # as their files are called
+    assert [*migrations.revisions()] == revisions()  # By file name.
     for revision in revisions():
         made = database.engine(empty_database_url)
         with made.begin() as conn:
@@ -223,7 +223,7 @@ def test_an_installation_that_shares_a_version_table_moves_to_its_own(
     told: list[str] = []
     assert migrations.upgrade(empty_database_url, told.append) == ("0008", revisions()[-1])
     assert run("SELECT version_num FROM evalstore_schema_version", empty_database_url) == [(revisions()[-1],)]
-    # Processes of the release before read it.
+    # Processes of the previous release read it.
     assert run("SELECT version_num FROM alembic_version ORDER BY 1", empty_database_url) == [
         ("0008",),
         *((one,) for one in theirs),

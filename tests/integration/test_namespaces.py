@@ -95,7 +95,7 @@ def heard(client: redis.Redis) -> Iterator[list[tuple[str, str]]]:
         yield found
         while (message := listening.get_message(timeout=2)) is not None:
             channel, data = message["channel"].decode(), message["data"]
-            if "storage:" in channel:  # others use other databases of this server
+            if "storage:" in channel:  # Other tests use other databases of this server.
                 found.append((channel, json.loads(data)["eval_id"]))
 
 

@@ -82,12 +82,12 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 @pytest.mark.parametrize("content", [SMALL, PARTS], ids=["small", "in parts"])
-def test_what_goes_wrong_once_is_done_again(store: S3Store, relay: S3Relay, content: bytes, fault: Fault) -> None:
+def test_a_request_that_fails_once_is_repeated(store: S3Store, relay: S3Relay, content: bytes, fault: Fault) -> None:
     for which in (is_upload, is_read, is_end_of_parts):
         relay.fail(which, fault, times=1)
     try:
         reference, _ = object_store.put(store, content)
-    except ObjectStoreOutage:  # the end of the parts was answered twice, the first answer lost: the step is to be repeated
+    except ObjectStoreOutage:  # The server completed the upload, and the first answer was lost: repeat the step.
         assert fault.action in {"lose the answer", "hold"}
         reference, _ = object_store.put(store, content)
     relay.fail(is_read, fault, times=1)

@@ -54,7 +54,7 @@ def test_an_object_whose_deletion_a_crash_cut_short_is_there_again_after_the_lef
     assert b"".join(object_store.read(store, reference)) == SMALL
 
 
-def test_one_that_is_too_young_to_be_deleted_is_not_even_moved(tmp_path: Path) -> None:
+def test_an_object_too_new_to_be_deleted_is_not_moved(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "objects")
     reference, _ = object_store.put(store, SMALL)
     before = store._path(reference.key).stat().st_ctime_ns
@@ -77,7 +77,7 @@ def test_an_object_that_is_put_aside_and_back_is_never_missing(tmp_path: Path) -
         reading = pool.submit(read_on)
         for _ in range(500):
             aside = tmp_path / f"objects/tmp/{reference.key}.{os.urandom(8).hex()}"
-            path.rename(aside)  # as `delete` does with one that is touched at this moment
+            path.rename(aside)  # As `delete` does with an object that is touched at this moment.
             store._restore(aside)
             was_read.clear()
             while not was_read.wait(0.1) and not reading.done():
@@ -97,7 +97,7 @@ def test_of_an_object_restore_and_one_stored_anew_meanwhile_the_newer_stays(tmp_
     os.utime(path, (0, 0))
     path.rename(aside)
     now = datetime.now(UTC)
-    assert store.orphans(now - LATER, remove=True) == []  # a moment ago: whoever did that is at work
+    assert store.orphans(now - LATER, remove=True) == []  # The file is recent, so its writer may still be working.
     assert object_store.put(store, SMALL, touch_before=now - LATER).new
     store._restore(aside)
     assert object_store.head(store, reference).modified_at >= now - LATER

@@ -190,7 +190,7 @@ def test_damage_is_told_before_a_byte_of_that_frame_leaves_and_repaired_when_ask
         object_store.verify(place.store, reference)
     with pytest.raises(ObjectDamaged):
         list(object_store.read_range(place.store, reference, at, at + 1))
-    if len(content) > FRAME_BYTES:  # the other frames are as good as before
+    if len(content) > FRAME_BYTES:  # The other frames are undamaged.
         assert (
             b"".join(object_store.read_range(place.store, reference, 2 * FRAME_BYTES, len(content)))
             == content[2 * FRAME_BYTES :]
@@ -222,7 +222,7 @@ def test_an_old_object_is_made_young_by_a_touch_and_by_a_put_that_finds_it(
     begun = object_store.head(store, reference).modified_at
 
     def younger_after(act: Callable[[], object], than: datetime) -> None:
-        def is_so() -> bool:  # S3 tells the second only
+        def is_so() -> bool:  # S3 reports times in seconds.
             act()
             return object_store.head(store, reference).modified_at > than
 

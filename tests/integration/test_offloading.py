@@ -125,7 +125,7 @@ def test_identical_content_is_uploaded_once_and_made_young_again(
         sends_with(object_store_url=s3_url, s3_endpoint_url=relay.endpoint)
         store_evaluations([event | {"eval_id": f"e{number}"} for number in range(5)])
         store_evaluation.send(event)
-        # Threads of the first send may not have known of each other; the server took it once even so.
+        # Threads of the first send may have uploaded at once. The server still stored the object once.
         assert len([one for one in relay.seen if one.method == "PUT"]) <= 4
         seen = len(relay.seen)
         store_evaluation.send(event)
@@ -188,7 +188,7 @@ def test_with_the_object_store_away_small_content_goes_inline_and_large_content_
             sends_with(object_store_url=request.getfixturevalue("s3_url"), s3_endpoint_url=relay.endpoint)
             _goes_inline_and_is_told(client)
         sends_with(s3_endpoint_url=server.endpoint)
-    broker.cache_clear()  # a new broker does not wait until the store is tried again
+    broker.cache_clear()  # A new broker does not wait before it tries the store.
     store_evaluation.send(FAILED | {"error": "x" * MIB})
     assert "error_ref" in sent(client)[-1]
 
@@ -199,7 +199,7 @@ def _goes_inline_and_is_told(client: redis.Redis) -> None:
         store_evaluations([FAILED | {"error": "x" * (MIB + 1)}])
     assert time.monotonic() - began < 30
     assert client.dbsize() == 0
-    store_evaluation.send(FAILED | {"error": "x" * MIB})  # at once: it was away a moment ago
+    store_evaluation.send(FAILED | {"error": "x" * MIB})  # Fails at once, because the store was unavailable a moment ago.
     assert time.monotonic() - began < 32
     assert [len(event["error"]) for event in sent(client)] == [MIB]
 

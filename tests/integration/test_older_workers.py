@@ -20,8 +20,8 @@ Json = dict[str, Any]
 
 @pytest.fixture(params=["few", "many"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are written in another way than many are."""
-    monkeypatch.setattr(event_writer, "_FEW", 64 if request.param == "few" else 0)
+    """Few events take PipelineWriter, many take CopyWriter."""
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_an_event_that_an_older_worker_stored_is_a_duplicate_and_with_another_va
 def test_a_field_that_an_older_worker_kept_and_no_column_can_hold_stays_in_extra(
     engine: Engine, plain: psycopg.Connection[Json]
 ) -> None:
-    extra = '{"run_id":"a b","score":0.5}'  # no run_id, and no field of its type
+    extra = '{"run_id":"a b","score":0.5}'  # An invalid run_id, and a field that this type does not have.
     store(engine, [event("queued", 1)])
     plain.execute("UPDATE evaluation_events SET extra = %s", [extra])
     plain.execute("UPDATE evaluations SET merge_state = NULL, merge_version = NULL")

@@ -158,7 +158,7 @@ def test_an_outage_costs_nothing_but_time(
     assert rows(database, "SELECT count(*) FROM dead_letters") == [(0,)]
     assert broker.counts(QUEUE)["dead"] == 0
     log = (tmp_path / "worker.log").read_text()
-    assert log.count("until it is over") <= 6, log  # for each batch that is held and the background, once
+    assert log.count("until it is over") <= 6, log  # Once for each batch that waits and for the background thread.
     assert worker.poll() is None
 
 
@@ -221,7 +221,7 @@ def test_one_message_that_fails_each_time_dies_alone(
     )
 
 
-# The server process ends as if the kernel had run out of memory over it, and PostgreSQL starts all of them anew.
+# The server process ends as after an out-of-memory kill, and PostgreSQL restarts all processes.
 CRASHES = "COPY (SELECT 1) TO PROGRAM 'kill -KILL $PPID'"
 
 
@@ -251,7 +251,7 @@ def test_a_lock_that_somebody_keeps_holds_up_only_the_events_that_need_it(
 
         send(broker, *(event(f"e{n}") for n in range(200)), event("held"), *(event(f"e{n}") for n in range(200, 400)))
         eventually(lambda: stored(database) == 401, within_s=10, what="the others are stored once the wait is over")
-        # And from now on without any wait.
+        # From now on without waiting.
         send(broker, *(event(f"f{n}") for n in range(100)), event("held", "cancelled"), *(event(f"g{n}") for n in range(100)))
         eventually(lambda: stored(database) == 601, within_s=3, what="the others are stored at once")
         eventually(lambda: broker.counts(QUEUE)["delayed"] == 2, within_s=5)
@@ -286,7 +286,7 @@ def test_the_breaker_opens_when_most_turns_bad_and_closes_when_one_is_stored(
 
     start(EVALSTORE_BATCH_EVENTS="200", EVALSTORE_BREAKER_MESSAGES="100", EVALSTORE_BREAKER_PROBE_S="1")
 
-    # It opened, and the messages tried since were bad.
+    # The breaker opened, and the messages tried since were bad.
     eventually(lambda: (tmp_path / "worker.log").read_text().count("the breaker is open") >= 3, within_s=30)
     assert rows(database, "SELECT count(*) < 20 FROM dead_letters") == [(True,)]
     assert broker.counts(QUEUE)["ready"] > 1000

@@ -166,7 +166,7 @@ def test_content_that_moves_while_it_is_read_is_read_on_from_there(engine: Engin
         plain.execute(archived)
         got += pieces
         assert b"".join(got) == LARGE
-        # As found before it moved, and back again while it is not there any more.
+        # Looked up before the move. Then moved back and forth.
         assert b"".join(content_reader.read(engine.connect, stores, inline, 7, FRAME_BYTES + 9)) == LARGE[7 : FRAME_BYTES + 9]
         stores["objects"].delete(referring.reference.key)
         plain.execute("UPDATE contents SET store = NULL, encoding = NULL, data = %s WHERE kind = 'output'", [LARGE])
@@ -176,7 +176,7 @@ def test_content_that_moves_while_it_is_read_is_read_on_from_there(engine: Engin
             list(content_reader.read(engine.connect, stores, referring))
 
 
-def test_damage_in_the_database_is_told_too(engine: Engine, stores: Stores, database_url: str) -> None:
+def test_damaged_content_in_the_database_is_reported_too(engine: Engine, stores: Stores, database_url: str) -> None:
     store(engine, "e", output="x" * 5_000_000)
     with psycopg.connect(database_url) as plain:
         plain.execute("UPDATE contents SET data = overlay(data PLACING 'y' FROM 2500000)")
@@ -202,5 +202,5 @@ def test_while_the_object_store_is_away_records_are_shown_without_what_is_there(
     assert (said.returncode, json.loads(said.stdout)["error_size"]) == (0, len(SMALL))
     assert b"shown without" in said.stderr
     assert get(given, "objects", "--error").returncode == 7
-    (tmp_path / "away").rename(tmp_path / "objects")  # and no cache keeps what was shown without
+    (tmp_path / "away").rename(tmp_path / "objects")  # No cache keeps the record without its content.
     eventually(lambda: api.read.get(f"{E}/objects").json()["error"] == SMALL.decode(), within_s=20)

@@ -106,7 +106,7 @@ def test_two_operators_at_once_send_each_message_once(world: World, operator: Op
     assert sum(one["sent"] for one in operator.rows("SELECT sent FROM redrives")) == 300
 
 
-def test_who_claims_second_waits_and_finds_nothing_left(world: World, operator: Operator, engine: Engine) -> None:
+def test_the_second_redrive_waits_and_finds_no_letters_to_claim(world: World, operator: Operator, engine: Engine) -> None:
     bury(engine, world, 5)
     second: list[Future[tuple[UUID | None, int]]] = []
     waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -132,7 +132,7 @@ def test_a_letter_that_a_worker_sent_and_died_before_it_said_so_was_redriven_onc
     bury(engine, world, 1)
     with engine.connect() as conn:
         dead_letters.redrive(conn, Selection(), Intent("redrive", "ada", None, {}), Pace())
-        for _ in range(2):  # told twice
+        for _ in range(2):  # The same outcome twice.
             redrives.stored(conn, [operator.letters()[0]["id"]])
     (letter,) = operator.letters()
     assert (letter["state"], letter["redrives"]) == ("stored", 1)
@@ -191,7 +191,7 @@ def sent_and_killed(engine: Engine, broker: Broker) -> UUID:
 
 
 @pytest.mark.parametrize("moved", ["before", "after"])
-def test_what_died_again_since_it_was_sent_is_not_sent_again_either(
+def test_a_letter_that_died_again_after_it_was_sent_is_not_sent_twice(
     world: World, operator: Operator, engine: Engine, broker: Broker, moved: str
 ) -> None:
     bury(engine, world, 3)
@@ -244,7 +244,7 @@ def test_a_redrive_whose_job_redis_lost_is_asked_for_again(
     world: World, operator: Operator, engine: Engine, broker: Broker
 ) -> None:
     bury(engine, world, 10)
-    with engine.connect() as conn:  # an operator's terminal that dies right here
+    with engine.connect() as conn:  # The operator's terminal dies here.
         dead_letters.redrive(conn, Selection(), Intent("redrive", "ada", None, {}), Pace())
         for asked in (1, 1):
             assert work.sweep(conn, broker, Settings().max_content_bytes)["redrives"] == asked
@@ -286,7 +286,7 @@ def test_ctrl_c_detaches_and_the_redrive_goes_on(world: World, operator: Operato
     running = operator.start("redrive", "--all", "--yes", start_new_session=True)
     assert running.stderr
     assert running.stderr.readline().startswith("redrive ")
-    with psycopg.connect(world.database_url) as conn:  # it comes while a query is under way
+    with psycopg.connect(world.database_url) as conn:  # The interrupt comes during a query.
         conn.execute("LOCK TABLE redrives")
         waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         wait_until(lambda: operator.rows(waits)[0]["count"] == 1, what="it waits for PostgreSQL")

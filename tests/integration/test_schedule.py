@@ -47,7 +47,7 @@ def test_a_job_is_sent_once_for_a_tick_however_many_schedule_it(broker: Broker, 
 
     for copy in (broker, another):
         Scheduler(jobs(copy)).send_actors(jobs(copy), NOON)
-        Scheduler(jobs(copy)).send_actors(jobs(copy), NOON.add(seconds=40))  # restarted within the minute
+        Scheduler(jobs(copy)).send_actors(jobs(copy), NOON.add(seconds=40))  # A restart within the same minute.
     assert broker.counts(QUEUE)["ready"] == len(JOBS)
 
     Scheduler(jobs(broker)).send_actors(jobs(broker), NOON.add(minutes=1))
@@ -123,7 +123,7 @@ def test_a_job_that_an_outage_stops_is_left_to_its_next_tick(broker: Broker, eve
 
 
 def test_a_job_that_can_never_run_is_a_dead_letter(broker: Broker, eventually: Callable[..., None]) -> None:
-    broker.actors[ACTOR].send()  # names no redrive
+    broker.actors[ACTOR].send()  # The message names no redrive.
     worker = dramatiq.Worker(broker, worker_threads=1)
     worker.start()
     try:

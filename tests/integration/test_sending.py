@@ -222,7 +222,7 @@ def test_what_a_bulk_sends_is_what_its_messages_say(client: redis.Redis) -> None
     assert {body["args"][0]["occurred_at"] for body in bodies[2:5]} == {AT, "2026-01-31T09:30:00Z"}
 
 
-def test_of_what_is_sent_on_each_message_is_queued_once_wherever_it_stands(client: redis.Redis) -> None:
+def test_a_message_sent_again_is_queued_once_wherever_it_is(client: redis.Redis) -> None:
     def pairs(*numbers: int) -> list[str | bytes]:
         return [part for number in numbers for part in (f"id-{number}", b"%d" % number * (2_000_000 if number == 5 else 1))]
 
@@ -264,7 +264,7 @@ def test_sending_while_redis_is_away_is_an_outage_and_told_soon(valkey_server: V
             with pytest.raises(RedisOutage):
                 send()
             assert time.monotonic() - began < 10
-        with pytest.raises(InvalidEvent):  # said without asking Redis
+        with pytest.raises(InvalidEvent):  # Raised without a request to Redis.
             store_evaluation.send({**QUEUED, "eval_id": ""})
         valkey_server.start()
         store_evaluation.send(QUEUED)
@@ -388,7 +388,7 @@ def test_100_mib_inline_come_back_byte_for_byte(
 ) -> None:
     data = b"".join(hashlib.sha256(bytes([number])).digest() for number in range(256)) * (MAX_CONTENT_BYTES // 8192)
     assert len(data) == MAX_CONTENT_BYTES
-    # As a sender without an object store of ours, which would refuse it.
+    # A sender without our object store, whose check would refuse it.
     both = {name: base64.b64encode(value).decode() for name, value in (("output_b64", bytes(len(data))), ("error_b64", data))}
     put(client, message({"type": "evaluation:completed", "eval_id": "large", "exit_code": 0, **both}))
     eventually(lambda: version(engine, "large") == 1, what="100 MiB twice stored", within_s=120)
@@ -504,7 +504,7 @@ def test_messages_that_can_never_be_stored_die_with_their_cause_and_hold_up_no_o
     good = {"type": "evaluation:started", "eval_id": "good"}
     put(client, message({**good, "event_id": ID}))
     for number, body in enumerate(UNSTORABLE.values()):
-        put(client, body, redis_id=f"{'dead-letter:' if number < 2 else ''}{number}")  # any client chooses these
+        put(client, body, redis_id=f"{'dead-letter:' if number < 2 else ''}{number}")  # Any client may choose such ids.
         put(client, message(good))
     eventually(lambda: version(engine, "good") == 1 + len(UNSTORABLE), what="the good events stored", within_s=60)
     eventually(lambda: client.hlen(BODIES) == 0 and client.llen(QUEUE) == 0, what="all messages settled", within_s=60)

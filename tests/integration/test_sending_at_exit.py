@@ -165,7 +165,7 @@ def test_traces_cost_no_event_that_is_sent_from(
 ) -> None:
     for name, value in collector.environment.items():
         monkeypatch.setenv(name, value)
-    silent = "import logging; logging.disable()\n"  # the SDK says what it could not send
+    silent = "import logging; logging.disable()\n"  # The SDK would log what it could not send.
     assert ends(silent + PLACES[place], SMALL, redis_url=redis_url) == "sent\n"
     assert len(queued(redis_url)) == 1
 

@@ -97,7 +97,7 @@ send("main")
 signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
-# With the settings, the broker and the store known, and anew for each event: of those points, some.
+# At some of these points, with the settings, broker and store loaded.
 KNOWN = [("", 1), (FORGETTING, 23)]
 
 
@@ -137,7 +137,7 @@ def are_told_what_to_do(refused: list[list[str]]) -> bool:
 
 
 @pytest.mark.parametrize(("known", "every"), KNOWN)
-def test_at_each_point_of_a_send(known: str, every: int, redis_url: str) -> None:
+def test_a_signal_handler_may_send_at_each_point_of_a_send(known: str, every: int, redis_url: str) -> None:
     with sender(known + AT_EACH_POINT, every=every, redis_url=redis_url) as (sent, refused):
         assert len(sent) > 50
         assert not refused
@@ -153,7 +153,7 @@ def test_at_each_point_of_keeping_an_event_in_the_spool(known: str, every: int, 
         assert are_told_what_to_do(refused)
         assert {eval_id for eval_id, *_ in refused} == {"handler"}
         assert are_there_once(sent, in_spool(spool))
-        spool.append(["another", '{"message_id": "another"}'])  # while that process lives
+        spool.append(["another", '{"message_id": "another"}'])  # The other process is still running.
         assert in_spool(spool)[-1] == "another"
 
 
@@ -162,11 +162,11 @@ def test_at_each_point_of_an_upload_to_a_folder(known: str, every: int, redis_ur
     store = f"file://{tmp_path}/objects"
     with sender(known + AT_EACH_POINT, LARGE, every, redis_url=redis_url, object_store_url=store) as (sent, refused):
         assert len(sent) > 50
-        assert not refused  # small enough to go inline
+        assert not refused  # Small enough to travel inline.
         assert are_there_once(sent, in_redis(redis_url))
 
 
-def test_at_many_points_of_an_upload_to_s3(redis_url: str, s3_url: str, s3_server: Any) -> None:
+def test_a_signal_handler_may_send_at_many_points_of_an_upload_to_s3(redis_url: str, s3_url: str, s3_server: Any) -> None:
     store = {"object_store_url": s3_url, "s3_endpoint_url": s3_server.endpoint}
     with sender(AT_EACH_POINT, LARGE, 41, redis_url=redis_url, **store) as (sent, refused):
         assert len(sent) > 50

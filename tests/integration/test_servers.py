@@ -23,7 +23,7 @@ from evalstore.local.supervisor import NOBODY
 Eventually = Callable[..., None]
 LivingIn = Callable[[Path], list[str]]
 
-GOOD_ORDER = "database system is shut down|Valkey is now ready to exit"  # the last words of a server that was not killed
+GOOD_ORDER = "database system is shut down|Valkey is now ready to exit"  # The last log line after a clean shutdown.
 FILTER = struct.Struct("HBBI")  # struct sock_filter
 PROGRAM = struct.Struct("HxxxxxxP")  # struct sock_fprog
 
@@ -89,7 +89,7 @@ def test_a_port_that_somebody_took_meanwhile_is_given_up(server: Server) -> None
     assert read(server) == ["kept"]
 
 
-def test_frozen_it_keeps_connections_and_answers_nothing_until_it_thaws(server: Server, eventually: Eventually) -> None:
+def test_a_frozen_server_keeps_connections_and_does_not_answer(server: Server, eventually: Eventually) -> None:
     write(server, "before")
     answers: list[list[str]] = []
     server.freeze()
@@ -103,7 +103,7 @@ def test_frozen_it_keeps_connections_and_answers_nothing_until_it_thaws(server: 
     assert answers == [["before"]]
 
 
-def test_a_frozen_one_can_be_stopped_and_killed(server: Server) -> None:
+def test_a_frozen_server_can_be_stopped_and_killed(server: Server) -> None:
     write(server, "kept")
     server.freeze()
     server.stop()
@@ -129,7 +129,7 @@ def test_nobody_gets_in_without_the_password_nor_reads_it_from_disk(server: Serv
             read(server)
 
 
-def test_the_thread_that_started_it_may_end(server: Server) -> None:
+def test_a_server_outlives_the_thread_that_started_it(server: Server) -> None:
     server.stop()
     starter = threading.Thread(target=server.start)
     starter.start()
@@ -139,7 +139,9 @@ def test_the_thread_that_started_it_may_end(server: Server) -> None:
     assert (server.pid, server.running) == (pid, True)
 
 
-def test_it_ends_in_good_order_with_its_guard(server: Server, living_in: LivingIn, eventually: Eventually) -> None:
+def test_a_server_shuts_down_cleanly_when_its_supervisor_stops(
+    server: Server, living_in: LivingIn, eventually: Eventually
+) -> None:
     write(server, "kept")
     [guard] = [int(line.split(":")[0]) for line in living_in(server.data) if "supervisor.py" in line]
     os.kill(guard, signal.SIGKILL)
@@ -149,7 +151,7 @@ def test_it_ends_in_good_order_with_its_guard(server: Server, living_in: LivingI
     assert read(server) == ["kept"]
 
 
-def test_one_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, living_in: LivingIn) -> None:
+def test_a_server_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, living_in: LivingIn) -> None:
     with pytest.raises(ServerError, match=r'(?s)ended with status 1.*parameter "shared_buffers"'):
         Postgres(tmp_path / "postgres", settings={"shared_buffers": "much"}).start()
     with pytest.raises(ServerError, match=r"(?s)ended with status 1.*appendfsync sometimes"):
@@ -157,14 +159,14 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, livin
     assert living_in(tmp_path) == []
 
 
-def test_one_that_does_not_answer_in_time_is_stopped(tmp_path: Path, living_in: LivingIn) -> None:
+def test_a_server_that_does_not_answer_in_time_is_stopped(tmp_path: Path, living_in: LivingIn) -> None:
     server = Valkey(tmp_path, settings={"bind": "127.0.0.2"})
     with pytest.raises(ServerError, match=r"did not answer within 0.5 s"):
         server.start(deadline_s=0.5)
     assert living_in(tmp_path) == []
 
 
-def test_one_that_reads_its_data_back_is_waited_for_beyond_the_deadline(tmp_path: Path, eventually: Eventually) -> None:
+def test_a_server_in_crash_recovery_may_exceed_the_start_deadline(tmp_path: Path, eventually: Eventually) -> None:
     with Valkey(tmp_path) as server, redis.Redis.from_url(server.url(), decode_responses=True) as client:
         client.rpush("kept", "value")
         client.mset({f"large-{number}": os.urandom(4096) for number in range(10)})
@@ -184,7 +186,7 @@ def test_an_initdb_that_was_interrupted_is_begun_anew(tmp_path: Path) -> None:
         assert conn.execute("SHOW max_wal_size").fetchone() == ("4GB",)
 
 
-def test_it_is_durable_unless_told_otherwise(tmp_path: Path, valkey_server: Valkey) -> None:
+def test_a_server_is_durable_by_default(tmp_path: Path, valkey_server: Valkey) -> None:
     with Postgres(tmp_path / "durable", settings={"work_mem": "7MB"}) as server, psycopg.connect(server.url()) as conn:
         for setting, value in (("fsync", "on"), ("synchronous_commit", "on"), ("work_mem", "7MB")):
             assert conn.execute("SELECT current_setting(%s)", [setting]).fetchone() == (value,)
@@ -244,7 +246,7 @@ def test_the_next_start_takes_over_when_all_of_it_was_killed_at_once(tmp_path: P
 
 def test_the_next_start_waits_for_a_server_whose_guard_was_killed(tmp_path: Path, living_in: LivingIn) -> None:
     with owner(tmp_path) as (process, servers):
-        os.kill(servers[0], signal.SIGSTOP)  # it cannot hear that its guard is gone
+        os.kill(servers[0], signal.SIGSTOP)  # A stopped server cannot notice that its supervisor has ended.
         guards = [int(line.split(":")[0]) for line in living_in(tmp_path) if "supervisor.py" in line]
         for pid in (process.pid, *guards):
             os.kill(pid, signal.SIGKILL)
@@ -284,7 +286,7 @@ def forbid_namespaces() -> None:
 
 @needs_root
 def test_root_finds_the_same_database_with_and_without_user_namespaces(open_folder: Path) -> None:
-    folder = open_folder / "closed"  # as root's home is: the real nobody may not enter it
+    folder = open_folder / "closed"  # Like root's home, which the real nobody may not enter.
     folder.mkdir(mode=0o700)
     env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(open_folder)}
     passwd = Path("/etc/passwd").read_text()

@@ -31,7 +31,7 @@ from tests.integration.conftest import Api
 from tests.integration.shell import Operator
 from tests.pgbouncer import PgBouncer, program
 
-# Defaults of a database that nobody would want, and what becomes of each.
+# Bad defaults of a database, and the expected value of each.
 HOSTILE: Final = {
     "synchronous_commit": "off",
     "datestyle": "SQL, DMY",
@@ -51,7 +51,7 @@ HOSTILE: Final = {
     "idle_session_timeout": "1h",
     "transaction_timeout": "1h",
 }
-# What a shell may have set besides. PGOPTIONS would make every transaction read-only.
+# Settings in the environment of a shell. PGOPTIONS would make every transaction read-only.
 ENVIRONMENT: Final = {
     "PGTZ": "Asia/Kolkata",
     "TZ": "Asia/Kolkata",
@@ -250,7 +250,7 @@ def test_no_default_of_role_or_environment_changes_what_is_stored_shown_or_done(
     }
     operator.env |= env
     operator.database_url += (
-        "?options=-c%20search_path%3Dpublic%20-c%20timezone%3DUTC%20-c%20datestyle%3DISO"  # by which this test looks
+        "?options=-c%20search_path%3Dpublic%20-c%20timezone%3DUTC%20-c%20datestyle%3DISO"  # The settings that this test reads.
     )
     last = "9999-12-31T23:59:59Z"
     events = [shell.event(number, occurred_at=last, metadata={"é": "雪"}, output="x" * 5000) for number in range(3)]
@@ -290,7 +290,7 @@ def test_behind_a_pooler_all_tables_and_events_are_in_the_chosen_schema(
     upgrade(between.url, schema="evals")
     assert set(tables(empty_database_url)) == {"evals"}
     made = database.engine(between.url, schema="evals")
-    with psycopg.connect(between.url, autocommit=True) as other:  # it leaves the pool's sessions with another path
+    with psycopg.connect(between.url, autocommit=True) as other:  # It leaves sessions of the pooler with another path.
         other.execute("SET search_path = public")
         _few(made)
         _many(made)
@@ -357,7 +357,7 @@ def test_behind_a_pooler_the_service_reads_the_records_of_the_chosen_schema(
         try:
             assert api.both.post("/storage/evaluations", json={"eval_id": "e", "code": "c"}).status_code == 201
             for version in (1, 2):
-                other.execute("SET search_path = pg_temp")  # the session that the service is given, too
+                other.execute("SET search_path = pg_temp")  # The service will get this session too.
                 read = api.read.get("/storage/evaluations/e")
                 assert (read.status_code, read.json().get("version")) == (200, version), read.text
                 api.both.put("/storage/evaluations/e", json={"status": "running", "executor_id": str(version)})
@@ -383,7 +383,7 @@ def test_a_database_role_or_password_that_is_refused_is_a_mistake_in_settings(da
             database.engine(url).connect()
         assert not raised.value.may_be_the_work
         assert "hunter2" not in str(raised.value)
-    other = wrong(database_url)[0].replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:")  # a host that may be back
+    other = wrong(database_url)[0].replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:")  # Another host, which may come back.
     with pytest.raises(DatabaseOutage) as waits:
         database.engine(other).connect()
     assert not isinstance(waits.value, DatabaseMisconfigured)

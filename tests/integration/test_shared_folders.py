@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start p
 
 ROOT = Path(__file__).parents[2]
 GROUP, FIRST, SECOND = 54000, 54001, 54002
-# All is imported before: the interpreter's folder may be closed to other users.
+# Import everything first: the interpreter's folder may be closed to other users.
 BECOME = """
 import os, traceback, models.settings, tasks.spool, evalstore.telemetry.process_registry, evalstore.objects.object_store
 models.settings.Settings()
@@ -89,7 +89,7 @@ def test_users_of_a_group_share_an_object_store(shared: Path) -> None:
     url = f"file://{shared}/objects"
     reference = fine(run(STORE, url, "put", user=FIRST)).split()
     assert fine(run(STORE, url, "read", *reference, user=SECOND)) == "1"
-    assert fine(run(STORE, url, "put", user=SECOND)).split() == reference  # and touches it
+    assert fine(run(STORE, url, "put", user=SECOND)).split() == reference  # This touches the object too.
     assert fine(run(STORE, url, "delete", *reference, user=SECOND)) == "True []"
     assert fine(run(STORE, url, "put", user=SECOND)).split() == reference
     assert fine(run(STORE, url, "read", *reference, user=FIRST)) == "1"
@@ -122,7 +122,7 @@ def test_one_unreadable_object_is_refused_alone(tmp_path: Path) -> None:
     bad, good = object_store.put(store, b"bad").reference, object_store.put(store, b"good").reference
     path = tmp_path / "objects" / bad.key[:2] / bad.key[2:4] / bad.key
     path.unlink()
-    path.mkdir()  # which root, too, cannot read as a file
+    path.mkdir()  # Even root cannot read a folder as a file.
     presence = ExistenceCache(Stores(Settings(object_store_url=url)))
     absent = presence.missing([bad, good])
     assert set(absent) == {bad}

@@ -29,7 +29,7 @@ Eventually = Callable[..., None]
 ROOT = Path(__file__).parents[2]
 QUEUE, BODIES = "dramatiq:evaluations", "dramatiq:evaluations.msgs"
 PATIENCE_S = 1.0
-SLACK_S = 0.7  # for a machine that is busy with other tests
+SLACK_S = 0.7  # For a busy machine.
 
 
 def event(eval_id: str = "e", number: int = 0, **fields: Any) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_a_server_that_loads_its_data_is_an_outage_told_within_the_time_that_is_
         loading.start()
         sender = SendingBroker(url=server.url(), timeout_s=PATIENCE_S, middleware=[])
         told = ""
-        while "loading" not in told:  # until it listens, connections are refused
+        while "loading" not in told:  # Connections are refused until the server listens.
             told = told_in_time(sender)
         loading.join()
 
@@ -183,7 +183,7 @@ def test_while_redis_is_away_events_are_kept_and_sent_on_in_order_when_it_is_bac
     for number in range(2, 30):
         store_evaluation.send(event(number=number))
     store_evaluations([event(number=30), event(number=31)])
-    assert time.monotonic() - began < PATIENCE_S  # not one of them waited for Redis
+    assert time.monotonic() - began < PATIENCE_S  # None of them waited for Redis.
     assert spool.status().messages == 31
     eventually(lambda: "are kept in" in caplog.text, what="it is told that events are kept")
     valkey_server.start()
@@ -213,9 +213,9 @@ def test_a_redis_that_refuses_writes_is_away_too(
 def test_what_a_frozen_redis_took_after_all_is_there_once(valkey_server: Valkey, spool: Spool, eventually: Eventually) -> None:
     store_evaluation.send(event(number=0))
     valkey_server.freeze()
-    store_evaluation.send(event(number=1))  # the server finds it in its socket when it goes on
+    store_evaluation.send(event(number=1))  # The frozen server finds the message in its socket later.
     began = time.monotonic()
-    for number in range(2, 20):  # the forwarder waits for Redis meanwhile, and they do not
+    for number in range(2, 20):  # These sends do not wait, because the forwarder waits for Redis.
         store_evaluation.send(event(number=number))
     assert time.monotonic() - began < PATIENCE_S
     valkey_server.thaw()
@@ -256,7 +256,7 @@ def test_a_message_that_promises_more_than_a_spool_can_is_not_kept_there(valkey_
         store_evaluations([event()], durable=True)
     with pytest.raises(RedisOutage):
         store_evaluation.send_with_options(args=(event(),), delay=1000)
-    with pytest.raises(RedisOutage):  # what an operator asks for now is not done some day
+    with pytest.raises(RedisOutage):  # A redrive is not spooled: an operator expects it now or never.
         broker().enqueue(Message(queue_name="default", actor_name="job", args=(), kwargs={}, options={}))
     assert not spool.holds()
 
@@ -409,7 +409,7 @@ def test_many_senders_outlive_outages_one_is_killed_and_everything_it_sent_arriv
     for eval_id, numbers in known.items():
         unknown = there[eval_id][len(numbers) :]
         assert there[eval_id][: len(numbers)] == numbers
-        assert len(unknown) <= (eval_id.startswith("sender0"))  # the one whose `send` did not return
+        assert len(unknown) <= (eval_id.startswith("sender0"))  # Only the last send of the killed sender may be unknown.
     assert list(folder.glob("*.bad")) == []
 
 
@@ -456,7 +456,8 @@ def test_a_forwarder_that_is_killed_again_and_again_loses_nothing_and_sends_noth
     expected = fill(spool, 10_000)
     counts = []
     for number in range(100):
-        lives_s = 0.004 * number  # longer each time: on any machine it gets somewhere, and in the end through
+        # Each process lives longer than the one before. So it makes progress on any machine, and finishes in the end.
+        lives_s = 0.004 * number
         command = [*python(), "-c", FORWARDER, str(lives_s)]
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False)
         counts.append(spool.status().messages)

@@ -53,7 +53,7 @@ def test_content_shows_where_it_is_and_what_is_due(engine: Engine, database_url:
         with closing(Archive.of(given)) as working:
             done = archive.run_once(conn, working, datetime.now(UTC))
         after = numbers(given)
-        # A file where the archive's folder should be: it is away.
+        # A file in place of the archive's folder makes the archive unavailable.
         (tmp_path / "file").write_text("")
         broken = given.model_copy(update={"archive_url": f"file://{tmp_path}/file/archive"})
         event_store.store(conn, [ended("f", 20_000)])
@@ -119,7 +119,7 @@ def test_a_spool_shows_its_bytes_and_its_age(tmp_path: Path) -> None:
     assert 0 <= found["evalstore_spool_oldest_age_seconds", ()] < 60
 
 
-def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoever_comes_later_does_not(
+def test_running_processes_survive_a_newer_migration_and_new_ones_refuse_it(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A migration comes before the processes of its release, and those of the old one work on until they are replaced."""
@@ -142,11 +142,11 @@ def test_whoever_had_its_schema_goes_on_when_the_next_release_migrates_and_whoev
         assert "schema" in later.ready()
         assert later.numbers()[fits] == 0
         conn.execute("UPDATE evalstore_schema_version SET version_num = %s", [f"{int(head) - 1:04}"])
-        assert "schema" in before.ready()  # a database of the release before, in the place of the one there was
+        assert "schema" in before.ready()  # A database of the previous release replaced the old one.
 
 
 def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # It accepts connections and never answers.
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         asked = BackendStats(Settings(database_url=SecretStr(database_url), redis_url=SecretStr(url)), patience_s=1)
         started = time.monotonic()
@@ -159,7 +159,7 @@ def test_nobody_waits_for_a_server_that_does_not_answer(database_url: str) -> No
     asked.close()
 
 
-def test_many_who_ask_are_told_by_one_reading() -> None:
+def test_concurrent_callers_share_one_probe() -> None:
     reads, gate = [], threading.Event()
 
     def read() -> int:
@@ -183,7 +183,7 @@ def test_what_took_long_once_is_read_again_soon(eventually: Callable[..., None])
 
     def read() -> int:
         reads.append(1)
-        threading.Event().wait(timeout=0.2 if len(reads) == 1 else 0)  # a server that was frozen, say
+        threading.Event().wait(timeout=0.2 if len(reads) == 1 else 0)  # As a frozen server.
         return len(reads)
 
     reading = CachedProbe(read, 20.0, stale=True)
@@ -207,7 +207,7 @@ def test_everybodys_connections_are_counted_by_a_role_that_may_not_look_into_the
                 ours.exec_driver_sql(f"DROP OWNED BY {role}")
                 ours.exec_driver_sql(f"DROP ROLE {role}")
     assert before >= 3
-    assert seen == pytest.approx(before, abs=2)  # others come and go
+    assert seen == pytest.approx(before, abs=2)  # Other connections come and go.
 
 
 def test_a_spool_that_may_not_be_read_hides_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

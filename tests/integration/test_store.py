@@ -40,8 +40,8 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(params=["few", "many"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are written in another way than many are."""
-    monkeypatch.setattr(event_writer, "_FEW", 64 if request.param == "few" else 0)
+    """Few events take PipelineWriter, many take CopyWriter."""
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 64 if request.param == "few" else 0)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def work_for_two(draw: st.DrawFn) -> list[list[Batch]]:
 def test_two_connections_at_once_store_what_merge_gives(
     engine: Engine, plain: psycopg.Connection[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_writer, "_FEW", 4)  # so that some are written in one way, some in the other
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 4)  # So batches use both writers.
     both_begin = threading.Barrier(2)
 
     def work(conn: Connection, batches: list[Batch]) -> list[Stored]:
@@ -182,7 +182,7 @@ def test_two_connections_at_once_store_what_merge_gives(
             )
             for eval_id in {key[0] for key in standing}:
                 applied = [standing[key] for key in standing if key[0] == eval_id]
-                # An event of this release rebuilds what the release before wrote.
+                # An event of this release rebuilds a record written by the previous release.
                 applied.append(event("started", 7, eval_id=eval_id))
                 assert event_store.store(one, applied[-1:]).outcomes == ["applied"]
                 assert_row_is(merge(applied), one, plain)
@@ -387,7 +387,7 @@ def test_numbers_come_out_of_the_database_as_they_went_in(engine: Engine) -> Non
     floats = [1e16, 1e300, 5e-324, 1.7976931348623157e308, 2.0**53, 1e22, 123456789012345680.0, 0.1, 1e15, -1e16, 0.0]
     exact: Json = {"floats": floats, "ints": [2**53 + 1, 2**63 - 1, -(2**63), 0], "nested": {"1e16": [{"a": 1e16}]}}
     store(engine, [event("completed", metadata=exact, duration_ms=5e-324, memory_bytes=2**53 + 1)])
-    store(engine, [event("started", 2)])  # makes the record anew, from the log
+    store(engine, [event("started", 2)])  # This rebuilds the record from the log.
     got = get(engine)
     assert got is not None
     assert canonical_json(got.metadata) == canonical_json(exact)
@@ -540,7 +540,7 @@ def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine
 # ---- reading
 
 
-def test_reading_what_is_not_there(engine: Engine) -> None:
+def test_reading_an_unknown_evaluation_returns_none(engine: Engine) -> None:
     with engine.connect() as conn:
         assert event_store.get(conn, "none") is None
         assert event_store.applied(conn, []) == set()
@@ -548,7 +548,7 @@ def test_reading_what_is_not_there(engine: Engine) -> None:
         assert event_store.count_by_status(conn) == {}
 
 
-def test_counting_and_finding(engine: Engine) -> None:
+def test_evaluations_are_counted_by_status_and_found_by_key(engine: Engine) -> None:
     store(engine, [event("queued"), event("started", 2), event("queued", eval_id="f"), event("completed", 1, eval_id="g")])
     wanted = [("e", UUID(int=1)), ("e", UUID(int=2)), ("e", UUID(int=3)), ("f", UUID(int=2)), ("g", UUID(int=1))]
     with engine.connect() as conn:
@@ -622,7 +622,7 @@ def test_confirmations_that_the_server_lost_are_relayed_again(engine: Engine) ->
 
 @pytest.mark.parametrize("table", ["evaluations", "evaluation_events", "confirmations"])
 @pytest.mark.parametrize("number", [1, 3, 60])
-def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
+def test_an_error_in_a_pipeline_is_the_first_one_wherever_it_shows(
     engine: Engine, plain: psycopg.Connection[Json], table: str, number: int
 ) -> None:
     plain.execute("CREATE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$")
@@ -639,7 +639,7 @@ def test_why_few_events_cannot_be_stored_is_told_wherever_it_shows(
 def test_a_session_that_a_pooler_put_in_the_place_of_ours_is_an_outage_and_not_for_long(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_writer, "_FEW", 0)
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 0)
     with engine.connect() as conn:
         event_store.store(conn, [event("queued", 1)])
         database.driver(conn).execute("DISCARD TEMP")
@@ -660,7 +660,7 @@ def test_few_events_need_nothing_of_the_session_they_are_stored_in(engine: Engin
 
 def test_temporary_tables_of_others_in_our_session_are_left_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pooler hands one session to several applications in turn."""
-    monkeypatch.setattr(event_writer, "_FEW", 0)
+    monkeypatch.setattr(event_writer, "_PIPELINE_ROWS", 0)
     with engine.connect() as conn:
         for name in ("stage_records", "stage_events", "stage_restored"):
             database.driver(conn).execute(f"CREATE TEMPORARY TABLE {name} (theirs int)".encode())

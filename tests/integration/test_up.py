@@ -167,7 +167,7 @@ def test_data_and_addresses_outlive_a_restart_and_a_kill(start: Start) -> None:
     assert environment(up.folder) == before
 
 
-def test_a_second_one_says_where_the_first_runs_and_leaves_it_alone(start: Start, tmp_path: Path, living_in: LivingIn) -> None:
+def test_a_second_stack_names_the_folder_of_the_first_and_exits(start: Start, tmp_path: Path, living_in: LivingIn) -> None:
     first = start()
     write(first.folder, "kept")
     alive = living_in(first.folder)
@@ -179,7 +179,7 @@ def test_a_second_one_says_where_the_first_runs_and_leaves_it_alone(start: Start
 
 
 @pytest.mark.parametrize("words", [(), ("deaf",)], ids=["", "of a worker that ignores SIGTERM"])
-def test_a_killed_one_leaves_no_process_behind(
+def test_a_killed_stack_leaves_no_process_behind(
     start: Start, living_in: LivingIn, eventually: Eventually, words: tuple[str, ...]
 ) -> None:
     up = start(*words)
@@ -278,7 +278,7 @@ def test_the_environment_is_for_shells_and_for_its_owner_alone(start: Start) -> 
     assert not re.search(r":[0-9a-f]{48}@", up.text)  # no password is shown
 
 
-def test_the_schema_is_there_when_it_is_ready(start: Start) -> None:
+def test_the_schema_exists_when_the_stack_is_ready(start: Start) -> None:
     up = start()
     with psycopg.connect(environment(up.folder)["EVALSTORE_DATABASE_URL"]) as conn:
         assert conn.execute("SELECT count(*) FROM evaluations").fetchone() == (0,)

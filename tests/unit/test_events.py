@@ -127,7 +127,7 @@ def test_each_type_takes_its_own_fields_and_names_every_other(event: dict[str, A
             assert set(faults_of(event | {name: value})) == {name}
 
 
-def test_running_is_the_same_as_started() -> None:
+def test_the_type_running_means_started() -> None:
     running = {**STARTED, "type": "evaluation:running", "timeout_s": 3}
     assert check(running) == check({**STARTED, "timeout_s": 3})
     assert check(running).type == "evaluation:started"

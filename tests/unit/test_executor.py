@@ -288,7 +288,7 @@ def test_a_process_that_runs_from_the_sweep_by_forking_on_and_on_does_not_surviv
     assert not until(lambda: processes_of(marker) != [], timeout_s=1)
 
 
-def test_what_cannot_be_started_is_failed_and_says_why() -> None:
+def test_a_program_that_cannot_start_fails_with_the_reason() -> None:
     execution = execute(["/does/not/exist"])
     assert (execution.outcome, execution.exit_code) == ("failed", None)
     assert execution.failure == "could not run the program: [Errno 2] No such file or directory: '/does/not/exist'"

@@ -213,7 +213,7 @@ def test_a_frame_of_raw_blocks_as_earlier_releases_wrote_is_read() -> None:
     assert decode(reference, stored + frames._pack(reference, [len(stored)], [frames._digest(stored)])) == content
 
 
-def test_references_that_no_object_fits_are_told_from_one_that_fits() -> None:
+def test_a_reference_that_no_object_can_fit_is_refused() -> None:
     for reference in (Reference("0" * 64, 0, "zstd"), Reference("0" * 64, 2 * FRAME_BYTES, "identity")):
         with pytest.raises(ObjectDamaged):
             read_index(reference, b"", reference.size)

@@ -26,7 +26,7 @@ SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
         ("x" * 5000 + "a", "x" * 5000 + "b"),
     ],
 )
-def test_what_differs_only_in_ids_numbers_places_and_quoted_texts_is_alike(one: str, other: str) -> None:
+def test_errors_that_differ_in_ids_numbers_paths_or_quotes_share_a_signature(one: str, other: str) -> None:
     assert signature("E", one) == signature("E", other)
 
 
@@ -39,7 +39,7 @@ def test_what_differs_only_in_ids_numbers_places_and_quoted_texts_is_alike(one: 
         ("defaced", "effaced"),  # words of the letters a to f are no ids
     ],
 )
-def test_what_differs_in_its_words_is_not(one: str, other: str) -> None:
+def test_errors_with_different_words_have_different_signatures(one: str, other: str) -> None:
     assert signature("E", one) != signature("E", other)
 
 

@@ -41,12 +41,12 @@ def by_us(traceparent: Any) -> tuple[bytes, bytes, bool] | None:
 
 
 @pytest.mark.parametrize("traceparent", GOOD)
-def test_what_is_well_formed_is_believed(traceparent: str) -> None:
+def test_a_well_formed_traceparent_is_accepted(traceparent: str) -> None:
     assert by_us(traceparent) == by_opentelemetry(traceparent) is not None
 
 
 @pytest.mark.parametrize("traceparent", BAD, ids=ascii)
-def test_what_is_not_is_as_if_it_were_not_there(traceparent: Any) -> None:
+def test_a_malformed_traceparent_is_ignored(traceparent: Any) -> None:
     assert by_us(traceparent) is None
     if isinstance(traceparent, str):
         assert by_opentelemetry(traceparent) is None
@@ -54,7 +54,7 @@ def test_what_is_not_is_as_if_it_were_not_there(traceparent: Any) -> None:
 
 @settings(deadline=None)
 @given(st.text("0f-A \n", min_size=55, max_size=56) | st.integers(0, 54).map(lambda at: GOOD[0][:at] + "G" + GOOD[0][at + 1 :]))
-def test_it_is_never_believed_where_opentelemetry_does_not(traceparent: str) -> None:
+def test_a_traceparent_that_opentelemetry_refuses_is_refused(traceparent: str) -> None:
     assert by_us(traceparent) == by_opentelemetry(traceparent)
 
 

@@ -173,7 +173,9 @@ changes = st.dictionaries(st.sampled_from(list(of_field)), st.none(), max_size=3
 @example("completed", {"output": "\ud83d\ude00"}, set())
 @example("started", {"metadata": {"n": 2**63}}, set())
 @example("started", {"metadata": {"k" * 70_000: 1}}, set())
-def test_it_gives_the_same_or_nothing(kind: str, changed: dict[str, Any], left_out: set[str]) -> None:
+def test_the_fast_path_agrees_with_the_slow_path_or_returns_none(
+    kind: str, changed: dict[str, Any], left_out: set[str]
+) -> None:
     event = {name: value for name, value in usual(kind, **changed).items() if name not in left_out}
     body = message(event)
 

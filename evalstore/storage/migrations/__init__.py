@@ -1,6 +1,6 @@
-"""The schema's versions, and the two things done with them: bring a database up to date, and check that it is.
+"""Migrate the schema to this release's version, and check that a database has this version.
 
-A migration must leave the database usable by workers of the release before it: they run on while it is applied.
+A migration must leave the database usable by workers of the previous release: they run while it is applied.
 """
 
 import hashlib
@@ -24,9 +24,10 @@ from models.errors import DatabaseOutage, SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-# The advisory lock under which releases up to revision 0008 migrate, the same in every schema.
+# The advisory lock of migrations in releases up to revision 0008. All schemas share it.
 _OLD_LOCK: Final = 0x65766173
-# A migration waits for a table for so long at a time: whoever wants it meanwhile stands behind. Then they have their turn.
+# While a migration waits for a table lock, new users of the table wait behind the migration. So it waits for _LOCK_S only, and
+# then pauses.
 _LOCK_S: Final = 0.5
 _PAUSE_S: Final = 2.0
 _LOOK_S: Final = 0.1
@@ -34,26 +35,25 @@ _LOOK_S: Final = 0.1
 
 @cache
 def revisions() -> tuple[str, ...]:
-    """This release's, the first to the last, as the names of their files say. Alembic, which reads them, takes its time."""
-    found = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
-    if not found:
+    """Return the revisions of this release in order, read from file names. Loading Alembic would be slow."""
+    names = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
+    if not names:
         raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
-    return tuple(found)
+    return tuple(names)
 
 
 def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None) -> tuple[str | None, str]:
-    """Bring the tables of the database at `url` to this release; returns the revisions before and after.
+    """Migrate the tables of the database at `url` to this release. Return the revisions before and after.
 
-    They are in `schema`, which is created where it is missing, or else in the connection's first schema.
+    The tables are in `schema`, which is created if it is missing. Without `schema` they are in the connection's first schema.
 
-    One transaction: it is applied whole or not at all. Waits for whoever uses the tables, for as long as that takes. Safe to
-    call from several processes at once; the later ones wait and find nothing to do.
+    One transaction applies everything or nothing. It waits for users of the tables as long as needed. Several processes may
+    call this function at once: the later processes wait and find nothing to do.
 
-    `tell` receives notices for the operator: which process the migration waits for, once that takes longer than a moment, and
-    what is left to do by hand.
+    `tell` receives notices for the operator: the process that blocks a long wait, and manual steps that remain.
 
-    Raises DatabaseOutage (retry); SchemaMismatch where a newer release migrated before, where the database cannot hold all
-    text, or where a name of ours is taken by something else.
+    Raises DatabaseOutage (retry). Raises SchemaMismatch if a newer release has migrated, if the database cannot hold all text,
+    or if another application uses one of our table names.
     """
     try:
         return _upgrade(url, tell, schema)
@@ -84,18 +84,19 @@ def _upgrade(
             recorded = version.recorded(conn)
             _refuse_newer(recorded)
             moved = _move_over(conn) if recorded is None else None
-            left = moved if moved and version.is_in_shared_table(conn, moved) else None
+            old_revision = moved if moved and version.is_in_shared_table(conn, moved) else None
             _apply(conn)
-        if left:
+        if old_revision:
             tell(
-                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {left} for processes of the release"
-                f" before. When none of them runs any more: DELETE FROM alembic_version WHERE version_num = '{left}'"
+                f"the revision is in {version.VERSION_TABLE} now; alembic_version keeps {old_revision} for processes of the"
+                " previous release. When none of them runs any more: DELETE FROM alembic_version WHERE"
+                f" version_num = '{old_revision}'"
             )
         return recorded or moved, revisions()[-1]
 
 
 def lock_key(schema: str) -> int:
-    """Return the number of the advisory lock under which evalstore migrates this schema."""
+    """Return the number of the advisory lock for migrations of this schema."""
     return int.from_bytes(hashlib.sha256(f"evalstore:migrate:{schema}".encode()).digest()[:8], signed=True)
 
 
@@ -104,18 +105,18 @@ def _lock(conn: Connection, key: int) -> None:
 
 
 def _move_over(conn: Connection) -> str | None:
-    """Record the revision of an installation that has our tables and no version table of ours; returns the revision.
+    """Record the revision of an installation that has our tables but not our version table. Return the revision.
 
-    Leaves `alembic_version` as it is: processes of the release before read it, and other rows belong to others.
+    Leaves `alembic_version` unchanged: processes of the previous release read it, and other applications may have rows in it.
     """
     from alembic import command  # noqa: PLC0415 - whoever only checks is spared it
 
     if version.recognised(conn) is None:
         return None
-    _lock(conn, _OLD_LOCK)  # an old release may be migrating just now
-    if (found := version.recognised(conn)) is not None:
-        command.stamp(config(conn), found)
-    return found
+    _lock(conn, _OLD_LOCK)
+    if (revision := version.recognised(conn)) is not None:
+        command.stamp(config(conn), revision)
+    return revision
 
 
 def _apply(conn: Connection) -> None:
@@ -136,7 +137,7 @@ _SCHEMA: Final = "SELECT current_schema(), current_user, EXISTS (SELECT FROM pg_
 
 
 def _create_schema(conn: Connection, schema: str | None) -> None:
-    """Create the schema that the connection's search path names, unless it is there."""
+    """Create the schema that the connection's search path names, if it is missing."""
     raw = database.driver(conn)
     ((first, user, exists),) = raw.execute(_SCHEMA, [schema]).fetchall()
     if first is not None:
@@ -161,7 +162,10 @@ ON other.pid = holder WHERE waits.pid = %s ORDER BY holder
 
 
 class _Onlooker:
-    """Sees, on a connection of its own, whom another one waits for: a server tells that only while it waits."""
+    """Reports which process blocks a migration.
+
+    It needs its own connection: PostgreSQL shows a blocker only during the wait.
+    """
 
     def __init__(self, conn: Connection, tell: Callable[[str], object]) -> None:
         self._conn, self._tell = database.driver(conn), tell
@@ -170,7 +174,7 @@ class _Onlooker:
 
     @contextmanager
     def looking(self, conn: Connection) -> Iterator[None]:
-        """Until the block ends."""
+        """Report blockers until the block ends."""
         done, pid = threading.Event(), database.driver(conn).info.backend_pid
         thread = threading.Thread(target=self._run, args=(done, pid), name="evalstore-onlooker", daemon=True)
         thread.start()
@@ -181,14 +185,14 @@ class _Onlooker:
             thread.join(timeout=1)
 
     def _run(self, done: threading.Event, pid: int) -> None:
-        # Whoever migrates is told what is wrong, or goes on without being told this.
+        # A failure here only loses a notice. The migration reports its own errors.
         with suppress(DatabaseOutage), database.errors():
             while not done.wait(_LOOK_S):
-                found = self._conn.execute(_HOLDERS, [pid]).fetchall()
-                pids = [one[1] for one in found]
-                if found and pids != self._told:
+                holders = self._conn.execute(_HOLDERS, [pid]).fetchall()
+                pids = [holder[1] for holder in holders]
+                if holders and pids != self._told:
                     self._told = pids
-                    self._tell(f"waits for {' and '.join(_holder(*one) for one in found)}")
+                    self._tell(f"waits for {' and '.join(_holder(*holder) for holder in holders)}")
 
 
 def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None, seconds: float | None) -> str:
@@ -201,19 +205,19 @@ def _holder(is_migrating: bool, pid: int, user: str | None, program: str | None,
 
 
 def config(conn: Connection) -> "Config":
-    """Alembic's, for a connection."""
+    """Return Alembic's configuration for a connection."""
     from alembic.config import Config  # noqa: PLC0415 - as above
 
-    made = Config()
-    made.set_main_option("script_location", str(Path(__file__).parent))
-    made.set_main_option("path_separator", "os")
-    made.attributes["connection"] = conn
-    return made
+    alembic = Config()
+    alembic.set_main_option("script_location", str(Path(__file__).parent))
+    alembic.set_main_option("path_separator", "os")
+    alembic.attributes["connection"] = conn
+    return alembic
 
 
 @contextmanager
 def _alone(url: str, schema: str | None) -> Iterator[Connection]:
-    """A connection whose statements may take as long as they take, and which is closed at the end."""
+    """Open a connection without a limit on statement time, and close it at the end."""
     engine = database.engine(url, schema=schema, statement_timeout_s=0, lock_timeout_s=_LOCK_S)
     try:
         with engine.connect() as conn:
@@ -223,9 +227,9 @@ def _alone(url: str, schema: str | None) -> Iterator[Connection]:
 
 
 def check(conn: Connection, *, or_newer: bool = False) -> None:
-    """Raise SchemaMismatch, saying what to do, unless the database has this release's schema. Changes nothing.
+    """Raise SchemaMismatch, with the command to run, unless the database has this release's schema. Changes nothing.
 
-    `or_newer`: for a process that found its schema before. The next release's migration comes first, and leaves it to work on.
+    `or_newer` also accepts the schema of a newer release: a running process goes on while the next release migrates.
     """
     with database.errors(), conn.begin():
         current = _current(conn)
@@ -233,8 +237,8 @@ def check(conn: Connection, *, or_newer: bool = False) -> None:
         return
     _refuse_newer(current)
     if current != (head := revisions()[-1]):
-        found = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
-        raise SchemaMismatch(f"the database {found}, this release needs {head}: run `evalstore migrate`")
+        state = f"is at revision {current}" if current else f"has no evalstore tables yet{_where(conn)}"
+        raise SchemaMismatch(f"the database {state}, this release needs {head}: run `evalstore migrate`")
 
 
 def _where(conn: Connection) -> str:

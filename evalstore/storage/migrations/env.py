@@ -1,4 +1,4 @@
-"""Alembic's entry: run the migrations on the connection that `evalstore.storage.migrations.upgrade` hands over."""
+"""Run the migrations on the connection from `evalstore.storage.migrations.upgrade`. Alembic imports this file."""
 
 from alembic import context
 

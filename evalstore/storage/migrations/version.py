@@ -1,7 +1,7 @@
-"""The revision of the schema: read from our own version table, or recognised by our tables.
+"""Find the revision of the schema: in our version table, or by the columns of our tables.
 
-Releases up to revision 0008 kept the revision in `alembic_version`, which another application's Alembic may share. These
-installations are recognised by their tables alone. docs/decisions/0029-a-version-table-of-our-own.md
+Releases up to revision 0008 kept the revision in `alembic_version`. Another application's Alembic may share that table, so
+these installations are recognised by their tables alone. docs/decisions/0029-a-version-table-of-our-own.md
 """
 
 from typing import Final
@@ -18,24 +18,24 @@ _READ: Final = "SELECT max(version_num) FROM evalstore_schema_version"
 
 
 def recorded(conn: Connection) -> str | None:
-    """Return the revision in our version table; None where there is no such table in the current schema."""
+    """Return the revision in our version table, or None if the current schema has no such table."""
     with database.driver(conn).cursor() as cursor:
         ((exists,),) = cursor.execute(_EXISTS).fetchall()
         if not exists:
             return None
-        ((found,),) = cursor.execute(_READ).fetchall()
-        return None if found is None else str(found)
+        ((revision,),) = cursor.execute(_READ).fetchall()
+        return None if revision is None else str(revision)
 
 
 def schema_of(conn: Connection) -> str:
-    """Return the schema in which this connection makes tables. Raises SchemaMismatch if there is none."""
+    """Return the schema in which this connection creates tables. Raises SchemaMismatch if there is none."""
     ((schema,),) = database.driver(conn).execute("SELECT current_schema()").fetchall()
     if schema is None:
         raise SchemaMismatch("the connection's search_path names no schema that exists: create the schema, or change the path")
     return str(schema)
 
 
-# Columns that each of these revisions brought, by table. The list is closed: later revisions are in our version table.
+# The columns that each of these revisions added, by table. The list is complete: later revisions are in our version table.
 _MARKS: Final[dict[str, dict[str, str]]] = {
     "0001": {
         "evaluations": "eval_id status attempt version code_event_id result_event_id",
@@ -60,12 +60,12 @@ WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_sch
 
 
 def recognised(conn: Connection) -> str | None:
-    """Return the revision that our tables in the current schema have, up to 0008; None where they are not ours."""
+    """Return the revision that our tables in the current schema show, up to 0008. Return None if the tables are not ours."""
     tables = sorted({table for marks in _MARKS.values() for table in marks})
-    found = set(database.driver(conn).execute(_COLUMNS, [tables]).fetchall())
+    columns_present = set(database.driver(conn).execute(_COLUMNS, [tables]).fetchall())
     last = None
     for revision, marks in _MARKS.items():
-        if not found.issuperset((table, column) for table, columns in marks.items() for column in columns.split()):
+        if not columns_present.issuperset((table, column) for table, columns in marks.items() for column in columns.split()):
             break
         last = revision
     return last
@@ -76,7 +76,7 @@ _SHARED_ROW: Final = "SELECT 1 FROM alembic_version WHERE version_num = %s"
 
 
 def is_in_shared_table(conn: Connection, revision: str) -> bool:
-    """Return whether `alembic_version` in the current schema holds this revision, beside any others."""
+    """Tell whether `alembic_version` in the current schema holds this revision. It may hold others too."""
     with database.driver(conn).cursor() as cursor:
         ((exists,),) = cursor.execute(_SHARED_EXISTS).fetchall()
         return bool(exists) and cursor.execute(_SHARED_ROW, [revision]).fetchone() is not None

@@ -1,4 +1,4 @@
-"""Evaluations, their event log, large contents, and the outbox of confirmations."""
+"""Add evaluations, their event log, large contents, and the outbox of confirmations."""
 
 from alembic import op
 
@@ -86,7 +86,7 @@ INSERT INTO confirmation_position DEFAULT VALUES;
 ALTER TABLE confirmations ALTER COLUMN body SET STORAGE EXTERNAL;
 """
 
-# lz4 packs outputs several times faster than the default; servers built without it keep the default.
+# lz4 compresses outputs several times faster than the default. Servers built without lz4 keep the default.
 _COMPRESSION = """
 DO $$ BEGIN
     ALTER TABLE contents ALTER COLUMN data SET COMPRESSION lz4;

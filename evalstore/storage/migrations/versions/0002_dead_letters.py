@@ -1,4 +1,4 @@
-"""Dead letters, and a place for small writes that show whether the database takes any."""
+"""Add dead letters, and a table for probe writes."""
 
 from alembic import op
 

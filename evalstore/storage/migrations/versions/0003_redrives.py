@@ -1,4 +1,4 @@
-"""Redrives of dead letters, and what operators did."""
+"""Add redrives of dead letters, and the actions of operators."""
 
 from alembic import op
 

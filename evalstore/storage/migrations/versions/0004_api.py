@@ -1,4 +1,4 @@
-"""Keys of the HTTP service, and the order of its lists."""
+"""Add keys of the HTTP service, and an index for its lists."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Where content is: in the database, in the object store, or in the archive."""
+"""Add the place of content: the database, the object store or the archive."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""What the archive and its sweep look for: content that is due, and who still needs an object."""
+"""Add indexes for the archive and the sweep: content that is due, and the users of an object."""
 
 from alembic import op
 

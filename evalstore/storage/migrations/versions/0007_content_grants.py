@@ -1,4 +1,4 @@
-"""Which key of the HTTP service uploaded what."""
+"""Add grants: which key of the HTTP service uploaded which content."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""The traces that confirmations go on in."""
+"""Add the traces that confirmations continue."""
 
 from alembic import op
 
@@ -8,4 +8,4 @@ down_revision = "0007"
 
 def upgrade() -> None:
     op.execute("ALTER TABLE confirmations ADD COLUMN traceparents text")
-    op.execute("ALTER TABLE confirmations ALTER COLUMN traceparents SET STORAGE EXTERNAL")  # random: compressing it is in vain
+    op.execute("ALTER TABLE confirmations ALTER COLUMN traceparents SET STORAGE EXTERNAL")  # Random ids do not compress.
