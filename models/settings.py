@@ -14,6 +14,7 @@ from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
+from models.networks import parse_networks
 from models.validation_errors import did_you_mean, format_error
 
 log = EventLogger("evalstore.settings")
@@ -241,6 +242,20 @@ class Settings(BaseModel):
             "filled from the event log; read by workers",
         ),
     ] = 3 * _DAY_S
+
+    webhook_allow: Annotated[
+        str | None,
+        Field(
+            description="networks, separated by commas, that webhooks may reach though they are private, also by http, like "
+            "10.1.0.0/16,fd00::/8; read by sinks, API, CLI"
+        ),
+    ] = None
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _names_networks(cls, value: str | None) -> str | None:
+        parse_networks(value or "")
+        return value
 
     read_api_keys: Annotated[SecretStr, Field(description="API keys that may read, comma-separated; read by the API")] = (
         SecretStr("")

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka
+from evalstore.sinks import kafka, webhook
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from models.errors import InvalidSettings
@@ -38,7 +38,10 @@ class SinkConfig(NamedTuple):
     create: Callable[[], Sink]
 
 
-_BUILTIN: Final = {"kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka")}
+_BUILTIN: Final = {
+    "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
+    "webhook": Kind(webhook.WebhookOptions, webhook.create, "webhook"),
+}
 
 
 def _kinds() -> tuple[dict[str, Kind], list[str]]:
