@@ -23,7 +23,7 @@ _PREFIX = "EVALSTORE_"
 DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
 _NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-]*(?:\{[\w.:~@+=-]+\}[\w.:~@+=-]*)?", re.ASCII)
 # Variables that single commands read. They are no settings of a process.
-_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
+_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR", "EVALSTORE_WEBHOOK_SECRET"}
 # Kubernetes sets these variables for a service whose name begins with evalstore.
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")

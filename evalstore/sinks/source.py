@@ -106,4 +106,6 @@ class Source:
 
 def _step(event: StoredEvent, start: Cursor, mark: Place | ReplayKey, status: str | None = None) -> Step:
     fields = event.fields
-    return Step(event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields, status), start, mark)
+    return Step(
+        event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields, status), start, mark
+    )

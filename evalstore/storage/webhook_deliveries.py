@@ -363,7 +363,7 @@ WHERE webhook_id = %s AND id = %s AND state <> 'pending' RETURNING eval_id
 """
 
 
-def test(conn: Connection, webhook_id: UUID, intent: Intent, now: datetime) -> UUID | None:
+def queue_test(conn: Connection, webhook_id: UUID, intent: Intent, now: datetime) -> UUID | None:
     """Queue a delivery that holds no evaluation, and is tried once; None unless the subscription is active.
 
     Commits. Raises DatabaseOutage (retry).

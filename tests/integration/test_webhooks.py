@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Engine
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from evalstore.sinks.protocol import Batch, SinkEvent
-from evalstore.sinks.webhook import WebhookOptions, WebhookSink
+from evalstore.sinks.webhook import WebhookOptions
+from evalstore.sinks.webhook_sink import WebhookSink
 from evalstore.storage import database, webhook_deliveries, webhooks
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.webhook_deliveries import Delivery
