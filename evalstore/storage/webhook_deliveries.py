@@ -308,9 +308,14 @@ def settle(conn: Connection, outcomes: Sequence[Settled], retries: Retries, jitt
     ids = list({one.claimed.webhook_id for one in outcomes})
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         cursor.execute(_LOCK_ALL, [ids])
-        for one in outcomes:
-            values = {**shared, **one.claimed._asdict(), **one._asdict(), "claimed": None}
-            cursor.execute((_TAKEN if one.error is None else _NOT_TAKEN).encode(), values)
+        # Failures first: a receiver that took something works.
+        for statement, is_taken in ((_NOT_TAKEN, False), (_TAKEN, True)):
+            values = [
+                {**shared, **one.claimed._asdict(), **one._asdict(), "claimed": None}
+                for one in outcomes
+                if (one.error is None) is is_taken
+            ]
+            cursor.executemany(statement.encode(), values)
         _promote(cursor, ((one.claimed.webhook_id, one.claimed.eval_id) for one in outcomes))
         disabled = cursor.execute(_DISABLED, [ids, now]).fetchall()
     return [webhook_id for (webhook_id,) in disabled]

@@ -5,7 +5,6 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID, uuid4
 
-import psycopg
 from psycopg.rows import class_row
 from sqlalchemy import Connection
 
@@ -143,7 +142,14 @@ _STATISTICS: Final = """
 SELECT count(*) FILTER (WHERE state = 'active' AND failing_since IS NULL),
     count(*) FILTER (WHERE state = 'active' AND failing_since IS NOT NULL),
     count(*) FILTER (WHERE state = 'disabled'),
-    coalesce(sum(delivered), 0), coalesce(sum(failed), 0) FROM webhooks
+    coalesce(sum(delivered), 0), coalesce(sum(failed), 0),
+    (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE state = 'pending' LIMIT 100000) counted),
+    (SELECT coalesce(max(extract(epoch FROM now() - oldest.created_at)), 0) FROM webhooks w
+        CROSS JOIN LATERAL (
+            SELECT created_at FROM webhook_deliveries d
+            WHERE d.webhook_id = w.id AND d.state = 'pending' AND d.is_next ORDER BY d.next_at, d.seq LIMIT 1) oldest
+        WHERE w.state = 'active' AND w.failing_since IS NULL)
+FROM webhooks
 """
 
 
@@ -155,9 +161,12 @@ class Statistics(NamedTuple):
     disabled: int
     delivered: int
     failed: int
+    pending: int
+    oldest_due_s: float
 
 
-def statistics(cursor: psycopg.Cursor[Any]) -> Statistics:
-    """Numbers for metrics."""
-    (row,) = cursor.execute(_STATISTICS).fetchall()
-    return Statistics(*map(int, row))
+def statistics(conn: Connection) -> Statistics:
+    """Numbers for metrics. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        (row,) = cursor.execute(_STATISTICS).fetchall()
+    return Statistics(*map(int, row[:-1]), float(row[-1]))
