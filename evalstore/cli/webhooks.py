@@ -7,7 +7,7 @@ from uuid import UUID
 import typer
 from sqlalchemy import Connection
 
-from evalstore.cli.dlq_options import ActorOption, ReasonOption, YesOption, confirm, one, operator
+from evalstore.cli.dlq_options import ActorOption, ReasonOption, YesOption, confirm, find_by_prefix, operator
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, show, write_json
 from evalstore.storage import database, webhook_deliveries, webhooks
 from evalstore.storage.operator_actions import Intent
@@ -31,7 +31,7 @@ def _connect() -> Connection:
 
 
 def _id(conn: Connection, text: str) -> UUID:
-    found = one(text, webhooks.between, conn)
+    found = find_by_prefix(text, webhooks.between, conn)
     if found is None:
         raise failed(f"there is no webhook {escaped(text)!r}; `evalstore webhooks ls` lists them", 3)
     return UUID(str(found))

@@ -169,4 +169,6 @@ def statistics(conn: Connection) -> Statistics:
     """Numbers for metrics. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         (row,) = cursor.execute(_STATISTICS).fetchall()
-    return Statistics(*map(int, row[:-1]), float(row[-1]))
+    *counts, oldest_due_s = row
+    healthy, failing, disabled, delivered, failed, pending = map(int, counts)
+    return Statistics(healthy, failing, disabled, delivered, failed, pending, float(oldest_due_s))
