@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from evalstore.sinks import kafka, webhook
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
+from evalstore.sinks.webhook_options import WebhookOptions
 from models.errors import InvalidSettings
 from models.extras import how_to_install, is_installed
 from models.validation_errors import did_you_mean, format_error
@@ -40,7 +41,7 @@ class SinkConfig(NamedTuple):
 
 _BUILTIN: Final = {
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
-    "webhook": Kind(webhook.WebhookOptions, webhook.create, "webhook"),
+    "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }
 
 

@@ -4,30 +4,15 @@ The modules that send are imported when a sink is made: only the runner needs th
 """
 
 import resource
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from evalstore.sinks.options import Options
+from evalstore.sinks.webhook_options import WebhookOptions
 from evalstore.storage import database
 from models.networks import parse_networks
 from models.settings import settings
 
 if TYPE_CHECKING:
     from evalstore.sinks.webhook_sink import WebhookSink
-
-
-class WebhookOptions(Options):
-    """The keys of a table with `type = "webhook"`."""
-
-    batch_events: int = Field(default=200, ge=1, le=1000)
-    concurrency: int = Field(default=8, ge=1, le=100)
-    connections: int = Field(default=1000, ge=1, le=10_000)
-    request_timeout_s: float = Field(default=15, ge=0.1, le=60)
-    first_retry_s: float = Field(default=5, ge=0.01, le=3600)
-    history_days: float = Field(default=7, ge=4, le=90)
-    ca_file: Path | None = None
 
 
 def create(name: str, options: WebhookOptions) -> "WebhookSink":

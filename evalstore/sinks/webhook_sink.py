@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import Engine
 
 from evalstore.sinks.protocol import Batch, SinkEvent
-from evalstore.sinks.webhook import WebhookOptions
+from evalstore.sinks.webhook_options import WebhookOptions
 from evalstore.sinks.webhook_request import Requests, Resolve
 from evalstore.sinks.webhook_sender import Limits, Sender
 from evalstore.storage import webhook_deliveries

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from evalstore.sinks.protocol import Batch, SinkEvent
-from evalstore.sinks.webhook import WebhookOptions
+from evalstore.sinks.webhook_options import WebhookOptions
 from evalstore.sinks.webhook_sink import WebhookSink
 from evalstore.storage import database, webhook_deliveries, webhooks
 from evalstore.storage.operator_actions import Intent
