@@ -1,6 +1,7 @@
 """Receivers of webhooks: real HTTP servers that tests steer."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class _Server(ThreadingHTTPServer):
 class Receiver:
     """Answers each POST with `status`, or as `answer` says, which is given the request and its handler."""
 
-    def __init__(self, status: int = 204, host: str = "127.0.0.1") -> None:
+    def __init__(self, status: int = 204, tls: ssl.SSLContext | None = None) -> None:
         self.status, self.requests = status, list[Received]()
         self.answer: Callable[[Received, BaseHTTPRequestHandler], None] | None = None
         self.released = threading.Event()
@@ -42,7 +43,9 @@ class Receiver:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's signature
                 pass
 
-        self._server = _Server((host, 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()

@@ -2,13 +2,17 @@
 
 import asyncio
 import base64
+import contextlib
 import json
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import pytest
+import trustme
 from sqlalchemy import Connection, Engine
 from standardwebhooks import Webhook, WebhookVerificationError
 
@@ -325,6 +329,51 @@ def test_an_address_that_is_not_public_is_refused(
     subscribed = subscribe(conn, "https://hooks.example.com/hook")
     write(start(resolve, networks=""), event("e-1"))
     eventually(lambda: (kept(engine, subscribed).last_error or "").startswith("address refused"))
+
+
+def test_https_checks_the_name_of_the_url_at_the_address_that_was_resolved(
+    start: Callable[..., WebhookSink], conn: Connection, eventually: Eventually, engine: Engine, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("hooks.example.com").configure_cert(tls)
+    names: list[str | None] = []
+    tls.sni_callback = lambda _, name, __: names.append(name)
+
+    async def resolve(host: str, port: int) -> list[str]:
+        await asyncio.sleep(0)
+        return ["127.0.0.1"]
+
+    secure = Receiver(tls=tls)
+    good = subscribe(conn, f"https://hooks.example.com:{secure.port}/good")
+    bad = subscribe(conn, f"https://other.example.com:{secure.port}/bad")
+    write(start(resolve, ca_file=tmp_path / "ca.pem"), event("e-1"))
+    eventually(lambda: [one.state for one in history(engine, good)] == ["delivered"])
+    eventually(lambda: "CERTIFICATE_VERIFY_FAILED" in (kept(engine, bad).last_error or ""))
+    secure.close()
+    assert {one.path for one in secure.requests} == {"/good"}
+    assert set(names) == {"hooks.example.com", "other.example.com"}
+
+
+def test_an_answer_that_does_not_end_is_left(
+    start: Callable[..., WebhookSink], conn: Connection, receiver: Receiver, eventually: Eventually, engine: Engine
+) -> None:
+    """The first subscription's body has no end; the head of the second one's comes a byte at a time."""
+
+    def trickle(received: Received, handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if received.path == "/body" else b"x: "))
+        with contextlib.suppress(OSError):
+            while not receiver.released.wait(0.1):
+                handler.wfile.write(b"x")
+        handler.close_connection = True
+
+    receiver.answer = trickle
+    base = receiver.url.removesuffix("hook")
+    body, head = subscribe(conn, base + "body"), subscribe(conn, base + "head")
+    write(start(), event("e-1"))
+    eventually(lambda: [one.state for one in history(engine, body)] == ["delivered"])
+    eventually(lambda: (kept(engine, head).last_error or "").startswith("no answer within 2 s"))
 
 
 def test_an_erased_evaluation_is_forgotten_and_confirmed(
