@@ -43,7 +43,7 @@ docs: setup
 lock:
 	uv lock
 	uv export --quiet --no-emit-project --all-extras --no-header --format requirements-txt --output-file requirements.lock
-	uv export --quiet --no-emit-project --extra worker --extra api --extra otel --extra kafka --no-header --format requirements-txt --output-file deploy/requirements.lock
+	uv export --quiet --no-emit-project --extra worker --extra api --extra otel --extra kafka --extra webhook --no-header --format requirements-txt --output-file deploy/requirements.lock
 
 clean:
 	rm -rf .venv .bench-venv .evalstore

@@ -30,6 +30,7 @@ EvalstoreError
 │   ├── Conflict                evalstore.client: another event is stored in its place
 │   └── VersionChanged          evalstore.client: read the record again
 ├── LeaseLost                   evalstore.storage: another process works on the sink, or it was moved: read its cursor again
+├── TooManyWebhooks             evalstore.storage: remove a subscription first
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
 ├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so

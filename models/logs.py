@@ -67,6 +67,12 @@ LOGS: Final = (
     ),
     Entry("sink_events_gone", "warning", "sink %s: %d events of the outbox are in the event log no longer", ("sink", "events")),
     Entry("sink_defect", "critical", "sink %s: unexpected error, trying again: %r", ("sink", "error")),
+    Entry(
+        "webhook_disabled",
+        "error",
+        "webhook %s is disabled: its receiver is gone, or took nothing for three days; `evalstore webhooks ls` says more",
+        ("webhook",),
+    ),
     # Dead letters and redrives.
     Entry(
         "dead_letter",

@@ -292,6 +292,27 @@ METRICS: Final = (
         {"sink": (), "outcome": ("delivered", "dead")},
     ),
     Metric(
+        "evalstore_webhooks",
+        "gauge",
+        "Subscriptions: healthy, failing since their last attempt, or disabled.",
+        "servers",
+        {"state": ("healthy", "failing", "disabled")},
+    ),
+    Metric("evalstore_webhook_deliveries_pending", "gauge", "Deliveries that are not sent yet, up to 100,000.", "servers"),
+    Metric(
+        "evalstore_webhook_oldest_due_age_seconds",
+        "gauge",
+        "For how long the oldest delivery has waited for a subscription that is healthy; 0 if there is none.",
+        "servers",
+    ),
+    Metric(
+        "evalstore_webhook_attempts_total",
+        "counter",
+        "Attempts to deliver to the subscriptions that there are, by outcome.",
+        "servers",
+        {"outcome": ("delivered", "failed")},
+    ),
+    Metric(
         "evalstore_evaluations_open",
         "gauge",
         "Evaluations that have no result yet.",

@@ -14,6 +14,7 @@ from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
+from models.networks import parse_networks
 from models.validation_errors import did_you_mean, format_error
 
 log = EventLogger("evalstore.settings")
@@ -22,7 +23,7 @@ _PREFIX = "EVALSTORE_"
 DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
 _NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-]*(?:\{[\w.:~@+=-]+\}[\w.:~@+=-]*)?", re.ASCII)
 # Variables that single commands read. They are no settings of a process.
-_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR"}
+_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR", "EVALSTORE_WEBHOOK_SECRET"}
 # Kubernetes sets these variables for a service whose name begins with evalstore.
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -241,6 +242,20 @@ class Settings(BaseModel):
             "filled from the event log; read by workers",
         ),
     ] = 3 * _DAY_S
+
+    webhook_allow: Annotated[
+        str | None,
+        Field(
+            description="networks, separated by commas, that webhooks may reach though they are private, also by http, like "
+            "10.1.0.0/16,fd00::/8; read by sinks, API, CLI"
+        ),
+    ] = None
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _names_networks(cls, value: str | None) -> str | None:
+        parse_networks(value or "")
+        return value
 
     read_api_keys: Annotated[SecretStr, Field(description="API keys that may read, comma-separated; read by the API")] = (
         SecretStr("")

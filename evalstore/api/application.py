@@ -21,6 +21,7 @@ from evalstore.api import (
     problems,
     record_routes,
     upload_routes,
+    webhook_routes,
 )
 from evalstore.api.fast_reads import FastReadMiddleware
 from evalstore.api.http_metrics import ApiMetrics
@@ -40,7 +41,8 @@ from tasks import tracing
 log = EventLogger("evalstore.api")
 
 ROUTERS: Final = tuple(
-    module.router for module in (record_routes, list_routes, event_routes, content_routes, upload_routes, health_routes)
+    module.router
+    for module in (record_routes, list_routes, event_routes, content_routes, upload_routes, webhook_routes, health_routes)
 )
 _DESCRIPTION: Final = (
     "Evaluations and their results. Every request needs a key in `Authorization: Bearer KEY` or `X-API-Key`, except those for "

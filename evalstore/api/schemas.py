@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from models.content import MAX_CONTENT_BYTES
 from models.fields import CONTENTS, FIELDS, SCALARS
+from models.webhooks import CONFIRMATIONS, EVENT_TYPES
 
 Schema = dict[str, Any]
 
@@ -81,6 +82,78 @@ _CONTENTS: Final = {name: schema for kind in CONTENTS for name, schema in _shown
 _EVENT_TYPES: Final = [f"evaluation:{name}" for name in ("queued", "started", "running", *ENDED[1:])]
 _OUTCOMES: Final = ["applied", "duplicate", "reused", "erased", "invalid", "accepted"]
 _FAULTS: Final[Schema] = {"type": "array", "items": ref("Fault")}
+
+_SUBSCRIPTION: Final[dict[str, Schema]] = {
+    "url": {"type": "string", "maxLength": 2000, "description": "https; http for networks in EVALSTORE_WEBHOOK_ALLOW alone."},
+    "event_types": {
+        "type": "array",
+        "items": {"type": "string", "enum": [*EVENT_TYPES, *CONFIRMATIONS]},
+        "description": "Types of events or of confirmations; one of them has to match. Empty: all.",
+    },
+    "statuses": {"type": "array", "items": {"type": "string", "enum": list(STATUSES)}, "description": "Empty: all."},
+    "run_id": _nullable({**EVAL_ID, "description": "Only evaluations of this run."}),
+    "submitter": _nullable({"type": "string", "maxLength": 1000, "description": "Only evaluations of this submitter."}),
+}
+_SECRET: Final[Schema] = {"type": "string", "pattern": "^whsec_", "description": "whsec_ and the base64 of 24 to 64 bytes."}
+_COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+_WEBHOOK: Final[dict[str, Schema]] = {
+    "id": _UUID,
+    **_SUBSCRIPTION,
+    "state": {"type": "string", "enum": ["active", "disabled"]},
+    "created_by": {"type": "string"},
+    "created_at": _TIME,
+    "delivered": _COUNT,
+    "failed": {**_COUNT, "description": "Attempts that failed."},
+    "pending": {**_COUNT, "description": "Deliveries that wait, counted up to 10,000."},
+    "delivered_at": _nullable(_TIME),
+    "last_error": _nullable({"type": "string"}),
+    "failing_since": _nullable(_TIME),
+    "disabled_at": _nullable(_TIME),
+    "previous_valid_until": _nullable({**_TIME, "description": "Until then the secret before the last rotation signs, too."}),
+}
+_DELIVERY: Final[dict[str, Schema]] = {
+    "id": {**_UUID, "description": "The header webhook-id."},
+    "webhook_id": _UUID,
+    "type": {"type": "string"},
+    "eval_id": _nullable(EVAL_ID),
+    "version": _COUNT,
+    "state": {"type": "string", "enum": ["pending", "delivered", "failed"]},
+    "attempts": _COUNT,
+    "status_code": _nullable({"type": "integer"}),
+    "error": _nullable({"type": "string"}),
+    "created_at": _TIME,
+    "next_at": _nullable(_TIME),
+    "finished_at": _nullable(_TIME),
+}
+
+
+def _object(properties: dict[str, Schema], required: Iterable[str] | None = None, **more: Any) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties if required is None else required), **more}
+
+
+WEBHOOKS: Final[dict[str, Schema]] = {
+    "Subscription": _object(
+        {**_SUBSCRIPTION, "secret": _nullable(_SECRET)},
+        ["url"],
+        additionalProperties=False,
+        examples=[{"url": "https://hooks.example.com/evalstore", "statuses": ["failed", "timed_out"], "run_id": "run-1"}],
+    ),
+    "Webhook": _object(_WEBHOOK),
+    "NewWebhook": _object({**_WEBHOOK, "secret": _SECRET}),
+    "Webhooks": _object({"webhooks": {"type": "array", "items": ref("Webhook")}}),
+    "Rotation": _object(
+        {
+            "secret": _nullable({**_SECRET, "description": "By default a new one is made."}),
+            "overlap_s": {"type": "number", "minimum": 0, "maximum": 2_592_000, "description": "By default a day."},
+        },
+        [],
+        additionalProperties=False,
+        examples=[{"overlap_s": 86_400}],
+    ),
+    "Rotated": _object({"id": _UUID, "secret": _SECRET, "previous_valid_until": _TIME}),
+    "Delivery": _object(_DELIVERY),
+    "Deliveries": _object({"deliveries": {"type": "array", "items": ref("Delivery")}}),
+}
 
 SCHEMAS: Final[dict[str, Schema]] = {
     "NewEvaluation": {
@@ -216,6 +289,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "required": ["line", "outcome"],
         "examples": [{"line": 1, "outcome": "applied", "eval_id": "run-1", "event_id": "0190a2f5-7a4c-7000-8000-000000000000"}],
     },
+    **WEBHOOKS,
     "Fault": {
         "type": "object",
         "properties": {"field": {"type": "string"}, "problem": {"type": "string"}},

@@ -9,9 +9,10 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka
+from evalstore.sinks import kafka, webhook
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
+from evalstore.sinks.webhook_options import WebhookOptions
 from models.errors import InvalidSettings
 from models.extras import how_to_install, is_installed
 from models.validation_errors import did_you_mean, format_error
@@ -38,7 +39,10 @@ class SinkConfig(NamedTuple):
     create: Callable[[], Sink]
 
 
-_BUILTIN: Final = {"kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka")}
+_BUILTIN: Final = {
+    "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
+    "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
+}
 
 
 def _kinds() -> tuple[dict[str, Kind], list[str]]:

@@ -13,12 +13,14 @@ class SinkEvent(msgspec.Struct, frozen=True, dict=True, eq=False):
     """A stored event. `fields` is the event as a JSON object (docs/reference/events.md) with `recorded_at` and `version`.
 
     Content up to 64 KiB is in it, as text or base64 (`output_b64`); larger content by reference (`output_ref`).
+    `status` is the evaluation's after the commit that stored the event, None in a replay.
     """
 
     eval_id: str
     event_id: str
     type: str
     fields: dict[str, Any]
+    status: str | None = None
 
     @cached_property
     def json(self) -> bytes:

@@ -101,9 +101,11 @@ class Source:
         if event is None:
             return Step(item.eval_id, None, self.lease.cursor, item.place, item.is_erased)
         event.fields["version"] = item.version
-        return _step(event, self.lease.cursor, item.place)
+        return _step(event, self.lease.cursor, item.place, item.status)
 
 
-def _step(event: StoredEvent, start: Cursor, mark: Place | ReplayKey) -> Step:
+def _step(event: StoredEvent, start: Cursor, mark: Place | ReplayKey, status: str | None = None) -> Step:
     fields = event.fields
-    return Step(event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields), start, mark)
+    return Step(
+        event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields, status), start, mark
+    )

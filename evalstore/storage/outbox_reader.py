@@ -44,6 +44,7 @@ class _Confirmation(msgspec.Struct, gc=False):
     type: str
     eval_id: str = ""
     version: int = 0
+    status: str | None = None
     event_ids: list[str] = []  # of confirmations of other kinds there are none
 
 
@@ -53,7 +54,7 @@ _LINES: Final = msgspec.json.Decoder(_Confirmation)
 class Item(NamedTuple):
     """An event to pass on, or an erasure, and where a sink is that has confirmed it.
 
-    `version` is that of the evaluation with this event.
+    `version` is that of the evaluation with this event; `status` that after its commit.
     """
 
     is_erased: bool
@@ -61,6 +62,7 @@ class Item(NamedTuple):
     event_id: str
     version: int
     place: Place
+    status: str | None = None
 
 
 class _Gap:
@@ -136,6 +138,6 @@ class OutboxReader:
                 number += 1
                 if number > before.offset:
                     place = Place(before.id, number, before.recorded_at)
-                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place))
+                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status))
         if number > before.offset:
             self._ahead[-1] = self._ahead[-1]._replace(place=self._read)

@@ -6,7 +6,7 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import archive, database, sink_cursors
+from evalstore.storage import archive, database, sink_cursors, webhooks
 from evalstore.storage.archive import Archive
 
 Numbers = dict[tuple[str, ...], float]
@@ -69,6 +69,18 @@ def sinks(conn: Connection, outbox_max_age_s: float) -> Numbers:
         (found[("evalstore_outbox_age_seconds",)],) = _row(cursor, _OUTBOX)
     found[("evalstore_outbox_age_limit_seconds",)] = outbox_max_age_s
     return found
+
+
+def webhook_numbers(conn: Connection) -> Numbers:
+    """Subscriptions of webhooks, and their deliveries. Raises DatabaseOutage."""
+    found = webhooks.statistics(conn)
+    return {
+        **{("evalstore_webhooks", state): getattr(found, state) for state in ("healthy", "failing", "disabled")},
+        ("evalstore_webhook_deliveries_pending",): found.pending,
+        ("evalstore_webhook_oldest_due_age_seconds",): found.oldest_due_s,
+        ("evalstore_webhook_attempts_total", "delivered"): found.delivered,
+        ("evalstore_webhook_attempts_total", "failed"): found.failed,
+    }
 
 
 def _row(cursor: psycopg.Cursor[Any], query: str, values: dict[str, Any] | None = None) -> tuple[float, ...]:

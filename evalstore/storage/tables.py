@@ -187,6 +187,69 @@ sinks = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
+# Who is sent confirmations over HTTP. `secret` signs them, so it is kept as it is. evalstore/storage/webhooks.py
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("event_types", ARRAY(Text), nullable=False),
+    Column("statuses", ARRAY(Text), nullable=False),
+    Column("run_id", Text),
+    Column("submitter", Text),
+    Column("secret", Text, nullable=False),
+    Column("previous_secret", Text),
+    Column("previous_valid_until", _TIME),
+    Column("state", Text, CheckConstraint("state IN ('active', 'disabled')"), nullable=False, server_default=text("'active'")),
+    Column("disabled_at", _TIME),
+    # Since the first failure after the last success: how long, how many in a row, and when the next try is due.
+    Column("failing_since", _TIME),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("next_at", _TIME, nullable=False),
+    Column("last_error", Text),
+    Column("delivered", BigInteger, nullable=False, server_default=text("0")),
+    Column("failed", BigInteger, nullable=False, server_default=text("0")),
+    Column("delivered_at", _TIME),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    postgresql_with={"fillfactor": "50"},
+)
+
+# What is to be sent to each subscription, and what was sent lately. `eval_id` is empty for a test.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("id", Uuid, primary_key=True),
+    Column("webhook_id", Uuid, nullable=False),
+    Column("seq", BigInteger, Identity(always=True), nullable=False),
+    Column("type", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column(
+        "state",
+        Text,
+        CheckConstraint("state IN ('pending', 'delivered', 'failed')"),
+        nullable=False,
+        server_default=text("'pending'"),
+    ),
+    # The first pending one of its subscription and evaluation: the others wait for it.
+    Column("is_next", Boolean, nullable=False, server_default=text("false")),
+    # While one is being sent, this is when its process is taken for gone.
+    Column("next_at", _TIME, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("first_attempt_at", _TIME),
+    Column("status_code", Integer),
+    Column("error", Text),
+    Column("created_at", _TIME, nullable=False),
+    Column("finished_at", _TIME),
+    Index("webhook_deliveries_ready", "webhook_id", "next_at", "seq", postgresql_where=text("state = 'pending' AND is_next")),
+    Index("webhook_deliveries_in_order", "webhook_id", "eval_id", "seq", postgresql_where=text("state = 'pending'")),
+    Index("webhook_deliveries_by_webhook", "webhook_id", "seq"),
+    Index("webhook_deliveries_by_age", "created_at"),
+    postgresql_with={"fillfactor": "70"},
+)
+
 # Messages that will not be stored unless an operator acts, as received, each with its error.
 dead_letters = Table(
     "dead_letters",

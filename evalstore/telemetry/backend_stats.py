@@ -143,7 +143,8 @@ class BackendStats:
         except SchemaMismatch as error:
             return error, {}
         self._had_schema = True
-        return None, stored.server(conn) | stored.sinks(conn, self._settings.outbox_max_age_s)
+        found = stored.server(conn) | stored.sinks(conn, self._settings.outbox_max_age_s) | stored.webhook_numbers(conn)
+        return None, found
 
     def _all_contents(self, conn: Connection) -> stored.Numbers:
         return stored.contents(conn, self._archive)
