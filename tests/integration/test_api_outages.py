@@ -271,4 +271,4 @@ def test_every_error_is_a_problem_with_the_id_of_its_request(api: Any, method: s
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert (problem["status"], problem["request_id"]) == (status, answer.headers["x-request-id"])
     assert set(problem) >= {"type", "title", "detail"}
-    assert status != 405 or answer.headers["allow"] == ("GET, HEAD, POST" if path == E else "GET, HEAD, PUT")
+    assert status != 405 or answer.headers["allow"] == ("GET, HEAD, POST" if path == E else "DELETE, GET, HEAD, PUT")

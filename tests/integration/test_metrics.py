@@ -291,7 +291,7 @@ def test_a_taken_port_is_a_warning_and_storing_goes_on(
     second.stop()
     second.env["EVALSTORE_METRICS_PORT"] = str(first.port)
     second.start()
-    eventually(lambda: "no metrics at 127.0.0.1" in second.log.read_text(), within_s=60, what="the warning")
+    eventually(lambda: "cannot serve metrics at 127.0.0.1" in second.log.read_text(), within_s=60, what="the warning")
     first.stop()
     send(redis_url, queued(1))
     eventually(lambda: _is_stored(database_url), within_s=30, what="the event")

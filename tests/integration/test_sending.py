@@ -245,7 +245,7 @@ def test_a_sender_that_may_touch_the_queue_alone_sends_many_and_empties_its_spoo
         sender.enqueue_many([store_evaluation.message(QUEUED) for _ in range(100)])
         spool = Spool(tmp_path / "spool", max_bytes=1_000_000)
         spool.append(["kept", store_evaluation.message(QUEUED).encode()])
-        assert spool.forward(sender.send_on).sent == 1
+        assert spool.forward(sender.send_spooled).sent == 1
         assert (admin.llen(QUEUE), admin.hlen(BODIES)) == (102, 102)
         sender.close()
 
