@@ -289,15 +289,3 @@ def _evaluation(body: bytes) -> Evaluation:
         if (b64 := fields.get(f"{name}_b64")) is not None:
             fields[name] = base64.b64decode(b64)
     return Evaluation.model_validate(fields)
-
-
-__all__ = [
-    "Conflict",
-    "Evaluation",
-    "NotFound",
-    "Outcome",
-    "ServiceError",
-    "ServiceOutage",
-    "StorageClient",
-    "VersionChanged",
-]

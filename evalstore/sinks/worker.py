@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -136,13 +136,20 @@ class _Turns:
 
     def _call(self, work: Callable[[], _T]) -> _T:
         """Call the sink. Whatever it raises here is no event's fault."""
-        self._worker.called_at = time.monotonic()
         try:
-            return work()
+            with self._timed():
+                return work()
         except SinkUnavailable:
             raise
         except Exception as error:
             raise SinkUnavailable(f"{type(error).__name__}: {error}") from error
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Note since when the sink is at work."""
+        self._worker.called_at = time.monotonic()
+        try:
+            yield
         finally:
             self._worker.called_at = None
 
@@ -194,7 +201,8 @@ class _Turns:
         for one in found:
             step = _step_of(one, self._cursor)
             try:
-                self._call_with(delivery, [step])
+                with self._timed():
+                    delivery.call([step])
             except SinkUnavailable:
                 raise
             except Exception as error:  # noqa: BLE001 - as at the first time
@@ -205,13 +213,6 @@ class _Turns:
             else:
                 self._worker.database(self._conn, redrives.stored, [one.id])
         self._letters_due = 0.0 if len(found) == _LETTERS else time.monotonic() + _LETTERS_S
-
-    def _call_with(self, delivery: Delivery, steps: list[Step]) -> None:
-        self._worker.called_at = time.monotonic()
-        try:
-            delivery.call(steps)
-        finally:
-            self._worker.called_at = None
 
     def close(self) -> None:
         """Give up the sink."""

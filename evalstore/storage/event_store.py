@@ -118,7 +118,7 @@ def after_restart(conn: Connection, restart: Restart, progress: Callable[[], obj
 def store_once(
     conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
 ) -> Stored:
-    """Do as `store` does, once. The caller may have begin_result the transaction. Raises Restart after a rollback."""
+    """Do as `store` does, once. The caller may have begun the transaction. Raises Restart after a rollback."""
     if not events:
         return Stored([])
     rows = [event if isinstance(event, EventRow) else to_row(event) for event in events]

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from evalstore.client.http import Conflict, NotFound, ServiceError, ServiceOutage, StorageClient, VersionChanged
+from evalstore.client import Conflict, NotFound, ServiceError, ServiceOutage, StorageClient, VersionChanged
 from evalstore.local.servers import Postgres
 from evalstore.storage.migrations import upgrade
 from models import Outage
