@@ -1,4 +1,4 @@
-"""How fast a Kafka sink works off a backlog, beside a plain loop over the same rows with the same client.
+"""Measure how fast a Kafka sink delivers a backlog, beside a plain loop over the same rows with the same client.
 
     python -m bench.sinks [EVENTS]
 
@@ -70,7 +70,7 @@ def _fill(engine: Engine, events: int) -> None:
 
 
 def _plain(engine: Engine, address: str) -> float:
-    """What somebody would write who needs neither cursor nor order: read the log, write JSON."""
+    """Read the log and produce JSON, without a cursor and without order."""
     admin = AdminClient({"bootstrap.servers": address})
     admin.create_topics([NewTopic("plain", 12, 1)])["plain"].result()
     producer = Producer({"bootstrap.servers": address, "enable.idempotence": True, "acks": "all", "compression.type": "lz4"})

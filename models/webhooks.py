@@ -47,7 +47,7 @@ class AddressRefused(Exception):
 
 
 class Subscription(NamedTuple):
-    """Where deliveries go, and which ones. An empty filter matches all.
+    """The address and the filters of a subscription. An empty filter matches all.
 
     `event_types`: types of events, or of confirmations; one of them has to match.
     """
@@ -168,7 +168,7 @@ def new_secret() -> str:
 
 
 def secret_faults(secret: object) -> list[Fault]:
-    """What is wrong with a secret."""
+    """Return the faults of a secret: none if it is valid."""
     try:
         size = len(_key(secret)) if isinstance(secret, str) and secret.startswith("whsec_") else 0
     except (binascii.Error, ValueError):

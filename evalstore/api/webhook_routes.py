@@ -118,7 +118,7 @@ async def read(request: Request, webhook_id: UUID) -> Response:
     status_code=204,
 )
 async def delete(request: Request, caller: Admin, webhook_id: UUID) -> Response:
-    """What is pending for it is not sent any more, and its history goes with it."""
+    """Delete a subscription with its history. Its pending deliveries are not sent."""
     intent = _intent(caller, "rm", webhook=webhook_id)
     if not await service_of(request).run(lambda conn: webhooks.delete(conn, webhook_id, intent)):
         _found(None, webhook_id)

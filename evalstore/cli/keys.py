@@ -18,7 +18,7 @@ _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 class Scope(StrEnum):
-    """What a key may do."""
+    """A permission of a key."""
 
     read = "read"
     write = "write"

@@ -24,7 +24,7 @@ _TABLE: Final = re.compile(r"\s*\[\s*(\"[^\"]*\"|'[^']*'|[^\]\s]+)\s*\]")
 
 
 class Kind(NamedTuple):
-    """How sinks of a type are made. `extra`: the extra of this package that they need."""
+    """The options and the factory of a type of sink. `extra`: the extra of this package that the type needs."""
 
     options: type[Options]
     create: Callable[[str, Any], Sink]

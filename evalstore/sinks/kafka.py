@@ -60,7 +60,7 @@ class KafkaOptions(Options):
         return self
 
     def client(self) -> dict[str, Any]:
-        """What librdkafka is told of the brokers."""
+        """Return librdkafka's settings for the brokers."""
         password = secret(self.sasl_password_env, self.sasl_password_file, os.environ)
         key_password = secret(self.ssl_key_password_env, self.ssl_key_password_file, os.environ)
         given = {
@@ -214,7 +214,7 @@ class KafkaSink:
         return producer
 
     def _client(self) -> dict[str, Any]:
-        # What matters of its log comes as an error, too.
+        # librdkafka also reports each important log line as an error.
         silent = {"log_level": 0, "error_cb": self._note, "reconnect.backoff.ms": 500}
         return self._options.client() | silent
 

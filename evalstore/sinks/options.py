@@ -11,7 +11,7 @@ _SECRET: Final = re.compile(r"(^|_)(password|secret|token|passphrase|api_key|acc
 
 
 class Options(BaseModel):
-    """What every kind of sink takes. A kind adds its own options in a subclass."""
+    """The options that every kind of sink takes. A kind adds its own options in a subclass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -21,7 +21,7 @@ class Options(BaseModel):
 
 
 class OwnOptions(Options):
-    """Of a kind from another package: its other options go to its factory as they are."""
+    """The options of a kind from another package. Its factory receives unknown options unchanged."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""What the runner and a sink say to each other."""
+"""The interface between the runner and a sink."""
 
 import json
 from collections.abc import Iterator, Sequence

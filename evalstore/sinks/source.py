@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     @property
     def cursor(self) -> Cursor:
-        """Where a sink is that has this and all before."""
+        """The cursor of a sink that has this step and all steps before it."""
         if isinstance(self.mark, Place):
             return self.start._replace(place=self.mark)
         return self.start._replace(replay_at=self.mark)

@@ -77,7 +77,7 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class Requests(NamedTuple):
-    """How requests are made. `timeout_s` bounds one from the resolving of the name to the head of the answer."""
+    """The limits of requests. `timeout_s` covers a request from the look-up of the name to the head of the answer."""
 
     resolve: Resolve
     networks: Sequence[Network]

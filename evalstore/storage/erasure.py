@@ -55,7 +55,7 @@ def known(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
 
 @dataclass
 class Erased:
-    """What became of an evaluation, or of several together. `objects_left` go with the sweep."""
+    """The outcome of erasing one evaluation or several. The sweep removes `objects_left` later."""
 
     evaluations: int = 0
     events: int = 0
@@ -70,7 +70,7 @@ class Erased:
 
 
 class Surroundings(NamedTuple):
-    """What erasing needs besides the database.
+    """The services that erasing needs besides the database.
 
     `needed` gives the objects that waiting messages name, and the age of the oldest message in seconds. `forget` removes what
     Redis holds of an evaluation and its events. `grace` is that of the sweep.
@@ -179,7 +179,7 @@ def _delete_objects(conn: Connection, objects: set[bytes], around: Surroundings)
 
 
 def _left(conn: Connection, there: Sequence[tuple[Target, Listed]]) -> int:
-    """How many objects no row and no dead letter names: others that share an object keep it."""
+    """Count the objects that no row and no dead letter names. Other evaluations keep an object that they share."""
     return sum(bool(garbage_collect.unnamed(conn, target.places, [one])) for target, one in there)
 
 

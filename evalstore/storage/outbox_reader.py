@@ -74,7 +74,7 @@ class _Gap:
         self.since = time.monotonic()
 
     def is_settled(self, held: set[str]) -> bool:
-        """Whether no transaction that may bring the missing ids is left, among those that hold the lock now."""
+        """Whether all transactions that may still commit the missing ids have ended."""
         if self.holders is None:
             self.holders = held
         self.holders &= held

@@ -20,7 +20,7 @@ from evalstore.storage.operator_actions import Intent
 
 Outcome = Literal["stored", "died", "returned"]
 Ended = Literal["stopped", "cancelled", "failed"]
-# How the queue of a sink's letters begins.
+# The prefix of the queue of a sink's dead letters.
 SINK_QUEUES: Final = "sink:"
 _CHUNK: Final = 500
 _CHUNK_BYTES: Final = 8 * 1024 * 1024

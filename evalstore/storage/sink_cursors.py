@@ -1,4 +1,4 @@
-"""Where each sink is, and who works on it: the table `sinks`.
+"""The cursor and the lease of each sink, in the table `sinks`.
 
 One process at a time works on a sink, under a lease by the database's clock. Each taking of the lease has a token, and every
 write checks the token: a process whose lease was taken over changes nothing any more.
@@ -27,7 +27,7 @@ class LeaseLost(EvalstoreError):
 
 
 class Place(NamedTuple):
-    """Where a sink is in the outbox: all rows up to `id` are done, and the first `offset` events of the row after it."""
+    """A position in the outbox: all rows up to `id` are done, and the first `offset` events of the row after it."""
 
     id: int
     offset: int
@@ -207,7 +207,7 @@ def _write(conn: Connection, statement: str, values: list[Any]) -> None:
 
 
 class SinkStatus(NamedTuple):
-    """What an operator sees of a sink. `missed`: confirmations that left the outbox before the sink read them."""
+    """The state of a sink for operators. `missed`: confirmations that left the outbox before the sink read them."""
 
     name: str
     type: str

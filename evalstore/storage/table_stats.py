@@ -54,7 +54,7 @@ SELECT coalesce(extract(epoch FROM now() - min(c.recorded_at)), 0) FROM (
 
 
 def sinks(conn: Connection, outbox_max_age_s: float) -> Numbers:
-    """How far each sink has come. Raises DatabaseOutage."""
+    """Return the progress of each sink. Raises DatabaseOutage (retry)."""
     found: Numbers = {}
     for sink in sink_cursors.statuses(conn):
         failing_s = (datetime.now(UTC) - sink.failing_since).total_seconds() if sink.failing_since else 0

@@ -65,7 +65,7 @@ evaluations = Table(
     # Workers of older releases write neither column. models/merge_state.py
     Column("merge_state", LargeBinary),
     Column("merge_version", Integer),
-    # How often a replay repaired the record; its ETag changes with each.
+    # The number of repairs by a replay. Each repair changes the ETag.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
     # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
     Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
@@ -152,7 +152,7 @@ confirmation_position = Table(
     Column("stream_seq", BigInteger, nullable=False, server_default=text("0")),
 )
 
-# How far each sink has come in the outbox, who works on it until when, and how it is. evalstore/storage/sink_cursors.py
+# The position of each sink in the outbox, its lease and its state. evalstore/storage/sink_cursors.py
 sinks = Table(
     "sinks",
     metadata,
@@ -164,7 +164,7 @@ sinks = Table(
     Column("position_offset", Integer, nullable=False, server_default=text("0")),
     Column("recorded_at", _TIME, nullable=False),
     Column("timeline", BigInteger, nullable=False),
-    # How often the cursor was set to another place.
+    # The number of times that the cursor was set to another place.
     Column("generation", BigInteger, nullable=False, server_default=text("0")),
     # While the log is replayed: until when, and the last event that was passed on.
     Column("replay_until", _TIME),
@@ -215,7 +215,7 @@ webhooks = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
-# What is to be sent to each subscription, and what was sent lately. `eval_id` is empty for a test.
+# The pending and the recent deliveries of each subscription. `eval_id` is empty for a test.
 webhook_deliveries = Table(
     "webhook_deliveries",
     metadata,

@@ -1,4 +1,4 @@
-"""What erasing needs to know of Redis and of this installation, for the command line and the HTTP service."""
+"""Checks and services that erasing needs from Redis and this installation, for the command line and the HTTP service."""
 
 from datetime import timedelta
 from typing import Final

@@ -1,4 +1,4 @@
-"""How often a record was repaired at its version: an ETag names both."""
+"""The number of repairs of a record. An ETag contains it after the version."""
 
 from alembic import op
 

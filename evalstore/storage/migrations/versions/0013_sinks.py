@@ -1,4 +1,4 @@
-"""Where each sink is in the outbox, and who works on it."""
+"""The position of each sink in the outbox, and the lease of its runner."""
 
 from alembic import op
 
