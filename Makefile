@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup
 
-.PHONY: setup demo test test-fast check docs lock clean
+.PHONY: setup setup-integrations demo test test-fast check docs lock clean
 
 # Create one virtual environment with all dependencies, at the versions and hashes of the lock files.
 setup: $(SETUP)
@@ -13,6 +13,20 @@ $(SETUP): requirements.lock requirements-demo.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-demo.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(SETUP)
+
+# What the tests of optional parts need besides, 2 GB: clients and stand-ins of ClickHouse, BigQuery, Iceberg, Celery and Inspect AI.
+# Without them these tests are skipped.
+INTEGRATIONS := .venv/.integrations
+setup-integrations: $(INTEGRATIONS)
+
+$(INTEGRATIONS): $(SETUP) $(wildcard tests/environments/*.lock)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r tests/environments/integrations.lock
+	for name in bqemulator inspect; do \
+		$(PYTHON) -m venv .tools/$$name && \
+		.tools/$$name/bin/pip install --quiet --disable-pip-version-check --require-hashes -r tests/environments/$$name.lock || exit 1; \
+	done
+	.tools/inspect/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 demo: setup
 	$(BIN)/evalstore demo
@@ -43,6 +57,8 @@ docs: setup
 lock:
 	uv lock
 	uv export --quiet --no-emit-project --all-extras --no-header --format requirements-txt --output-file requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate -c requirements.lock tests/environments/integrations.in -o tests/environments/integrations.lock
+	for name in bqemulator inspect; do uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate tests/environments/$$name.in -o tests/environments/$$name.lock; done
 	uv export --quiet --no-emit-project --extra worker --extra api --extra otel --extra kafka --extra webhook --no-header --format requirements-txt --output-file deploy/requirements.lock
 
 clean:
