@@ -15,7 +15,7 @@ import dramatiq
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.logs import EventLogger
-from models.settings import settings
+from models.settings import Settings
 from worker import metrics
 
 log = EventLogger("evalstore.worker")
@@ -29,13 +29,16 @@ _TICK_S: Final = 60.0 + 25.0
 class MetricsMiddleware(dramatiq.Middleware):
     """Registers each process of Dramatiq's command line, and starts the endpoint."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
     def after_process_boot(self, broker: Any) -> None:
-        group = _join("worker", broker.metrics.counters)
-        if group and settings().metrics_port:
-            _serve_beside(group)
+        group = _join("worker", broker.metrics.counters, self._settings)
+        if group and self._settings.metrics_port:
+            _serve_beside(group, self._settings)
 
 
-def _serve_beside(group: process_registry.Group) -> None:
+def _serve_beside(group: process_registry.Group, settings: Settings) -> None:
     """Serve from a forked process, so that scrapes do not delay workers. The first process of a group forks it.
 
     Fork before threads and connections exist. The modules are loaded then, which saves most of a second. The forked process
@@ -62,7 +65,7 @@ def _serve_beside(group: process_registry.Group) -> None:
             if select.select([until], [], [], _AGAIN_S)[0]:
                 break
         else:
-            _serve(group, until)
+            _serve(group, settings, until)
         status = 0
     except Exception as error:
         log.error("unexpected_error", exc_info=error)  # noqa: TRY400 - its level is on the list
@@ -70,10 +73,10 @@ def _serve_beside(group: process_registry.Group) -> None:
         os._exit(status)
 
 
-def _serve(group: process_registry.Group, until: int) -> None:
+def _serve(group: process_registry.Group, settings: Settings, until: int) -> None:
     from evalstore.telemetry import exposition  # noqa: PLC0415 - workers themselves do without
 
-    exposition.start("worker", group, metrics.LAYOUT, settings(), settings().metrics_port)
+    exposition.start("worker", group, metrics.LAYOUT, settings, settings.metrics_port)
     parent = multiprocessing.parent_process()
     master = parent.pid if parent and parent.pid else os.getppid()
     began = process_registry.start_ticks(master)
@@ -85,7 +88,8 @@ def _serve(group: process_registry.Group, until: int) -> None:
 class Scheduler:
     """The liveness and the metrics of a scheduler. It also serves the metrics of the servers while no worker runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._ledger: Counters | None = None
 
     def tick(self) -> None:
@@ -105,13 +109,13 @@ class Scheduler:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         layout = Schema(counted_by("scheduler"), {})
         ledger = Counters(layout)
-        group = _join("scheduler", ledger)
+        group = _join("scheduler", ledger, self._settings)
         ledger.watch_thread("schedule")
         threading.Thread(target=self._beat, args=(ledger,), name="evalstore-beat", daemon=True).start()
-        if group and settings().scheduler_metrics_port:
+        if group and self._settings.scheduler_metrics_port:
             from evalstore.telemetry import exposition  # noqa: PLC0415 - workers do without
 
-            exposition.start("scheduler", group, layout, settings(), settings().scheduler_metrics_port)
+            exposition.start("scheduler", group, layout, self._settings, self._settings.scheduler_metrics_port)
         return ledger
 
     @staticmethod
@@ -123,9 +127,9 @@ class Scheduler:
             time.sleep(_BEAT_S)
 
 
-def _join(role: process_registry.Role, ledger: Counters) -> process_registry.Group | None:
+def _join(role: process_registry.Role, ledger: Counters, settings: Settings) -> process_registry.Group | None:
     try:
-        return process_registry.join(role, ledger)
+        return process_registry.join(role, ledger, settings.runtime_dir)
     except process_registry.RegistryUnavailable as error:
         log.warning("runtime_dir_unusable", error=error)
         return None

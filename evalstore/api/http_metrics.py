@@ -55,7 +55,7 @@ class ApiMetrics:
     def share(self) -> None:
         """Join the group of processes that share their counts."""
         try:
-            self.group = process_registry.join("api", self.counters)
+            self.group = process_registry.join("api", self.counters, self._settings.runtime_dir)
         except process_registry.RegistryUnavailable as error:
             log.warning("metrics_local_only", error=error)
         self._exposition = self._expose(self.group)

@@ -37,7 +37,7 @@ def health(
 def _report_live(of: str | None, form: Format) -> None:
     rows: list[dict[str, Any]] = [
         {"group": group.role, "process": process.pid, "live": not process.stuck, "stuck": ", ".join(process.stuck) or None}
-        for group in groups()
+        for group in groups(settings().runtime_dir)
         if of in {None, group.role}
         for process in group.processes()
     ]

@@ -108,7 +108,7 @@ def _serve_metrics(settings: Settings) -> Counters:
     schema = Schema(counted_by("sinks"), {})
     counters = Counters(schema)
     try:
-        group = process_registry.join("sinks", counters)
+        group = process_registry.join("sinks", counters, settings.runtime_dir)
     except process_registry.RegistryUnavailable as error:
         log.warning("runtime_dir_unusable", error=error)
     else:

@@ -19,7 +19,6 @@ from typing import Final, Literal, NamedTuple
 from evalstore.objects import permissions
 from evalstore.telemetry.counters import Counters, Schema, loops
 from models.errors import EvalstoreError
-from models.settings import settings
 
 Role = Literal["worker", "scheduler", "api", "sinks"]
 ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api", "sinks")
@@ -121,9 +120,9 @@ class Group:
         return states == {"gone"}
 
 
-def runtime() -> Path:
+def runtime(runtime_dir: Path | None) -> Path:
     """Return the folder of all groups, and create it if it is missing. Raises RegistryUnavailable."""
-    folder = settings().runtime_dir or Path(tempfile.gettempdir(), f"evalstore-{os.getuid()}")
+    folder = runtime_dir or Path(tempfile.gettempdir(), f"evalstore-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
@@ -138,20 +137,21 @@ def runtime() -> Path:
     return folder
 
 
-def groups() -> list[Group]:
+def groups(runtime_dir: Path | None) -> list[Group]:
     """Return the groups with a running process. Raises RegistryUnavailable."""
-    found = [Group(folder) for folder in sorted(runtime().iterdir()) if folder.name.partition(";")[0] in ROLES]
+    found = [Group(folder) for folder in sorted(runtime(runtime_dir).iterdir()) if folder.name.partition(";")[0] in ROLES]
     return [group for group in found if next(group.processes(), None)]
 
 
-def join(role: Role, ledger: Counters) -> Group:
+def join(role: Role, ledger: Counters, runtime_dir: Path | None) -> Group:
     """Move the counters of this process into its group's folder, and take over ended groups. Raises RegistryUnavailable."""
     parent = multiprocessing.parent_process()
-    group = Group(runtime() / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
+    runtime_folder = runtime(runtime_dir)
+    group = Group(runtime_folder / f"{role};{name_of(parent.pid if parent and parent.pid else os.getpid())}")
     try:
-        with _locked(runtime() / "lock"):
+        with _locked(runtime_folder / "lock"):
             group.folder.mkdir(mode=0o700, exist_ok=True)
-            for folder in runtime().glob(f"{role};*"):
+            for folder in runtime_folder.glob(f"{role};*"):
                 if folder != group.folder and Group(folder).has_ended():
                     _adopt(folder, group.folder, ledger.schema)
             ledger.keep_in(group.folder / name_of(os.getpid()))

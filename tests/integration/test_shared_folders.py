@@ -56,7 +56,11 @@ if sys.argv[2] == "append":
 else:
     print(spool.forward(lambda arguments: print(arguments[::2])).sent)
 """
-RUNTIME = "from evalstore.telemetry.process_registry import runtime; print(runtime())"
+RUNTIME = """
+from evalstore.telemetry.process_registry import runtime
+from models.settings import settings
+print(runtime(settings().runtime_dir))
+"""
 
 
 @pytest.fixture

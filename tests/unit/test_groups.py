@@ -13,7 +13,6 @@ import pytest
 
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
-from models.settings import settings
 from worker.metrics import Outages
 
 LAYOUT = Schema(counted_by("worker"), {"job_name": ["a"]})
@@ -22,11 +21,12 @@ APPLIED = "evalstore_events_total", ("applied", "evaluation:queued")
 # A process that counts, and beats until it is killed; `after` says what it does when it has begun.
 _PROCESS = """
 import sys, threading, time
+from pathlib import Path
 from evalstore.telemetry import process_registry as groups
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 ledger = Counters(Schema(counted_by("worker"), {"job_name": ["a"]}))
 ledger.add("evalstore_events_total", "applied", "evaluation:queued", by=int(sys.argv[1]))
-groups.join("worker", ledger)
+groups.join("worker", ledger, Path(sys.argv[2]))
 ledger.add("evalstore_outage_seconds_total", "redis", by=int(sys.argv[1]))
 ledger.set("evalstore_breaker_open", to=1)
 ledger.watch_thread("main")
@@ -38,20 +38,17 @@ while True:
 """
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("EVALSTORE_RUNTIME_DIR", str(tmp_path / "run"))
-    settings.cache_clear()
-    yield tmp_path / "run"
-    settings.cache_clear()
+@pytest.fixture
+def runtime(tmp_path: Path) -> Path:
+    return tmp_path / "run"
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
+def start(runtime: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
     begun: list[subprocess.Popen[bytes]] = []
 
     def start_one(number: int) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", _PROCESS, str(number)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", _PROCESS, str(number), str(runtime)], stdout=subprocess.PIPE)
         begun.append(process)
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
@@ -72,19 +69,19 @@ def test_counts_outlive_a_kill_and_go_to_one_of_those_that_start_next(
 ) -> None:
     for number in (3, 4):
         started = start(number)
-        assert len(process_registry.groups()) == 1
+        assert len(process_registry.groups(runtime)) == 1
         started.send_signal(SIGKILL)
         started.wait()
-        assert process_registry.groups() == []
+        assert process_registry.groups(runtime) == []
     start(5)
     start(6)
 
-    assert sorted(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups()) == [6, 3 + 4 + 5]
-    assert sorted(counted(group, "evalstore_outage_seconds_total", "redis") for group in process_registry.groups()) == [
+    assert sorted(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups(runtime)) == [6, 3 + 4 + 5]
+    assert sorted(counted(group, "evalstore_outage_seconds_total", "redis") for group in process_registry.groups(runtime)) == [
         6,
         3 + 4 + 5,
     ]
-    assert [counted(group, "evalstore_breaker_open") for group in process_registry.groups()] == [
+    assert [counted(group, "evalstore_breaker_open") for group in process_registry.groups(runtime)] == [
         1,
         1,
     ]  # gauges of the dead are over
@@ -96,11 +93,11 @@ def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
     start: Callable[[int], subprocess.Popen[bytes]], runtime: Path, monkeypatch: pytest.MonkeyPatch, done: str
 ) -> None:
     started = start(7)
-    (ended,) = process_registry.groups()
+    (ended,) = process_registry.groups(runtime)
     started.kill()
     started.wait()
     start(1)
-    heir = next(group for group in process_registry.groups() if group.folder != ended.folder)
+    heir = next(group for group in process_registry.groups(runtime) if group.folder != ended.folder)
     assert counted(heir, APPLIED[0], *APPLIED[1]) == 8
 
     # What a crash leaves behind after each step: a total that has not its name yet, or that has it, beside the files; the total
@@ -115,14 +112,14 @@ def test_a_takeover_that_was_broken_off_counts_nothing_twice_and_loses_nothing(
         (ended.folder / process_registry.name_of(2**22 - 1)).write_bytes(LAYOUT.data([9.0] * LAYOUT.size))
     start(2)
 
-    assert sum(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups()) == 7 + 1 + 2
+    assert sum(counted(group, APPLIED[0], *APPLIED[1]) for group in process_registry.groups(runtime)) == 7 + 1 + 2
 
 
 def test_a_frozen_process_is_stuck_until_it_goes_on(
-    start: Callable[[int], subprocess.Popen[bytes]], eventually: Callable[..., None]
+    start: Callable[[int], subprocess.Popen[bytes]], runtime: Path, eventually: Callable[..., None]
 ) -> None:
     started = start(1)
-    (group,) = process_registry.groups()
+    (group,) = process_registry.groups(runtime)
     assert [process.stuck for process in group.processes()] == [[]]
 
     started.send_signal(SIGSTOP)
@@ -131,9 +128,9 @@ def test_a_frozen_process_is_stuck_until_it_goes_on(
     eventually(lambda: [process.stuck for process in group.processes()] == [[]], what="the recovery")
 
 
-def test_a_thread_that_is_stuck_shows_and_one_that_waits_does_not(eventually: Callable[..., None]) -> None:
+def test_a_thread_that_is_stuck_shows_and_one_that_waits_does_not(runtime: Path, eventually: Callable[..., None]) -> None:
     ledger = Counters(LAYOUT)
-    group = process_registry.join("worker", ledger)
+    group = process_registry.join("worker", ledger, runtime)
     ledger.watch_thread("batches")
 
     ledger.set_deadline(None)
@@ -152,7 +149,7 @@ def test_counts_of_another_release_are_dropped(runtime: Path, start: Callable[[i
 
     start(2)
 
-    (group,) = process_registry.groups()
+    (group,) = process_registry.groups(runtime)
     assert counted(group, APPLIED[0], *APPLIED[1]) == 2
     assert not ended.exists()
 
@@ -161,17 +158,17 @@ def test_a_full_disk_hides_who_begins_then_and_nobody_else(
     start: Callable[[int], subprocess.Popen[bytes]], runtime: Path
 ) -> None:
     start(3)
-    (group,) = process_registry.groups()
+    (group,) = process_registry.groups(runtime)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     on_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(process_registry.RegistryUnavailable):
-            process_registry.join("worker", Counters(LAYOUT))
+            process_registry.join("worker", Counters(LAYOUT), runtime)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, on_signal)
-    assert len(process_registry.groups()) == 1
+    assert len(process_registry.groups(runtime)) == 1
 
     (group.folder / process_registry.name_of(os.getpid())).write_bytes(b"")  # of one that makes its file just now
     assert [process.stuck for process in group.processes()] == [[], []]
@@ -181,7 +178,7 @@ def test_a_full_disk_hides_who_begins_then_and_nobody_else(
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     with pytest.raises(process_registry.RegistryUnavailable, match="another user"):
-        process_registry.runtime()
+        process_registry.runtime(tmp_path)
 
 
 def test_an_outage_of_the_object_store_is_over_for_who_hears_no_more_of_it(eventually: Callable[..., None]) -> None:
