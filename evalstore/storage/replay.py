@@ -122,7 +122,7 @@ SELECT {columns(RECORD)} FROM (
     FROM (SELECT {columns(RECORD)} FROM evaluations WHERE {condition} ORDER BY eval_id LIMIT %s) chosen
 ) sized WHERE bytes_before < {_CHUNK_BYTES} AND events_before < {_CHUNK_EVENTS}
 """
-    return event_writer.records(cursor.execute(query.encode(), [after, *values, limit]))
+    return event_writer.records([cursor.execute(query.encode(), [after, *values, limit])])
 
 
 def _differences(stored: StoredRecord, replayed: Folded | None) -> list[Difference]:

@@ -15,12 +15,14 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import redis
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
+from evalstore.local.servers import Postgres
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store
-from evalstore.storage import event_store, event_writer, tombstones
+from evalstore.storage import database, event_store, event_writer, tombstones
 from models import Event
 from models.content import Reference
 from models.events import parse
@@ -29,6 +31,7 @@ from tasks.keys import Names
 from tasks.uploads import Uploader
 from tests.chaos.relay import ROOT
 from tests.chaos.world import World, wait_until
+from tests.conftest import new_database
 from tests.integration.shell import KEYS, Done, Operator, bury
 
 Json = dict[str, Any]
@@ -327,6 +330,32 @@ def test_after_a_restore_the_tombstones_are_applied_again(
     assert operator.evalstore("erase", "--reapply").status == 0
     assert put(engine, [event("queued", 1)]) == ["erased"]
     assert left(plain, "f")
+
+
+def test_a_restored_backup_holds_nothing_erased_once_the_tombstones_are_applied(
+    operator: Operator, engine: Engine, shared_postgres: Postgres, database_url: str, store: Store
+) -> None:
+    own, own_ref = referring(store, os.urandom(5000))
+    put(engine, [event("completed", 1, output_ref=own_ref), event("queued", 1, eval_id="f"), event("queued", 1, eval_id="g")])
+    assert erase(operator, "f").status == 0
+    engine.dispose()  # PostgreSQL copies only a database without connections.
+    with new_database(shared_postgres, str(conninfo_to_dict(database_url)["dbname"])) as restored_url:
+        assert erase(operator, "e").status == 0
+        operator.env["EVALSTORE_DATABASE_URL"] = restored_url
+        assert operator.evalstore("get", "e").status == 0
+        done = operator.evalstore("erase", "--reapply", "-o", "json")
+        assert (done.status, done.json["evaluations"], done.json["tombstones"]) == (0, 1, 2)
+        assert operator.evalstore("erase", "--reapply", "-o", "json").json["evaluations"] == 0
+        assert [operator.evalstore("get", eval_id).status for eval_id in "efg"] == [3, 3, 0]
+        restored = database.engine(restored_url)
+        assert put(restored, [event("queued", 5), event("queued", 5, eval_id="f")]) == ["erased", "erased"]
+        restored.dispose()
+        with psycopg.connect(restored_url, row_factory=dict_row) as conn:
+            assert left(conn) == {}
+        # The object goes with the sweep: somebody touched it lately.
+        operator.env["EVALSTORE_SWEEP_GRACE_DAYS"] = "0.00000001"
+        assert operator.evalstore("archive", "sweep", "--yes").status == 0
+        assert own.key not in keys_of(store)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
