@@ -106,8 +106,9 @@ class _Replay:
         started, limit = time.monotonic(), max(1, min(500, int(rate or 500)))
         with connect(settings()) as conn:
             total = replaying.count(conn, self._chosen, self.after)
+            chosen = self._chosen._replace(last=replaying.last_id(conn))
             with progress_bar("replaying", total, shown=shown) as advance:
-                while compared := replaying.compare(conn, self._chosen, self.after, limit):
+                while compared := replaying.compare(conn, chosen, self.after, limit):
                     for eval_id, differences in compared.different.items():
                         if self._intent and replaying.repair(conn, eval_id, self._intent) is None:
                             self.unrepairable.append(eval_id)

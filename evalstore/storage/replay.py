@@ -92,6 +92,15 @@ def count(conn: Connection, chosen: Selection, after: str = "") -> int:
         return int(cursor.execute(f"SELECT count(*) FROM evaluations WHERE {condition}", [after, *values]).fetchall()[0][0])
 
 
+def last_id(conn: Connection) -> str:
+    """Return the greatest `eval_id`: a replay of all records must not follow the records that are created meanwhile.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return str(cursor.execute("SELECT coalesce(max(eval_id), '') FROM evaluations").fetchall()[0][0])
+
+
 def compare(
     conn: Connection,
     chosen: Selection,

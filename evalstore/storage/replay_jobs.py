@@ -47,13 +47,14 @@ def begin(
     `total` is how many records are chosen, roughly. Return the id of the replay. Commit. Raises DatabaseOutage (retry).
     """
     words = Jsonb(chosen.words())
+    last = replay.last_id(conn)
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         cursor.execute("LOCK TABLE replays IN SHARE ROW EXCLUSIVE MODE")
         if running := cursor.execute(_SAME, [words, write]).fetchone():
             return UUID(str(running[0]))
-        bounds: list[str | None] = [bound for (bound,) in cursor.execute(_BOUNDS, {"ranges": ranges})]
+        bounds = [str(bound) for (bound,) in cursor.execute(_BOUNDS, {"ranges": ranges})]
         cursor.execute(_NEW, [wanted, intent.actor, intent.reason, words, write, rate, total])
-        rows = zip(["", *bounds], [*bounds, None], strict=True)
+        rows = zip(["", *bounds], [*bounds, max(last, *bounds)], strict=True)
         cursor.executemany(_NEW_RANGE, [(wanted, number, *row) for number, row in enumerate(rows)])
         operator_actions.write(cursor, intent, total, details={"replay": str(wanted), "write": write})
     return wanted
