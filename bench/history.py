@@ -9,13 +9,15 @@ import json
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from uuid import uuid4
 
 import msgspec
 import psycopg
 import redis
+from uuid_utils import uuid7
 
 from bench.measure import warm
 from bench.place import Place
@@ -69,7 +71,8 @@ class Confirmed(threading.Thread):
 
 def _step(eval_id: str, number: int, **fields: Any) -> dict[str, Any]:
     at = _BEGIN + timedelta(seconds=number)
-    return {"type": "evaluation:started", "eval_id": eval_id, "event_id": str(uuid4()), "occurred_at": at.isoformat(), **fields}
+    event_id = str(uuid7())  # As senders fill it in.
+    return {"type": "evaluation:started", "eval_id": eval_id, "event_id": event_id, "occurred_at": at.isoformat(), **fields}
 
 
 def _wide(eval_id: str, number: int) -> dict[str, Any]:
@@ -119,7 +122,8 @@ def long_and_short(place: Place, shape: Shape, *, events: int = 100_000, turns: 
 
 _HEARTBEATS: Final = """
 INSERT INTO evaluation_events (eval_id, event_id, type, attempt, occurred_at, executor_id)
-SELECT %(eval_id)s, gen_random_uuid(), 'evaluation:started', 1, timestamptz '2026-01-30' + n * interval '1 s', 'agent'
+SELECT %(eval_id)s, uuidv7((n - %(beats)s) * interval '1 s'), 'evaluation:started', 1,
+    timestamptz '2026-01-30' + n * interval '1 s', 'agent'
 FROM generate_series(1, %(beats)s) AS n
 """
 _RECORD: Final = """
@@ -128,9 +132,12 @@ INSERT INTO evaluations (eval_id, status, attempt, version, metadata) VALUES (%(
 
 
 def fleet(
-    place: Place, shape: Shape, *, agents: int = 20, beats: int = 86_400, turns: int = 4, turn_s: float = 12
+    place: Place, shape: Shape, *, agents: int = 20, beats: int = 86_400, turns: int = 5, turn_s: float = 8
 ) -> dict[str, Any]:
-    """Return the delay of other events without agents and with them, in turns, and the memory of the largest worker process."""
+    """Return the delay of other events without agents, with young ones, and with those of a day, in turns.
+
+    Also return the memory of the largest worker process.
+    """
     place.reset()
     names = [f"agent-{number}" for number in range(agents)]
     engine = database.engine(place.postgres.url())
@@ -141,19 +148,18 @@ def fleet(
             rebuild.rebuild(conn, eval_id)
     engine.dispose()
     _refresh(place)
-    delays: dict[str, list[float]] = {"without": [], "with": []}
+    cases = {"without": [], "young": [f"young-{number}" for number in range(agents)], "with": names}
+    delays: dict[str, list[float]] = {case: [] for case in cases}
     memory: list[float] = []
     broker = SendingBroker(url=place.valkey.url(), middleware=[])
     with warm(place, SIDES["evalstore"], shape, 78) as workers:
         confirmed = Confirmed(place.redis)
         confirmed.start()
-        number = 0
         for turn in range(turns):
-            for case in ("without", "with") if turn % 2 else ("with", "without"):
-                heartbeats = names if case == "with" else []
-                number, taken = _turn(broker, confirmed, heartbeats, beats + turn, number, turn_s)
-                delays[case] += taken
-                memory += [max(workers.rss_bytes()) / 2**20]
+            for case in cases if turn % 2 else reversed(cases):
+                with _heartbeats(place, cases[case], beats * (turn + 2)):
+                    delays[case] += _others(broker, confirmed, f"{case}-{turn}", turn_s)
+                memory.append(max(workers.rss_bytes()) / 2**20)
         confirmed.stop()
     broker.close()
     return {
@@ -167,24 +173,42 @@ def fleet(
     }
 
 
-def _turn(
-    broker: SendingBroker, confirmed: Confirmed, agents: list[str], beat: int, number: int, seconds: float
-) -> tuple[int, list[float]]:
-    """Send other events at an even pace, and a heartbeat of each agent a second; return the delays of the others."""
+@contextmanager
+def _heartbeats(place: Place, agents: list[str], first: int) -> Iterator[None]:
+    """Send a heartbeat of each agent a second, each at its own moment, until the end of the block."""
+    stop = threading.Event()
+
+    def send() -> None:
+        broker = SendingBroker(url=place.valkey.url(), middleware=[])
+        start, number = time.perf_counter(), 0
+        while not stop.wait(max(0.0, start + number / len(agents) - time.perf_counter())):
+            event = _step(agents[number % len(agents)], first + number // len(agents), executor_id="agent")
+            broker.enqueue(store_evaluation.message(event))
+            number += 1
+        broker.close()
+
+    thread = threading.Thread(target=send)
+    if agents:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if agents:
+            thread.join()
+
+
+def _others(broker: SendingBroker, confirmed: Confirmed, name: str, seconds: float) -> list[float]:
+    """Send other events at an even pace; return their delays."""
     sent: dict[str, float] = {}
     start = time.perf_counter()
     for at in range(int(seconds * _OTHERS_PER_S)):
         if (ahead := start + at / _OTHERS_PER_S - time.perf_counter()) > 0:
             time.sleep(ahead)
-        if agents:
-            due = agents[at % _OTHERS_PER_S :: _OTHERS_PER_S]  # Each agent at its own moment of the second.
-            for eval_id in due:
-                broker.enqueue(store_evaluation.message(_step(eval_id, beat * 100 + at // _OTHERS_PER_S, executor_id="agent")))
-        event = _wide(f"other-{number}", at)
-        number += 1
+        event = _wide(f"other-{name}-{at}", at)
         sent[event["event_id"]] = time.perf_counter()
         broker.enqueue(store_evaluation.message(event))
-    return number, [confirmed.wait(event_id) - began for event_id, began in sent.items()]
+    return [confirmed.wait(event_id) - began for event_id, began in sent.items()]
 
 
 def _refresh(place: Place) -> None:

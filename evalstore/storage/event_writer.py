@@ -8,7 +8,7 @@ as much. docs/decisions/0022-few-events-in-two-round-trips.md
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
 from zlib import crc32
@@ -335,6 +335,11 @@ _TEXT_OF: Final[dict[type, Any]] = {
 }
 
 
+def in_pipeline(conn: psycopg.Connection[Any]) -> AbstractContextManager[object]:
+    """Begin a pipeline if there is none. A nested pipeline would wait for the replies to earlier statements."""
+    return conn.pipeline() if conn.pgconn.pipeline_status == PipelineStatus.OFF else nullcontext()
+
+
 def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> list[psycopg.Cursor[Any]]:
     """Lock the existing records of these evaluations in order. Others can still read them.
 
@@ -342,8 +347,7 @@ def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> list[psycopg.Cur
     """
     if not sessions.has_citus(conn):
         return [conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])]
-    # A nested pipeline would wait for the replies.
-    with conn.pipeline() if conn.pgconn.pipeline_status == PipelineStatus.OFF else nullcontext():
+    with in_pipeline(conn):
         return [conn.cursor(binary=True).execute(_LOCK_ONE, [eval_id]) for eval_id in sorted(eval_ids)]
 
 
