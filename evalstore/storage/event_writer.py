@@ -180,11 +180,17 @@ class CopyWriter(EventWriter):
         created = {eval_id: fold(None, rows) for eval_id, rows in events.items() if eval_id not in existing}
         if created:
             self._stage_records(0, created.values())
-            self._cursor.execute(_CREATE)
-            if self._cursor.rowcount != len(created):
+            if self._create() != len(created):
                 raise Restart("another transaction created an evaluation of these")
         erased = _without_erased(self.conn, tombstones.ask(self.conn, created), created) if created else set[str]()
         return BeginResult(created, existing, set(logged), erased)
+
+    def _create(self) -> int:
+        """Insert the staged records that are missing. Return their number."""
+        if not sessions.has_citus(self.conn):
+            return self._cursor.execute(_CREATE).rowcount
+        # The count that Citus reports includes records that exist already.
+        return len(self._cursor.execute(f"{_CREATE} RETURNING eval_id".encode()).fetchall())
 
     def log(self, rows: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         """Insert events, and content that has its own rows."""
