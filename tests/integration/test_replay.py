@@ -216,6 +216,45 @@ def test_filters_choose_records_and_another_run_goes_on_after_the_last(
     assert operator.evalstore("replay", "--since", "yesterday").status == 2
 
 
+def test_among_5000_records_exactly_the_corrupted_ones_are_found_while_events_are_stored(
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], eventually: Callable[..., None]
+) -> None:
+    columns = [*COLUMNS, "merge_state", "merge_version"]
+    ids = [f"e{number:04}" for number in range(5000)]
+    for start in range(0, 5000, 500):
+        store(engine, [one for at in range(start, start + 500) for one in events_of(ids[at], at)])
+    corrupted = {ids[at * 50]: columns[at % len(columns)] for at in range(100)}
+    for eval_id, column in corrupted.items():
+        corrupt(plain, eval_id, column)
+    stop, stored = threading.Event(), [0]
+
+    def go_on() -> None:
+        while not stop.is_set():
+            stored[0] += 1
+            new = events_of(f"d{stored[0]:06}", stored[0])
+            later = [
+                parse({"type": "evaluation:started", "eval_id": ids[at * 50 + 1], "event_id": UUID(int=1000 + stored[0]),
+                       "occurred_at": START + timedelta(seconds=stored[0])})
+                for at in range(100)
+            ]  # fmt: skip
+            store(engine, [*new, *later])
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        eventually(lambda: stored[0] > 2, what="events are stored")
+        found = operator.evalstore("replay", "--all", "-o", "json")
+        assert (found.status, found.json["different"]) == (1, 100)
+        assert {one["eval_id"]: one["field"] for one in found.json["differences"]} == corrupted
+        assert operator.evalstore("replay", "--all", "--write").status == 0
+        before = stored[0]
+        assert operator.evalstore("replay", "--all", "-o", "json").json["different"] == 0
+        assert stored[0] > before
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_record_whose_events_are_gone_is_told_and_left_as_it_is(
     operator: Operator, engine: Engine, plain: psycopg.Connection[Json]
 ) -> None:
