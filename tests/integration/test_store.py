@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from sqlalchemy import Connection, Engine
 
-from evalstore.storage import database, event_store, event_writer, outbox, sessions
+from evalstore.storage import database, event_store, event_writer, outbox
 from evalstore.storage.event_store import ROW_LIMIT_BYTES, Stored
 from evalstore.storage.outbox import Commit, Relayed, StreamId
 from models import Event, Outage, Record, merge
@@ -535,38 +535,6 @@ def test_many_connections_on_the_same_evaluations_do_not_deadlock(engine: Engine
     with engine.connect() as conn:
         for events in sets:
             assert_row_is(merge(events), conn, plain)
-
-
-@pytest.mark.usefixtures("both_ways")
-def test_records_are_locked_one_by_one_where_citus_is_installed(
-    database_url: str, plain: psycopg.Connection[Json], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Citus cannot be installed for tests. Locks of single rows do the same on any server."""
-    monkeypatch.setattr(sessions, "_HAS_CITUS", "true")
-    made = database.engine(database_url, pool_size=6)
-    sent: list[bytes] = []
-    execute = psycopg.Cursor.execute
-
-    def recording(cursor: Any, query: Any, *args: Any, **given: Any) -> Any:
-        sent.append(query.encode() if isinstance(query, str) else query)
-        return execute(cursor, query, *args, **given)
-
-    monkeypatch.setattr(psycopg.Cursor, "execute", recording)
-    events = [event("running", number, eval_id=f"e{number % 7}", metadata={"n": number}) for number in range(70)]
-    batches = [events[start::4] for start in range(4)] * 2
-    with ThreadPoolExecutor(4) as threads:
-        done = list(threads.map(lambda batch: store(made, batch), batches))
-    assert Counter(outcome for stored in done for outcome in stored.outcomes) == {"applied": 70, "duplicate": 70}
-    with made.connect() as conn:
-        for number in range(7):
-            assert_row_is(merge([one for one in events if one.eval_id == f"e{number}"]), conn, plain)
-    with psycopg.connect(database_url) as holder, made.connect() as conn:
-        holder.execute("SELECT FROM evaluations WHERE eval_id = 'e3' FOR UPDATE")
-        assert event_store.locked(conn, [*(f"e{number}" for number in range(7)), "none"]) == {"e3"}
-    made.dispose()
-    locks = {query for query in sent if b"FOR NO KEY UPDATE" in query and b"SKIP LOCKED" not in query}
-    assert locks
-    assert not [query for query in locks if b"ANY" in query]
 
 
 # ---- reading
