@@ -35,7 +35,7 @@ EvalstoreError
 ├── VersionChanged              evalstore.storage: a conditional write met another version
 ├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so
 ├── OtherKey                    evalstore.storage: the object store holds the tombstones of another evalstore
-├── OlderWorkers                evalstore.telemetry: replace the workers of an older release first
+├── OlderProcesses              evalstore.telemetry: replace the processes of an older release first
 ├── Restart                     evalstore.storage: begin the transaction again
 ├── Undecodable                 models.merge_state: rebuild the merge state from the event log
 ├── RegistryUnavailable         evalstore.telemetry: EVALSTORE_RUNTIME_DIR cannot be used

@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from evalstore.storage.revisions import revisions
 from evalstore.storage.sessions import Session, set_up, split_options
 from models.errors import DatabaseMisconfigured, DatabaseOutage, DatabaseTimeout, InvalidSettings
 from models.record import jsonb
@@ -43,6 +44,8 @@ _MISTAKE: Final = re.compile(
     r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
     r"|.*authentication failed|no such (database|user))|no password supplied"
 )
+# The first word of the name that connections tell the server. The second is the newest revision of the tables that they know.
+CLIENT: Final = "evalstore"
 _PING_S: Final = 5.0
 _MOST_ANSWERS: Final = 1000  # More than the number of statements in any pipeline.
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
@@ -98,7 +101,7 @@ def engine(
                 keepalives_idle=5,
                 keepalives_interval=1,
                 keepalives_count=3,
-                application_name="evalstore",
+                application_name=f"{CLIENT} {revisions()[-1]}",
                 client_encoding="utf8",  # Overrides the environment and the database.
                 options=own_options,
                 prepare_threshold=None if _shares_sessions.is_set() else 5,

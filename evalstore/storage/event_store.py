@@ -14,7 +14,7 @@ import psycopg
 from sqlalchemy import Connection
 
 from evalstore.objects.object_store import Stores
-from evalstore.storage import content_reader, database, event_writer, rebuild
+from evalstore.storage import content_reader, database, event_writer, rebuild, sessions
 from evalstore.storage.content_reader import Content
 from evalstore.storage.event_writer import Restart, StoredRecord
 from models.content import Reference
@@ -350,6 +350,7 @@ def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str
 
 
 _EXISTING: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
+_UNLOCKED: Final = f"{_EXISTING} FOR NO KEY UPDATE SKIP LOCKED"
 
 
 def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
@@ -359,7 +360,9 @@ def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         existing = {eval_id for (eval_id,) in cursor.execute(_EXISTING, [eval_ids])}
-        return existing - {eval_id for (eval_id,) in cursor.execute(_EXISTING + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
+        # Citus refuses to lock several rows in one statement.
+        groups = [[eval_id] for eval_id in existing] if sessions.has_citus(database.driver(conn)) else [[*existing]]
+        return existing - {eval_id for of in groups for (eval_id,) in cursor.execute(_UNLOCKED, [of])}
 
 
 _COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"

@@ -8,12 +8,13 @@ as much. docs/decisions/0022-few-events-in-two-round-trips.md
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
 from zlib import crc32
 
 import psycopg
+from psycopg.pq import PipelineStatus
 
 from evalstore.storage import database, sessions, tombstones
 from models.errors import EvalstoreError
@@ -58,6 +59,7 @@ SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin'
 _LOCK: Final = f"""
 SELECT {columns(RECORD)} FROM evaluations WHERE eval_id = ANY(%s::text[]) ORDER BY eval_id FOR NO KEY UPDATE
 """
+_LOCK_ONE: Final = f"SELECT {columns(RECORD)} FROM evaluations WHERE eval_id = %s::text FOR NO KEY UPDATE"
 # This statement must come after the lock: only then it sees what other workers committed before they released their locks.
 _LOGGED: Final = """
 SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
@@ -178,11 +180,17 @@ class CopyWriter(EventWriter):
         created = {eval_id: fold(None, rows) for eval_id, rows in events.items() if eval_id not in existing}
         if created:
             self._stage_records(0, created.values())
-            self._cursor.execute(_CREATE)
-            if self._cursor.rowcount != len(created):
+            if self._create() != len(created):
                 raise Restart("another transaction created an evaluation of these")
         erased = _without_erased(self.conn, tombstones.ask(self.conn, created), created) if created else set[str]()
         return BeginResult(created, existing, set(logged), erased)
+
+    def _create(self) -> int:
+        """Insert the staged records that are missing. Return their number."""
+        if not sessions.has_citus(self.conn):
+            return self._cursor.execute(_CREATE).rowcount
+        # The count that Citus reports includes records that exist already.
+        return len(self._cursor.execute(f"{_CREATE} RETURNING eval_id".encode()).fetchall())
 
     def log(self, rows: Collection[EventRow], contents: Collection[tuple[Any, ...]]) -> None:
         """Insert events, and content that has its own rows."""
@@ -333,9 +341,20 @@ _TEXT_OF: Final[dict[type, Any]] = {
 }
 
 
-def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> psycopg.Cursor[Any]:
-    """Lock the existing records of these evaluations in order. Others can still read them."""
-    return conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])
+def in_pipeline(conn: psycopg.Connection[Any]) -> AbstractContextManager[object]:
+    """Begin a pipeline if there is none. A nested pipeline would wait for the replies to earlier statements."""
+    return conn.pipeline() if conn.pgconn.pipeline_status == PipelineStatus.OFF else nullcontext()
+
+
+def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> list[psycopg.Cursor[Any]]:
+    """Lock the existing records of these evaluations in order. Others can still read them.
+
+    Citus refuses to lock several rows of a distributed table in one statement. So there each record takes a statement.
+    """
+    if not sessions.has_citus(conn):
+        return [conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])]
+    with in_pipeline(conn):
+        return [conn.cursor(binary=True).execute(_LOCK_ONE, [eval_id]) for eval_id in sorted(eval_ids)]
 
 
 def confirm(conn: psycopg.Connection[Any], row: list[Any]) -> None:
@@ -349,9 +368,9 @@ def update(conn: psycopg.Connection[Any], folded: Folded) -> None:
     conn.execute(_UPDATE_ONE, [*_texts(changed), eval_id])
 
 
-def records(locked: psycopg.Cursor[Any]) -> dict[str, StoredRecord]:
+def records(locked: Iterable[psycopg.Cursor[Any]]) -> dict[str, StoredRecord]:
     """Return the records that `lock` locked."""
-    return {row[0]: StoredRecord(RecordRow(*row[:-2]), *row[-2:]) for row in locked.fetchall()}
+    return {row[0]: StoredRecord(RecordRow(*row[:-2]), *row[-2:]) for cursor in locked for row in cursor.fetchall()}
 
 
 def _logged(conn: psycopg.Connection[Any], events: Events) -> psycopg.Cursor[Any]:

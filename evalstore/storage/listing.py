@@ -139,7 +139,7 @@ def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) 
 def count(conn: Connection, chosen: Filter) -> int | None:
     """Count the evaluations, up to COUNTED. Return None if that takes too long. Raises DatabaseOutage (retry)."""
     where, values = _where(chosen)
-    query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
+    query = f"SELECT count(*) FROM (SELECT 1 FROM evaluations{where} LIMIT %s) AS counted"
     counted = _in_time(conn, query, [*values, COUNTED])
     return None if counted is None else int(counted[0][0])
 

@@ -40,10 +40,14 @@ DURABLE: Final = (
 )
 
 
+_HAS_CITUS: Final = "EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'citus')"
+
+
 class Session(psycopg.Connection[tuple[Any, ...]]):
     """A connection that runs the statement `per_transaction`, if it is set, at the start of each transaction."""
 
     per_transaction = b""
+    has_citus = False
 
     def _start_query(self) -> PQGen[None]:
         # Overrides psycopg's method, to send a second statement in the same message or pipeline.
@@ -77,6 +81,7 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
     fixed = first if schema is None else sql.SQL("quote_ident({})").format(schema)
     columns = [
         is_pooled,
+        sql.SQL(_HAS_CITUS),
         *(_set(name, value, is_pooled) for name, value in {**_SOCKET, **settings}.items()),
         sql.SQL(DURABLE).format(is_pooled),
         *([] if path is None else [_set("search_path", path, is_pooled)]),
@@ -84,7 +89,7 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
     ]
     raw.autocommit = True
     query = sql.SQL("SELECT {}").format(sql.SQL(", ").join(columns))
-    ((pooled, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
+    ((pooled, raw.has_citus, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
     raw.autocommit = False
     # default_transaction_isolation cannot help behind a pooler: a transaction cannot change its isolation after its first
     # statement.
@@ -94,6 +99,11 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
         each = [_set(name, value, local) for name, value in {**settings, "search_path": search_path}.items()]
         query = sql.SQL("SELECT {}").format(sql.SQL(", ").join([*each, sql.SQL(DURABLE).format(local)]))
         raw.per_transaction = query.as_bytes(raw)
+
+
+def has_citus(conn: psycopg.Connection[Any]) -> bool:
+    """Tell whether the tables may be distributed by Citus. This is found out once for each connection."""
+    return isinstance(conn, Session) and conn.has_citus
 
 
 def _set(name: str, value: str, is_local: sql.SQL | sql.Composed) -> sql.Composed:

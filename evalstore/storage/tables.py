@@ -313,6 +313,48 @@ redrives = Table(
     Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
 )
 
+# Replays that jobs of the workers do.
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("asked_at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("write", Boolean, nullable=False),
+    Column("rate", Double),
+    Column(
+        "state",
+        Text,
+        CheckConstraint("state IN ('running', 'done', 'cancelled', 'failed')"),
+        nullable=False,
+        server_default=text("'running'"),
+    ),
+    Column("error", Text),
+    Column("total", BigInteger, nullable=False),
+    Column("paced_until", _TIME),
+    Column("started_at", _TIME),
+    Column("finished_at", _TIME),
+    Index("replays_by_time", "asked_at"),
+    Index("replays_running", "id", postgresql_where=text("state = 'running'")),
+)
+
+# One job works through each range: the ids after `position` up to `last`, or to the end without it.
+replay_ranges = Table(
+    "replay_ranges",
+    metadata,
+    Column("replay", Uuid, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("position", _EVAL_ID, nullable=False),
+    Column("last", _EVAL_ID),
+    Column("is_done", Boolean, nullable=False, server_default=text("false")),
+    Column("evaluations", BigInteger, nullable=False, server_default=text("0")),
+    Column("different", BigInteger, nullable=False, server_default=text("0")),
+    Column("unrepairable", BigInteger, nullable=False, server_default=text("0")),
+    Column("differences", JSONB, nullable=False, server_default=text("'[]'")),
+)
+
 operator_actions = Table(
     "operator_actions",
     metadata,

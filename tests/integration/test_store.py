@@ -441,7 +441,7 @@ def test_bytes_come_out_of_the_database_as_they_went_in(engine: Engine, data: by
 def waiting(plain: psycopg.Connection[Json]) -> list[int]:
     """The processes of evalstore that wait for a lock."""
     rows = plain.execute(
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'evalstore' AND wait_event_type = 'Lock'"
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'evalstore%' AND wait_event_type = 'Lock'"
         " AND datname = current_database()"
     )
     return [row["pid"] for row in rows]

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from evalstore.storage import database
 from evalstore.storage.migrations import version
+from evalstore.storage.revisions import revisions as revisions
 from models.errors import DatabaseOutage, SchemaMismatch
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ _OLD_LOCK: Final = 0x65766173
 _LOCK_S: Final = 0.5
 _PAUSE_S: Final = 2.0
 _LOOK_S: Final = 0.1
-
-
-@cache
-def revisions() -> tuple[str, ...]:
-    """Return the revisions of this release in order, read from file names. Loading Alembic would be slow."""
-    names = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
-    if not names:
-        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
-    return tuple(names)
 
 
 def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None) -> tuple[str | None, str]:
