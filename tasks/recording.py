@@ -135,6 +135,11 @@ class Run:
         finally:
             _active.discard(self)
 
+    def abandon(self) -> None:
+        """Send no ending: another process reports it."""
+        self._ended.acquire(blocking=False)
+        _active.discard(self)
+
     def _send_ending(self, raised: BaseException | None) -> None:
         self._ending = ending = self._ending or self._build_ending(raised)
         try:

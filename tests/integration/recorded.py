@@ -17,7 +17,7 @@ Json = dict[str, Any]
 def sent(redis_url: str, eval_id: str | None = None) -> list[Json]:
     """Return the events in the order of the queue, or those of one evaluation."""
     with redis.Redis.from_url(redis_url) as client:
-        bodies: Any = client.hmget(BODIES, [*client.lrange(QUEUE, 0, -1), b"none"])  # type: ignore[misc]
+        bodies: Any = client.hmget(BODIES, [*client.lrange(QUEUE, 0, -1), b"none"])
     events = [json.loads(body)["args"][0] for body in bodies if body]
     return [event for event in events if eval_id in (None, event["eval_id"])]
 
