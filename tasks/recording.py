@@ -48,6 +48,13 @@ def current_run() -> "Run | None":
     return _current.get()
 
 
+def event(type_: str, eval_id: str, attempt: int, **fields: Any) -> Json:
+    """Build an event that may be sent again: with its id and time, and without fields that are None."""
+    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "attempt": attempt}
+    unique = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC))}
+    return named | unique | {name: value for name, value in fields.items() if value is not None}
+
+
 class Run:
     """One execution of an evaluation. Set the result's attributes before the block ends.
 
@@ -162,9 +169,7 @@ class Run:
         self.unsent = []
 
     def _event(self, type_: str, **fields: Any) -> Json:
-        named = {"type": f"evaluation:{type_}", "eval_id": self.eval_id, "attempt": self.attempt}
-        unique = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC))}
-        return named | unique | {name: value for name, value in fields.items() if value is not None}
+        return event(type_, self.eval_id, self.attempt, **fields)
 
     def _build_ending(self, raised: BaseException | None) -> Json:
         """Build the ending from the attributes and from the error that left the block."""
