@@ -110,7 +110,7 @@ def test_the_evaluations_equal_the_samples_scores_and_errors_of_the_log_of_inspe
             assert stored.score == {"C": 1.0, "I": 0.0}[scores["includes"]]
         assert stored.metadata.get("limit", {}).get("type") == (sample.get("limit") or {}).get("type")
         error = sample.get("error")
-        assert stored.error == (f"{error['message']}\n{error['traceback']}" if error else "")
+        assert stored.error == (f"{error['message']}\n{error['traceback']}" if error else None)
         assert stored.attempt == 1 + len(sample.get("error_retries") or [])
         assert stored.duration_ms == pytest.approx(sample["total_time"] * 1000)
         assert [json.loads(line)["uuid"] for line in stored.output.splitlines()] == [each["uuid"] for each in sample["events"]]
