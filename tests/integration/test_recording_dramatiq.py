@@ -33,7 +33,7 @@ def broker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisBro
     monkeypatch.setenv("EVALSTORE_REDIS_URL", redis_url)
     settings.cache_clear()
     sender.cache_clear()
-    made = RedisBroker(  # type: ignore[no-untyped-call]
+    made = RedisBroker(
         url=redis_url,
         namespace="app",
         middleware=[
@@ -64,7 +64,8 @@ def work(broker: RedisBroker) -> None:
 
 
 def actor(broker: RedisBroker, function: Callable[..., Any], **options: Any) -> dramatiq.Actor[..., Any]:
-    return dramatiq.actor(function, broker=broker, actor_name="grade", **options)
+    made: dramatiq.Actor[..., Any] = dramatiq.actor(broker=broker, actor_name="grade", **options)(function)
+    return made
 
 
 def test_an_actor_is_recorded_with_the_options_of_actor_and_message(broker: RedisBroker, redis_url: str) -> None:

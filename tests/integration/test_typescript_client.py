@@ -57,7 +57,8 @@ const flaky = createClient({ baseUrl, apiKey: BOTH, fetch: (...all) => {
 } });
 out.repeated = [(await flaky.GET("/storage/evaluations/{eval_id}", { params: { path } })).data.eval_id, calls];
 calls = 0;
-out.once = await flaky.POST("/storage/evaluations", { body: { eval_id: "e", code: "x" } }).then(() => "sent", (error) => error.message);
+const body = { eval_id: "e", code: "x" };
+out.once = await flaky.POST("/storage/evaluations", { body }).then(() => "sent", (error) => error.message);
 console.log(JSON.stringify(out));
 """
 
