@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import pytest
@@ -138,3 +139,16 @@ def test_the_entry_point_loads_neither_tasks_nor_the_settings() -> None:
     given = {**os.environ, "PYTHONPATH": str(recorded.ROOT)}
     done = subprocess.run([PYTHON, "-c", look], env=given, capture_output=True, text=True, check=False, cwd="/")
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_an_eval_that_is_interrupted_cancels_its_samples(redis_url: str, tmp_path: Path, eventually: Any) -> None:
+    (tmp_path / "sums.py").write_text(TASK.replace('("right", "wrong", "retried", "broken", "slow", "talkative")', '("slow",)'))
+    given = {**os.environ, "EVALSTORE_REDIS_URL": redis_url, "PYTHONPATH": str(recorded.ROOT), "EVALSTORE_INSPECT": "on"}
+    arguments = ["eval", "sums.py", "--log-dir", str(tmp_path / "logs"), "--display", "none", "--time-limit", "60"]
+    program = "from inspect_ai._cli.main import main; main()"
+    with subprocess.Popen([PYTHON, "-c", program, *arguments], cwd=tmp_path, env=given, stdout=subprocess.PIPE) as process:
+        eventually(lambda: types(sent(redis_url)).count("started") == 2, within_s=40)
+        process.send_signal(SIGINT)
+        process.communicate(timeout=30)
+    for eval_id in {event["eval_id"] for event in sent(redis_url)}:
+        assert types(sent(redis_url, eval_id)) == ["queued", "started", "cancelled"]
