@@ -23,6 +23,10 @@ _MODULES = {
 __all__ = ["Confirmations", "StorageClient", "recording", "store_evaluation", "store_evaluations"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'evalstore' has no attribute {name!r}")

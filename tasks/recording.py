@@ -110,7 +110,6 @@ class Run:
         events = [self._event("queued", **self._queued)] if self._queued else []
         events.append(self._event("started", **self._started))
         _end_all_at_exit()
-        self._started_at = time.monotonic()
         try:
             store_evaluations(events)
         except Outage as error:
@@ -123,6 +122,7 @@ class Run:
             self.finish(error)
             raise
         _active.add(self)
+        self._started_at = time.monotonic()  # after the send, which may have waited for Redis
 
     def finish(self, raised: BaseException | None = None) -> None:
         """Send the ending, once, and nothing in a forked child. `raised` ended the execution. `recording` calls this.

@@ -79,6 +79,7 @@ def test_importing_evalstore_offers_each_public_name_and_loads_none_of_them() ->
         "store_evaluation": store_evaluation,
         "store_evaluations": store_evaluations,
     }
+    assert dir(evalstore) == evalstore.__all__
     with pytest.raises(AttributeError, match="no attribute 'store_event'"):
         evalstore.store_event  # noqa: B018
 

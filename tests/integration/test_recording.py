@@ -380,7 +380,7 @@ try:
         print('ran')
 except Outage as error:
     print(*error.__notes__)
-print(len(run.unsent))
+print(len(run.unsent), run.duration_ms < 100)
 try:
     with recording('f'):
         raise ValueError('bad')
@@ -394,7 +394,7 @@ store_evaluations(run.unsent)
         assert process.stdout is not None
         assert process.stdin is not None
         lines = [process.stdout.readline().strip() for _ in range(4)]
-        assert lines[:3] == ["ran", "of the recording of evaluation e, attempt 1", "3"]
+        assert lines[:3] == ["ran", "of the recording of evaluation e, attempt 1", "3 True"]
         assert lines[3].startswith("evalstore did not store the result of evaluation f")
         valkey_server.start()
         process.stdin.write("\n")
