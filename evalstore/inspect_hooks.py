@@ -148,6 +148,8 @@ def ending(sample: Any, eval_id: str, attempt: int) -> Json:
     An error is failed. A cancelled sample and one that an operator stopped are cancelled. The time and working limits are
     timed_out. All else is completed, also at another limit: Inspect scores such a sample.
     """
+    from tasks.endings import as_reason  # noqa: PLC0415 - see the docstring of the module
+
     values = {name: _as_json(score.value) for name, score in (sample.scores or {}).items()}
     metadata: Json = {"scores": values} if values else {}
     if sample.limit is not None:
@@ -155,7 +157,7 @@ def ending(sample: Any, eval_id: str, attempt: int) -> Json:
     is_cancelled = sample.error is not None and sample.error.message.startswith(_CANCELLED)
     if is_cancelled or (sample.error is None and sample.limit is not None and sample.limit.type == "operator"):
         reason = sample.error.message if is_cancelled else sample.limit.reason or "stopped by an operator"
-        return _event("cancelled", eval_id, attempt, reason=reason[:1000], metadata=metadata)
+        return _event("cancelled", eval_id, attempt, reason=as_reason(reason), metadata=metadata)
     fields: Json = {"metadata": metadata, "output": transcript(sample, _max_content_bytes())}
     if sample.total_time is not None:
         fields["duration_ms"] = sample.total_time * 1000
@@ -188,7 +190,7 @@ def _max_content_bytes() -> int:
 
 
 def _event(type_: str, eval_id: str, attempt: int, **fields: Any) -> Json:
-    from tasks.recording import event  # noqa: PLC0415 - see the docstring of the module
+    from tasks.endings import event  # noqa: PLC0415 - see the docstring of the module
 
     return event(type_, eval_id, attempt, **fields)
 

@@ -16,7 +16,8 @@ from weakref import WeakValueDictionary
 
 from models.errors import InvalidEvent, Outage
 from models.logs import EventLogger
-from tasks.recording import Json, Run, recording
+from tasks.endings import Json
+from tasks.recording import Recording, recording
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -29,7 +30,7 @@ def record_evaluations(app: "Celery", *, executor_id: str | None = None) -> None
 
     Call it where the worker's process imports the application. The value is True, or a dictionary of arguments of `recording`;
     those of the header win. The evaluation is named by `eval_id` in it, else by the task's id. A retry is the next attempt. The
-    task sets its result on `tasks.recording.current_run()`. An error and a retry are failed, with the traceback. The soft and
+    task sets its result on `tasks.recording.current_recording()`. An error and a retry are failed, with the traceback. The soft and
     the hard time limit are timed_out. Revoked, expired, ignored and rejected tasks are cancelled. A killed process is failed.
 
     A failed send is logged and never fails the task. Set EVALSTORE_SPOOL_DIR, so that an outage of Redis loses no ending.
@@ -44,7 +45,7 @@ class _Recorder:
 
     def __init__(self, app: "Celery", executor_id: str) -> None:
         self.app, self.executor_id = app, executor_id
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Recording] = {}
         self._raised: dict[str, BaseException | None] = {}
         self._requests: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
@@ -52,8 +53,8 @@ class _Recorder:
         from celery import signals
 
         for name in ("task_received", "task_prerun", "task_failure", "task_retry", "task_postrun", "task_revoked"):
-            # Signals hold receivers weakly, unless weak=False.
-            getattr(signals, name).connect(getattr(self, name), weak=False)
+            # Signals hold receivers weakly, unless weak=False. The uid keeps out a second recorder of an application.
+            getattr(signals, name).connect(getattr(self, name), weak=False, dispatch_uid=("evalstore", name, id(self.app)))
 
     def task_received(self, request: Any, **_: Any) -> None:
         """Keep the request, in the main process: its failure signal lacks the attempt."""
@@ -103,7 +104,7 @@ class _Recorder:
             with _logged(run):
                 run.finish(raised)
 
-    def _run(self, task: Any, task_id: str, request: Json) -> Run | None:
+    def _run(self, task: Any, task_id: str, request: Json) -> Recording | None:
         """Return the recording of a task, or None if it is not to be recorded."""
         own = request.get("evaluation", (request.get("headers") or {}).get("evaluation"))
         of_task = getattr(task, "evaluation", None)
@@ -120,7 +121,7 @@ class _Recorder:
 
 
 @contextmanager
-def _logged(run: Run) -> Iterator[None]:
+def _logged(run: Recording) -> Iterator[None]:
     """Log an error of a send instead of raising it: a task must not fail because of its recording."""
     try:
         yield

@@ -16,7 +16,8 @@ from dramatiq import Broker
 from dramatiq.broker import MessageProxy
 from dramatiq.middleware import Middleware, TimeLimit
 
-from tasks.recording import Json, Run, recording
+from tasks.endings import Json
+from tasks.recording import Recording, recording
 
 
 class RecordEvaluations(Middleware):
@@ -24,7 +25,7 @@ class RecordEvaluations(Middleware):
 
     The option is True, or a dictionary of arguments of `recording`; those of the message win. The evaluation is named by the
     message's option `eval_id`, else by its message_id. A retry is the next attempt. The actor sets its result on
-    `tasks.recording.current_run()`. An error is failed, with its traceback. The time limit is timed_out. An abort, a shutdown
+    `tasks.recording.current_recording()`. An error is failed, with its traceback. The time limit is timed_out. An abort, a shutdown
     and a skipped message are cancelled.
 
     A failed send never fails the actor: Dramatiq logs it. Set EVALSTORE_SPOOL_DIR, so that an outage of Redis loses no ending.
@@ -34,7 +35,7 @@ class RecordEvaluations(Middleware):
     def __init__(self, *, executor_id: str | None = None) -> None:
         """`executor_id` names this worker in the events; the host's name if it is None."""
         self.executor_id = socket.gethostname() if executor_id is None else executor_id
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, Recording] = {}
 
     @property
     def actor_options(self) -> set[str]:
@@ -77,7 +78,7 @@ class RecordEvaluations(Middleware):
                 if started is not None:
                     run.leave()
 
-    def _run(self, broker: Broker, message: MessageProxy) -> Run | None:
+    def _run(self, broker: Broker, message: MessageProxy) -> Recording | None:
         """Return the recording of a message, or None if it is not to be recorded."""
         actor = broker.get_actor(message.actor_name)
         own, of_actor = message.options.get("evaluation"), actor.options.get("evaluation")

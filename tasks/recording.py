@@ -7,7 +7,6 @@ with recording("run-1:7", executor_id="executor-1", timeout_s=10) as run:
 
 import asyncio
 import atexit
-import base64
 import os
 import sys
 import threading
@@ -15,47 +14,31 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache, partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from uuid_utils import uuid7
-
-from models import content
-from models.errors import InvalidEvent, Outage, printable
+from models.errors import InvalidEvent, Outage
 from models.logs import EventLogger
 from models.record import rfc3339
 from tasks.actor import store_evaluations
 from tasks.child_memory import SAMPLER, Watch
+from tasks.endings import Json, Status, as_reason, content_fields, event, joined, status_of
 from tasks.termination import TERMINATION
-
-Json = dict[str, Any]
-Status = Literal["completed", "failed", "timed_out", "cancelled"]
 
 log = EventLogger("evalstore")
 
-# Errors of subprocess, Dramatiq and Celery, by name: importing these libraries would cost other senders time.
-_TIME_LIMITS: Final = frozenset({"TimeoutExpired", "TimeLimitExceeded", "SoftTimeLimitExceeded"})
-_MAX_REASON: Final = 1000
-
-_current: ContextVar["Run | None"] = ContextVar("evalstore_run", default=None)
-_active: set["Run"] = set()
+_current: ContextVar["Recording | None"] = ContextVar("evalstore_run", default=None)
+_active: set["Recording"] = set()
 
 
-def current_run() -> "Run | None":
+def current_recording() -> "Recording | None":
     """Return the innermost recording of the calling code, or None. A task or actor sets its result there."""
     return _current.get()
 
 
-def event(type_: str, eval_id: str, attempt: int, **fields: Any) -> Json:
-    """Build an event that may be sent again: with its id and time, and without fields that are None."""
-    named = {"type": f"evaluation:{type_}", "eval_id": eval_id, "attempt": attempt}
-    unique = {"event_id": str(uuid7()), "occurred_at": rfc3339(datetime.now(UTC))}
-    return named | unique | {name: value for name, value in fields.items() if value is not None}
-
-
-class Run:
+class Recording:
     """One execution of an evaluation. Set the result's attributes before the block ends.
 
     - `output`, `error`: text, or bytes, which come back exactly.
@@ -89,7 +72,7 @@ class Run:
         self._ended = threading.Lock()
         self._ending: Json | None = None
         self._has_handler = False
-        self._outer: Run | None = None
+        self._outer: Recording | None = None
 
     @property
     def status(self) -> Status | None:
@@ -179,13 +162,13 @@ class Run:
             self.duration_ms = (time.monotonic() - self._started_at) * 1000
         status, reason, error = self.status or "completed", self.reason, self.error
         if raised is not None:
-            status = _status_of(raised)
+            status = status_of(raised)
             self._take_result(raised)
             reason = reason or f"{type(raised).__name__}: {raised}".removesuffix(": ")
-            error = _joined(self.error, "".join(traceback.format_exception(raised))) if status == "failed" else self.error
+            error = joined(self.error, "".join(traceback.format_exception(raised))) if status == "failed" else self.error
         fields: Json = {"metadata": self.metadata or None}
         if status == "cancelled":
-            return self._event(status, **fields, reason=None if reason is None else _as_text(reason))
+            return self._event(status, **fields, reason=None if reason is None else as_reason(reason))
         if status == "completed" and self.exit_code is None:
             self.exit_code = 0
         names = ("exit_code", "duration_ms", "memory_bytes", "container_id")
@@ -193,7 +176,9 @@ class Run:
         fields["container_id"] = fields["container_id"] or self._started.get("container_id")
         if status == "completed":
             fields["score"] = self.score
-        fields |= _content("output", self.output) | _content("error", "" if status == "failed" and error is None else error)
+        fields |= content_fields("output", self.output) | content_fields(
+            "error", "" if status == "failed" and error is None else error
+        )
         return self._event(status, **fields)
 
     def _take_result(self, raised: BaseException) -> None:
@@ -268,7 +253,7 @@ def recording(  # noqa: PLR0913 - the fields of two events, by name
     run_id: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     queued_at: datetime | None = None,
-) -> Run:
+) -> Recording:
     """Record a block of code as one execution of an evaluation: `with recording(…) as run`, or `async with`.
 
     Sends a queued event if there is `code`, then a started event, and at the end of the block exactly one ending:
@@ -288,7 +273,7 @@ def recording(  # noqa: PLR0913 - the fields of two events, by name
     """
     queued: Json = {"language": language, "submitter": submitter, "run_id": run_id}
     if code is not None:
-        queued |= {**_content("code", code), "metadata": None if metadata is None else dict(metadata)}
+        queued |= {**content_fields("code", code), "metadata": None if metadata is None else dict(metadata)}
         queued["occurred_at"] = None if queued_at is None else rfc3339(queued_at)
     elif extra := [name for name, value in queued.items() if value is not None]:
         raise TypeError(f"{', '.join(extra)}: a queued event holds this, and needs code; give code='' if there is none")
@@ -297,10 +282,10 @@ def recording(  # noqa: PLR0913 - the fields of two events, by name
     started: Json = {"executor_id": executor_id, "container_id": container_id, "timeout_s": timeout_s}
     if not queued and metadata is not None:
         started["metadata"] = dict(metadata)
-    return Run(eval_id, attempt, queued, started)
+    return Recording(eval_id, attempt, queued, started)
 
 
-def _finish(run: Run, raised: BaseException | None) -> None:
+def _finish(run: Recording, raised: BaseException | None) -> None:
     """End a run. The block's error comes before an error of the send."""
     try:
         run.finish(raised)
@@ -330,30 +315,6 @@ async def _in_thread(work: Callable[[], None]) -> None:
     done.result()
     if cancelled is not None:
         raise cancelled
-
-
-def _status_of(raised: BaseException) -> Status:
-    if isinstance(raised, TimeoutError) or type(raised).__name__ in _TIME_LIMITS:
-        return "timed_out"
-    return "failed" if isinstance(raised, Exception) else "cancelled"
-
-
-def _content(name: str, value: str | bytes | None) -> Json:
-    """Return content as text if its bytes are UTF-8, else as base64."""
-    if not isinstance(value, bytes | bytearray | memoryview):
-        return {} if value is None else {name: value}
-    text = content.from_bytes(bytes(value))
-    return {name: text} if isinstance(text, str) else {f"{name}_b64": base64.b64encode(text).decode()}
-
-
-def _joined(error: str | bytes | None, text: str) -> str | bytes:
-    if not error:
-        return text
-    return b"\n".join([error, content.to_bytes(text)]) if isinstance(error, bytes) else f"{error}\n{text}"
-
-
-def _as_text(reason: str) -> str:
-    return printable(reason).replace("\0", "\\0")[:_MAX_REASON]
 
 
 @cache

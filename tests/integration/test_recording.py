@@ -17,7 +17,7 @@ from models.errors import InvalidEvent, RedisOutage
 from models.settings import settings
 from tasks import recording
 from tasks.broker import broker
-from tasks.recording import Run, current_run
+from tasks.recording import Recording, current_recording
 from tests.integration import recorded
 from tests.integration.recorded import sent, types
 
@@ -26,7 +26,7 @@ SURROGATE = "\ud800"
 SLEEPS = """
 import os, signal, subprocess, sys, threading, time
 from tasks import recording
-from tasks.recording import current_run
+from tasks.recording import current_recording
 def ready(): print("ready", flush=True)
 """
 
@@ -197,13 +197,13 @@ def test_the_error_of_the_block_comes_before_an_invalid_result(url: str) -> None
 
 
 def test_nested_recordings_each_send_their_own(url: str) -> None:
-    assert current_run() is None
+    assert current_recording() is None
     with recording("outer") as outer:
-        assert current_run() is outer
+        assert current_recording() is outer
         with recording("inner") as inner:
-            assert current_run() is inner
-        assert current_run() is outer
-    assert current_run() is None
+            assert current_recording() is inner
+        assert current_recording() is outer
+    assert current_recording() is None
     assert [event["eval_id"] for event in sent(url)] == ["outer", "inner", "inner", "outer"]
 
 
@@ -211,7 +211,7 @@ def test_the_async_form_records_many_tasks_each_with_its_run(url: str) -> None:
     async def work(number: int) -> None:
         async with recording(f"e-{number}") as run:
             await asyncio.sleep(0.01)
-            assert current_run() is run
+            assert current_recording() is run
             run.output = str(number)
 
     async def main() -> None:
@@ -445,7 +445,7 @@ def test_an_interrupt_while_the_ending_is_sent_does_not_lose_it(url: str, monkey
 def test_two_threads_that_finish_one_run_send_one_ending(url: str) -> None:
     run = recording("e")
     run.start()
-    threads = [threading.Thread(target=Run.finish, args=(run,)) for _ in range(8)]
+    threads = [threading.Thread(target=Recording.finish, args=(run,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

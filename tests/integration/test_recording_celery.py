@@ -20,15 +20,16 @@ import os, time
 from celery import Celery
 from celery.exceptions import Ignore
 from tasks.celery_signals import record_evaluations
-from tasks.recording import current_run
+from tasks.recording import current_recording
 
 app = Celery("app", broker=os.environ["BROKER"])
 app.conf.broker_connection_retry_on_startup = True
-record_evaluations(app, executor_id="w")
+for _ in range(2):  # a module that is imported under two names
+    record_evaluations(app, executor_id="w")
 
 @app.task(evaluation={"language": "py", "code": "c"})
 def grade(score):
-    run = current_run()
+    run = current_recording()
     run.score, run.output = score, "graded"
 
 @app.task(bind=True, evaluation=True, max_retries=5)

@@ -13,7 +13,7 @@ from dramatiq.middleware.shutdown import Shutdown
 from models.settings import settings
 from tasks.broker import broker as sender
 from tasks.middleware import RecordEvaluations
-from tasks.recording import current_run
+from tasks.recording import current_recording
 from tests.integration.recorded import sent, types
 
 Json = dict[str, Any]
@@ -70,7 +70,7 @@ def actor(broker: RedisBroker, function: Callable[..., Any], **options: Any) -> 
 
 def test_an_actor_is_recorded_with_the_options_of_actor_and_message(broker: RedisBroker, redis_url: str) -> None:
     def grade(score: float) -> None:
-        run = current_run()
+        run = current_recording()
         assert run is not None
         run.score, run.output = score, "graded"
 
@@ -101,7 +101,7 @@ def test_each_retry_is_the_next_attempt_and_a_failure_has_its_traceback(broker: 
     attempts: list[int] = []
 
     def grade() -> None:
-        run = current_run()
+        run = current_recording()
         assert run is not None
         attempts.append(run.attempt)
         if len(attempts) < 3:
@@ -150,7 +150,7 @@ def test_skipped_and_expired_messages_are_cancelled_without_a_start(broker: Redi
 
 def test_an_async_actor_finds_its_run(broker: RedisBroker, redis_url: str) -> None:
     async def grade() -> None:
-        run = current_run()
+        run = current_recording()
         assert run is not None
         run.output = "from the event loop"
 
