@@ -30,8 +30,8 @@ def record_evaluations(app: "Celery", *, executor_id: str | None = None) -> None
 
     Call it where the worker's process imports the application. The value is True, or a dictionary of arguments of `recording`;
     those of the header win. The evaluation is named by `eval_id` in it, else by the task's id. A retry is the next attempt. The
-    task sets its result on `tasks.recording.current_recording()`. An error and a retry are failed, with the traceback. The soft and
-    the hard time limit are timed_out. Revoked, expired, ignored and rejected tasks are cancelled. A killed process is failed.
+    task sets its result on `tasks.recording.current_recording()`. An error and a retry are failed, with the traceback. Both
+    time limits are timed_out. Revoked, expired, ignored and rejected tasks are cancelled. A killed process is failed.
 
     A failed send is logged and never fails the task. Set EVALSTORE_SPOOL_DIR, so that an outage of Redis loses no ending.
     `executor_id` names this worker in the events; the host's name if it is None. Raises ModuleNotFoundError without Celery.

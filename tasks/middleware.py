@@ -25,8 +25,8 @@ class RecordEvaluations(Middleware):
 
     The option is True, or a dictionary of arguments of `recording`; those of the message win. The evaluation is named by the
     message's option `eval_id`, else by its message_id. A retry is the next attempt. The actor sets its result on
-    `tasks.recording.current_recording()`. An error is failed, with its traceback. The time limit is timed_out. An abort, a shutdown
-    and a skipped message are cancelled.
+    `tasks.recording.current_recording()`. An error is failed, with its traceback. The time limit is timed_out. An abort, a
+    shutdown and a skipped message are cancelled.
 
     A failed send never fails the actor: Dramatiq logs it. Set EVALSTORE_SPOOL_DIR, so that an outage of Redis loses no ending.
     Add it after middleware that skips messages, so that these do not start.
