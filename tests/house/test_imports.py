@@ -90,6 +90,12 @@ def test_sending_by_way_of_evalstore_loads_no_server_side_package() -> None:
     assert not modules & {"sqlalchemy", "psycopg", "boto3", "httpx", "evalstore.storage", "evalstore.telemetry", "worker"}
 
 
+def test_adapters_load_no_library_that_they_adapt() -> None:
+    _, modules = imported("import tasks.middleware, tasks.celery_signals, evalstore.inspect_hooks")
+    assert {"tasks.celery_signals", "evalstore.inspect_hooks"} <= modules
+    assert not modules & {"celery", "inspect_ai", "redis", "boto3", "sqlalchemy", "psycopg"}
+
+
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
