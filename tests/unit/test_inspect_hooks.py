@@ -18,7 +18,15 @@ class Item(SimpleNamespace):
 
 
 def sample(**fields: Any) -> Any:
-    given = {"scores": None, "error": None, "limit": None, "total_time": 1.5, "events": [], "messages": [], "attachments": {}}
+    given: dict[str, Any] = {
+        "scores": None,
+        "error": None,
+        "limit": None,
+        "total_time": 1.5,
+        "events": [],
+        "messages": [],
+        "attachments": {},
+    }
     return SimpleNamespace(**given | fields)
 
 
