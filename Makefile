@@ -52,6 +52,7 @@ check: setup
 # Write the parts of the documentation that derive from the code.
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python clients/typescript/generate.py
 
 # Lock names and hashes only. uv.lock contains registry addresses, so it stays out of the repository.
 lock:

@@ -46,6 +46,20 @@ LOGS: Final = (
         "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
+    # Recordings, in senders.
+    Entry(
+        "recording_delayed",
+        "warning",
+        "the start of evaluation %.200s is not sent yet; it goes with the ending: %s",
+        ("eval_id", "error"),
+    ),
+    Entry(
+        "recording_unsent",
+        "error",
+        "%d events of evaluation %.200s are not sent, set EVALSTORE_SPOOL_DIR to keep them on disk: %s",
+        ("events", "eval_id", "error"),
+    ),
+    Entry("recording_invalid", "error", "the recording of evaluation %.200s is invalid: %s", ("eval_id", "error")),
     # Sinks.
     Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
     Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),

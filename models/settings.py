@@ -92,6 +92,9 @@ class Settings(BaseModel):
         float,
         Field(gt=0, le=_DAY_S, description="seconds after which `send` reports that Redis is unreachable; read by senders"),
     ] = 2
+    inspect: Annotated[
+        Literal["on", "off"], Field(description="whether Inspect AI's evals send their samples; read by senders")
+    ] = "off"
     batch_events: Annotated[
         int, Field(ge=1, le=65536, description="maximum number of events in one transaction; read by workers")
     ] = 2000

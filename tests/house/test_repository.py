@@ -126,7 +126,7 @@ def test_the_tests_begin_with_style_types_and_layers() -> None:
 
 
 def test_every_room_is_typed_layered_and_shipped(project: dict[str, Any]) -> None:
-    beside = {"tests", "bench", "docs", "examples", "deploy"}
+    beside = {"tests", "bench", "docs", "examples", "deploy", "clients"}
     rooms = {
         path.relative_to(ROOT).parts[0]
         for path in files()
