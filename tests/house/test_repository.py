@@ -163,7 +163,7 @@ def test_ci_runs_make_test_and_ends_as_it_ends(tmp_path: Path, status: int) -> N
     done = subprocess.run(
         ["bash", ROOT / ".ci/run"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (status, f"make test in {ROOT}\n")
+    assert (done.returncode, done.stdout) == (status, f"make setup-integrations in {ROOT}\nmake test in {ROOT}\n")
 
 
 def test_a_commit_is_checked_as_the_tests_check(project: dict[str, Any]) -> None:
