@@ -47,7 +47,7 @@ def fold(before: Folded | None, events: Sequence[EventRow]) -> Folded:
         counted = past.events + list(events)
     else:
         past, version, counted = NOTHING, len(events), list(events)
-    metadata = merge_state.merge_metadata(past, events)
+    metadata = merge_state.merge_metadata(past.metadata, events)
     winners = _winners(counted)
     new = _record(winners, metadata, version)
     new_endings = [event.attempt for event in events if event.type in ENDINGS]

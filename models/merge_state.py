@@ -71,18 +71,6 @@ class MergeState(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc
     dropped: bool
 
 
-class Past(NamedTuple):
-    """The events that a record and its merge state represent, reduced to what can still affect a later fold."""
-
-    events: list[EventRow]
-    described: list[Described]
-    endings: Sequence[int]
-    dropped: bool
-
-
-NOTHING: Final = Past([], [], (), False)
-
-
 class Metadata(NamedTuple):
     """Merged metadata, with the data for its merge state."""
 
@@ -96,6 +84,18 @@ class Metadata(NamedTuple):
     def is_truncated(self) -> bool:
         """Tell whether a key was dropped or a value omitted."""
         return self.dropped or bool(self.omitted)
+
+
+class Past(NamedTuple):
+    """The events that a record and its merge state represent, reduced to what can still affect a later fold."""
+
+    events: list[EventRow]
+    metadata: Metadata
+    endings: Sequence[int]
+
+
+NO_METADATA: Final = Metadata({}, [], [], [], dropped=False)
+NOTHING: Final = Past([], NO_METADATA, ())
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
@@ -120,14 +120,29 @@ def decode(record: RecordRow, data: bytes) -> Past:
         raise Undecodable("the merge state is of another rule")
     try:
         state = _DECODER.decode(data[1:])
-        described = _described(record.metadata, state)
-    except (msgspec.MsgspecError, ValueError, IndexError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise Undecodable(f"the merge state cannot be decoded: {error}") from error
+    metadata = Metadata(record.metadata, state.stamps, state.keys, state.omitted, state.dropped)
+    if not _is_consistent(metadata):
+        raise Undecodable("the merge state is of other metadata")
     if (record.started_at is None) != (state.first_started_id is None) or (record.code_event_id is None) != (
         state.queued_attempt == 0
     ):
         raise Undecodable("the merge state is of another record")
-    return Past(_events(record, state), described, state.endings, state.dropped)
+    return Past(_events(record, state), metadata, state.endings)
+
+
+def _is_consistent(metadata: Metadata) -> bool:
+    """Tell whether the positions in the merge state fit the metadata of the record."""
+    values, stamps, keys, omitted, _ = metadata
+    if not keys and not omitted:
+        return len(stamps) == (1 if values else 0)
+    return (
+        bool(stamps)
+        and len(keys) == (len(values) if len(stamps) > 1 else 0)
+        and (not keys or 0 <= min(keys) <= max(keys) < len(stamps))
+        and (not omitted or 0 <= min(omitted) <= max(omitted) < len(values))
+    )
 
 
 def last_started(record: RecordRow, data: bytes) -> Moment | None:
@@ -147,8 +162,8 @@ def _only_event(record: RecordRow) -> Past:
     if event_id is None or at is None:
         raise Undecodable("the merge state is of another record")
     event = _event(record, event_id, f"evaluation:{record.status}", record.attempt, at, record[_SCALARS])
-    described = [((record.attempt, phase, at, event_id), record.metadata, _NONE)] if record.metadata else []
-    return Past([event], described, endings, dropped=False)
+    stamps = [(record.attempt, phase, at, event_id)] if record.metadata else []
+    return Past([event], Metadata(record.metadata, stamps, [], [], dropped=False), endings)
 
 
 def _events(record: RecordRow, state: MergeState) -> list[EventRow]:
@@ -213,35 +228,33 @@ def _event(
     return _new(EventRow, (record.eval_id, event_id, type_, attempt, occurred_at, None, *scalars, *_NO_CONTENT))
 
 
-def _described(metadata: dict[str, Any], state: MergeState) -> list[Described]:
-    """Group the merged metadata by source event. Raises ValueError, IndexError."""
-    stamps, keys = state.stamps, state.keys
-    if not metadata and not stamps:
-        return []
-    if len(stamps) == 1 and not keys and not state.omitted:
-        return [(stamps[0], metadata, _NONE)]
-    names = sorted(metadata)
-    omitted = frozenset([names[place] for place in state.omitted])
+def _described(metadata: Metadata) -> list[Described]:
+    """Group the merged metadata by source event."""
+    merged, stamps, keys, places, _ = metadata
+    if len(stamps) == 1 and not places:
+        return [(stamps[0], merged, _NONE)]
+    names = sorted(merged)
+    omitted = frozenset([names[place] for place in places])
     values: list[dict[str, Any]] = [{} for _ in stamps]
     for name, place in zip(names, keys or [0] * len(names), strict=True):
-        values[place][name] = metadata[name]
+        values[place][name] = merged[name]
     return [(stamp, of_event, omitted & of_event.keys()) for stamp, of_event in zip(stamps, values, strict=True)]
 
 
-_NO_METADATA: Final = Metadata({}, [], [], [], dropped=False)
-_DROPPED: Final = Metadata({}, [], [], [], dropped=True)
-
-
-def merge_metadata(past: Past, events: Iterable[EventRow]) -> Metadata:
-    """Merge the metadata of `events` into the metadata of `past`."""
-    described = past.described + [_describe(event) for event in events if event.metadata]
-    if not described:
-        return _DROPPED if past.dropped else _NO_METADATA
+def merge_metadata(past: Metadata, events: Iterable[EventRow]) -> Metadata:
+    """Merge the metadata of `events` into `past`."""
+    new = [_describe(event) for event in events if event.metadata]
+    if not new:
+        return past
+    described = _described(past) + new if past.stamps else new
     if len(described) == 1 and len(described[0][1]) <= MAX_KEYS:
         stamp, values, omitted = described[0]
         return Metadata(values, [stamp], [], _places(sorted(values), omitted) if omitted else [], past.dropped)
-    if len(described) > 2 or described[0][0] > described[1][0]:
-        described.sort(key=_stamp)
+    described.sort(key=_stamp)
+    if len(described) == 2:  # The most common case, in a shorter way.
+        (first, before, too_large), (last, after, also_too_large) = described
+        if not too_large and not also_too_large and len(after) < len(values := before | after) <= MAX_KEYS:
+            return Metadata(values, [first, last], [int(name in after) for name in sorted(values)], [], past.dropped)
     merged: dict[str, Any] = {}
     winners: dict[str, int] = {}
     omitted = _NONE

@@ -290,13 +290,13 @@ def _confirmations(rows: list[EventRow], plan: _Plan, recorded_at: str) -> list[
         Confirmation(
             "storage:evaluation:created" if eval_id in plan.created else "storage:evaluation:updated",
             eval_id,
-            folded.record.version,
-            folded.record.status,
-            msgspec.UNSET if folded.record.run_id is None else folded.record.run_id,
+            record.version,
+            record.status,
+            msgspec.UNSET if record.run_id is None else record.run_id,
             [rows[position].event_id for position in plan.new[eval_id]],
             recorded_at,
         )
-        for eval_id, folded in plan.records.items()
+        for eval_id, (record, *_) in plan.records.items()
     ]
 
 

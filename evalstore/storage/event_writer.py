@@ -272,35 +272,31 @@ class PipelineWriter(EventWriter):
         # Try to create all records: an existing record is left unchanged. Waiting to see which exist would cost a round trip.
         locked = lock(self.conn, list(events))
         new = {eval_id: fold(None, rows) for eval_id, rows in events.items()}
-        created_rows = [_row(folded) for folded in new.values()]
-        if len(created_rows) == 1:
-            inserted = self.conn.execute(_SINGLE.create, _texts(created_rows[0]))
-        else:
-            inserted = self.conn.execute(_MANY.create, [_json(RECORD, created_rows)])
-        found = self.conn.cursor(binary=True).execute(_LOOK_UP, _ids(events))
+        statements, parameters = _parameters(_RECORD_TYPES, [_row(folded) for folded in new.values()])
+        inserted = self.conn.execute(statements.create, parameters)
+        ids = _ids(events)
+        found = self.conn.cursor(binary=True).execute(_LOOK_UP, [*ids, ids[0]])
         existing = records(locked)
         created = {eval_id: new[eval_id] for (eval_id,) in inserted.fetchall()}
         if len(created) + len(existing) != len(events):
             raise Restart("another transaction created an evaluation of these")
         logged, erased = set[tuple[str, UUID]](), set[str]()
-        for eval_id, event_id, is_logged, is_erased in found.fetchall():
-            if is_logged:
-                logged.add((eval_id, event_id))
-            if is_erased:
+        for eval_id, event_id in found.fetchall():
+            if event_id is None:
                 erased.add(eval_id)
+            else:
+                logged.add((eval_id, event_id))
         return BeginResult(created, existing, logged, _without_erased(self.conn, erased, created))
 
     def write(self, rows: Rows, contents: Rows, changed: Collection[Folded], confirmation: list[Any]) -> None:
         for content in contents:
             self.conn.execute(_CONTENT_ONE, _texts(content))
-        changed_rows = [_row(folded) for folded in changed]
-        parameters: list[str | None]
-        if len(rows) == 1:
-            statements, parameters = _SINGLE, [text for row in (*rows, *changed_rows) for text in _texts(row)]
-        else:
-            statements, parameters = _MANY, [_json(tuple(EVENT_COLUMNS), rows)]
-            parameters += [_json(RECORD, changed_rows)] if changed_rows else []
-        self.conn.execute(statements.write_all if changed_rows else statements.write_new, [*parameters, *confirmation])
+        statements, parameters = _parameters(EVENT_COLUMNS, rows)
+        self.conn.execute(statements.log, parameters)
+        if changed:
+            statements, parameters = _parameters(_RECORD_TYPES, [_row(folded) for folded in changed])
+            self.conn.execute(statements.update, parameters)
+        confirm(self.conn, confirmation)
 
     def compare(self, rows: dict[int, EventRow]) -> Compared:
         replies = {
@@ -331,12 +327,14 @@ def _values(types: dict[str, str]) -> str:
 
 
 class _Statements(NamedTuple):
-    """Statements that take rows either as one parameter for each column of a single row, or as JSON."""
+    """Statements that take rows either as one parameter for each column of a single row, or as JSON.
+
+    Each statement writes one table: a distributed table cannot be written in a WITH clause.
+    """
 
     create: str
+    log: str
     update: str
-    write_new: str
-    write_all: str
 
 
 def _statements(*, json: bool) -> _Statements:
@@ -357,21 +355,14 @@ def _statements(*, json: bool) -> _Statements:
     changed = ", ".join(f"{name} = {column(name, _RECORD_TYPES)}" for name in _CHANGED)
     update = f"""UPDATE evaluations e SET {changed}, updated_at = statement_timestamp()
         FROM {source(_RECORD_TYPES)} WHERE e.eval_id = s.eval_id"""
-    return _Statements(
-        create, update, f"WITH logged AS ({log}) {_CONFIRM}", f"WITH logged AS ({log}), changed AS ({update}) {_CONFIRM}"
-    )
+    return _Statements(create, log, update)
 
 
 _SINGLE: Final = _statements(json=False)
 _MANY: Final = _statements(json=True)
-# This statement must come after the lock and the insert. See `_LOGGED` and `_without_erased`.
-_LOOK_UP: Final = f"""
-SELECT wanted.eval_id, wanted.event_id, e.event_id IS NOT NULL, {tombstones.IS_ERASED.format("wanted.eval_id")}
-FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
-LEFT JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
-LEFT JOIN erasure_key k ON true
-WHERE e.event_id IS NOT NULL OR {tombstones.IS_ERASED.format("wanted.eval_id")}
-"""
+# This statement must come after the lock and the insert. See `_LOGGED` and `_without_erased`. A row without an event is an
+# erased evaluation.
+_LOOK_UP: Final = f"{_LOGGED} UNION ALL SELECT erased.eval_id, NULL FROM ({tombstones.ERASED}) erased"
 _CONTENT_ONE: Final = f"INSERT INTO contents ({columns(_CONTENT_TYPES)}) VALUES ({_values(_CONTENT_TYPES)})"
 _COMPARE_ONE: Final = f"""
 SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: EVENT_COLUMNS[name] for name in _COMPARED})}),
@@ -428,15 +419,16 @@ def _row(folded: Folded) -> tuple[Any, ...]:
 _JSON: Final = msgspec.json.Encoder()
 
 
-def _json(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    """Encode rows for `_MANY`. Leave out the columns that are NULL."""
-    return _JSON.encode(
-        [
-            {
-                name: msgspec.Raw(jsonb(value)) if type(value) is dict else value
-                for name, value in zip(names, row, strict=True)
-                if value is not None
-            }
-            for row in rows
-        ]
-    ).decode()
+def _parameters(types: dict[str, str], rows: Rows) -> tuple[_Statements, list[str | None]]:
+    """Return the statements for these rows with their parameters. JSON leaves out the columns that are NULL."""
+    if len(rows) == 1:
+        return _SINGLE, [text for row in rows for text in _texts(row)]
+    objects = [
+        {
+            name: msgspec.Raw(jsonb(value)) if type(value) is dict else value
+            for name, value in zip(types, row, strict=True)
+            if value is not None
+        }
+        for row in rows
+    ]
+    return _MANY, [_JSON.encode(objects).decode()]

@@ -31,11 +31,11 @@ def pads(key: bytes) -> tuple[bytes, bytes]:
     return bytes(byte ^ 0x36 for byte in block), bytes(byte ^ 0x5C for byte in block)
 
 
-# Tells whether an evaluation was erased, with the key in the alias `k`. Without any tombstone nothing is hashed.
-IS_ERASED: Final = """(EXISTS (SELECT FROM tombstones) AND EXISTS (SELECT FROM tombstones t
-    WHERE t.digest = sha256(k.outer_pad || sha256(k.inner_pad || convert_to({}, 'UTF8')))))"""
-_ERASED: Final = f"""
-SELECT wanted.eval_id FROM erasure_key k, unnest(%s::text[]) AS wanted (eval_id) WHERE {IS_ERASED.format("wanted.eval_id")}
+# Without any tombstone nothing is hashed.
+ERASED: Final = """
+SELECT wanted.eval_id FROM erasure_key k, unnest(%s::text[]) AS wanted (eval_id)
+WHERE EXISTS (SELECT FROM tombstones) AND EXISTS (SELECT FROM tombstones t
+    WHERE t.digest = sha256(k.outer_pad || sha256(k.inner_pad || convert_to(wanted.eval_id, 'UTF8'))))
 """
 
 
@@ -49,7 +49,7 @@ def text_array(texts: Collection[str]) -> str:
 
 def ask(conn: psycopg.Connection[Any], eval_ids: Collection[str]) -> psycopg.Cursor[Any]:
     """Look up which of these were erased, in the transaction of `conn`."""
-    return conn.cursor(binary=True).execute(_ERASED, [text_array(eval_ids)])
+    return conn.cursor(binary=True).execute(ERASED, [text_array(eval_ids)])
 
 
 def erased(conn: Connection, eval_ids: Collection[str]) -> set[str]:
