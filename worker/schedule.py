@@ -28,7 +28,7 @@ from worker.verified_database import VerifiedDatabase
 
 # Less than WORK_S, with the time to connect.
 _LONGEST_S: Final = 15.0
-# Longer than other turns, because each search for stalled evaluations reads all open evaluations. Less than _LONGEST_S.
+# Longer than other turns, because each search for stalled evaluations reads all running evaluations. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0
 
 log = EventLogger("evalstore.worker")

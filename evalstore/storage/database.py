@@ -11,20 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
-import msgspec
 import psycopg
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.types.json import set_json_dumps, set_json_loads
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from evalstore.storage.revisions import revisions
-from evalstore.storage.sessions import Session, set_up, split_options
+from evalstore.storage.sessions import Session, register_types, set_up, split_options
 from models.errors import DatabaseMisconfigured, DatabaseOutage, DatabaseTimeout, InvalidSettings
-from models.record import jsonb
 from models.settings import Settings
 
 # These errors pass by themselves or after an operator repairs the server. No message causes them.
@@ -112,8 +109,7 @@ def engine(
             except BaseException:
                 conn.close()
                 raise
-        set_json_dumps(jsonb, conn)
-        set_json_loads(msgspec.json.decode, conn)
+        register_types(conn)
         conn.add_notice_handler(_note_end)
         return conn
 

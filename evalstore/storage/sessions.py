@@ -8,9 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+import msgspec
 import psycopg
 from psycopg import generators, pq, sql
 from psycopg.abc import PQGen
+from psycopg.adapt import Dumper
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg.types.string import BytesBinaryDumper
+
+from models.record import jsonb
 
 # The environment (PGDATESTYLE, PGTZ), `ALTER ROLE` or `ALTER DATABASE … SET` may have changed these settings.
 _SETTINGS: Final = {
@@ -104,6 +110,23 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
 def has_citus(conn: psycopg.Connection[Any]) -> bool:
     """Tell whether the tables may be distributed by Citus. This is found out once for each connection."""
     return isinstance(conn, Session) and conn.has_citus
+
+
+class _JsonbDumper(Dumper):
+    format = pq.Format.BINARY
+    oid = psycopg.adapters.types["jsonb"].oid
+
+    def dump(self, obj: dict[str, Any]) -> bytes:
+        return b"\x01" + jsonb(obj)
+
+
+def register_types(raw: psycopg.Connection[Any]) -> None:
+    """Convert jsonb and bytea as the stored events need it."""
+    set_json_dumps(jsonb, raw)
+    set_json_loads(msgspec.json.decode, raw)
+    # COPY chooses a dumper for each column. The default ones of these types look for a wrapper around each value.
+    raw.adapters.register_dumper(None, BytesBinaryDumper)
+    raw.adapters.register_dumper(None, _JsonbDumper)
 
 
 def _set(name: str, value: str, is_local: sql.SQL | sql.Composed) -> sql.Composed:
