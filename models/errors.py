@@ -30,6 +30,7 @@ EvalstoreError
 │   ├── Conflict                evalstore.client: another event is stored in its place
 │   └── VersionChanged          evalstore.client: read the record again
 ├── LeaseLost                   evalstore.storage: another process works on the sink, or it was moved: read its cursor again
+├── UnreadableState             evalstore.sinks: learn again from the event log
 ├── TooManyWebhooks             evalstore.storage: remove a subscription first
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version

@@ -82,6 +82,15 @@ LOGS: Final = (
     Entry("sink_events_gone", "warning", "sink %s: %d events of the outbox are in the event log no longer", ("sink", "events")),
     Entry("sink_defect", "critical", "sink %s: unexpected error, trying again: %r", ("sink", "error")),
     Entry(
+        "anomalies_detected", "warning", "sink %s found %d anomalies; `evalstore anomalies ls` says more", ("sink", "findings")
+    ),
+    Entry(
+        "anomaly_state_rebuilt",
+        "warning",
+        "sink %s learns again from the event log what it knew: its state cannot be read: %s",
+        ("sink", "error"),
+    ),
+    Entry(
         "webhook_disabled",
         "error",
         "webhook %s is disabled: its receiver is gone, or took nothing for three days; `evalstore webhooks ls` says more",

@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from evalstore.api import (
+    anomaly_routes,
     content_routes,
     docs_page,
     event_routes,
@@ -42,7 +43,16 @@ log = EventLogger("evalstore.api")
 
 ROUTERS: Final = tuple(
     module.router
-    for module in (record_routes, list_routes, event_routes, content_routes, upload_routes, webhook_routes, health_routes)
+    for module in (
+        record_routes,
+        list_routes,
+        event_routes,
+        content_routes,
+        upload_routes,
+        webhook_routes,
+        anomaly_routes,
+        health_routes,
+    )
 )
 _DESCRIPTION: Final = (
     "Evaluations and their results. Every request needs a key in `Authorization: Bearer KEY` or `X-API-Key`, except those for "

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from typing import Any, Final
 
+from models.anomalies import ANOMALY_DIMENSIONS, ANOMALY_KINDS, ANOMALY_METRICS
+from models.confirmations import CONFIRMATIONS
 from models.content import MAX_CONTENT_BYTES
 from models.fields import CONTENTS, FIELDS, SCALARS
-from models.webhooks import CONFIRMATIONS, EVENT_TYPES
+from models.webhooks import EVENT_TYPES
 
 Schema = dict[str, Any]
 
@@ -127,6 +129,27 @@ _DELIVERY: Final[dict[str, Schema]] = {
 }
 
 
+_ANOMALY: Final[dict[str, Schema]] = {
+    "id": _UUID,
+    "sink": {"type": "string"},
+    "kind": {"type": "string", "enum": list(ANOMALY_KINDS)},
+    "dimension": {"type": "string", "enum": list(ANOMALY_DIMENSIONS)},
+    "value": {"type": "string", "description": "The language, submitter or executor."},
+    "metric": {"type": "string", "enum": list(ANOMALY_METRICS)},
+    "expected": {"type": "number", "description": "The level before; of an outlier the mean."},
+    "observed": {"type": "number", "description": "The latest level or outlier."},
+    "occurrences": {**_COUNT, "description": "How often it was seen."},
+    "eval_ids": {"type": "array", "items": EVAL_ID, "description": "The first and the last evaluations that show it."},
+    "detected_at": _TIME,
+    "first_at": _TIME,
+    "last_at": _TIME,
+    "state": {"type": "string", "enum": ["open", "acknowledged"]},
+    "acknowledged_by": _nullable({"type": "string"}),
+    "acknowledged_at": _nullable(_TIME),
+    "reason": _nullable({"type": "string"}),
+}
+
+
 def _object(properties: dict[str, Schema], required: Iterable[str] | None = None, **more: Any) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties if required is None else required), **more}
 
@@ -153,6 +176,22 @@ WEBHOOKS: Final[dict[str, Schema]] = {
     "Rotated": _object({"id": _UUID, "secret": _SECRET, "previous_valid_until": _TIME}),
     "Delivery": _object(_DELIVERY),
     "Deliveries": _object({"deliveries": {"type": "array", "items": ref("Delivery")}}),
+}
+
+ANOMALIES: Final[dict[str, Schema]] = {
+    "Anomaly": _object(_ANOMALY),
+    "Anomalies": _object(
+        {
+            "anomalies": {"type": "array", "items": ref("Anomaly")},
+            "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
+        }
+    ),
+    "Acknowledgement": _object(
+        {"reason": _nullable({"type": "string", "maxLength": 1000})},
+        [],
+        additionalProperties=False,
+        examples=[{"reason": "executor-7 was throttled; replaced"}],
+    ),
 }
 
 SCHEMAS: Final[dict[str, Schema]] = {
@@ -290,6 +329,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "examples": [{"line": 1, "outcome": "applied", "eval_id": "run-1", "event_id": "0190a2f5-7a4c-7000-8000-000000000000"}],
     },
     **WEBHOOKS,
+    **ANOMALIES,
     "Fault": {
         "type": "object",
         "properties": {"field": {"type": "string"}, "problem": {"type": "string"}},

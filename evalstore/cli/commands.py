@@ -62,6 +62,7 @@ COMMANDS: Final = {
     ),
     "sinks": Command("evalstore.cli.sinks:app", "Run, list, pause, resume and rewind sinks: systems that get all events."),
     "webhooks": Command("evalstore.cli.webhooks:app", "Subscribe HTTP receivers to confirmations, and see what they got."),
+    "anomalies": Command("evalstore.cli.anomalies:app", "See what the anomaly detector found, and acknowledge it."),
     "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),
 }
 

@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka, webhook
+from evalstore.sinks import anomaly, kafka, webhook
+from evalstore.sinks.anomaly_options import AnomalyOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
@@ -40,6 +41,7 @@ class SinkConfig(NamedTuple):
 
 
 _BUILTIN: Final = {
+    "anomaly": Kind(AnomalyOptions, anomaly.create, "anomaly"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }

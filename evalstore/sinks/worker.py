@@ -18,6 +18,7 @@ from evalstore.storage import dead_letters, redrives, sink_cursors
 from evalstore.storage.database import Watch
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
+from models.confirmations import ERASED
 from models.errors import Outage
 from models.logs import EventLogger
 
@@ -224,4 +225,6 @@ class _Turns:
 def _step_of(one: SinkLetter, cursor: Cursor) -> Step:
     fields = msgspec.json.decode(one.message)
     event = None if one.event_id is None else SinkEvent(one.eval_id, str(one.event_id), fields["type"], fields)
-    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place)
+    is_erased = fields["type"] == ERASED
+    other = None if event or is_erased else fields
+    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place, is_erased, other)

@@ -13,7 +13,16 @@ from sqlalchemy import Connection
 
 from evalstore.objects.frames import Listed
 from evalstore.objects.object_store import Store
-from evalstore.storage import database, dead_letters, event_store, event_writer, garbage_collect, operator_actions, tombstones
+from evalstore.storage import (
+    anomalies,
+    database,
+    dead_letters,
+    event_store,
+    event_writer,
+    garbage_collect,
+    operator_actions,
+    tombstones,
+)
 from evalstore.storage.garbage_collect import Target
 from evalstore.storage.operator_actions import Intent
 from models.errors import ObjectMissing, ObjectUnavailable
@@ -143,6 +152,7 @@ def _delete(conn: Connection, eval_id: str, letters: int, intent: Intent) -> tup
             table: raw.execute(f"DELETE FROM {table} WHERE eval_id = %s".encode(), [eval_id]).rowcount
             for table in ("contents", "evaluation_events", "evaluations")
         }
+        anomalies.erase(raw, eval_id)
         if not is_new:
             event_store.confirm_change(raw, "storage:evaluation:erased", record)
         done = Erased(0 if is_new and not letters else 1, counts["evaluation_events"], letters)

@@ -9,13 +9,14 @@ storing transaction. Transactions that take no id, the relay's among them, hold 
 import time
 from collections import deque
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection
 
 from evalstore.storage import database
 from evalstore.storage.sink_cursors import Lease, LeaseLost, Place
+from models.confirmations import ERASED
 
 _ROWS_LIMIT: Final = 500
 _EVENTS_LIMIT: Final = 4000
@@ -52,7 +53,7 @@ _LINES: Final = msgspec.json.Decoder(_Confirmation)
 
 
 class Item(NamedTuple):
-    """An event to pass on, or an erasure, and where a sink is that has confirmed it.
+    """An event to pass on, or an erasure, or another confirmation without events, and where a sink is that has confirmed it.
 
     `version` is that of the evaluation with this event; `status` that after its commit.
     """
@@ -63,6 +64,7 @@ class Item(NamedTuple):
     version: int
     place: Place
     status: str | None = None
+    confirmation: dict[str, Any] | None = None
 
 
 class _Gap:
@@ -131,13 +133,14 @@ class OutboxReader:
     def _add(self, row_id: int, recorded_at: datetime, body: str) -> None:
         before, self._read = self._read, Place(row_id, 0, recorded_at)
         number = 0
-        for line in _LINES.decode_lines(body):
-            is_erased = line.type == "storage:evaluation:erased"
+        for line, text in zip(_LINES.decode_lines(body), body.split("\n"), strict=False):
+            is_erased = line.type == ERASED
+            other = None if line.event_ids or is_erased else msgspec.json.decode(text, type=dict[str, Any])
             version = line.version - len(line.event_ids)
-            for at, event_id in enumerate([""] if is_erased else line.event_ids, 1):
+            for at, event_id in enumerate(line.event_ids or [""], 1):
                 number += 1
                 if number > before.offset:
                     place = Place(before.id, number, before.recorded_at)
-                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status))
+                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status, other))
         if number > before.offset:
             self._ahead[-1] = self._ahead[-1]._replace(place=self._read)

@@ -250,6 +250,64 @@ webhook_deliveries = Table(
     postgresql_with={"fillfactor": "70"},
 )
 
+# Findings of the anomaly detector. evalstore/storage/anomalies.py
+anomalies = Table(
+    "anomalies",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("sink", Text, nullable=False),
+    Column("kind", Text, CheckConstraint("kind IN ('drift', 'outlier')"), nullable=False),
+    Column("dimension", Text, CheckConstraint("dimension IN ('language', 'submitter', 'executor')"), nullable=False),
+    Column("value", Text, nullable=False),
+    # Stands for dimension and value in an index: a value may be longer than an entry.
+    Column("group_key", Text, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("expected", Double, nullable=False),
+    Column("observed", Double, nullable=False),
+    Column("occurrences", Integer, nullable=False, server_default=text("1")),
+    # The first and the last evaluations that show it.
+    Column("eval_ids", ARRAY(_EVAL_ID), nullable=False),
+    Column("detected_at", _TIME, nullable=False, server_default=_NOW),
+    Column("first_at", _TIME, nullable=False),
+    Column("last_at", _TIME, nullable=False),
+    Column("state", Text, CheckConstraint("state IN ('open', 'acknowledged')"), nullable=False, server_default=text("'open'")),
+    Column("acknowledged_by", Text),
+    Column("acknowledged_at", _TIME),
+    Column("reason", Text),
+    Index("anomalies_by_time", "detected_at", "id"),
+    Index("anomalies_open", "detected_at", "id", postgresql_where=text("state = 'open'")),
+    Index("anomalies_by_group", "group_key", "metric", "kind", "last_at"),
+    Index("anomalies_by_evaluation", "eval_ids", postgresql_using="gin"),
+)
+
+# How far each detector has come, and the process that works on it. evalstore/storage/detector_state.py
+anomaly_detectors = Table(
+    "anomaly_detectors",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("owner", Uuid, nullable=False),
+    Column("library", Text, nullable=False),
+    Column("cursor", JSONB),
+    Column("latest", _TIME),
+    # In a replay of the log, events up to here are skipped, or learned without a finding.
+    Column("skip_until", _TIME),
+    Column("silent_until", _TIME),
+    postgresql_with={"fillfactor": "50"},
+)
+
+# What a detector has learned of each group, with the SHA-256 of it. `key` is a hash of the group's name.
+anomaly_groups = Table(
+    "anomaly_groups",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("dimension", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("used", BigInteger, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    postgresql_with={"fillfactor": "50"},
+)
+
 # Messages that will not be stored unless an operator acts, as received, each with its error.
 dead_letters = Table(
     "dead_letters",
