@@ -246,12 +246,11 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {
             "evaluations": {"type": "array", "items": ref("Listed")},
             "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
-            "total": _nullable(
-                {
-                    "type": "integer",
-                    "description": "With total=true: the number of matches, up to 1,000,000; null if that takes too long.",
-                }
-            ),
+            "total": {"type": "integer", "description": "With total=true: the number of matches."},
+            "total_is_estimate": {
+                "type": "boolean",
+                "description": "Whether `total` is estimated: above 1,000,000, or where counting takes more than 5 s.",
+            },
         },
         "required": ["evaluations", "next"],
     },

@@ -9,7 +9,9 @@ def migrate() -> None:
     """Migrate the database to this release. Safe while workers run, and from several processes at once."""
     loaded = settings()
     url, schema = loaded.database_url.get_secret_value(), loaded.database_schema
-    before, after = migrations.upgrade(url, tell=lambda why: notice(why, "yellow"), schema=schema)
+    before, after = migrations.upgrade(
+        url, tell=lambda why: notice(why, "yellow"), schema=schema, indexed_metadata=loaded.indexed_metadata_keys
+    )
     engine = database.connect(loaded)
     with engine.connect() as conn:
         for doubt in durability.doubts(conn):

@@ -24,7 +24,8 @@ LEFT JOIN LATERAL (
     WHERE s.eval_id = e.eval_id AND s.attempt = e.attempt AND s.type = 'evaluation:started'
     ORDER BY s.occurred_at DESC, s.event_id DESC LIMIT 1
 ) sign ON true
-WHERE e.status IN ('queued', 'running') AND e.updated_at < now() - make_interval(secs => %(grace_s)s)
+WHERE e.status IN ('queued', 'running') AND e.created_at < now() - make_interval(secs => %(grace_s)s)
+    AND e.updated_at < now() - make_interval(secs => %(grace_s)s)
     AND CASE WHEN sign.event_id IS NULL THEN e.updated_at + make_interval(secs => %(queued_limit_s)s)
         ELSE sign.recorded_at + make_interval(secs => greatest(least(coalesce(e.timeout_s, %(running_limit_s)s), 3e9), 0)) END
         + make_interval(secs => %(grace_s)s) < now()
