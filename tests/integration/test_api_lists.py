@@ -167,7 +167,7 @@ def test_a_run_is_sorted_by_a_value_and_evaluations_without_it_come_last(api: An
     values = [3, 1, None, 2, None, 2]
     with engine.connect() as conn:
         for number, value in enumerate(values):
-            ended = {**factories.unique_event("completed", eval_id=f"e{number}"), sort: value}
+            ended = {**factories.unique_event("completed", eval_id=f"e{number}", exit_code=0), sort: value}
             event_store.store(conn, [parse({**event(number), "eval_id": f"e{number}", "run_id": "r"}), parse(ended)])
     walked = {order: walk(api, run_id="r", sort=sort, order=order, limit=2) for order in ("oldest", "newest")}
     assert walked == {"oldest": ["e1", "e3", "e5", "e0", "e2", "e4"], "newest": ["e0", "e5", "e3", "e1", "e4", "e2"]}
