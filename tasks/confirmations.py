@@ -5,6 +5,8 @@
 
 Each service reads as a consumer group with its own name, and Redis keeps the group's position. Asking for the next confirmation
 acknowledges the one before. If handling is interrupted, the confirmation comes again. Repeats and older versions are skipped.
+
+Confirmations of runs (`storage:run:finished`, `storage:run:updated`) have a `run_id` instead, and may be repeated.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from tasks.keys import Names
 
 # Longer than the time in which a confirmation can be relayed again.
 _SEEN_VERSION_TTL_S: Final = 3600
-# The record changed at the same version, or is gone.
+# The record changed at the same version, or is gone; or the confirmation is of a run, which has no version.
 _ALWAYS_NEW: Final = {"storage:evaluation:erased", "storage:evaluation:repaired"}
 
 
@@ -71,11 +73,16 @@ class Confirmations:
 
     def _unseen(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[dict[str, Any]]:
         confirmations = [msgspec.json.decode(fields[b"confirmation"]) if fields else None for _, fields in entries]
-        keys = [self._key(confirmation) if confirmation else "" for confirmation in confirmations]  # MGET of "" gives None
+        # MGET of "" gives None.
+        keys = [self._key(confirmation) if confirmation else "" for confirmation in confirmations]
         seen = dict(zip(keys, self._client.mget(keys), strict=True))
         for (entry_id, fields), key, confirmation in zip(entries, keys, confirmations, strict=True):
             with self._client.pipeline(transaction=True) as pipeline:
-                if confirmation and (confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]):
+                if confirmation and not key:
+                    yield confirmation
+                elif confirmation and (
+                    confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]
+                ):
                     with tracing.receiving(self._names.stream, self.group, fields, confirmation):
                         yield confirmation
                     seen[key] = confirmation["version"]
@@ -84,6 +91,8 @@ class Confirmations:
                 pipeline.execute()
 
     def _key(self, confirmation: dict[str, Any]) -> str:
+        if "eval_id" not in confirmation:
+            return ""
         return self._names.seen_version(self.group, confirmation["eval_id"])
 
 

@@ -20,6 +20,8 @@ from evalstore.api import (
     list_routes,
     problems,
     record_routes,
+    run_routes,
+    stats_routes,
     upload_routes,
     webhook_routes,
 )
@@ -42,7 +44,17 @@ log = EventLogger("evalstore.api")
 
 ROUTERS: Final = tuple(
     module.router
-    for module in (record_routes, list_routes, event_routes, content_routes, upload_routes, webhook_routes, health_routes)
+    for module in (
+        record_routes,
+        list_routes,
+        run_routes,
+        stats_routes,
+        event_routes,
+        content_routes,
+        upload_routes,
+        webhook_routes,
+        health_routes,
+    )
 )
 _DESCRIPTION: Final = (
     "Evaluations and their results. Every request needs a key in `Authorization: Bearer KEY` or `X-API-Key`, except those for "

@@ -66,7 +66,7 @@ class Filter:
     run_id: str | None = None
     eval_id_prefix: str | None = None
     sort: Sort | None = None
-    visible: Visibility = EVERYTHING
+    visibility: Visibility = EVERYTHING
 
     @property
     def sorted_by(self) -> Sort:
@@ -115,7 +115,7 @@ def _plan(chosen: Filter, indexes: Collection[str]) -> _Plan:
     filters: dict[str, list[_Condition]] = {}
     if (run_id := chosen.run_id) is not None:
         filters["evaluations_by_run"] = [_Condition("run_id = %s", (run_id,))]
-    if (submitter := chosen.submitter if chosen.submitter is not None else chosen.visible.submitter) is not None:
+    if (submitter := chosen.submitter if chosen.submitter is not None else chosen.visibility.submitter) is not None:
         filters["evaluations_by_submitter"] = _long("submitter", submitter)
     if chosen.executor_id is not None:
         filters["evaluations_by_executor"] = _long("executor_id", chosen.executor_id)
@@ -123,7 +123,7 @@ def _plan(chosen: Filter, indexes: Collection[str]) -> _Plan:
         filters[list_indexes.metadata_index(key)] = _metadata(key, value)
     statuses = [_Condition("status = ANY(%s)", (list(chosen.statuses),))] if chosen.statuses else []
     others = [_Condition("language = %s", (chosen.language,))] if chosen.language is not None else []
-    conditions, values = chosen.visible.conditions()
+    conditions, values = chosen.visibility.conditions()
     others += [_Condition(condition, (value,)) for condition, value in zip(conditions, values, strict=True)]
     times = _range(chosen)
     if (prefix := chosen.eval_id_prefix) is not None:

@@ -27,7 +27,7 @@ class RunFilter:
     submitter: str | None = None
     since: datetime | None = None
     until: datetime | None = None
-    visible: Visibility = EVERYTHING
+    visibility: Visibility = EVERYTHING
 
 
 def _row(row: Sequence[Any]) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def _where(chosen: RunFilter, run_id: str | None = None, after: Position | None 
 
     if run_id is not None:
         add("run_id = %s", run_id)
-    for prefix in filter(None, (chosen.run_id_prefix, chosen.visible.run_prefix)):
+    for prefix in filter(None, (chosen.run_id_prefix, chosen.visibility.run_prefix)):
         add("run_id >= %s AND run_id < %s", prefix, f"{prefix}\x7f")
-    for submitter in (chosen.submitter, chosen.visible.submitter):
+    for submitter in (chosen.submitter, chosen.visibility.submitter):
         if submitter is not None:
             add("submitter = %s", submitter)
     if chosen.since is not None:
@@ -71,9 +71,9 @@ def _where(chosen: RunFilter, run_id: str | None = None, after: Position | None 
     return f" WHERE {' AND '.join(conditions)}" if conditions else "", values
 
 
-def get(conn: Connection, run_id: str, visible: Visibility = EVERYTHING) -> dict[str, Any] | None:
+def get(conn: Connection, run_id: str, visibility: Visibility = EVERYTHING) -> dict[str, Any] | None:
     """Return a run with its sums, or None if there is none. Raises DatabaseOutage (retry)."""
-    where, values = _where(RunFilter(visible=visible), run_id)
+    where, values = _where(RunFilter(visibility=visibility), run_id)
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(f"SELECT {_COLUMNS} FROM runs{where}".encode(), values).fetchone()
     return row and _row(row)
@@ -91,7 +91,7 @@ def page(
     A page may hold fewer than `limit`, as it looks at a bounded number. Raises DatabaseOutage (retry).
     """
     span, values = _where(RunFilter(since=chosen.since, until=chosen.until), after=after)
-    where, filters = _where(RunFilter(chosen.run_id_prefix, chosen.submitter, visible=chosen.visible))
+    where, filters = _where(RunFilter(chosen.run_id_prefix, chosen.submitter, visibility=chosen.visibility))
     order = "ORDER BY first_at DESC, run_id DESC"
     query = f"""
 SELECT {_COLUMNS} FROM runs JOIN (

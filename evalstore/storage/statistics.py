@@ -37,7 +37,7 @@ class Query:
     bucket: Bucket = "day"
     group_by: GroupBy | None = None
     value: str | None = None
-    visible: Visibility = EVERYTHING
+    visibility: Visibility = EVERYTHING
 
 
 def floor(at: datetime, bucket: Bucket) -> datetime:
@@ -82,7 +82,7 @@ def read(conn: Connection, asked: Query) -> list[dict[str, Any]]:
     """
     since, until = span(asked)
     sums: defaultdict[tuple[datetime, str | None], Summary] = defaultdict(Summary)
-    add = _add_evaluations if asked.visible.is_restricted else _add_rows
+    add = _add_evaluations if asked.visibility.is_restricted else _add_rows
     add(conn, asked, since, until, sums)
     if len(sums) > MOST_ROWS:
         raise TooMuch("group_by", f"the answer has more than {MOST_ROWS:,} rows: narrow the range, or ask for one value")
@@ -116,9 +116,9 @@ def _add_rows(conn: Connection, asked: Query, since: datetime, until: datetime, 
 
 def _add_evaluations(conn: Connection, asked: Query, since: datetime, until: datetime, sums: _Sums) -> None:
     column = DIMENSIONS[asked.group_by] if asked.group_by else "NULL::text"
-    conditions, values = asked.visible.conditions()
-    if asked.visible.submitter is not None:  # as the index has it
-        conditions, values = [*conditions, "left(submitter, 200) = %s"], [*values, asked.visible.submitter[:200]]
+    conditions, values = asked.visibility.conditions()
+    if asked.visibility.submitter is not None:  # as the index has it
+        conditions, values = [*conditions, "left(submitter, 200) = %s"], [*values, asked.visibility.submitter[:200]]
     if asked.group_by and asked.value is not None:
         conditions, values = [*conditions, f"{column} = %s"], [*values, asked.value]
     query = f"""

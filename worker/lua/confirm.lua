@@ -30,9 +30,11 @@ local function may_be_heard()
         return type(info) == "string" and string.find(info, line .. "\r\n", 1, true)
     end
     local prefix = ARGV[6] .. "storage:evaluation:"
-    local channels = redis.pcall("PUBSUB", "NUMSUB", prefix .. "created", prefix .. "updated", prefix .. "erased", prefix .. "repaired")
+    local run = ARGV[6] .. "storage:run:"
+    local channels = redis.pcall("PUBSUB", "NUMSUB", prefix .. "created", prefix .. "updated", prefix .. "erased",
+        prefix .. "repaired", run .. "finished", run .. "updated")
     local nobody = redis.pcall("PUBSUB", "NUMPAT") == 0
-    for at = 2, 8, 2 do
+    for at = 2, 12, 2 do
         nobody = nobody and channels[at] == 0
     end
     return not (nobody and says("replication", "connected_slaves:0") and says("cluster", "cluster_enabled:0"))
