@@ -80,9 +80,7 @@ class Confirmations:
             with self._client.pipeline(transaction=True) as pipeline:
                 if confirmation and not key:
                     yield confirmation
-                elif confirmation and (
-                    confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]
-                ):
+                elif confirmation and (confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]):
                     with tracing.receiving(self._names.stream, self.group, fields, confirmation):
                         yield confirmation
                     seen[key] = confirmation["version"]

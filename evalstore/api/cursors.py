@@ -16,7 +16,6 @@ from models.events import identity
 _BINDING_CHARACTERS: Final = 12
 
 
-
 def _binding(chosen: object) -> str:
     text = f"{type(chosen).__module__}.{type(chosen).__name__}:{chosen!r}"
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_BINDING_CHARACTERS // 2).hexdigest()

@@ -189,7 +189,10 @@ RUNS: Final[dict[str, Schema]] = {
         }
     ),
     "RunDeclaration": _object(
-        {"expected": _nullable(_COUNT), "closed": {"type": "boolean"}}, [], additionalProperties=False, examples=[{"expected": 164}]
+        {"expected": _nullable(_COUNT), "closed": {"type": "boolean"}},
+        [],
+        additionalProperties=False,
+        examples=[{"expected": 164}],
     ),
     "Statistics": _object(
         {
@@ -202,7 +205,10 @@ RUNS: Final[dict[str, Schema]] = {
                 "items": _object(
                     {
                         "bucket": _nullable({**_TIME, "description": "Its start; null with bucket=all."}),
-                        **{name: _nullable({"type": "string"}) for name in ("status", "language", "submitter", "executor", "run")},
+                        **{
+                            name: _nullable({"type": "string"})
+                            for name in ("status", "language", "submitter", "executor", "run")
+                        },
                         **_SUMS,
                     },
                     ["bucket", *_SUMS],

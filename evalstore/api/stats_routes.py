@@ -32,7 +32,9 @@ _DEFAULT_RANGE: Final = timedelta(days=30)
 async def read(
     request: Request,
     group_by: Annotated[GroupBy | None, Query(description="A row for each value.")] = None,
-    value: Annotated[str | None, Query(max_length=1000, pattern="^[^\\x00]*$", description="Only this value of `group_by`.")] = None,
+    value: Annotated[
+        str | None, Query(max_length=1000, pattern="^[^\\x00]*$", description="Only this value of `group_by`.")
+    ] = None,
     bucket: Annotated[Bucket, Query(description="Of `finished_at`, in UTC.")] = "day",
     since: Annotated[Time | None, Query(description="By default 30 days before `until`.")] = None,
     until: Annotated[Time | None, Query(description="By default now.")] = None,

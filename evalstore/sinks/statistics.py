@@ -95,7 +95,9 @@ def sweep_on(conn: Connection, lease: Lease, cursor: Cursor) -> Cursor:
     key = cursor.replay_at
     at = cursor.replay_until or cursor.place.recorded_at
     eval_ids, erased = rollups.sweep_page(conn, key.eval_id if key else "", _PAGE)
-    after = cursor._replace(replay_at=_key(at, eval_ids[-1])) if eval_ids else cursor._replace(replay_until=None, replay_at=None)
+    after = (
+        cursor._replace(replay_at=_key(at, eval_ids[-1])) if eval_ids else cursor._replace(replay_until=None, replay_at=None)
+    )
     rollups.apply(conn, lease, after, eval_ids, erased)
     return after
 

@@ -21,7 +21,13 @@ from evalstore.storage.summaries import COLUMNS, Fact, Summary
 from models.record import rfc3339
 
 NAME: Final = "statistics"
-DIMENSIONS: Final = {"status": "status", "language": "language", "submitter": "submitter", "executor": "executor_id", "run": "run_id"}
+DIMENSIONS: Final = {
+    "status": "status",
+    "language": "language",
+    "submitter": "submitter",
+    "executor": "executor_id",
+    "run": "run_id",
+}
 _FACT: Final = ", ".join(Fact._fields)
 
 # An evaluation that adds to nothing, unfinished and without a run, has no row.
@@ -234,7 +240,9 @@ def settle(conn: Connection, lease: Lease, run_ids: Sequence[str]) -> int:
         sink_cursors.hold(raw, lease)
         ((now,),) = raw.cursor(binary=True).execute("SELECT now()").fetchall()
         over, gone, checked = [], [], []
-        for run_id, expected, closed, finished_at, changes, *columns in raw.cursor(binary=True).execute(_CHECK, [list(run_ids)]):
+        for run_id, expected, closed, finished_at, changes, *columns in raw.cursor(binary=True).execute(
+            _CHECK, [list(run_ids)]
+        ):
             summary = Summary()
             summary.add_row(columns)
             if not summary.evaluations and not closed and expected is None:

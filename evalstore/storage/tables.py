@@ -75,9 +75,14 @@ evaluations = Table(
     # `evalstore migrate` builds these CONCURRENTLY: list_indexes.py. No index has a column that changes with each event, so an
     # event that leaves the status as it is changes no index. A text may be longer than an entry of an index can be.
     Index("evaluations_by_run", "run_id", "created_at", postgresql_where=text("run_id IS NOT NULL")),
-    Index("evaluations_by_submitter", text("left(submitter, 200)"), "created_at", postgresql_where=text("submitter IS NOT NULL")),
     Index(
-        "evaluations_by_executor", text("left(executor_id, 200)"), "created_at", postgresql_where=text("executor_id IS NOT NULL")
+        "evaluations_by_submitter", text("left(submitter, 200)"), "created_at", postgresql_where=text("submitter IS NOT NULL")
+    ),
+    Index(
+        "evaluations_by_executor",
+        text("left(executor_id, 200)"),
+        "created_at",
+        postgresql_where=text("executor_id IS NOT NULL"),
     ),
     # Records that are stored with their result never enter this index, unless they failed.
     Index("evaluations_by_status", "status", "created_at", postgresql_where=text("status <> 'completed'")),

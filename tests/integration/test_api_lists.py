@@ -27,7 +27,13 @@ def engine(api: Any) -> Iterator[Engine]:
 
 def event(number: int, **fields: Any) -> dict[str, Any]:
     team, language = f"team-{number % 3}", "rust" if number % 10 == 0 else "python"
-    given = {"language": language, "submitter": team, "run_id": f"run-{number % 2}", "metadata": {"shard": number % 4}, **fields}
+    given = {
+        "language": language,
+        "submitter": team,
+        "run_id": f"run-{number % 2}",
+        "metadata": {"shard": number % 4},
+        **fields,
+    }
     return factories.event("queued", eval_id=f"e{number:03}") | given
 
 
@@ -155,7 +161,9 @@ def test_a_count_that_takes_too_long_costs_the_count_and_not_the_page(start_api:
     assert len(answer.json()["evaluations"]) == 10
 
 
-@pytest.mark.parametrize("other", [{}, {"submitter": "team-1"}, {"submitter": "team-0", "order": "oldest"}, {"status": "queued"}])
+@pytest.mark.parametrize(
+    "other", [{}, {"submitter": "team-1"}, {"submitter": "team-0", "order": "oldest"}, {"status": "queued"}]
+)
 def test_a_cursor_of_another_list_is_refused(api: Any, stored: list[str], other: dict[str, str]) -> None:
     cursor = api.read.get(E, params={"submitter": "team-0", "cursor": "", "limit": 5}).json()["next"]
     answer = api.read.get(E, params={**other, "cursor": cursor})

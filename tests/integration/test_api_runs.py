@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from evalstore.client import NotFound, StorageClient
 from evalstore.sinks.statistics import catch_up
 from evalstore.storage import database, event_store
 from models.events import parse
 from tests.factories import unique_event
+from tests.integration.conftest import BOTH
 
 R, S = "/storage/runs", "/storage/stats"
 AT = "2026-01-01T10:20:00Z"
@@ -133,3 +135,20 @@ def test_a_ten_thousandth_of_hours_is_answered_and_one_more_is_not(api: Any) -> 
     most = api.read.get(S, params={"bucket": "hour", "since": "2024-11-10T08:00:00Z", "until": until})
     more = api.read.get(S, params={"bucket": "hour", "since": "2024-11-10T07:59:00Z", "until": until})
     assert (most.status_code, more.status_code) == (200, 422)
+
+
+def test_the_client_reads_runs_and_statistics(api: Any, conn: Connection) -> None:
+    put(conn, "r", 4)
+    put(conn, "q", 1)
+    with StorageClient(api.url, BOTH) as storage:
+        assert storage.declare_run("r", expected=4).state == "open"
+        catch_up(conn)
+        found = storage.get_run("r")
+        assert (found.state, found.evaluations, found.pass_rate, found.mean_score) == ("finished", 4, 0.5, 1.5)
+        assert [run.run_id for run in storage.list_runs(page_size=1)] == ["q", "r"]
+        (row,) = storage.get_statistics(group_by="run", value="r", bucket="all", since="2026-01-01T00:00:00Z")
+        assert row["evaluations"] == 4
+        listed = storage.list_evaluations(run_id="r", status="completed", sort="score", order="oldest", page_size=3)
+        assert [one.eval_id for one in listed] == ["r-0", "r-1", "r-2", "r-3"]
+        with pytest.raises(NotFound):
+            storage.get_run("absent")

@@ -28,7 +28,11 @@ def stored(conn: Connection, *events: dict[str, Any], recorded_s_ago: float) -> 
     """Store these as if that long ago."""
     event_store.store(conn, [parse(one) for one in events])
     with conn.begin():
-        for table, column in (("evaluation_events", "recorded_at"), ("evaluations", "created_at"), ("evaluations", "updated_at")):
+        for table, column in (
+            ("evaluation_events", "recorded_at"),
+            ("evaluations", "created_at"),
+            ("evaluations", "updated_at"),
+        ):
             conn.execute(text(f"UPDATE {table} SET {column} = now() - make_interval(secs => :ago)"), {"ago": recorded_s_ago})
 
 

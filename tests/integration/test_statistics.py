@@ -1,16 +1,15 @@
 """Runs and statistics equal what SQL computes from the tables, in whatever order events came, and however often."""
 
+import json
 import math
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
 
-import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from sqlalchemy import Connection, text
@@ -20,6 +19,8 @@ from evalstore.storage import database, event_store, event_writer, rollups, runs
 from evalstore.storage.summaries import Summary
 from models.events import parse
 from tests.factories import unique_event
+from tests.integration.shell import Operator
+from tests.sinks import Runner
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 ALWAYS = statistics.Query(BEGIN - timedelta(days=1), BEGIN + timedelta(days=30), "hour")
@@ -113,13 +114,20 @@ some_events = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(steps=some_events, hours=st.lists(st.integers(0, 3), min_size=25, max_size=25))
 def test_sums_equal_sql_after_late_repeated_and_erased_events_in_any_order(
     conn: Connection, steps: list[tuple[Any, ...]], hours: list[int]
 ) -> None:
     with conn.begin():
-        conn.execute(text("TRUNCATE evaluations, evaluation_events, confirmations, runs, statistics, counted_evaluations, sinks"))
+        conn.execute(
+            text("TRUNCATE evaluations, evaluation_events, confirmations, runs, statistics, counted_evaluations, sinks")
+        )
     sent: list[dict[str, Any]] = []
     for (what, eval_id, attempt, extra, number), hour in zip(steps, hours, strict=False):
         if what == "erase":
@@ -164,8 +172,6 @@ def test_a_page_of_the_outbox_counts_once_although_its_process_died_before_the_c
 
 
 def confirmations(conn: Connection) -> list[tuple[str, str]]:
-    import json  # noqa: PLC0415
-
     lines = [line for row in rows(conn, "SELECT body FROM confirmations ORDER BY id") for line in row["body"].split("\n")]
     return [(one["type"], one["state"]) for one in map(json.loads, lines) if one["type"].startswith("storage:run:")]
 
@@ -241,3 +247,60 @@ def test_a_quantile_is_within_one_percent_of_the_value_of_that_rank(values: list
     for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         exact = ordered[math.ceil(share * len(ordered)) - 1]
         assert summary.as_json()["duration_ms"][name] == pytest.approx(exact, rel=0.01)
+
+
+@pytest.fixture
+def start(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Callable[[], Runner]]:
+    """`start()`: a process of `evalstore sinks run` without sinks of its own."""
+    made: list[Runner] = []
+
+    def begin() -> Runner:
+        folder = tmp_path / f"runner-{len(made)}"
+        folder.mkdir()
+        made.append(Runner(folder, {"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_REDIS_URL": redis_url}, ""))
+        made[-1].start()
+        return made[-1]
+
+    yield begin
+    for runner in made:
+        runner.kill()
+        print(f"--- {runner.log}\n{runner.log.read_text()[-4000:]}")
+
+
+def test_the_sinks_process_keeps_statistics_and_another_takes_over_when_it_is_killed(
+    start: Callable[[], Runner], conn: Connection, eventually: Callable[..., None]
+) -> None:
+    runs.declare(conn, "r", {"expected": 40})
+
+    def counted() -> int:
+        found = runs.get(conn, "r")
+        return int(found["evaluations"]) if found else 0
+
+    first = start()
+    put(conn, *(event for n in range(20) for event in (queued(f"e{n}", run_id="r"), ended(f"e{n}", n % 3))))
+    eventually(lambda: counted() == 20)
+    first.kill()
+    start()
+    put(conn, *(event for n in range(20, 40) for event in (queued(f"e{n}", run_id="r"), ended(f"e{n}", n % 3))))
+    eventually(lambda: counted() == 40, within_s=40)
+    assert_equal_to_sql(conn)
+    eventually(lambda: confirmations(conn) == [("storage:run:finished", "finished")])
+
+
+def test_runs_and_statistics_are_shown_on_the_command_line(conn: Connection, operator: Operator) -> None:
+    put(conn, *(event for n in range(4) for event in (queued(f"e{n}", run_id="r", submitter="s"), ended(f"e{n}", score=n))))
+    catch_up(conn)
+    (listed,) = operator.evalstore("runs", "ls", "-o", "json").json
+    assert (listed["run_id"], listed["evaluations"], listed["mean_score"]) == ("r", 4, 1.5)
+    assert operator.evalstore("runs", "ls", "--run-id-prefix", "x").status == 3
+    assert operator.evalstore("runs", "show", "r", "--watch", "-o", "json").json["pass_rate"] == 1.0
+    assert operator.evalstore("runs", "show", "absent").status == 3
+    since = ("--since", "2025-12-30T00:00:00Z", "--until", "2026-01-03T00:00:00Z")
+    (row,) = operator.evalstore("stats", "--group-by", "submitter", *since, "-o", "json").json
+    assert (row["submitter"], row["evaluations"]) == ("s", 4)
+    assert operator.evalstore("stats", "--bucket", "hour", "--since", "2020-01-01T00:00:00Z").status == 2
+    found = operator.evalstore("ls", "--run-id", "r", "--sort", "score", "--oldest-first", "-o", "jsonl")
+    assert [json.loads(line)["eval_id"] for line in found.out.splitlines()] == ["e0", "e1", "e2", "e3"]
+    assert operator.evalstore("ls", "--status", "failed").status == 3
+    assert operator.evalstore("ls", "--sort", "score").status == 2
+    assert [one["eval_id"] for one in operator.evalstore("ls", "--eval-id-prefix", "e3", "-o", "json").json] == ["e3"]
