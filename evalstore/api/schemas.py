@@ -158,7 +158,7 @@ WEBHOOKS: Final[dict[str, Schema]] = {
 _QUANTILES: Final = _object({name: _nullable({"type": "number"}) for name in ("p50", "p95", "p99")})
 _SUMS: Final[dict[str, Schema]] = {
     "evaluations": _COUNT,
-    "by_status": _object({status: _COUNT for status in STATUSES}),
+    "by_status": _object(dict.fromkeys(STATUSES, _COUNT)),
     "pass_rate": _nullable(
         {
             "type": "number",

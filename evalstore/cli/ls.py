@@ -13,8 +13,8 @@ from evalstore.storage.listing import Filter, RunTooLarge, Sort
 from models.settings import settings
 
 _COLUMNS: Final = ("eval_id", "status", "run_id", "submitter", "language", "exit_code", "duration_ms", "score", "created_at")
-_Status = StrEnum("_Status", ["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"])  # type: ignore[misc]
-_Sort = StrEnum("_Sort", list(get_args(Sort)))  # type: ignore[misc]
+_Status = StrEnum("_Status", ["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"])
+_Sort = StrEnum("_Sort", list(get_args(Sort)))
 _PAGE: Final = 1000
 
 

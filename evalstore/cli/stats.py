@@ -14,9 +14,8 @@ from models.settings import settings
 
 _DEFAULT_RANGE: Final = timedelta(days=30)
 _COLUMNS: Final = ("evaluations", "pass_rate", "mean_score", "duration_ms", "memory_bytes")
-_GroupBy = StrEnum("_GroupBy", ["status", "language", "submitter", "executor", "run"])  # type: ignore[misc]
-_Bucket = StrEnum("_Bucket", ["hour", "day", "month", "all"])  # type: ignore[misc]
-_Time = typer.Option(parser=parse_time, metavar="TIME")
+_GroupBy = StrEnum("_GroupBy", ["status", "language", "submitter", "executor", "run"])
+_Bucket = StrEnum("_Bucket", ["hour", "day", "month", "all"])
 
 
 def stats(

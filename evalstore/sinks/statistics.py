@@ -2,7 +2,7 @@
 
 import threading
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
@@ -21,7 +21,7 @@ INTERVAL_S: Final = 5.0
 _IDLE_S: Final = 0.5
 _ROWS: Final = 5_000
 _CONFIRMATIONS: Final = 20_000
-_PAGE: Final = 5_000
+_PAGE: Final = 20_000
 
 
 def _no_sink() -> Sink:
@@ -90,20 +90,31 @@ class Round:
         return cursor, told
 
 
+# A sweep goes through the stored evaluations, and then through the counted ones for those that were erased meanwhile.
+_STORED, _COUNTED = str(UUID(int=0)), str(UUID(int=1))
+_FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 def sweep_on(conn: Connection, lease: Lease, cursor: Cursor) -> Cursor:
-    """Count the next evaluations by `eval_id`, whatever the outbox says. Return the cursor after them."""
+    """Count the next evaluations, whatever the outbox says. Return the cursor after them. Raises LeaseLost, DatabaseOutage."""
     key = cursor.replay_at
-    at = cursor.replay_until or cursor.place.recorded_at
-    eval_ids, erased = rollups.sweep_page(conn, key.eval_id if key else "", _PAGE)
-    after = (
-        cursor._replace(replay_at=_key(at, eval_ids[-1])) if eval_ids else cursor._replace(replay_until=None, replay_at=None)
-    )
+    if key is None or not key.eval_id:
+        key = ReplayKey(_FIRST, "", _FIRST, _STORED)
+    eval_ids, erased = list[str](), set[str]()
+    if key.event_id == _STORED:
+        page = rollups.stored_page(conn, (key.recorded_at, key.eval_id), _PAGE)
+        eval_ids = sorted(eval_id for _, eval_id in page)
+        # Every id is greater than "!".
+        following = ReplayKey(*page[-1], page[-1][0], _STORED) if page else ReplayKey(_FIRST, "!", _FIRST, _COUNTED)
+        after = cursor._replace(replay_at=following)
+    else:
+        last, erased = rollups.erased_page(conn, key.eval_id, _PAGE)
+        eval_ids = sorted(erased)
+        after = cursor._replace(replay_at=key._replace(eval_id=last))
+        if not last:
+            after = cursor._replace(replay_until=None, replay_at=None)
     rollups.apply(conn, lease, after, eval_ids, erased)
     return after
-
-
-def _key(at: datetime, eval_id: str) -> ReplayKey:
-    return ReplayKey(at, eval_id, at, str(UUID(int=0)))
 
 
 def catch_up(conn: Connection) -> None:

@@ -335,7 +335,7 @@ _TEXT_OF: Final[dict[type, Any]] = {
 
 def lock(conn: psycopg.Connection[Any], eval_ids: list[str]) -> psycopg.Cursor[Any]:
     """Lock the existing records of these evaluations in order. Others can still read them."""
-    return conn.cursor(binary=True).execute(_LOCK, [_array(eval_ids)])
+    return conn.cursor(binary=True).execute(_LOCK, [id_array(eval_ids)])
 
 
 def confirm(conn: psycopg.Connection[Any], row: list[Any]) -> None:
@@ -357,11 +357,11 @@ def records(locked: psycopg.Cursor[Any]) -> dict[str, StoredRecord]:
 def _logged(conn: psycopg.Connection[Any], events: Events) -> psycopg.Cursor[Any]:
     """Look up which of these events are in the log."""
     ids = [(eval_id, row.event_id.int) for eval_id, rows in events.items() for row in rows]
-    arrays = [_array([eval_id for eval_id, _ in ids]), "{" + ",".join([f"{event_id:032x}" for _, event_id in ids]) + "}"]
+    arrays = [id_array([eval_id for eval_id, _ in ids]), "{" + ",".join([f"{event_id:032x}" for _, event_id in ids]) + "}"]
     return conn.cursor(binary=True).execute(_LOGGED, arrays)
 
 
-def _array(eval_ids: Iterable[str]) -> str:
+def id_array(eval_ids: Iterable[str]) -> str:
     """Return ids as the text of a PostgreSQL array. Ids hold no quotes or backslashes. psycopg converts a list more slowly."""
     return '{"' + '","'.join(eval_ids) + '"}'
 

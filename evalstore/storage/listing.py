@@ -10,7 +10,6 @@ many evaluations as needed, for at most PATIENCE_S: a filter without matches can
 is sorted by a value, which reads its whole run.
 """
 
-import json
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -185,7 +184,7 @@ def _query(
 
 # The parts are read by their indexes, also if the planner's estimate suggests another plan: without the cost of pages, only the
 # number of rows counts, and an index that holds just the matches reads the fewest.
-_BEGIN: Final = (
+BEGIN: Final = (
     "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0;"
     " SET LOCAL random_page_cost = 0; SET LOCAL seq_page_cost = 0"
 )
@@ -198,22 +197,44 @@ def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None
     """
     if chosen.sorted_by in BY_VALUE:
         return _sorted_page(conn, chosen, limit, after)
-    further = [] if after is None else [_compare(chosen, ">" if chosen.oldest_first else "<", after)]
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        cursor.execute(_BEGIN, binary=False)
+        cursor.execute(BEGIN, binary=False)
         plan = _plan(chosen, list_indexes.existing_in(cursor))
         scanned: Position | None = None
         if plan.rest:
             most = scan or SCAN
+            further = _beyond(chosen, after)
             query, values = _query("SELECT {key} AS created_at, eval_id FROM evaluations", chosen, plan.parts, further, most)
             cursor.execute(f"SELECT * FROM ({query}) candidates OFFSET %s LIMIT 1".encode(), [*values, most - 1])
             bound = cursor.fetchone()
-            if bound:
-                scanned = Position(*bound)
-                further = [*further, _compare(chosen, "<=" if chosen.oldest_first else ">=", scanned)]
-        query, values = _query(_SELECT, chosen, plan.parts, [*plan.rest, *further], limit + 1)
-        rows = cursor.execute(f"SELECT * FROM ({query}) page LIMIT %s".encode(), [*values, limit + 1]).fetchall()
+            scanned = Position(*bound) if bound else None
+        query, values = _statement(chosen, plan, limit, after, scanned)
+        rows = cursor.execute(query.encode(), values).fetchall()
     return _page(chosen, rows, limit, scanned)
+
+
+def _beyond(chosen: Filter, after: Position | None) -> list[_Condition]:
+    return [] if after is None else [_compare(chosen, ">" if chosen.oldest_first else "<", after)]
+
+
+def _statement(
+    chosen: Filter, plan: _Plan, limit: int, after: Position | None, scanned: Position | None = None
+) -> tuple[str, list[Any]]:
+    further = _beyond(chosen, after)
+    if scanned is not None:
+        further.append(_compare(chosen, "<=" if chosen.oldest_first else ">=", scanned))
+    query, values = _query(_SELECT, chosen, plan.parts, [*plan.rest, *further], limit + 1)
+    return f"SELECT * FROM ({query}) page LIMIT %s", [*values, limit + 1]
+
+
+def explain(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None) -> dict[str, Any]:
+    """Run the statement of a page, and return PostgreSQL's plan of it with the rows and blocks that it read."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        cursor.execute(BEGIN)
+        query, values = _statement(chosen, _plan(chosen, list_indexes.existing_in(cursor)), limit, after)
+        ((found,),) = cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode(), values).fetchall()
+    plan: dict[str, Any] = found[0]["Plan"]
+    return plan
 
 
 def _page(chosen: Filter, rows: Sequence[tuple[Any, ...]], limit: int, scanned: Position | None = None) -> Page:
@@ -230,10 +251,7 @@ def _position(chosen: Filter, record: Mapping[str, Any]) -> Position:
 
 
 def _sorted_page(conn: Connection, chosen: Filter, limit: int, after: Position | None) -> Page:
-    further = [] if after is None else [_compare(chosen, ">" if chosen.oldest_first else "<", after)]
-    plan = _plan(chosen, list_indexes.existing(conn))
-    query, values = _query(_SELECT, chosen, plan.parts, [*plan.rest, *further], limit + 1)
-    rows = _in_time(conn, query, values)
+    rows = _in_time(conn, *_statement(chosen, _plan(chosen, list_indexes.existing(conn)), limit, after))
     if rows is None:
         raise RunTooLarge
     return _page(chosen, rows, limit)
@@ -274,7 +292,7 @@ def count(conn: Connection, chosen: Filter) -> Total:
         return Total(int(counted[0][0]), is_estimate=False)
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         ((plans,),) = cursor.execute(f"EXPLAIN (FORMAT JSON) SELECT FROM evaluations WHERE {where}".encode(), values).fetchall()
-    estimate = int((json.loads(plans) if isinstance(plans, str) else plans)[0]["Plan"]["Plan Rows"])
+    estimate = int(plans[0]["Plan"]["Plan Rows"])
     return Total(max(estimate, COUNTED) if counted else estimate, is_estimate=True)
 
 

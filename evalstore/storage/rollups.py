@@ -31,7 +31,7 @@ DIMENSIONS: Final = {
 _FACT: Final = ", ".join(Fact._fields)
 
 # An evaluation that adds to nothing, unfinished and without a run, has no row.
-_NOW: Final = f"""
+_NOW: Final = """
 SELECT eval_id, updated_at, created_at, run_id, submitter, language, executor_id, status,
     date_bin('1 hour', finished_at, '2000-01-01 00:00:00Z'), coalesce(status = 'completed' AND exit_code = 0, false),
     score, duration_ms, memory_bytes
@@ -72,23 +72,25 @@ def apply(conn: Connection, lease: Lease, cursor: Cursor, eval_ids: Collection[s
 
 
 def _changes(raw: psycopg.Connection[Any], eval_ids: list[str], erased: Collection[str]) -> dict[str, _Change]:
-    before = {row[0]: Fact(*row[1:]) for row in raw.cursor(binary=True).execute(_BEFORE, [eval_ids])}
+    wanted = [event_writer.id_array(eval_ids)]
+    before = {row[0]: row[1:] for row in raw.cursor(binary=True).execute(_BEFORE, wanted).fetchall()}
     changes: dict[str, _Change] = {}
     present: set[str] = set()
-    for eval_id, updated_at, created_at, *columns in raw.cursor(binary=True).execute(_NOW, [eval_ids]):
+    for eval_id, updated_at, created_at, *columns in raw.cursor(binary=True).execute(_NOW, wanted).fetchall():
         fact = Fact(*columns)
         after = fact if fact.hour is not None or fact.run_id is not None else None
+        old = before.get(eval_id)
         present.add(eval_id)
-        if before.get(eval_id) != after:
-            changes[eval_id] = _Change(before.get(eval_id), after, created_at, updated_at)
+        if old != after:
+            changes[eval_id] = _Change(old and Fact(*old), after, created_at, updated_at)
     for eval_id in before.keys() & set(erased) - present:
-        changes[eval_id] = _Change(before[eval_id], None, None, None)
+        changes[eval_id] = _Change(Fact(*before[eval_id]), None, None, None)
     return changes
 
 
 def _write(raw: psycopg.Connection[Any], changes: dict[str, _Change]) -> None:
     if gone := [eval_id for eval_id, change in changes.items() if change.before is not None]:
-        raw.execute(_TAKE_AWAY, [gone])
+        raw.execute(_TAKE_AWAY, [event_writer.id_array(gone)])
     with raw.cursor().copy(_PUT) as copy:
         copy.set_types(_TYPES)
         for eval_id, change in changes.items():
@@ -274,18 +276,27 @@ def is_finished(expected: int | None, closed: bool, summary: Summary) -> bool:
     return (closed or (expected is not None and summary.evaluations >= expected)) and not summary.unfinished
 
 
-_PAGE: Final = """
-SELECT eval_id, bool_or(is_record) FROM (
-    (SELECT eval_id, true AS is_record FROM evaluations WHERE eval_id > %(after)s ORDER BY eval_id LIMIT %(limit)s)
-    UNION ALL
-    (SELECT eval_id, false FROM counted_evaluations WHERE eval_id > %(after)s ORDER BY eval_id LIMIT %(limit)s)
-) both_tables GROUP BY eval_id ORDER BY eval_id LIMIT %(limit)s
+_STORED: Final = """
+SELECT created_at, eval_id FROM evaluations WHERE (created_at, eval_id) > (%s, %s) ORDER BY created_at, eval_id LIMIT %s
+"""
+_COUNTED_ALONE: Final = """
+SELECT eval_id, EXISTS (SELECT FROM evaluations e WHERE e.eval_id = c.eval_id)
+FROM (SELECT eval_id FROM counted_evaluations WHERE eval_id > %s ORDER BY eval_id LIMIT %s) c ORDER BY eval_id
 """
 
 
-def sweep_page(conn: Connection, after: str, limit: int) -> tuple[list[str], set[str]]:
-    """Return the next evaluations that are stored or counted, and those of them that were erased. Raises DatabaseOutage (retry)."""
+def stored_page(conn: Connection, after: tuple[datetime, str], limit: int) -> list[tuple[datetime, str]]:
+    """Return the next stored evaluations by time, so that a page holds few hours. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        return cursor.execute(_STORED, [*after, limit]).fetchall()
+
+
+def erased_page(conn: Connection, after: str, limit: int) -> tuple[str, set[str]]:
+    """Return the last of the next counted evaluations, "" at the end, and those of them that were erased.
+
+    Raises DatabaseOutage (retry).
+    """
     with database.errors(), conn.begin():
-        found = database.driver(conn).execute(_PAGE, {"after": after, "limit": limit}).fetchall()
-    missing = [eval_id for eval_id, is_record in found if not is_record]
-    return [eval_id for eval_id, _ in found], tombstones.erased(conn, missing) if missing else set()
+        found = database.driver(conn).execute(_COUNTED_ALONE, [after, limit]).fetchall()
+    missing = [eval_id for eval_id, is_stored in found if not is_stored]
+    return (found[-1][0] if found else ""), tombstones.erased(conn, missing) if missing else set()

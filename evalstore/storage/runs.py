@@ -76,7 +76,7 @@ def get(conn: Connection, run_id: str, visibility: Visibility = EVERYTHING) -> d
     where, values = _where(RunFilter(visibility=visibility), run_id)
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         row = cursor.execute(f"SELECT {_COLUMNS} FROM runs{where}".encode(), values).fetchone()
-    return row and _row(row)
+    return None if row is None else _row(row)
 
 
 # Of a filter that matches few, a page looks at so many runs.

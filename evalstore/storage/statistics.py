@@ -91,7 +91,7 @@ def read(conn: Connection, asked: Query) -> list[dict[str, Any]]:
 
 
 def _row(asked: Query, bucket: datetime, value: str | None, summary: Summary) -> dict[str, Any]:
-    group = {asked.group_by: value} if asked.group_by else {}
+    group: dict[str, Any] = {asked.group_by: value} if asked.group_by else {}
     return {"bucket": None if asked.bucket == "all" else bucket, **group, **summary.as_json()}
 
 
@@ -103,7 +103,7 @@ def _start(asked: Query, since: datetime, hour: datetime) -> datetime:
 
 
 def _add_rows(conn: Connection, asked: Query, since: datetime, until: datetime, sums: _Sums) -> None:
-    query, values = _READ, [asked.group_by or "", since, until]
+    query, values = _READ, list[Any]([asked.group_by or "", since, until])
     if asked.group_by and asked.value is not None:
         query, values = f"{query} AND value_key = %s", [*values, rollups.value_key(asked.value)]
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:

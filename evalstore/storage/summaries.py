@@ -103,8 +103,9 @@ class Summary:
         self.passed += other.passed
         self.scores += other.scores
         self.score_sum = _EXACT.add(self.score_sum, other.score_sum)
-        for mine, theirs in ((self.counts, other.counts), (self.durations, other.durations), (self.memory, other.memory)):
-            mine.update(theirs)
+        self.counts.update(other.counts)
+        self.durations.update(other.durations)
+        self.memory.update(other.memory)
 
     def row(self) -> tuple[Any, ...]:
         """Return the values of COLUMNS."""

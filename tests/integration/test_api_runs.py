@@ -1,6 +1,6 @@
 """Runs and statistics over HTTP, and the process that keeps them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,11 +28,12 @@ def conn(api: Any) -> Iterator[Connection]:
 def put(conn: Connection, run_id: str, count: int, *, submitter: str = "s", ends: bool = True) -> None:
     events = []
     for number in range(count):
-        named = {"eval_id": f"{run_id}-{number}", "occurred_at": AT}
-        events.append(unique_event("queued", code="", run_id=run_id, submitter=submitter, language="python", **named))
+        eval_id = f"{run_id}-{number}"
+        fields = {"occurred_at": AT, "run_id": run_id, "submitter": submitter, "language": "python"}
+        events.append(unique_event("queued", eval_id, code="", **fields))
         if ends:
             given = {"exit_code": number % 2, "score": number, "duration_ms": 100, "memory_bytes": 1000, "executor_id": "x"}
-            events.append(unique_event("completed", **named, **given))
+            events.append(unique_event("completed", eval_id, occurred_at=AT, **given))
     event_store.store(conn, [parse(event) for event in events])
 
 
@@ -63,7 +64,8 @@ def test_a_run_may_be_declared_before_its_first_event(api: Any, conn: Connection
 
 @pytest.mark.parametrize(
     ("body", "field"),
-    [({"expected": -1}, "expected"), ({"expected": "2"}, "expected"), ({"expected": True}, "expected"), ({"closed": 1}, "closed"),
+    [({"expected": -1}, "expected"), ({"expected": "2"}, "expected"), ({"expected": True}, "expected"),
+     ({"closed": 1}, "closed"),
      ({"done": True}, "done"), ({}, "body"), ([], "body"), ({"expected": 2**60}, "expected"), ({"closed": None}, "closed")],
 )  # fmt: skip
 def test_a_declaration_that_is_wrong_is_named(api: Any, body: Any, field: str) -> None:
@@ -114,7 +116,8 @@ def test_statistics_have_a_row_for_each_bucket_and_value(api: Any, conn: Connect
 
 @pytest.mark.parametrize(
     ("query", "field"),
-    [("bucket=minute", "bucket"), ("group_by=code", "group_by"), ("since=yesterday", "since"), ("x=1", "x"), ("value=1", "value"),
+    [("bucket=minute", "bucket"), ("group_by=code", "group_by"), ("since=yesterday", "since"), ("x=1", "x"),
+     ("value=1", "value"),
      ("bucket=hour&since=2020-01-01T00:00:00Z&until=2026-01-01T00:00:00Z", "since"),
      ("since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z", "until"), ("until=0001-01-01T00:00:00Z", "until"),
      ("bucket=month&since=2026-01-01T00:00:00Z&until=9999-12-31T23:00:00Z", "until")],

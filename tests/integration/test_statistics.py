@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from sqlalchemy import Connection, text
 
-from evalstore.sinks.statistics import Round, catch_up, sweep_on
+from evalstore.sinks.statistics import Round, catch_up
 from evalstore.storage import database, event_store, event_writer, rollups, runs, sink_cursors, statistics, summaries
 from evalstore.storage.summaries import Summary
 from models.events import parse
@@ -62,7 +62,8 @@ def rows(conn: Connection, query: str) -> list[dict[str, Any]]:
 def assert_equal_to_sql(conn: Connection) -> None:
     """Compare every dimension with a GROUP BY of the table of evaluations, and every run."""
     records = rows(conn, "SELECT * FROM evaluations")
-    for dimension, column in {None: None, **rollups.DIMENSIONS}.items():
+    dimensions: list[tuple[str | None, str | None]] = [(None, None), *rollups.DIMENSIONS.items()]
+    for dimension, column in dimensions:
         expected: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         for record in records:
             if record["finished_at"] is not None:
