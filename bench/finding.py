@@ -182,7 +182,7 @@ def _store(conn: Connection, parsed: list[Any]) -> None:
 
 def _processor_s(postgres: Postgres, work: Callable[[], object]) -> float:
     """Return the processor time of `work` in this process and in PostgreSQL."""
-    postmaster = psutil.Process(int(Path(postgres.folder, "postmaster.pid").read_text().split()[0]))
+    postmaster = psutil.Process(int(Path(postgres.data, "postmaster.pid").read_text().split()[0]))
 
     def used() -> float:
         found = time.process_time()

@@ -26,7 +26,8 @@ Status = Literal["queued", "running", "completed", "failed", "timed_out", "cance
 _PAGING: Final = (
     "By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. "
     "Filters by `run_id`, `submitter`, `executor_id`, `eval_id_prefix`, statuses other than `completed`, and metadata keys in "
-    "EVALSTORE_INDEXED_METADATA use an index. With others, or several, such a page may hold fewer than `limit`, even none, although there is a `next`. By `offset` pages are full. "
+    "EVALSTORE_INDEXED_METADATA use an index. With other filters, or with several, a page may hold fewer than `limit`, even "
+    "none, although there is a `next`. A cursor belongs to its filters and order. By `offset` pages are full. "
     "If a filter matches so few that this takes more than 5 s, the page holds the matches among the first 200,000, and `next` "
     "goes on."
 )

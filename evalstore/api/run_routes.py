@@ -40,8 +40,10 @@ async def read_all(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     cursor: Annotated[str, Query(max_length=600)] = "",
 ) -> Response:
-    """The newest first, by `first_at`. `submitter`: runs all of whose evaluations are of this submitter. With filters a page may
-    hold fewer than `limit`, even none, although there is a `next`. The sums are late by some seconds."""
+    """The newest first, by `first_at`. `submitter`: runs all of whose evaluations are of this submitter.
+
+    With filters a page may hold fewer than `limit`, even none, although there is a `next`. The sums are late by some seconds.
+    """
     refuse_unknown(request, {"run_id_prefix", "submitter", "since", "until", "limit", "cursor"})
     chosen = RunFilter(run_id_prefix, submitter, since, until)
     after = cursors.decode(cursor, chosen) if cursor else None
@@ -57,8 +59,10 @@ async def read_all(
     dependencies=[Depends(reader)],
 )
 async def read(request: Request, run_id: openapi.EvalId) -> Response:
-    """Sums of its evaluations, which are late by some seconds. `state` is `finished` when the run was declared complete and no
-    evaluation is queued or running."""
+    """Sums of its evaluations, which are late by some seconds.
+
+    `state` is `finished` when the run was declared complete and no evaluation is queued or running.
+    """
     found = await service_of(request).run(lambda conn: runs.get(conn, run_id)) if _is_possible(run_id) else None
     if found is None:
         raise Problem(404, "not-found", f"there is no run {run_id!r}")
@@ -73,8 +77,11 @@ async def read(request: Request, run_id: openapi.EvalId) -> Response:
     openapi_extra=json_body("RunDeclaration"),
 )
 async def declare(request: Request, caller: Writer, run_id: openapi.EvalId) -> Response:  # noqa: ARG001 - checks the key
-    """`expected`: the run is complete when it has so many evaluations. `closed`: it is complete as it is. A run that is complete
-    and has no unfinished evaluation left sends `storage:run:finished`. A run may be declared before its first event."""
+    """`expected`: the run is complete when it has so many evaluations. `closed`: it is complete as it is.
+
+    A run that is complete and has no unfinished evaluation left sends `storage:run:finished`. A run may be declared before its
+    first event.
+    """
     service = service_of(request)
     if not _is_possible(run_id):
         raise invalid([Fault("run_id", "expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -")])

@@ -162,7 +162,7 @@ _SUMS: Final[dict[str, Schema]] = {
     "pass_rate": _nullable(
         {
             "type": "number",
-            "description": "Completed with exit code 0, divided by completed, failed, timed out and lost; null where there are none.",
+            "description": "Completed with exit code 0, divided by completed, failed, timed out and lost; null for none.",
         }
     ),
     "mean_score": _nullable({"type": "number"}),

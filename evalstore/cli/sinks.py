@@ -28,7 +28,8 @@ def _connect() -> Connection:
 def run() -> None:
     """Keep runs and statistics, and pass events on to the sinks of EVALSTORE_SINKS_FILE, until SIGTERM or Ctrl-C.
 
-    Any number of copies may run. Each sink is worked on by one of them at a time; another one takes over within 15 seconds when that one ends.
+    Any number of copies may run. Each sink is worked on by one of them at a time; another one takes over within 15 seconds when
+    that one ends.
     """
     from evalstore.sinks import runner  # noqa: PLC0415 - the other verbs need neither sinks nor what they load
 

@@ -21,7 +21,7 @@ _Bucket = StrEnum("_Bucket", ["hour", "day", "month", "all"])
 def stats(
     group_by: Annotated[_GroupBy | None, typer.Option(help="A row for each value.")] = None,
     value: Annotated[str | None, typer.Option(help="Only this value of --group-by.")] = None,
-    bucket: Annotated[_Bucket, typer.Option(help="Of the time at which evaluations finished, in UTC.")] = _Bucket("day"),
+    bucket: Annotated[_Bucket, typer.Option(help="Of the time at which evaluations finished, in UTC.")] = _Bucket.day,
     since: Annotated[
         datetime | None, typer.Option(parser=parse_time, metavar="TIME", help="RFC 3339, or an age like 2h; by default 30d.")
     ] = None,
@@ -32,7 +32,8 @@ def stats(
 ) -> None:
     """Show counts, pass rates, scores, durations and memory of finished evaluations, by time.
 
-    Counts are exact, and quantiles within 1 %, at most a minute late while `evalstore sinks run` runs. Exits 3 if there are none.
+    Counts are exact, and quantiles within 1 %, at most a minute late while `evalstore sinks run` runs. Exits 3 if no evaluation
+    finished.
     """
     if value is not None and group_by is None:
         raise typer.BadParameter("--value needs --group-by")

@@ -105,7 +105,8 @@ class StorageClient:
     ) -> Iterator[Evaluation]:
         """Yield all matching records without content, newest first. Reads a page at a time while you iterate.
 
-        `filters`: `run_id`, `language`, `submitter`, `executor_id`, `eval_id_prefix`, `since`, `until`, `sort`, `order="oldest"`.
+        `filters`: `run_id`, `language`, `submitter`, `executor_id`, `eval_id_prefix`, `since`, `until`, `sort`,
+        `order="oldest"`.
         """
         query: dict[str, Any] = {"limit": page_size, "cursor": ""}
         query |= {name: _to_text(value) for name, value in filters.items() if value is not None}

@@ -66,8 +66,10 @@ class Evaluation(Scalars, _Head):
 
 
 class Run(BaseModel):
-    """A run with the sums of its evaluations. `pass_rate`: completed with exit code 0, divided by those that ended, cancelled ones
-    left out. Quantiles (`p50`, `p95`, `p99`) are within 1 %."""
+    """A run with the sums of its evaluations. Quantiles (`p50`, `p95`, `p99`) are within 1 %.
+
+    `pass_rate`: completed with exit code 0, divided by those that ended, cancelled ones left out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

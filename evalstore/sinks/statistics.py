@@ -73,7 +73,10 @@ class Round:
         self._rows = OutboxRows(lease, _ROWS, _CONFIRMATIONS)
 
     def run(self, conn: Connection, cursor: Cursor) -> tuple[Cursor, int]:
-        """Return the cursor after it, and how many changes were told. Raises LeaseLost, DatabaseOutage (begin with a new lease)."""
+        """Return the cursor after it, and how many changes were read.
+
+        Raises LeaseLost, DatabaseOutage (begin again with a new lease).
+        """
         due = rollups.due(conn)
         told = 0
         while rows := self._rows.take(conn):

@@ -1,7 +1,7 @@
 """The indexes of lists. `evalstore migrate` builds and drops them CONCURRENTLY, so storing goes on meanwhile.
 
-A build that is interrupted leaves an invalid index, which the next `evalstore migrate` builds anew. Lists work without an index,
-by scanning a bounded number of evaluations. Other indexes come with the tables, in the transaction of the migrations.
+A build that is interrupted leaves an invalid index, which the next `evalstore migrate` builds anew. Lists work without an
+index, by scanning a bounded number of evaluations. Other indexes come with the tables, in the transaction of the migrations.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """List evaluations: filtered and sorted, by page or all at once.
 
-A list by run, submitter, executor, status other than `completed`, indexed metadata, or prefix of `eval_id` reads its own index, in
-the order of the list. All other filters are applied to what that index gives, or the index on `created_at`. Records of one commit
-share `created_at` and are sorted by `eval_id` at reading. list_indexes.py
+A list by run, submitter, executor, status other than `completed`, indexed metadata, or prefix of `eval_id` reads its own index,
+in the order of the list. All other filters are applied to what that index gives, or the index on `created_at`. Records of one
+commit share `created_at` and are sorted by `eval_id` at reading. list_indexes.py
 
 A page read by cursor examines at most SCAN evaluations. So it may hold fewer evaluations than requested, even none, and still
 have a next cursor. Its duration does not depend on the filter or on the size of the table. A page read by number examines as

@@ -154,7 +154,7 @@ class OutboxReader:
         return self._rows.gap_age_s
 
     def take(self, conn: Connection, most: int) -> list[Item]:
-        """Return the next items, none where there is nothing to pass on now. Does not wait. Raises as `OutboxRows.take` does."""
+        """Return the next items, none where there is nothing to pass on now. Raises as `OutboxRows.take` does."""
         if not self._ahead:
             for row in self._rows.take(conn):
                 self._add(*row)

@@ -1,8 +1,8 @@
 """Keep `runs` and `statistics` equal to the evaluations, off the storing path.
 
-The table `counted_evaluations` holds what each evaluation adds now. A changed evaluation takes its old part away and adds its new
-one, in the transaction that moves the cursor. So the cost is that of the changes, however large a run or an hour is, and it makes
-no difference how often or in which order changes are told. docs/decisions/0044
+The table `counted_evaluations` holds what each evaluation adds now. A changed evaluation takes its old part away and adds its
+new one, in the transaction that moves the cursor. So the cost is that of the changes, however large a run or an hour is. How
+often or in which order changes are told makes no difference. docs/decisions/0044
 """
 
 from collections import defaultdict
@@ -114,7 +114,8 @@ _Key = tuple[str, bytes, datetime]
 _SUMMARY: Final = ", ".join(COLUMNS)
 _LOCK_STATISTICS: Final = f"""
 SELECT dimension, value_key, hour, {_SUMMARY} FROM statistics
-JOIN unnest(%s::text[], %s::bytea[], %s::timestamptz[]) AS wanted (dimension, value_key, hour) USING (dimension, value_key, hour)
+JOIN unnest(%s::text[], %s::bytea[], %s::timestamptz[]) AS wanted (dimension, value_key, hour)
+    USING (dimension, value_key, hour)
 """
 _PUT_STATISTICS: Final = f"""
 INSERT INTO statistics (dimension, value_key, hour, value, {_SUMMARY}) VALUES (%s, %s, %s, %s{", %s" * len(COLUMNS)})

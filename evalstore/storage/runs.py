@@ -109,7 +109,7 @@ SELECT {_COLUMNS} FROM runs JOIN (
 
 
 _DECLARE: Final = """
-INSERT INTO runs (run_id, expected, closed, submitter, changes) VALUES (%(run_id)s, %(expected)s, coalesce(%(closed)s, false), NULL, 1)
+INSERT INTO runs (run_id, expected, closed, changes) VALUES (%(run_id)s, %(expected)s, coalesce(%(closed)s, false), 1)
 ON CONFLICT (run_id) DO UPDATE SET expected = CASE WHEN %(sets_expected)s THEN excluded.expected ELSE runs.expected END,
     closed = coalesce(%(closed)s, runs.closed), changes = greatest(runs.changes, 1::smallint)
 """
