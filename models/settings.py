@@ -14,6 +14,7 @@ from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
+from models.metadata_keys import parse_keys
 from models.networks import parse_networks
 from models.validation_errors import did_you_mean, format_error
 
@@ -26,8 +27,6 @@ _NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-
 _COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR", "EVALSTORE_WEBHOOK_SECRET"}
 # Kubernetes sets these variables for a service whose name begins with evalstore.
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
-# Each index makes each stored evaluation that has the key a little dearer.
-_INDEXED_KEYS, _KEY_CHARACTERS = 10, 200
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Upper limits, so that time functions, Redis and PostgreSQL do not overflow.
 _DAY_S: Final = 86_400
@@ -62,10 +61,6 @@ def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
     if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
         raise ValueError("expected a prefix without empty parts, . and ..")
     return "s3", bucket, prefix
-
-
-def _split_keys(value: str | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(key.strip() for key in (value or "").split(",") if key.strip()))
 
 
 class Settings(BaseModel):
@@ -253,22 +248,15 @@ class Settings(BaseModel):
         str | None,
         Field(
             description="keys of the metadata, separated by commas, that lists filter by with an index; `evalstore migrate` "
-            "builds and drops the indexes; read by API, CLI"
+            "builds and drops the indexes; read by CLI"
         ),
     ] = None
 
     @field_validator("indexed_metadata")
     @classmethod
     def _names_keys(cls, value: str | None) -> str | None:
-        keys = _split_keys(value)
-        if len(keys) > _INDEXED_KEYS or any(len(key) > _KEY_CHARACTERS or "\0" in key for key in keys):
-            raise ValueError(f"expected up to {_INDEXED_KEYS} keys of up to {_KEY_CHARACTERS} characters")
+        parse_keys(value)
         return value
-
-    @property
-    def indexed_metadata_keys(self) -> tuple[str, ...]:
-        """The keys of EVALSTORE_INDEXED_METADATA, each once."""
-        return _split_keys(self.indexed_metadata)
 
     webhook_allow: Annotated[
         str | None,

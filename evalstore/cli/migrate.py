@@ -2,6 +2,7 @@
 
 from evalstore.cli.output import notice
 from evalstore.storage import database, durability, migrations
+from models.metadata_keys import parse_keys
 from models.settings import settings
 
 
@@ -10,7 +11,7 @@ def migrate() -> None:
     loaded = settings()
     url, schema = loaded.database_url.get_secret_value(), loaded.database_schema
     before, after = migrations.upgrade(
-        url, tell=lambda why: notice(why, "yellow"), schema=schema, indexed_metadata=loaded.indexed_metadata_keys
+        url, lambda why: notice(why, "yellow"), schema=schema, indexed_metadata=parse_keys(loaded.indexed_metadata)
     )
     engine = database.connect(loaded)
     with engine.connect() as conn:

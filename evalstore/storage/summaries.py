@@ -6,10 +6,12 @@ whole, and what a change takes away is subtracted exactly. docs/decisions/0045
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Context, Decimal
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -151,19 +153,9 @@ def _merge(bins: Counter[int], stored: bytes) -> None:
 
 
 def _quantiles(bins: Mapping[int, int]) -> dict[str, float | None]:
-    total = sum(bins.values())
-    ordered = sorted(bins.items()) if total else []
-    return dict(zip(_QUANTILES, _at_ranks(ordered, [math.ceil(share * total) for share in _QUANTILES.values()]), strict=True))
-
-
-def _at_ranks(ordered: Iterable[tuple[int, int]], ranks: Sequence[int]) -> list[float | None]:
-    """Return the values at these ascending ranks, counted from 1."""
-    found: list[float | None] = []
-    reached = 0
-    for at, n in ordered:
-        reached += n
-        while len(found) < len(ranks) and reached >= ranks[len(found)]:
-            found.append(_value_of(at))
-        if len(found) == len(ranks):
-            return found
-    return [*found, *[None] * (len(ranks) - len(found))]
+    ordered = sorted(bins)
+    reached = list(accumulate(map(bins.__getitem__, ordered)))
+    if not reached or reached[-1] <= 0:
+        return dict.fromkeys(_QUANTILES)
+    ranks = {name: math.ceil(share * reached[-1]) for name, share in _QUANTILES.items()}
+    return {name: _value_of(ordered[bisect_left(reached, rank)]) for name, rank in ranks.items()}

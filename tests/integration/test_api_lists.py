@@ -8,9 +8,9 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
-from evalstore.storage import database, event_store, listing
+from evalstore.storage import database, event_store, list_indexes, listing, migrations
 from models.events import parse
 from tests import factories
 
@@ -253,3 +253,76 @@ def test_a_batch_holds_at_most_ten_thousand_events(api: Any) -> None:
     none = api.both.post("/storage/events:batch", content="\n", headers=headers)
     assert (full.status_code, over.status_code, none.status_code) == (200, 422, 422)
     assert api.read.get(f"{E}/e").json()["version"] == 10_000
+
+
+def scans(plan: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the scans of a plan: the index, or the kind of scan without one, and the rows that it read."""
+    if "Scan" in plan["Node Type"] and plan["Node Type"] != "Subquery Scan":
+        rows = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
+        yield plan.get("Index Name", plan["Node Type"]), int(rows * plan["Actual Loops"])
+    for part in plan.get("Plans", ()):
+        yield from scans(part)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "index"),
+    [
+        (listing.Filter(run_id="run-1"), "evaluations_by_run"),
+        (listing.Filter(submitter="s-1"), "evaluations_by_submitter"),
+        (listing.Filter(executor_id="x-1"), "evaluations_by_executor"),
+        (listing.Filter(statuses=["failed", "lost"]), "evaluations_by_status"),
+        (listing.Filter(metadata={"a%'b": "m-1"}), list_indexes.metadata_index("a%'b")),
+        (listing.Filter(eval_id_prefix="e1"), "evaluations_pkey"),
+        (listing.Filter(), "evaluations_by_time"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("analyzed", [False, True], ids=["without statistics of the planner", "with them"])
+def test_a_page_reads_its_index_and_few_rows(conn: Connection, chosen: listing.Filter, index: str, analyzed: bool) -> None:
+    """Also where all matches are old, and the planner would rather walk through the newest."""
+    migrations.upgrade(_url(conn), indexed_metadata=["a%'b"])
+    fill = """INSERT INTO evaluations
+        (eval_id, status, attempt, version, run_id, submitter, executor_id, metadata, created_at)
+        SELECT 'e' || g, CASE WHEN g < 2000 AND g % 2 = 0 THEN 'failed' ELSE 'completed' END, 1, 1, 'run-' || g / 2000,
+            's-' || g / 2000, 'x-' || g / 2000, jsonb_build_object('a%''b', 'm-' || g / 2000), now() + g / 10 * interval '1 s'
+        FROM generate_series(1, 20000) g"""
+    with conn.begin():
+        database.driver(conn).execute(fill.encode())
+        if analyzed:
+            conn.execute(text("ANALYZE evaluations"))
+    plan = listing.explain(conn, chosen, limit=10)
+    found = list(scans(plan))
+    assert {name for name, _ in found} == {index}
+    assert sum(rows for _, rows in found) <= 40
+    first = listing.page(conn, chosen, limit=10)
+    assert len(first.rows) == 10
+    assert first.following is not None
+    assert next(scans(listing.explain(conn, chosen, limit=10, after=first.following)))[0] == index
+
+
+def _url(conn: Connection) -> str:
+    raw = database.driver(conn)
+    return f"{raw.info.dsn} password={raw.info.password}"
+
+
+def test_a_text_too_long_for_an_index_is_stored_and_found(conn: Connection) -> None:
+    long = "".join(chr(0x4E00 + (number * 7919) % 20_000) for number in range(1000))
+    for number, name in enumerate((long, long[:-1] + "x")):
+        queued = factories.unique_event("queued", f"e{number}", code="", submitter=name, metadata={"a%'b": name * 2})
+        event_store.store(conn, [parse(queued)])
+    migrations.upgrade(_url(conn), indexed_metadata=["a%'b"])
+    for chosen in (listing.Filter(submitter=long), listing.Filter(metadata={"a%'b": long * 2})):
+        assert [row["eval_id"] for row in listing.page(conn, chosen, limit=10).rows] == ["e0"]
+
+
+def test_indexes_of_metadata_are_built_and_dropped_and_broken_ones_are_built_again(conn: Connection) -> None:
+    migrations.upgrade(_url(conn), indexed_metadata=["a", "b"])
+    assert {list_indexes.metadata_index("a"), list_indexes.metadata_index("b")} <= list_indexes.existing(conn)
+    with conn.begin():
+        conn.execute(text("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'evaluations_by_run'::regclass"))
+    assert "evaluations_by_run" not in list_indexes.existing(conn)
+    conn.rollback()
+    migrations.upgrade(_url(conn), indexed_metadata=["b"])
+    found = list_indexes.existing(conn)
+    assert "evaluations_by_run" in found
+    assert list_indexes.metadata_index("a") not in found
