@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Final, cast, get_args
+from typing import Annotated, Any, Final, cast
 
 import typer
 
@@ -14,7 +14,7 @@ from models.settings import settings
 
 _COLUMNS: Final = ("eval_id", "status", "run_id", "submitter", "language", "exit_code", "duration_ms", "score", "created_at")
 _Status = StrEnum("_Status", ["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"])
-_Sort = StrEnum("_Sort", list(get_args(Sort)))
+_Sort = StrEnum("_Sort", ["created_at", "eval_id", "duration_ms", "memory_bytes", "score"])
 _PAGE: Final = 1000
 
 

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, LiteralString, cast
+from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -21,7 +21,7 @@ PREFIX_CHARACTERS: Final = 200
 _METADATA: Final = "evaluations_by_metadata_"
 _RETRY_S: Final = 0.2
 
-FIXED: Final[dict[str, str]] = {
+FIXED: Final[dict[str, LiteralString]] = {
     "evaluations_by_run": "(run_id, created_at) WHERE run_id IS NOT NULL",
     "evaluations_by_submitter": f"(left(submitter, {PREFIX_CHARACTERS}), created_at) WHERE submitter IS NOT NULL",
     "evaluations_by_executor": f"(left(executor_id, {PREFIX_CHARACTERS}), created_at) WHERE executor_id IS NOT NULL",
@@ -42,7 +42,7 @@ def metadata_expression(key: str) -> sql.Composed:
 
 
 def _wanted(keys: Sequence[str]) -> dict[str, sql.Composable]:
-    fixed: dict[str, sql.Composable] = {name: sql.SQL(cast("LiteralString", text)) for name, text in FIXED.items()}
+    fixed: dict[str, sql.Composable] = {name: sql.SQL(text) for name, text in FIXED.items()}
     return fixed | {
         metadata_index(key): sql.SQL("(({}), created_at) WHERE metadata ->> {} IS NOT NULL").format(
             metadata_expression(key), sql.Literal(key)
