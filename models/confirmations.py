@@ -7,7 +7,8 @@ UPDATED: Final = "storage:evaluation:updated"
 ERASED: Final = "storage:evaluation:erased"
 REPAIRED: Final = "storage:evaluation:repaired"
 RUN_FINISHED: Final = "storage:run:finished"
+RUN_UPDATED: Final = "storage:run:updated"
 ANOMALY_DETECTED: Final = "storage:anomaly:detected"
 
 # In the order in which documents name them.
-CONFIRMATIONS: Final = (CREATED, UPDATED, ERASED, REPAIRED, RUN_FINISHED, ANOMALY_DETECTED)
+CONFIRMATIONS: Final = (CREATED, UPDATED, ERASED, REPAIRED, RUN_FINISHED, RUN_UPDATED, ANOMALY_DETECTED)

@@ -6,6 +6,8 @@
 
 Each service reads as a consumer group with its own name, and Redis keeps the group's position. Asking for the next confirmation
 acknowledges the one before. If handling is interrupted, the confirmation comes again. Repeats and older versions are skipped.
+
+Confirmations of runs (`storage:run:finished`, `storage:run:updated`) have a `run_id` instead, and may be repeated.
 """
 
 from collections.abc import Iterator

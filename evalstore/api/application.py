@@ -21,6 +21,8 @@ from evalstore.api import (
     list_routes,
     problems,
     record_routes,
+    run_routes,
+    stats_routes,
     upload_routes,
     webhook_routes,
 )
@@ -46,6 +48,8 @@ ROUTERS: Final = tuple(
     for module in (
         record_routes,
         list_routes,
+        run_routes,
+        stats_routes,
         event_routes,
         content_routes,
         upload_routes,

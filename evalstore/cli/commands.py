@@ -27,6 +27,12 @@ COMMANDS: Final = {
     "get": Command(
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
+    "ls": Command("evalstore.cli.ls:ls", "List evaluations without their content, the newest first. Exits 3 if none matches."),
+    "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
+    "stats": Command(
+        "evalstore.cli.stats:stats",
+        "Show counts, pass rates, scores, durations and memory of finished evaluations, by time.",
+    ),
     "audit": Command(
         "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
     ),

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     SmallInteger,
     Table,
     Text,
@@ -29,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from models.fields import CONTENTS, EVENT_COLUMNS, SCALARS
+from models.webhooks import STATUSES
 
 metadata = MetaData()
 
@@ -67,11 +69,23 @@ evaluations = Table(
     Column("merge_version", Integer),
     # The number of repairs by a replay. Each repair changes the ETag.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
-    # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
-    Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
     # listing.py.
     Index("evaluations_by_time", "created_at"),
+    # `evalstore migrate` builds these CONCURRENTLY: list_indexes.py. No index has a column that changes with each event, so an
+    # event that leaves the status as it is changes no index. A text may be longer than an entry of an index can be.
+    Index("evaluations_by_run", "run_id", "created_at", postgresql_where=text("run_id IS NOT NULL")),
+    Index(
+        "evaluations_by_submitter", text("left(submitter, 200)"), "created_at", postgresql_where=text("submitter IS NOT NULL")
+    ),
+    Index(
+        "evaluations_by_executor",
+        text("left(executor_id, 200)"),
+        "created_at",
+        postgresql_where=text("executor_id IS NOT NULL"),
+    ),
+    # Records that are stored with their result never enter this index, unless they failed.
+    Index("evaluations_by_status", "status", "created_at", postgresql_where=text("status <> 'completed'")),
     postgresql_with={"fillfactor": "85"},
 )
 
@@ -185,6 +199,67 @@ sinks = Table(
     Column("delivered_at", _TIME),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     postgresql_with={"fillfactor": "50"},
+)
+
+
+def _summary() -> list[Column[Any]]:
+    """Return columns that sum up evaluations. evalstore/storage/summaries.py"""
+    counts = (*STATUSES, "passed", "scores")
+    return [
+        *(Column(name, BigInteger, nullable=False, server_default=text("0")) for name in counts),
+        Column("score_sum", Numeric, nullable=False, server_default=text("0")),
+        *(Column(name, LargeBinary, nullable=False, server_default=text("'\\x80'")) for name in ("durations", "memory")),
+    ]
+
+
+# What each evaluation adds to `statistics` and `runs` now: a change takes exactly this away again.
+counted_evaluations = Table(
+    "counted_evaluations",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    *(Column(name, Text) for name in ("run_id", "submitter", "language", "executor_id")),
+    Column("status", Text, nullable=False),
+    Column("hour", _TIME),
+    Column("passed", Boolean, nullable=False),
+    Column("score", Double),
+    Column("duration_ms", Double),
+    Column("memory_bytes", BigInteger),
+)
+
+# Finished evaluations by hour of `finished_at` and by one dimension: "", status, language, submitter, executor or run.
+# `value_key` is a hash of the value, which may be too long for an index.
+statistics = Table(
+    "statistics",
+    metadata,
+    Column("dimension", Text, primary_key=True),
+    Column("value_key", LargeBinary, primary_key=True),
+    Column("hour", _TIME, primary_key=True),
+    Column("value", Text),
+    *_summary(),
+    Index("statistics_by_hour", "dimension", "hour"),
+    postgresql_with={"fillfactor": "70"},
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", _EVAL_ID, primary_key=True),
+    # What a client declared.
+    Column("expected", BigInteger),
+    Column("closed", Boolean, nullable=False, server_default=text("false")),
+    # The submitter of all its evaluations, unless `is_mixed`.
+    Column("submitter", Text),
+    Column("is_mixed", Boolean, nullable=False, server_default=text("false")),
+    *_summary(),
+    Column("first_at", _TIME, nullable=False, server_default=_NOW),
+    Column("last_at", _TIME, nullable=False, server_default=_NOW),
+    # When its end was announced; NULL while it is open.
+    Column("finished_at", _TIME),
+    # 1: declared, 2: counted since it was checked for its end.
+    Column("changes", SmallInteger, nullable=False, server_default=text("0")),
+    Index("runs_by_time", "first_at", "run_id"),
+    Index("runs_to_check", "run_id", postgresql_where=text("changes > 0")),
+    postgresql_with={"fillfactor": "70"},
 )
 
 # Who is sent confirmations over HTTP. `secret` signs them, so it is kept as it is. evalstore/storage/webhooks.py

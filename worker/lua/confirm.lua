@@ -31,7 +31,7 @@ local function may_be_heard()
     end
     local names = {"PUBSUB", "NUMSUB"}
     for _, name in ipairs({"evaluation:created", "evaluation:updated", "evaluation:erased", "evaluation:repaired",
-        "run:finished", "anomaly:detected"}) do
+        "run:finished", "run:updated", "anomaly:detected"}) do
         names[#names + 1] = ARGV[6] .. "storage:" .. name
     end
     local channels = redis.pcall(unpack(names))
