@@ -59,7 +59,7 @@ def changed(body: str) -> tuple[set[str], set[str]]:
 
 
 class Item(NamedTuple):
-    """An event to pass on, or an erasure, and where a sink is that has confirmed it.
+    """An event to pass on, or an erasure, or nothing (no `eval_id`), and where a sink is that has confirmed it.
 
     `version` is that of the evaluation with this event; `status` that after its commit.
     """
@@ -173,3 +173,5 @@ class OutboxReader:
                     self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status))
         if number > before.offset:
             self._ahead[-1] = self._ahead[-1]._replace(place=self._read)
+        elif not number:  # nothing to pass on, as of runs and repairs: only the cursor moves
+            self._ahead.append(Item(False, "", "", 0, self._read))
