@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
 from evalstore.api import openapi
-from evalstore.api.callers import reader
-from evalstore.api.parameters import Time
+from evalstore.api.callers import Reader
+from evalstore.api.parameters import Status, Time
 from evalstore.api.problems import invalid, unavailable
 from evalstore.api.rendering import ClosingStream, json_response, to_json
 from evalstore.api.schemas import ref
@@ -25,7 +25,6 @@ from models.events import decode, identity
 
 router = APIRouter(prefix="/storage", tags=["evaluations"], responses=openapi.ALWAYS)
 
-Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
 _PAGING: Final = (
     "By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. "
     "With filters such a page may hold fewer than `limit`, even none, although there is a `next`. By `offset` pages are full. "
@@ -68,10 +67,10 @@ _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
     responses={200: _PAGE},
     description=f"Records without content, by `created_at`, newest first. {_PAGING}",
     openapi_extra={"parameters": [_METADATA]},
-    dependencies=[Depends(reader)],
 )
 async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     request: Request,
+    caller: Reader,
     status: Annotated[list[Status] | None, Query(description="May be repeated.")] = None,
     language: Annotated[str | None, _TEXT] = None,
     submitter: Annotated[str | None, _TEXT] = None,
@@ -95,6 +94,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
         until=until,
         metadata=_metadata_filters(request),
         oldest_first=order == "oldest",
+        visibility=caller.visibility,
     )
     if format == "ndjson" or request.headers.get("accept", "").startswith("application/x-ndjson"):
         return await _export(service, chosen)

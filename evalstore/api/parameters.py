@@ -3,7 +3,7 @@
 import contextlib
 import re
 from datetime import datetime
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
@@ -15,4 +15,5 @@ def _parse_time(value: object, parse: ValidatorFunctionWrapHandler) -> datetime:
     raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
 
 
+Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
 Time = Annotated[AwareDatetime, WrapValidator(_parse_time)]

@@ -60,7 +60,7 @@ def _submitter(text: str) -> str:
 
 
 @app.command()
-def create(  # noqa: PLR0913, PLR0917 - a parameter for each option
+def create(
     name: Annotated[str, typer.Argument(help="Name of the key's owner, shown in lists.")],
     scope: Annotated[
         list[Scope] | None, typer.Option("--scope", help="What the key may do. May be repeated. admin includes the others.")
@@ -69,11 +69,14 @@ def create(  # noqa: PLR0913, PLR0917 - a parameter for each option
         timedelta | None, typer.Option(parser=_duration, metavar="90d|12h|30m", help="Time after which the key expires.")
     ] = None,
     submitter: Annotated[
-        str | None, typer.Option(parser=_submitter, metavar="NAME", help="Only evaluations of this submitter exist for the key.")
+        str | None,
+        typer.Option(parser=_submitter, metavar="NAME", help="Only evaluations of this submitter exist for the key."),
     ] = None,
     run_prefix: Annotated[
         str | None,
-        typer.Option(parser=_run_prefix, metavar="TEXT", help="Only evaluations of runs whose ids begin like this exist for it."),
+        typer.Option(
+            parser=_run_prefix, metavar="TEXT", help="Only evaluations of runs whose ids begin like this exist for it."
+        ),
     ] = None,
     rate: Annotated[
         Rate | None, typer.Option(parser=_rate, metavar="100/s|50/m|9/h", help="Requests that all services together answer.")
@@ -106,7 +109,8 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
     if output_format is Format.table:
         for row in rows:
             row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
-    columns = ["key_id", "name", "scopes", "submitter", "run_prefix", "rate", "state", "created_at", "expires_at"]
+    restrictions = [name for name in ("submitter", "run_prefix", "rate") if any(row[name] for row in rows)]
+    columns = ["key_id", "name", "scopes", *restrictions, "state", "created_at", "expires_at"]
     nothing = "there are no keys; those of EVALSTORE_READ_API_KEYS and of the other settings are not listed"
     show(rows, columns, output_format, wrapped="name", nothing=nothing)
 

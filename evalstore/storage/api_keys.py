@@ -107,7 +107,8 @@ def _keys(conn: Connection, query: str) -> list[Key]:
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         rows = cursor.execute(query.encode()).fetchall()
     return [
-        Key(*row[:3], frozenset(row[3]), *row[4:7], Visibility(*row[7:9]), Rate(*row[9:]) if row[9] else None) for row in rows
+        Key._make((*row[:3], frozenset(row[3]), *row[4:7], Visibility(*row[7:9]), Rate(*row[9:]) if row[9] else None))
+        for row in rows
     ]
 
 

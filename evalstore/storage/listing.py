@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database
 from evalstore.storage.records import readable
+from evalstore.storage.visibility import EVERYTHING, Visibility
 from models.errors import DatabaseOutage
 from models.record import RecordRow
 
@@ -50,11 +51,19 @@ class Filter:
     until: datetime | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     oldest_first: bool = False
+    visibility: Visibility = EVERYTHING
 
     @property
     def is_selective(self) -> bool:
         """Tell whether the filter may skip any number of evaluations between two matches."""
-        return bool(self.statuses or self.language or self.submitter or self.executor_id or self.metadata)
+        return bool(
+            self.statuses
+            or self.language
+            or self.submitter
+            or self.executor_id
+            or self.metadata
+            or self.visibility.is_restricted
+        )
 
 
 class Page(NamedTuple):
@@ -80,6 +89,9 @@ def _where(chosen: Filter, after: Position | None = None, up_to: Position | None
             add(f"{column} = %s", value)
     for key, value in chosen.metadata.items():
         add("metadata ->> %s = %s", key, value)
+    visible, parameters = chosen.visibility.conditions()
+    conditions += visible
+    values += parameters
     if chosen.since is not None:
         add("created_at >= %s", chosen.since)
     if chosen.until is not None:

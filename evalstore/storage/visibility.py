@@ -50,7 +50,7 @@ EVERYTHING: Final = Visibility()
 class Hidden(EvalstoreError):
     """The caller may not write these evaluations; nothing is stored. To the caller they do not exist.
 
-    `foreign`: those whose new queued events have another submitter or run than the caller may use.
+    `foreign`: those among them that the caller could write, but for queued events with another submitter or run.
     """
 
     def __init__(self, eval_ids: frozenset[str], foreign: frozenset[str] = frozenset()) -> None:
