@@ -18,6 +18,7 @@ import msgspec
 from fastapi.sse import format_sse_event
 from sqlalchemy import Connection
 
+from evalstore.api import problems
 from evalstore.api.problems import Problem
 from evalstore.storage import outbox_tail
 from evalstore.storage.outbox_tail import ChangesLost, OutboxTail, Position, TailRow
@@ -240,8 +241,8 @@ class ChangeFeed:
         except ChangesLost:
             log.warning("changes_lost")
             self._restart_all()
-        except Exception as error:
-            log.error("unexpected_error", exc_info=error)
+        except Exception as error:  # noqa: BLE001 - clients must not wait for a reader that has ended
+            problems.of(error)  # It logs the error. The next client starts another reader.
             self._restart_all()
 
     async def _read(self) -> None:
