@@ -27,7 +27,7 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('confirmations', '
 """
 _GAPS_AT_START: Final = """
 SELECT before + 1, id - 1 FROM (
-    SELECT id, lag(id) OVER (ORDER BY id) AS before FROM confirmations WHERE id > %s
+    SELECT id, lag(id, 1, %s::bigint) OVER (ORDER BY id) AS before FROM confirmations WHERE id > %s
 ) ids WHERE id > before + 1 ORDER BY id
 """
 _NEWEST: Final = "SELECT max(id) FROM confirmations"
@@ -105,7 +105,7 @@ class OutboxTail:
             lowest = max(0, last - _LOOK_BACK)
             # Without a row, transactions in progress may hold any id up to the last.
             self._high = lowest if newest is None else newest
-            self._gaps = [_Gap(*gap) for gap in raw.execute(_GAPS_AT_START, [lowest]).fetchall() if gap[1] < self._high]
+            self._gaps = [_Gap(*gap) for gap in raw.execute(_GAPS_AT_START, [lowest, lowest]).fetchall()]
 
     def poll(self, conn: Connection) -> tuple[list[TailRow], bool]:
         """Return the rows that became visible, and whether there may be more at once.

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -61,8 +63,10 @@ class Listener:
         return [(message["eval_id"], message["version"]) for event, message in self.messages if event != "snapshot"]
 
     def close(self) -> None:
-        self._open.__exit__(None, None, None)
+        with contextlib.suppress(OSError):  # Ends the read of the thread.
+            self.answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
+        self._open.__exit__(None, None, None)
 
 
 @pytest.fixture
@@ -230,6 +234,7 @@ def test_a_stream_whose_place_is_gone_begins_with_a_snapshot(api: Any, listen: A
 
 
 def test_a_key_has_at_most_100_streams(api: Any, eventually: Callable[..., None]) -> None:
+    eventually(lambda: is_waiting(api, 0, "stream"), within_s=30, what="the streams of other tests are over")
     with contextlib.ExitStack() as stack:
         client = api.client(READ, limits=httpx.Limits(max_connections=200))
         for _ in range(100):
@@ -320,7 +325,7 @@ def test_a_transaction_in_progress_holds_up_nobody_and_is_not_missed(
     eventually(lambda: ("slow", 1) in resumed.seen())
 
 
-def test_the_tail_of_the_outbox_finds_rows_that_commit_late(database_url: str, engine: Engine) -> None:
+def test_the_tail_of_the_outbox_finds_rows_that_commit_late(database_url: str) -> None:
     engine = database.engine(database_url)
     insert = "INSERT INTO confirmations (count, body) VALUES (1, %s)"
     tail = OutboxTail()
@@ -362,7 +367,7 @@ def test_the_client_waits_and_streams(api: Any, threads: Any, eventually: Callab
             storage.wait("absent", timeout_s=0.3)
         finished = threads.submit(storage.wait, "e", timeout_s=30)
         changes: list[Change] = []
-        threads.submit(lambda: changes.extend(change for change, _ in zip(storage.stream(run_id="r"), range(2), strict=False)))
+        threads.submit(lambda: changes.extend(islice(storage.stream(run_id="r"), 2)))
         eventually(lambda: is_waiting(api) and is_waiting(api, 1, "stream"))
         storage.update_evaluation("e", "running")
         storage.update_evaluation("e", "completed", exit_code=0)
