@@ -30,22 +30,11 @@ _ID: Final = re.compile(r"(\d{1,18})-(\d{1,9})-(\d{1,12})", re.ASCII)
 _UNFINISHED: Final = frozenset({"queued", "running"})
 
 
-class _Head(msgspec.Struct):
-    eval_id: str
-    version: int
-    status: str
-    run_id: str | None = None
-    submitter: str | None = None
-
-
-_HEAD: Final = msgspec.json.Decoder(_Head)
-
-
 def is_visible(caller: Caller, record: Rendered) -> bool:
     """Tell whether the caller may see a record."""
     if not caller.visibility.is_restricted:
         return True
-    head = _HEAD.decode(record.body)
+    head = record.head
     return caller.visibility.allows(head.submitter, head.run_id)
 
 
@@ -58,7 +47,7 @@ async def can_see(service: Service, caller: Caller, eval_id: str) -> bool:
 
 def is_finished(record: Rendered) -> bool:
     """Tell whether a record has a result, or was given up."""
-    return _HEAD.decode(record.body).status not in _UNFINISHED
+    return record.head.status not in _UNFINISHED
 
 
 async def until(
@@ -178,7 +167,7 @@ class EventStream(Response):
         record = await self._service.records.get(eval_id)
         if record is None or not is_visible(self._caller, record):
             return []
-        head = _HEAD.decode(record.body)
+        head = record.head
         return [{"eval_id": head.eval_id, "version": head.version, "status": head.status, "run_id": head.run_id}]
 
     async def _pieces(self, subscription: Subscription, gone: Callable[[], bool]) -> AsyncIterator[bytes]:

@@ -3,7 +3,6 @@
 from datetime import datetime
 from typing import Annotated, Final
 
-import msgspec
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
@@ -224,7 +223,7 @@ def _check_references(service: Service, caller: Caller, event: Event | EventRow)
 
 async def _attempt(service: Service, eval_id: str) -> int:
     record = await service.records.get(eval_id)
-    return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
+    return 1 if record is None else record.head.attempt
 
 
 async def _written(request: Request, caller: Caller, event: Event | EventRow, outcome: Outcome, status: int) -> Response:

@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "get": Command(
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
+    "watch": Command("evalstore.cli.watch:watch", "Show each change of an evaluation until it is finished."),
     "audit": Command(
         "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
     ),
