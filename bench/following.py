@@ -1,7 +1,7 @@
 """Measure clients that wait and stream at one process of the HTTP service: `python -m bench.following [--clients 2000]`.
 
-So many clients wait for an evaluation each, and as many stream the changes of one each. Another process finishes 500 evaluations
-a second. It prints the memory of the service, and the time from a commit to the answer.
+So many clients wait for an evaluation each, and as many stream the changes of one each. Another process finishes 500
+evaluations a second. It prints the memory of the service, and the time from a commit to the answer.
 """
 
 import argparse
@@ -69,9 +69,8 @@ async def _measure(pid: int, port: int, keys: list[str], clients: int) -> None:
     storing.join()
     spent = service.cpu_times()
     print(f"memory after: {service.memory_info().rss / 2**20:.0f} MiB")
-    print(
-        f"processor time of the service: {(spent.user + spent.system - before.user - before.system) / clients * 1e3:.2f} ms each"
-    )
+    spent_s = spent.user + spent.system - before.user - before.system
+    print(f"processor time of the service: {spent_s / clients * 1e3:.2f} ms for an evaluation")
     for kind, times in answered.items():
         late = sorted((times[eval_id] - at[eval_id]) * 1e3 for eval_id in times)
         cuts = statistics.quantiles(late, n=100)

@@ -18,6 +18,7 @@ from models.settings import settings
 app = typer.Typer(help="Create, list and revoke keys of the HTTP service.", no_args_is_help=True)
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+_LIMITS = ("submitter", "run_prefix", "rate")
 _PERIODS_S = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -108,9 +109,10 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
         rows = [_row(key) for key in api_keys.all_keys(conn)]
     if output_format is Format.table:
         for row in rows:
+            limits = ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in _LIMITS if row[name])
+            row["name"] += f" ({limits})" if limits else ""
             row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
-    restrictions = [name for name in ("submitter", "run_prefix", "rate") if any(row[name] for row in rows)]
-    columns = ["key_id", "name", "scopes", *restrictions, "state", "created_at", "expires_at"]
+    columns = ["key_id", "name", "scopes", "state", "created_at", "expires_at"]
     nothing = "there are no keys; those of EVALSTORE_READ_API_KEYS and of the other settings are not listed"
     show(rows, columns, output_format, wrapped="name", nothing=nothing)
 

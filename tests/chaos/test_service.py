@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from evalstore.client import StorageClient
-from evalstore.local.servers import Valkey
+from evalstore.local.servers import Postgres, Valkey
 from models.errors import RedisOutage
 from tests.chaos.balancer import Balancer
 from tests.chaos.world import World, evaluation
@@ -119,11 +119,32 @@ def test_nobody_misses_a_change_while_workers_service_and_redis_die_at_random(
     world.audit()
 
 
-def _until_connected(apis: list[Api]) -> None:
+def test_followers_miss_nothing_while_postgresql_is_away(own_postgres: Postgres, redis_url: str, tmp_path: Path) -> None:
+    api = Api(tmp_path / "api", {"EVALSTORE_DATABASE_URL": own_postgres.url(), "EVALSTORE_REDIS_URL": redis_url})
+    api.start()
+    try:
+        with ThreadPoolExecutor(2) as threads, StorageClient(api.url, BOTH, retry_s=60) as storage:
+            storage.create_evaluation("e", code="c")
+            stream = storage.stream(eval_id="e")
+            waiting = threads.submit(storage.wait, "e", timeout_s=60)
+            first = threads.submit(next, stream)
+            _until_connected([api], 2)
+            own_postgres.kill()
+            time.sleep(1)
+            own_postgres.start()
+            storage.update_evaluation("e", "completed", exit_code=0)
+            assert waiting.result(timeout=60).status == "completed"
+            assert first.result(timeout=60).version == 2
+            stream.close()  # type: ignore[attr-defined]
+    finally:
+        api.stop()
+
+
+def _until_connected(apis: list[Api], clients: int = CLIENTS) -> None:
     for _ in range(200):
         texts = [api.nobody.get("/metrics").text.splitlines() for api in apis]
         followers = [line for text in texts for line in text if line.startswith("evalstore_http_followers{")]
-        if sum(float(line.rpartition(" ")[2]) for line in followers) == CLIENTS:
+        if sum(float(line.rpartition(" ")[2]) for line in followers) == clients:
             return
         time.sleep(0.1)
     raise AssertionError("not all clients are connected")

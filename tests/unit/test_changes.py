@@ -41,6 +41,7 @@ def test_a_stream_that_is_not_read_is_ended_and_keeps_what_comes_first(monkeypat
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_messages_are_parsed_however_the_network_cuts_them(size: int) -> None:
-    text = ": connected\r\nid: 1\r\n\r\nevent: a\ndata: \u2028é\ndata:b\nid: 2\n\n: heartbeat\nid: 3\n\nevent: c\ndata: cut off\nid: 4\n".encode()
+    first = ": connected\r\nid: 1\r\n\r\nevent: a\ndata: \u2028é\ndata:b\nid: 2\n\n"
+    text = f"{first}: heartbeat\nid: 3\n\nevent: c\ndata: cut off\nid: 4\n".encode()
     messages = list(parse(text[at : at + size] for at in range(0, len(text), size)))
     assert messages == [("message", "", "1"), ("a", "\u2028é\nb", "2"), ("message", "", "3")]
