@@ -34,6 +34,8 @@ EvalstoreError
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
 ├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so
+├── Hidden                      evalstore.storage: the key may not write these evaluations
+├── ChangesLost                 evalstore.storage: changes may be gone before they were read: begin again
 ├── OtherKey                    evalstore.storage: the object store holds the tombstones of another evalstore
 ├── OlderWorkers                evalstore.telemetry: replace the workers of an older release first
 ├── Restart                     evalstore.storage: begin the transaction again
