@@ -35,6 +35,8 @@ EvalstoreError
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
 ├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so
+├── Hidden                      evalstore.storage: the key may not write these evaluations
+├── ChangesLost                 evalstore.storage: changes may be gone before they were read: begin again
 ├── OtherKey                    evalstore.storage: the object store holds the tombstones of another evalstore
 ├── OlderProcesses              evalstore.telemetry: replace the processes of an older release first
 ├── Restart                     evalstore.storage: begin the transaction again

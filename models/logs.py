@@ -206,6 +206,9 @@ LOGS: Final = (
     Entry("queue_skipped", "warning", "Redis outage; stored events are not compared with queued ones: %s", ("error",)),
     Entry("record_without_content", "warning", "the record of %s is returned without some content: %s", ("eval_id", "error")),
     Entry("cache_paused", "warning", "the cache is not used for %g s: %s", ("seconds", "error")),
+    Entry("rates_unchecked", "warning", "rates of keys are not checked for %g s: %s", ("seconds", "error")),
+    Entry("changes_unreadable", "warning", "cannot read changes; clients that follow them wait: %s", ("error",)),
+    Entry("changes_lost", "warning", "changes may be gone before they were read; clients that follow them start again"),
     Entry("keys_file_unreadable", "warning", "cannot read the keys file; the keys read before stay valid: %s", ("error",)),
     Entry("keys_table_unreadable", "warning", "cannot read the keys table; the keys read before stay valid: %s", ("error",)),
 )

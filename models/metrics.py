@@ -167,6 +167,20 @@ METRICS: Final = (
         "api",
         {"outcome": ("applied", "duplicate", "reused", "erased", "invalid", "accepted")},
     ),
+    Metric(
+        "evalstore_http_rate_checks_total",
+        "counter",
+        "Requests of keys with a rate, by outcome; unchecked: answered without a count, because Redis was away.",
+        "api",
+        {"outcome": ("allowed", "refused", "unchecked")},
+    ),
+    Metric(
+        "evalstore_http_followers",
+        "gauge",
+        "Clients that wait for a change of an evaluation, or stream changes.",
+        "api",
+        {"kind": ("wait", "stream")},
+    ),
     Metric("evalstore_http_threads_busy", "gauge", "Busy threads of the service.", "api"),
     # Each group of processes: a worker's, a scheduler's, a service's.
     Metric("evalstore_build_info", "gauge", "Always 1; the labels name the release.", "any", {"version": (), "python": ()}),

@@ -5,12 +5,13 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
 from evalstore.api import openapi
-from evalstore.api.callers import Admin, reader
+from evalstore.api.access import Caller
+from evalstore.api.callers import Admin, Reader
 from evalstore.api.openapi import success
 from evalstore.api.problems import Problem, invalid
 from evalstore.api.rendering import json_response, to_json
@@ -33,10 +34,10 @@ _REASON_CHARACTERS: Final = 1000
     operation_id="list_anomalies",
     summary="List anomalies",
     responses={200: success("Anomalies")},
-    dependencies=[Depends(reader)],
 )
-async def read_all(
+async def read_all(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     request: Request,
+    caller: Reader,
     state: Annotated[Literal["open", "acknowledged"] | None, Query()] = None,
     kind: Annotated[Literal["drift", "outlier"] | None, Query()] = None,
     dimension: Annotated[Literal["language", "submitter", "executor"] | None, Query()] = None,
@@ -45,8 +46,12 @@ async def read_all(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     cursor: Annotated[str | None, Query(max_length=600)] = None,
 ) -> Response:
-    """The newest first, by `detected_at`."""
+    """The newest first, by `detected_at`. A key that is restricted to a submitter gets those about the submitter alone."""
     chosen = Filter(state, kind, dimension, value, metric)
+    if caller.visibility.is_restricted:
+        if not _is_visible(caller, dimension or "submitter", caller.visibility.submitter if value is None else value):
+            return json_response({"anomalies": [], "next": None})
+        chosen = chosen._replace(dimension="submitter", value=caller.visibility.submitter)
     before = _position(cursor) if cursor else None
     found = await service_of(request).run(lambda conn: anomalies.page(conn, chosen, limit + 1, before))
     following = _cursor(found[limit - 1]) if len(found) > limit else None
@@ -73,15 +78,22 @@ def _position(cursor: str) -> tuple[datetime, UUID]:
     operation_id="get_anomaly",
     summary="Read an anomaly",
     responses={200: success("Anomaly"), **openapi.problems(404)},
-    dependencies=[Depends(reader)],
 )
-async def read(request: Request, anomaly_id: UUID) -> Response:
-    return json_response((await _get(service_of(request), anomaly_id))._asdict())
+async def read(request: Request, caller: Reader, anomaly_id: UUID) -> Response:
+    return json_response((await _get(service_of(request), anomaly_id, caller))._asdict())
 
 
-async def _get(service: Service, anomaly_id: UUID) -> Anomaly:
+def _is_visible(caller: Caller, dimension: str, value: str | None) -> bool:
+    """Tell whether a finding is visible. One about a language or an executor is about evaluations of others, too."""
+    visibility = caller.visibility
+    if not visibility.is_restricted:
+        return True
+    return visibility.run_prefix is None and dimension == "submitter" and value == visibility.submitter
+
+
+async def _get(service: Service, anomaly_id: UUID, caller: Caller) -> Anomaly:
     found = await service.run(lambda conn: anomalies.get(conn, anomaly_id))
-    if found is None:
+    if found is None or not _is_visible(caller, found.dimension, found.value):
         raise Problem(404, "not-found", f"there is no anomaly {str(anomaly_id)!r}")
     return found
 
@@ -103,7 +115,7 @@ async def acknowledge(request: Request, caller: Admin, anomaly_id: UUID) -> Resp
         return anomalies.acknowledge(conn, anomaly_id, intent)
 
     await service.run(work)
-    return json_response((await _get(service, anomaly_id))._asdict())
+    return json_response((await _get(service, anomaly_id, caller))._asdict())
 
 
 async def _reason(service: Service, request: Request) -> str | None:

@@ -23,6 +23,7 @@ from evalstore.api import (
     record_routes,
     run_routes,
     stats_routes,
+    stream_routes,
     upload_routes,
     webhook_routes,
 )
@@ -50,6 +51,7 @@ ROUTERS: Final = tuple(
         list_routes,
         run_routes,
         stats_routes,
+        stream_routes,
         event_routes,
         content_routes,
         upload_routes,
@@ -72,7 +74,7 @@ def build(settings: Settings) -> ASGIApp:
     metrics = ApiMetrics(settings, ((method, route.path) for route in routes for method in route.methods or ()))
 
     @asynccontextmanager
-    async def lifespan(app: DocumentedApp) -> AsyncIterator[None]:
+    async def lifespan(app: DocumentedApp) -> AsyncIterator[dict[str, Any]]:
         log_setup.set_up("uvicorn", "uvicorn.access")
         warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
@@ -82,10 +84,13 @@ def build(settings: Settings) -> ASGIApp:
         service = app.state.service = Service(settings, metrics)
         background = [asyncio.create_task(_report_progress(service)), asyncio.create_task(_warn_not_durable(service))]
         try:
-            yield
+            yield {"stop_following": service.feed.stop}
         finally:
             for task in background:
                 task.cancel()
+            service.feed.stop()
+            await service.feed.close()
+            await service.rates.close()
             metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)
@@ -131,8 +136,8 @@ def documented_app(**options: Any) -> DocumentedApp:
 
 
 def _observe(metrics: ApiMetrics, scope: Scope, status: int, seconds: float) -> None:
-    """Count a request. Log requests that write, and refused requests."""
-    metrics.request(scope, status, seconds)
+    """Count a request, without the time for which it waited for changes. Log requests that write, and refused requests."""
+    metrics.request(scope, status, seconds - scope.get("state", {}).get("waited_s", 0.0))
     if scope["method"] in {"GET", "HEAD"} and status not in {401, 403}:
         return
     state = scope.get("state", {})
@@ -151,7 +156,7 @@ async def _report_progress(service: Service) -> None:
     """Show, until cancelled, that the event loop makes progress."""
     service.metrics.counters.watch_thread("event loop")
     while True:
-        service.metrics.heartbeat(service.connections, service.busy)
+        service.metrics.heartbeat(service.connections, service.busy, waiting=service.feed.waiting, streams=service.feed.streams)
         await asyncio.sleep(_HEARTBEAT_S)
 
 

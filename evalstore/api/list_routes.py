@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
 from evalstore.api import cursors, openapi
-from evalstore.api.callers import reader
-from evalstore.api.parameters import Time
+from evalstore.api.callers import Reader
+from evalstore.api.parameters import Status, Time
 from evalstore.api.problems import invalid, unavailable
 from evalstore.api.rendering import ClosingStream, json_response, to_json
 from evalstore.api.schemas import ref
@@ -22,7 +22,6 @@ from models.errors import Fault
 
 router = APIRouter(prefix="/storage", tags=["evaluations"], responses=openapi.ALWAYS)
 
-Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
 _PAGING: Final = (
     "By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. "
     "Filters by `run_id`, `submitter`, `executor_id`, `eval_id_prefix`, statuses other than `completed`, and metadata keys in "
@@ -72,10 +71,10 @@ _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
     responses={200: _PAGE},
     description=f"Records without content, by `created_at`, newest first. {_PAGING}",
     openapi_extra={"parameters": [_METADATA]},
-    dependencies=[Depends(reader)],
 )
 async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     request: Request,
+    caller: Reader,
     status: Annotated[list[Status] | None, Query(description="May be repeated.")] = None,
     language: Annotated[str | None, _TEXT] = None,
     submitter: Annotated[str | None, _TEXT] = None,
@@ -106,6 +105,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
         until=until,
         metadata=_metadata_filters(request),
         oldest_first=order == "oldest",
+        visibility=caller.visibility,
     )
     if sort in listing.BY_VALUE and run_id is None:
         raise invalid([Fault("sort", f"{sort} sorts within a run: give run_id")])

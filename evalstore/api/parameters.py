@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Collection
 from datetime import datetime
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from fastapi import Request
 from pydantic import AwareDatetime, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -20,6 +20,7 @@ def _parse_time(value: object, parse: ValidatorFunctionWrapHandler) -> datetime:
     raise ValueError("expected RFC 3339 with an offset, like 2026-01-31T09:30:00Z")
 
 
+Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
 Time = Annotated[AwareDatetime, WrapValidator(_parse_time)]
 
 

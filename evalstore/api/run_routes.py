@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
+from sqlalchemy import Connection
 from starlette.responses import Response
 
 from evalstore.api import cursors, openapi
-from evalstore.api.callers import Writer, reader
+from evalstore.api.callers import Reader, Writer
 from evalstore.api.openapi import json_body, success
 from evalstore.api.parameters import Time, refuse_unknown
 from evalstore.api.problems import Problem, invalid
@@ -29,10 +30,10 @@ _MOST_EXPECTED: Final = 2**53
     operation_id="list_runs",
     summary="List runs",
     responses={200: success("RunPage")},
-    dependencies=[Depends(reader)],
 )
 async def read_all(
     request: Request,
+    caller: Reader,
     run_id_prefix: Annotated[str | None, _PREFIX] = None,
     submitter: Annotated[str | None, _TEXT] = None,
     since: Annotated[Time | None, Query(description="`first_at` is this time or later.")] = None,
@@ -45,7 +46,7 @@ async def read_all(
     With filters a page may hold fewer than `limit`, even none, although there is a `next`. The sums are late by some seconds.
     """
     refuse_unknown(request, {"run_id_prefix", "submitter", "since", "until", "limit", "cursor"})
-    chosen = RunFilter(run_id_prefix, submitter, since, until)
+    chosen = RunFilter(run_id_prefix, submitter, since, until, caller.visibility)
     after = cursors.decode(cursor, chosen) if cursor else None
     found, following = await service_of(request).run(lambda conn: runs.page(conn, chosen, limit=limit, after=after))
     return json_response({"runs": found, "next": cursors.encode(following, chosen) if following else None})
@@ -56,17 +57,22 @@ async def read_all(
     operation_id="get_run",
     summary="Read a run",
     responses={200: success("Run"), **openapi.problems(404)},
-    dependencies=[Depends(reader)],
 )
-async def read(request: Request, run_id: openapi.EvalId) -> Response:
+async def read(request: Request, caller: Reader, run_id: openapi.EvalId) -> Response:
     """Sums of its evaluations, which are late by some seconds.
 
     `state` is `finished` when the run was declared complete and no evaluation is queued or running.
     """
-    found = await service_of(request).run(lambda conn: runs.get(conn, run_id)) if _is_possible(run_id) else None
+    found = None
+    if _is_possible(run_id):
+        found = await service_of(request).run(lambda conn: runs.get(conn, run_id, caller.visibility))
     if found is None:
-        raise Problem(404, "not-found", f"there is no run {run_id!r}")
+        raise _no_run(run_id)
     return json_response(found)
+
+
+def _no_run(run_id: str) -> Problem:
+    return Problem(404, "not-found", f"there is no run {run_id!r}")
 
 
 @router.put(
@@ -76,19 +82,31 @@ async def read(request: Request, run_id: openapi.EvalId) -> Response:
     responses={200: success("Run"), **openapi.problems(404, 413, 415)},
     openapi_extra=json_body("RunDeclaration"),
 )
-async def declare(request: Request, caller: Writer, run_id: openapi.EvalId) -> Response:  # noqa: ARG001 - checks the key
+async def declare(request: Request, caller: Writer, run_id: openapi.EvalId) -> Response:
     """`expected`: the run is complete when it has so many evaluations. `closed`: it is complete as it is.
 
     A run that is complete and has no unfinished evaluation left sends `storage:run:finished`. A run may be declared before its
-    first event.
+    first event, but by a key that is restricted to a submitter only after it.
     """
     service = service_of(request)
     if not _is_possible(run_id):
         raise invalid([Fault("run_id", "expected 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -")])
     async with service.body(request) as body:
         declared = _declaration(decode(bytes(body), "body"))
-    await service.run(lambda conn: runs.declare(conn, run_id, declared))
-    return json_response(await service.run(lambda conn: runs.get(conn, run_id)))
+
+    def work(conn: Connection) -> dict[str, Any] | None:
+        visibility = caller.visibility
+        if visibility.submitter is not None and runs.get(conn, run_id, visibility) is None:
+            return None
+        if visibility.run_prefix is not None and not run_id.startswith(visibility.run_prefix):
+            return None
+        runs.declare(conn, run_id, declared)
+        return runs.get(conn, run_id)
+
+    found = await service.run(work)
+    if found is None:
+        raise _no_run(run_id)
+    return json_response(found)
 
 
 def _is_possible(run_id: str) -> bool:

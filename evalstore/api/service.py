@@ -19,9 +19,11 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from evalstore.api.access import Access
+from evalstore.api.change_feed import ChangeFeed, StreamCounts
 from evalstore.api.event_times import EventTimes
 from evalstore.api.http_metrics import ApiMetrics
 from evalstore.api.problems import Problem, refuse_compressed, unavailable
+from evalstore.api.rate_limit import RateLimiter
 from evalstore.api.record_cache import RecordCache, Rendered, SharedCache
 from evalstore.api.rendering import render
 from evalstore.objects import object_store
@@ -90,7 +92,10 @@ class Service:
         )
         self.event_times = EventTimes(self.redis, names, lambda: self._connection(_TIMES_S))
         self._shared_cache = SharedCache(self.redis, names, settings.cache_ttl_s)
-        self.access = Access(settings, lambda: self.run(api_keys.usable))
+        self.rates = RateLimiter(settings.redis_url.get_secret_value(), names, metrics.rate_check)
+        self.access = Access(settings, lambda: self.run(api_keys.usable), self.rates)
+        self.feed = ChangeFeed(self._open_connection, self._watch.bounded)
+        self.streams = StreamCounts()
         self.records = RecordCache(
             row_versions=self._row_versions, load=self._load_cached, count=metrics.read, ttl_s=settings.cache_ttl_s
         )
@@ -120,6 +125,10 @@ class Service:
         """Connect in autocommit if there is no pooler. Autocommit saves two round trips for each query."""
         conn = self._engine.connect()
         return conn if database.is_pooled(conn) else conn.execution_options(isolation_level="AUTOCOMMIT")
+
+    def _open_connection(self) -> Connection:
+        with database.errors():
+            return self._engine.connect()
 
     async def _load_cached(self, eval_id: str, row_version: str) -> Rendered | None:
         return await self.thread(lambda: self._load(eval_id, row_version))

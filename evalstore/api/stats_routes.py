@@ -3,11 +3,11 @@
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from evalstore.api import openapi
-from evalstore.api.callers import reader
+from evalstore.api.callers import Reader
 from evalstore.api.openapi import success
 from evalstore.api.parameters import Time, refuse_unknown
 from evalstore.api.problems import invalid
@@ -27,10 +27,10 @@ _DEFAULT_RANGE: Final = timedelta(days=30)
     operation_id="get_statistics",
     summary="Statistics of finished evaluations",
     responses={200: success("Statistics")},
-    dependencies=[Depends(reader)],
 )
 async def read(
     request: Request,
+    caller: Reader,
     group_by: Annotated[GroupBy | None, Query(description="A row for each value.")] = None,
     value: Annotated[
         str | None, Query(max_length=1000, pattern="^[^\\x00]*$", description="Only this value of `group_by`.")
@@ -47,7 +47,7 @@ async def read(
     end = until or datetime.now(UTC)
     try:
         begin = since or end - _DEFAULT_RANGE
-        asked = statistics.Query(begin, end, bucket, group_by, value)
+        asked = statistics.Query(begin, end, bucket, group_by, value, caller.visibility)
         rows = await service_of(request).run(lambda conn: statistics.read(conn, asked))
         first, last = statistics.span(asked)
     except TooMuch as error:

@@ -33,6 +33,7 @@ COMMANDS: Final = {
         "evalstore.cli.stats:stats",
         "Show counts, pass rates, scores, durations and memory of finished evaluations, by time.",
     ),
+    "watch": Command("evalstore.cli.watch:watch", "Show each change of an evaluation until it is finished."),
     "audit": Command(
         "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
     ),

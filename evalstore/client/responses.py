@@ -89,6 +89,24 @@ class Run(BaseModel):
     finished_at: datetime | None
 
 
+class Change(BaseModel):
+    """A committed change: `type` is that of the confirmation, or `snapshot`: changes before it may have been missed.
+
+    `evaluations` of a snapshot is the state of the evaluation that the stream is of, if it is of one. `event_id` is the place
+    to resume at.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+    eval_id: str | None = None
+    version: int | None = None
+    status: str | None = None
+    run_id: str | None = None
+    evaluations: list[dict[str, Any]] | None = None
+    event_id: str | None = None
+
+
 class Outcome(BaseModel):
     """The outcome of an event: `applied`, `duplicate`, `reused` (its event_id is stored with another body) or `invalid`."""
 

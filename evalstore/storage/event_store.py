@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database, event_writer, rebuild, sessions
 from evalstore.storage.content_reader import Content
-from evalstore.storage.event_writer import Restart, StoredRecord
+from evalstore.storage.event_writer import BeginResult, Restart, StoredRecord
+from evalstore.storage.visibility import EVERYTHING, Hidden, Visibility
 from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import Event
@@ -83,6 +84,7 @@ def store(
     events: Sequence[Event | EventRow],
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
+    visibility: Visibility = EVERYTHING,
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction. Commit.
 
@@ -92,14 +94,16 @@ def store(
     so they cannot deadlock.
 
     `traces_of` maps positions of events to their `traceparent`s, empty for none. A confirmation continues the trace of the last
-    event that it confirms. `progress` is called while a record is rebuilt from a long log.
+    event that it confirms. `progress` is called while a record is rebuilt from a long log. `visibility` is that of the caller:
+    each record has to be visible before the change and after it.
 
-    Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call again.
+    Raises Hidden (nothing is stored). Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call
+    again.
     """
     rebuilt = Counter[RebuildReason]()
     for _ in range(TRIES):
         try:
-            stored = store_once(conn, events, traces_of)
+            stored = store_once(conn, events, traces_of, visibility)
         except Restart as restart:
             rebuilt += after_restart(conn, restart, progress)
         else:
@@ -116,9 +120,12 @@ def after_restart(conn: Connection, restart: Restart, progress: Callable[[], obj
 
 
 def store_once(
-    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+    conn: Connection,
+    events: Sequence[Event | EventRow],
+    traces_of: Callable[[Sequence[int]], list[str]] | None = None,
+    visibility: Visibility = EVERYTHING,
 ) -> Stored:
-    """Do as `store` does, once. The caller may have begun the transaction. Raises Restart after a rollback."""
+    """Do as `store` does, once. The caller may have begun the transaction. Raises Restart, Hidden after a rollback."""
     if not events:
         return Stored([])
     rows = [event if isinstance(event, EventRow) else to_row(event) for event in events]
@@ -129,7 +136,7 @@ def store_once(
         conn.begin(),
         event_writer.open_writer(database.driver(conn), conn.connection.info, rows) as writer,
     ):
-        plan = _begin(writer, rows)
+        plan = _begin(writer, rows, visibility)
         confirmations = _confirmations(rows, plan, writer.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
@@ -177,8 +184,10 @@ class _Plan(NamedTuple):
     erased: set[str]
 
 
-def _begin(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow]) -> _Plan:
-    """Lock and create records, and find the work for `rows`.
+def _begin(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow], visibility: Visibility
+) -> _Plan:
+    """Lock and create records, and find the work for `rows`. Raises Hidden.
 
     Of rows with the same event_id keep the first, unless one is already stored. None of the new events is in the log: new
     evaluations have no events, and the writer looked up the others under their locks.
@@ -188,6 +197,8 @@ def _begin(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows
         by_id.setdefault(row.eval_id, {}).setdefault(row.event_id, position)
     new = {eval_id: list(by_id[eval_id].values()) for eval_id in sorted(by_id)}
     begin_result = writer.begin({eval_id: [rows[at] for at in positions] for eval_id, positions in new.items()})
+    if visibility.is_restricted:
+        _refuse_hidden(begin_result, rows, visibility)
     for eval_id in begin_result.erased:
         del new[eval_id]
     for eval_id in {eval_id for eval_id, _ in begin_result.logged}:
@@ -209,6 +220,23 @@ def _begin(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows
         rebuilt,
         begin_result.erased,
     )
+
+
+def _refuse_hidden(begun: BeginResult, rows: list[EventRow], visibility: Visibility) -> None:
+    """Raise Hidden if an evaluation is not visible, was erased, or would be created or moved so that it is not visible.
+
+    The caller holds the locks of all of them, so no other transaction changes what is visible before the commit.
+    """
+    existing = {eval_id: stored.record for eval_id, stored in begun.existing.items()}
+    created = {eval_id: folded.record for eval_id, folded in begun.created.items()}
+    hidden = begun.erased | {
+        eval_id for eval_id, record in (existing | created).items() if not visibility.allows(record.submitter, record.run_id)
+    }
+    foreign = {
+        row.eval_id for row in rows if row.type == "evaluation:queued" and not visibility.allows(row.submitter, row.run_id)
+    }
+    if hidden or foreign:
+        raise Hidden(frozenset(hidden | foreign), frozenset(foreign - begun.erased - (existing.keys() & hidden)))
 
 
 def _fold(

@@ -18,18 +18,18 @@ from evalstore.storage import database
 from evalstore.storage.sink_cursors import Lease, LeaseLost, Place
 from models.confirmations import ERASED
 
-_ROWS_LIMIT: Final = 500
-_EVENTS_LIMIT: Final = 4000
+ROWS_LIMIT: Final = 500
+EVENTS_LIMIT: Final = 4000
 # A prepared transaction goes on under another name, so whichever holds the lock may have left the gap.
-_PREPARED: Final = "-1/"
+PREPARED: Final = "-1/"
 
-_HOLDERS: Final = """
+HOLDERS: Final = """
 SELECT virtualtransaction FROM pg_locks
 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
     AND relation = pg_get_serial_sequence('confirmations', 'id')::regclass
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-_ROWS: Final = """
+ROWS: Final = """
 SELECT id, recorded_at, body FROM (
     SELECT id, recorded_at, body, sum(count) OVER (ORDER BY id) - count AS before
     FROM (SELECT id, recorded_at, body, count FROM confirmations WHERE id > %s ORDER BY id LIMIT %s) first
@@ -87,13 +87,13 @@ class _Gap:
         if self.holders is None:
             self.holders = held
         self.holders &= held
-        return not self.holders and not any(holder.startswith(_PREPARED) for holder in held)
+        return not self.holders and not any(holder.startswith(PREPARED) for holder in held)
 
 
 class OutboxRows:
     """The rows of the outbox behind a cursor, in their order. For one thread."""
 
-    def __init__(self, lease: Lease, rows_limit: int = _ROWS_LIMIT, confirmations_limit: int = _EVENTS_LIMIT) -> None:
+    def __init__(self, lease: Lease, rows_limit: int = ROWS_LIMIT, confirmations_limit: int = EVENTS_LIMIT) -> None:
         self._lease, self._limits = lease, [rows_limit, confirmations_limit]
         self._read_id = lease.cursor.place.id
         self._settled = 0
@@ -123,8 +123,8 @@ class OutboxRows:
         lease, raw = self._lease, database.driver(conn)
         with database.errors(), conn.begin(), database.pipelined(raw):
             # In this order: a row of a transaction that holds no lock any more is visible to the statement after.
-            held = raw.execute(_HOLDERS) if self._gap else None
-            rows = raw.execute(_ROWS, [self._read_id, *self._limits])
+            held = raw.execute(HOLDERS) if self._gap else None
+            rows = raw.execute(ROWS, [self._read_id, *self._limits])
             # Last: who deletes rows that a sink needs says so in the same transaction.
             control = raw.execute(_CONTROL, [lease.token, lease.cursor.generation, lease.name])
             if held and self._gap and self._gap.is_settled({name for (name,) in held.fetchall()}):

@@ -532,6 +532,11 @@ api_keys = Table(
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     Column("expires_at", _TIME),
     Column("revoked_at", _TIME),
+    Column("restricted_scopes", ARRAY(Text)),
+    Column("submitter", Text),
+    Column("run_prefix", Text),
+    Column("rate_requests", Integer),
+    Column("rate_period_s", Integer),
 )
 
 content_grants = Table(

@@ -14,11 +14,12 @@ from sqlalchemy import Connection, Engine
 
 from evalstore.sinks.anomaly_options import AnomalyOptions
 from evalstore.sinks.protocol import Batch, SinkEvent
-from evalstore.storage import anomalies, database, event_store, outbox
+from evalstore.storage import anomalies, api_keys, database, event_store, outbox
 from evalstore.storage.anomalies import Anomaly, Detection, Filter
 from evalstore.storage.detector_state import SavedGroup
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.outbox import Commit, Relayed, StreamId
+from evalstore.storage.visibility import Visibility
 from models.anomalies import group_key
 from models.errors import Outage
 from models.events import parse
@@ -411,6 +412,14 @@ def test_findings_are_read_and_acknowledged_over_http(api: Any) -> None:
     assert api.admin.post(f"{one}/acknowledge").json() == done.json()
     assert len(api.read.get("/storage/anomalies?state=open").json()["anomalies"]) == 4
     assert api.nobody.get("/storage/anomalies").status_code == 401
+    engine = database.engine(api.database_url, pool_size=1)
+    with engine.connect() as conn:
+        keys = [api_keys.create(conn, "x", ["read"], visibility=one)[0] for one in (Visibility("ann"), Visibility(None, "r"))]
+    engine.dispose()
+    for client in map(api.client, keys):
+        assert client.get("/storage/anomalies").json() == {"anomalies": [], "next": None}
+        assert client.get("/storage/anomalies?dimension=executor").json() == {"anomalies": [], "next": None}
+        assert client.get(one).status_code == 404
     assert api.read.get(f"/storage/anomalies/{uuid4()}").status_code == 404
     assert api.admin.post(f"/storage/anomalies/{uuid4()}/acknowledge").status_code == 404
     for query in ("state=closed", "kind=odd", "cursor=x", "limit=0", "value=%00"):

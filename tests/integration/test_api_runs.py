@@ -8,7 +8,8 @@ from sqlalchemy import Connection
 
 from evalstore.client import NotFound, StorageClient
 from evalstore.sinks.statistics import catch_up
-from evalstore.storage import database, event_store
+from evalstore.storage import api_keys, database, event_store
+from evalstore.storage.visibility import Visibility
 from models.events import parse
 from tests.factories import unique_event
 from tests.integration.conftest import BOTH
@@ -72,6 +73,31 @@ def test_a_declaration_that_is_wrong_is_named(api: Any, body: Any, field: str) -
     answer = api.both.put(f"{R}/r", json=body)
     assert (answer.status_code, [fault["field"] for fault in answer.json()["faults"]]) == (422, [field])
     assert api.read.get(f"{R}/r").status_code == 404
+
+
+def test_a_restricted_key_gets_the_sums_of_its_own_alone(api: Any, conn: Connection, eventually: Any) -> None:
+    for run_id, submitter in (("team-1", "ann"), ("team-2", "bob"), ("x", "ann"), ("team-3", "ann")):
+        put(conn, run_id, 2, submitter=submitter)
+    other = unique_event("queued", "of-another-submitter", code="", run_id="team-3", submitter="bob")
+    event_store.store(conn, [parse(other)])
+    catch_up(conn)
+    for visibility, own, counted in (
+        (Visibility(submitter="ann"), {"team-1", "x"}, 6),
+        (Visibility(run_prefix="team-"), {"team-1", "team-2", "team-3"}, 8),
+        (Visibility("ann", "team-"), {"team-1"}, 4),
+    ):
+        key, _ = api_keys.create(conn, "test", ["read", "write"], visibility=visibility)
+        client = api.client(key)
+        eventually(lambda client=client: client.get(R).status_code == 200)
+        assert {run["run_id"] for run in client.get(R).json()["runs"]} == own
+        for run_id in ("team-1", "team-2", "team-3", "x"):
+            status = 200 if run_id in own else 404
+            assert client.get(f"{R}/{run_id}").status_code == status
+            assert client.put(f"{R}/{run_id}", json={"closed": False}).status_code == status
+        assert client.put(f"{R}/other", json={"closed": True}).status_code == 404
+        rows = client.get(S, params={"since": "2026-01-01T00:00:00Z", "until": "2026-01-02T00:00:00Z", "bucket": "all"}).json()
+        assert [row["evaluations"] for row in rows["rows"]] == [counted]
+    assert api.read.get(f"{R}/other").status_code == 404
 
 
 def test_runs_are_listed_by_cursor_and_filtered(api: Any, conn: Connection) -> None:
