@@ -46,6 +46,20 @@ LOGS: Final = (
         "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
+    # Validators and enrichers.
+    Entry(
+        "hook_off",
+        "error",
+        "%s took longer than %.1f s for a batch: switched off for at least %.0f s, and events are stored without it",
+        ("hook", "seconds", "retry_s"),
+    ),
+    Entry("hook_back", "warning", "%s is fast enough again, and is switched on", ("hook",)),
+    Entry(
+        "hook_failed",
+        "warning",
+        "%s failed for %d events, which are stored without it; the last error: %r",
+        ("hook", "events", "error"),
+    ),
     # Sinks.
     Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
     Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),

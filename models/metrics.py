@@ -71,6 +71,30 @@ METRICS: Final = (
         "any",
         {"reason": get_args(RebuildReason)},
     ),
+    Metric(
+        "evalstore_hook_duration_seconds",
+        "histogram",
+        "Time of a validator or an enricher for each event, as the mean of a call with a batch.",
+        "any",
+        {"hook": ()},
+        (0.000001, 0.00001, 0.0001, *_SHORT),
+    ),
+    Metric(
+        "evalstore_hook_events_total",
+        "counter",
+        "Events by what a validator or an enricher made of them; failed: it raised an error; "
+        "skipped: it was switched off, or took too long. Both are stored without it.",
+        "any",
+        {"hook": (), "outcome": ("passed", "refused", "failed", "skipped")},
+    ),
+    Metric(
+        "evalstore_hook_off",
+        "gauge",
+        "1 while a process of the group has switched off this validator or enricher, because it took too long.",
+        "any",
+        {"hook": ()},
+        across="max",
+    ),
     Metric("evalstore_batch_events", "histogram", "Events in a batch.", "worker", buckets=_SIZES),
     Metric(
         "evalstore_store_duration_seconds",

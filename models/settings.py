@@ -111,6 +111,24 @@ class Settings(BaseModel):
             description="number of processes that a message may crash before it becomes a dead letter; read by workers",
         ),
     ] = 5
+    hook_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=10,
+            description="seconds that a validator or an enricher may take for a batch of events; a slower one is switched off; "
+            "read by workers and the HTTP service",
+        ),
+    ] = 2
+    hook_retry_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=_DAY_S,
+            description="seconds after which a validator or an enricher that was switched off is tried again; "
+            "read by workers and the HTTP service",
+        ),
+    ] = 60
     breaker_messages: Annotated[
         int,
         Field(

@@ -21,13 +21,15 @@ from models.record import EventRow
 
 
 class WriteRequest(NamedTuple):
-    """An event to store. `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time.
+    """An event to store, and what enrichers gave for it.
 
-    The time is explicit if the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
+    `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time. The time is explicit if
+    the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
     """
 
     event: Event | EventRow
     has_explicit_time: bool
+    enrichment: dict[str, Any] | None = None
 
 
 class AlreadyQueued(EvalstoreError):
@@ -62,15 +64,20 @@ def store(
 
     Raises DatabaseOutage (retry).
     """
-    stored = event_store.store(conn, [request.event for request in requests], _traces_of(traceparent))
+    events = [request.event for request in requests]
+    stored = event_store.store(conn, events, _traces_of(traceparent), enrichments=_enrichments(requests))
     return _at_first_times(conn, requests, stored.outcomes), stored
 
 
 def _store_once(conn: Connection, request: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
     """Do as `store` does for one event, in a transaction that has begun. Raises Restart after a rollback."""
-    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent))
+    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent), _enrichments([request]))
     (outcome,) = _at_first_times(conn, [request], stored.outcomes)
     return outcome, stored
+
+
+def _enrichments(requests: Sequence[WriteRequest]) -> dict[int, dict[str, Any]]:
+    return {at: request.enrichment for at, request in enumerate(requests) if request.enrichment}
 
 
 def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:

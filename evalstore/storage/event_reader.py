@@ -79,10 +79,15 @@ def _stored(row: tuple[Any, ...]) -> StoredEvent:
     return StoredEvent(key, {**msgspec.json.decode(extra), **fields} if extra else fields)
 
 
+def content_fields(kind: str, data: bytes) -> dict[str, Any]:
+    """Return content as the field of an event's JSON object: text, or base64."""
+    value = content.from_bytes(data)
+    return {kind: value} if isinstance(value, str) else {f"{kind}_b64": base64.b64encode(value).decode()}
+
+
 def _content(kind: str, data: bytes | None, size: int | None, sha256: bytes | None, encoding: str | None) -> dict[str, Any]:
     if data is not None:
-        value = content.from_bytes(data)
-        return {kind: value} if isinstance(value, str) else {f"{kind}_b64": base64.b64encode(value).decode()}
+        return content_fields(kind, data)
     if size is None or sha256 is None:
         return {}
     return {f"{kind}_ref": {"sha256": sha256.hex(), "size": size, "encoding": encoding or "identity"}}

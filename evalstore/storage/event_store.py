@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
@@ -83,6 +83,7 @@ def store(
     events: Sequence[Event | EventRow],
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction. Commit.
 
@@ -92,14 +93,15 @@ def store(
     so they cannot deadlock.
 
     `traces_of` maps positions of events to their `traceparent`s, empty for none. A confirmation continues the trace of the last
-    event that it confirms. `progress` is called while a record is rebuilt from a long log.
+    event that it confirms. `progress` is called while a record is rebuilt from a long log. `enrichments` maps positions of
+    events to objects, which are kept beside the records if the events are applied.
 
     Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call again.
     """
     rebuilt = Counter[RebuildReason]()
     for _ in range(TRIES):
         try:
-            stored = store_once(conn, events, traces_of)
+            stored = store_once(conn, events, traces_of, enrichments)
         except Restart as restart:
             rebuilt += after_restart(conn, restart, progress)
         else:
@@ -116,7 +118,10 @@ def after_restart(conn: Connection, restart: Restart, progress: Callable[[], obj
 
 
 def store_once(
-    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+    conn: Connection,
+    events: Sequence[Event | EventRow],
+    traces_of: Callable[[Sequence[int]], list[str]] | None = None,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
     """Do as `store` does, once. The caller may have begun the transaction. Raises Restart after a rollback."""
     if not events:
@@ -130,6 +135,8 @@ def store_once(
         event_writer.open_writer(database.driver(conn), conn.connection.info, rows) as writer,
     ):
         result = _write(writer, rows)
+        if enrichments:
+            _enrich(writer, result, enrichments)
         confirmations = _confirmations(rows, result, writer.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
@@ -145,6 +152,21 @@ def store_once(
         outcomes = ["erased" if row.eval_id in result.erased else outcome for row, outcome in zip(rows, outcomes, strict=True)]
     conflicting_results = sum([folded.conflicting_results for folded in result.records.values()])
     return Stored(outcomes, confirmations, conflicting_results, result.rebuilt, written_at)
+
+
+def _enrich(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter",
+    result: "_WriteResult",
+    enrichments: Mapping[int, dict[str, Any]],
+) -> None:
+    """Keep the enrichments of new events beside their records. Those of repeats are dropped."""
+    added: dict[str, dict[str, Any]] = {}
+    for eval_id, positions in result.new.items():
+        for position in positions:
+            if enrichment := enrichments.get(position):
+                added[eval_id] = added.get(eval_id, {}) | enrichment
+    if added:
+        writer.enrich(added)
 
 
 @contextmanager
@@ -304,7 +326,7 @@ LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.res
 """
 WITH_CONTENT: Final = f"FROM evaluations e {CONTENT_JOINS} WHERE e.eval_id = %s"
 _GET: Final = f"""
-SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
+SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at, e.enrichment,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
     {event_writer.columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
@@ -320,9 +342,12 @@ def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record 
         row = cursor.execute(_GET, [eval_id]).fetchone()
     if row is None:
         return None
-    state, (created_at, updated_at, *data) = RecordRow(*row[: len(RecordRow._fields)]), row[len(RecordRow._fields) : -12]
+    state, (created_at, updated_at, enrichment, *data) = (
+        RecordRow(*row[: len(RecordRow._fields)]),
+        row[len(RecordRow._fields) : -12],
+    )
     view = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
-    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at, "enrichment": enrichment})
 
 
 def _whole(

@@ -24,6 +24,7 @@ from models.metrics import RebuildReason
 from models.record import EventRow, RecordRow, jsonb, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
+ENRICHMENT_BYTES: Final = 128 * 1024  # jsonb writes spaces that the limit of an event's enrichment does not count.
 _PIPELINE_ROWS: Final = 64
 _PIPELINE_BYTES: Final = 256 * 1024
 
@@ -154,9 +155,23 @@ class EventWriter:
         """Insert a row into the outbox."""
         confirm(self.conn, row)
 
+    def enrich(self, enrichments: dict[str, dict[str, Any]]) -> None:
+        """Add these objects to the enrichments of records that this transaction wrote."""
+        values = [ENRICHMENT_BYTES, [*enrichments], [jsonb(added).decode() for added in enrichments.values()]]
+        self.conn.execute(_ENRICH, values)
+
     def after_commit(self) -> None:
         """Remember for the next call which temporary tables exist."""
         self._info["evalstore_staged"] = self._staged
+
+
+# A key of a later event replaces that of an earlier one. Where all are too much together, the later event's are kept alone.
+_ENRICH: Final = """
+UPDATE evaluations e SET enrichment = CASE
+    WHEN octet_length((coalesce(e.enrichment, '{}') || s.added)::text) <= %s THEN coalesce(e.enrichment, '{}') || s.added
+    ELSE s.added END
+FROM unnest(%s::text[], %s::jsonb[]) AS s (eval_id, added) WHERE e.eval_id = s.eval_id
+"""
 
 
 class CopyWriter(EventWriter):
