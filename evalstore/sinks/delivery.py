@@ -104,7 +104,8 @@ def queue_of(name: str) -> str:
 
 
 def _letters(name: str, refused: Sequence[Refused]) -> Iterator[DeadLetterInsert]:
-    for (eval_id, event, *_), error in refused:
+    for step, error in refused:
+        eval_id, event = step.eval_id, step.event
         key = event.event_id if event else "erased"
         yield letter(
             uuid5(NAMESPACE_URL, f"evalstore:sink:{name}:{eval_id}:{key}"),
