@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from evalstore.storage import database
+from evalstore.storage import database, log_index
 from evalstore.storage.migrations import version
 from models.errors import DatabaseOutage, SchemaMismatch
 
@@ -48,13 +48,23 @@ def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema:
     The tables are in `schema`, which is created if it is missing. Without `schema` they are in the connection's first schema.
 
     One transaction applies everything or nothing. It waits for users of the tables as long as needed. Several processes may
-    call this function at once: the later processes wait and find nothing to do.
+    call this function at once: the later processes wait and find nothing to do. After the transaction, the index of a log that
+    is not empty is built.
 
     `tell` receives notices for the operator: the process that blocks a long wait, and manual steps that remain.
 
     Raises DatabaseOutage (retry). Raises SchemaMismatch if a newer release has migrated, if the database cannot hold all text,
     or if another application uses one of our table names.
     """
+    done = _upgrade_tables(url, tell, schema)
+    with _alone(url, schema) as conn:
+        with database.errors(), conn.begin():
+            home = version.schema_of(conn)
+        log_index.ensure(conn, home, lock_key(f"{home} log index"), tell)
+    return done
+
+
+def _upgrade_tables(url: str, tell: Callable[[str], object], schema: str | None) -> tuple[str | None, str]:
     try:
         return _upgrade(url, tell, schema)
     except DatabaseOutage as error:
