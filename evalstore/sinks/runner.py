@@ -19,6 +19,7 @@ from evalstore.sinks.config import SinkConfig
 from evalstore.sinks.worker import SinkWorker
 from evalstore.startup import load_or_exit
 from evalstore.storage import database, sink_cursors
+from evalstore.storage.sink_ranges import Range
 from evalstore.telemetry import exposition, log_setup, process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.errors import InvalidSettings, Outage
@@ -40,7 +41,12 @@ class Runner:
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self._stopping = threading.Event()
         self._engine = engine
-        self._workers = [SinkWorker(sink, engine, owner, self._stopping) for sink in sinks]
+        ranges = [
+            (sink, Range(sink.name, number, sink.options.hash_ranges))
+            for sink in sinks
+            for number in range(sink.options.hash_ranges)
+        ]
+        self._workers = [SinkWorker(sink, range_, engine, owner, self._stopping) for sink, range_ in ranges]
         self._hung = set[str]()
 
     def run(self, counters: Counters) -> None:
@@ -84,7 +90,7 @@ def main() -> None:
     sinks = _load_or_exit(settings)
     log_setup.set_up()
     rest_the_collector()
-    engine = database.connect(settings, pool_size=len(sinks) + 1)
+    engine = database.connect(settings, pool_size=sum(sink.options.hash_ranges for sink in sinks) + 1)
     runner = Runner(sinks, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())

@@ -94,9 +94,9 @@ class Source:
         items = self._outbox.take(conn, most)
         if not items:
             return []
-        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if not item.is_erased])
+        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if item.event_id])
         steps = [self._of(item, found.get((item.eval_id, item.event_id))) for item in items]
-        if gone := sum(step.event is None and not step.is_erased for step in steps):
+        if gone := sum(step.event is None and not step.is_erased and bool(step.eval_id) for step in steps):
             log.warning("sink_events_gone", sink=self.lease.name, events=gone)
         return steps
 

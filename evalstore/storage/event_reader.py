@@ -11,7 +11,7 @@ import msgspec
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, sink_ranges
 from evalstore.storage.sink_cursors import Lease, LeaseLost, ReplayKey
 from evalstore.storage.tables import evaluation_events
 from models import content
@@ -143,6 +143,7 @@ class LogReader:
 
     def __init__(self, lease: Lease, start: ReplayKey, stop: datetime) -> None:
         self._lease, self._key, self._stop = lease, start, stop
+        self._range = sink_ranges.of_row(lease.name)
         self._from = start.recorded_at
         self._span = timedelta(seconds=1)
 
@@ -167,13 +168,15 @@ class LogReader:
             values |= {"eval_id": "", "occurred_at": datetime.min.replace(tzinfo=UTC), "event_id": str(UUID(int=0))}
         with raw.cursor(binary=True) as cursor:
             events = [_stored(row) for row in cursor.execute(_BETWEEN.encode(), values).fetchall()]
+            count, last = len(events), events[-1].key if events else self._key
+            events = [event for event in events if self._range.holds(event.key.eval_id)]
             by_id = {(event.key.eval_id, event.key.event_id): event.fields for event in events}
             _add_contents(by_id, cursor.execute(_CONTENTS_OF.encode(), _arrays([*by_id])).fetchall())
         if events:
             self._number(raw, events)
-            self._key = events[-1].key
-        self._from = self._key.recorded_at if len(events) == _PAGE else stop
-        if len(events) < _PAGE // 2:
+        self._key = last
+        self._from = self._key.recorded_at if count == _PAGE else stop
+        if count < _PAGE // 2:
             self._span = min(self._span * 2, _LONGEST)
         return events
 

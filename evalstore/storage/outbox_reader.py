@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, sink_ranges
 from evalstore.storage.sink_cursors import Lease, LeaseLost, Place
 
 _ROWS_LIMIT: Final = 500
@@ -55,6 +55,7 @@ _LINES: Final = msgspec.json.Decoder(_Confirmation)
 class Item(msgspec.Struct, gc=False):
     """An event to pass on, or an erasure, and where a sink is that has confirmed it.
 
+    Without an `eval_id` it is a place alone: what is before it belongs to other ranges of the sink.
     `version` is that of the evaluation with this event; `status` that after its commit.
     """
 
@@ -87,6 +88,7 @@ class OutboxReader:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+        self._range = sink_ranges.of_row(lease.name)
         self._read = lease.cursor.place
         self._settled = 0
         self._gap: _Gap | None = None
@@ -131,14 +133,25 @@ class OutboxReader:
 
     def _add(self, row_id: int, recorded_at: datetime, body: str) -> None:
         before, self._read = self._read, Place(row_id, 0, recorded_at)
-        number, ahead, offset = 0, self._ahead, before.offset
+        number, ahead, offset, is_mine = 0, self._ahead, before.offset, self._range.holds
+        last = 0
         for line in _LINES.decode_lines(body):
+            if not is_mine(line.eval_id):
+                number += 1 if line.type == "storage:evaluation:erased" else len(line.event_ids)
+                continue
             is_erased = line.type == "storage:evaluation:erased"
             version = line.version - len(line.event_ids)
             for at, event_id in enumerate([""] if is_erased else line.event_ids, 1):
                 number += 1
                 if number > offset:
+                    if ahead and not ahead[-1].eval_id:
+                        ahead.pop()
+                    last = number
                     place = _new(Place, (before.id, number, before.recorded_at))
                     ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status))
-        if number > offset:
+        if last == number > offset:
             ahead[-1].place = self._read
+        elif number > offset:  # The rest of the row belongs to other ranges. One item after those of this range says so.
+            if ahead and not ahead[-1].eval_id:
+                ahead.pop()
+            ahead.append(Item(False, "", "", 0, self._read))
