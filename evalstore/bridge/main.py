@@ -49,7 +49,7 @@ def _serve_metrics(loaded: Settings, counters: Counters, schema: Schema) -> None
         )
 
     try:
-        group = process_registry.join("bridge", counters)
+        group = process_registry.join("bridge", counters, loaded.runtime_dir)
     except process_registry.RegistryUnavailable as error:
         log.warning("runtime_dir_unusable", error=error)
     else:

@@ -165,7 +165,7 @@ def test_each_sink_has_every_event_in_order_whatever_is_killed(world: World) -> 
     broker.declare_queue("evaluations")
     sender = threading.Thread(target=send, args=(broker, EVENTS, RATE, sent))
     sender.start()
-    killed = []
+    killed: list[str] = []
     while sender.is_alive() or len(killed) < 5:  # each kind once
         time.sleep(chance.uniform(0.5, 2.0))
         killed.append(world.kill_one(chance))
