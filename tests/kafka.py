@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import trustme
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from evalstore.local import processes
 from evalstore.local.servers import Server, ServerError, ServerState, free_port
@@ -114,7 +115,10 @@ class SecureKafka(Kafka):
         if not self.certificate.exists():
             authority = trustme.CA()
             authority.cert_pem.write_to_path(self.certificate)
-            (self.folder / "keystore.pem").write_bytes(authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes())
+            issued = authority.issue_cert("127.0.0.1")
+            key = load_pem_private_key(issued.private_key_pem.bytes(), None)  # Kafka takes PKCS 8 alone
+            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            (self.folder / "keystore.pem").write_bytes(pem + b"".join(one.bytes() for one in issued.cert_chain_pems))
         self.settings["ssl.keystore.location"] = str(self.folder / "keystore.pem")
         return [f"SSL://127.0.0.1:{self.tls_port}", f"SASL_SSL://127.0.0.1:{self.sasl_port}"]
 
