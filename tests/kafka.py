@@ -98,7 +98,7 @@ class Kafka(Server):
 class SecureKafka(Kafka):
     """It also listens with TLS, and with TLS and a password. `certificate` is that of its authority."""
 
-    user, password = "evalstore", "secret-of-kafka"
+    sasl_user, sasl_password = "evalstore", "secret-of-kafka"
     defaults: ClassVar = {
         **Kafka.defaults,
         "ssl.keystore.type": "PEM",
@@ -106,7 +106,7 @@ class SecureKafka(Kafka):
         "sasl.enabled.mechanisms": "PLAIN",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL,SASL_SSL:SASL_SSL",
         "listener.name.sasl_ssl.plain.sasl.jaas.config": (
-            f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";'
+            f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{sasl_user}="{sasl_password}";'
         ),
     }
 

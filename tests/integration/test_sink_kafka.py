@@ -214,7 +214,7 @@ def test_events_pass_with_a_password_and_a_wrong_one_is_told(
         "bootstrap_servers": f'"127.0.0.1:{secure.sasl_port}"',
         "security_protocol": '"sasl_ssl"',
         "sasl_mechanism": '"PLAIN"',
-        "sasl_username": f'"{secure.user}"',
+        "sasl_username": f'"{secure.sasl_user}"',
         "sasl_password_file": f'"{secret}"',
         "ssl_ca_file": f'"{secure.certificate}"',
         "transactional": "true",
@@ -226,7 +226,7 @@ def test_events_pass_with_a_password_and_a_wrong_one_is_told(
     refused.kill()
     assert "wrong-password" not in refused.log.read_text() + str(sinks(shell)["main"])
 
-    secret.write_text(f"{secure.password}\n")
+    secret.write_text(f"{secure.sasl_password}\n")
     start(**keys)
     eventually(lambda: sinks(shell)["main"]["delivered"] == 1, within_s=60)
     assert [key for key, _, _ in consumed(secure, topic)] == ["e"]
