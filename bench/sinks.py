@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from evalstore.local.servers import Postgres
 from evalstore.sinks import config
-from evalstore.sinks.runner import Runner
+from evalstore.sinks.runner import Runner, rest_the_collector
 from evalstore.storage import database, event_store, migrations, sink_cursors
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.events import parse
@@ -39,6 +39,7 @@ def main() -> None:
         with broker:
             migrations.upgrade(postgres.url())
             engine = database.engine(postgres.url())
+            rest_the_collector()  # for both sides
             with engine.connect() as conn:
                 sink_cursors.create(conn, "main", "kafka")
             _fill(engine, events)

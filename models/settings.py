@@ -115,6 +115,16 @@ class Settings(BaseModel):
             description="number of processes that a message may crash before it becomes a dead letter; read by workers",
         ),
     ] = 5
+    hook_timeout_s: Annotated[
+        float,
+        Field(gt=0, le=10, description="seconds that a validator or enricher has for a batch of events; read by workers, API"),
+    ] = 2
+    hook_retry_s: Annotated[
+        float,
+        Field(
+            gt=0, le=_DAY_S, description="seconds for which a validator or enricher that is slow is off; read by workers, API"
+        ),
+    ] = 60
     breaker_messages: Annotated[
         int,
         Field(
@@ -223,13 +233,20 @@ class Settings(BaseModel):
         int, Field(ge=1, le=_PEBIBYTE, description="maximum size of EVALSTORE_SPOOL_DIR in bytes; read by senders")
     ] = 1024**3
 
-    @field_validator("spool_dir", "runtime_dir", "sinks_file")
+    @field_validator("spool_dir", "runtime_dir", "sinks_file", "bridge_file")
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
             raise ValueError("expected a path that begins with /")
         return value
 
+    bridge_file: Annotated[
+        Path | None,
+        Field(description="TOML file with the source, channels and fields of `evalstore bridge`; read by the bridge"),
+    ] = None
+    bridge_metrics_port: Annotated[
+        int, Field(ge=0, le=65535, description="port of metrics and health of the bridge, 0 for none; read by the bridge")
+    ] = 9194
     sinks_file: Annotated[
         Path | None, Field(description="TOML file with a table for each sink; read by sinks, and by `evalstore up`")
     ] = None

@@ -34,11 +34,11 @@ class Kind(NamedTuple):
 
 
 class SinkConfig(NamedTuple):
-    """A sink as the file names it."""
+    """A sink as the file names it. `create` makes it under the name of one of its ranges."""
 
     name: str
     options: Options
-    create: Callable[[], Sink]
+    create: Callable[[str], Sink]
 
 
 _BUILTIN: Final = {
@@ -103,7 +103,7 @@ def _sink(name: str, table: Any) -> SinkConfig:
     faults += [(key, "a password stands in no file") for key, value in table.items() if _PASSWORD.search(str(value))]
     if faults:
         raise _Faults(*faults)
-    return SinkConfig(name, options, lambda: kind.create(name, options))
+    return SinkConfig(name, options, lambda range_: kind.create(range_, options))
 
 
 def _fault(options: type[Options], fault: Any) -> tuple[str, str]:

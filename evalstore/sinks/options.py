@@ -16,6 +16,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     type: str
+    hash_ranges: int = Field(default=1, ge=1, le=64)
     batch_events: int = Field(default=4000, ge=1, le=100_000)
     timeout_s: float = Field(default=120, ge=1, le=86_400)
 

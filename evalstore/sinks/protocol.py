@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
+
+_ENCODER = msgspec.json.Encoder()
 
 
 class SinkEvent(msgspec.Struct, frozen=True, dict=True, eq=False):
@@ -22,13 +23,20 @@ class SinkEvent(msgspec.Struct, frozen=True, dict=True, eq=False):
     fields: dict[str, Any]
     status: str | None = None
 
-    @cached_property
+    @property
     def json(self) -> bytes:
-        """The event as JSON in UTF-8; lone surrogates as escapes."""
-        try:
-            return msgspec.json.encode(self.fields)
-        except UnicodeEncodeError:
-            return json.dumps(self.fields, separators=(",", ":")).encode()
+        """The event as JSON in UTF-8; lone surrogates as escapes. Computed once."""
+        found: bytes | None = self.__dict__.get("json_")  # cached_property takes a lock
+        if found is None:
+            self.__dict__["json_"] = found = _encode(self.fields)
+        return found
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    try:
+        return _ENCODER.encode(fields)
+    except UnicodeEncodeError:
+        return json.dumps(fields, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)

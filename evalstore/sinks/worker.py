@@ -14,10 +14,11 @@ from evalstore.sinks.config import SinkConfig
 from evalstore.sinks.delivery import Delivery, SinkUnavailable, letter, queue_of
 from evalstore.sinks.protocol import KeepsCursor, Sink, SinkEvent
 from evalstore.sinks.source import Source, Step
-from evalstore.storage import dead_letters, redrives, sink_cursors
+from evalstore.storage import dead_letters, redrives, sink_cursors, sink_ranges
 from evalstore.storage.database import Watch
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
+from evalstore.storage.sink_ranges import Range
 from models.confirmations import ERASED
 from models.errors import Outage
 from models.logs import EventLogger
@@ -45,11 +46,11 @@ class Turns(Protocol):
 
 
 class SinkWorker(threading.Thread):
-    """Claims its sink, works on it until the lease is lost, and begins again, until `stopping`."""
+    """Claims a range of its sink, works on it until the lease is lost, and begins again, until `stopping`."""
 
-    def __init__(self, config: SinkConfig, engine: Engine, owner: str, stopping: threading.Event) -> None:
-        super().__init__(name=f"sink {config.name}", daemon=True)
-        self.config = config
+    def __init__(self, config: SinkConfig, range_: Range, engine: Engine, owner: str, stopping: threading.Event) -> None:
+        super().__init__(name=f"sink {range_.name}", daemon=True)
+        self.config, self.range = config, range_
         self.lease: Lease | None = None
         self.called_at: float | None = None  # since when the sink has been at work on what it was given
         self._engine, self._owner, self._stopping = engine, owner, stopping
@@ -76,9 +77,11 @@ class SinkWorker(threading.Thread):
                 self._stopping.wait(_BACKOFF_S[1])
 
     def _claim_and_work(self, conn: Connection) -> None:
-        name = self.config.name
+        name = self.range.name
         if not self._created:
-            self.create(conn)
+            if not self.create(conn):
+                self._stopping.wait(_CLAIM_S)
+                return
             self._created = True
         lease = self.database(conn, sink_cursors.claim, name, self._owner)
         if lease is None:
@@ -96,9 +99,12 @@ class SinkWorker(threading.Thread):
             with suppress(Outage):
                 self.database(conn, sink_cursors.release, lease)
 
-    def create(self, conn: Connection) -> None:
-        """Make sure that the sink has a cursor."""
-        self.database(conn, sink_cursors.create, self.config.name, self.config.options.type)
+    def create(self, conn: Connection) -> bool:
+        """Make sure that the range has a cursor. Return False while a process works on another number of ranges."""
+        if not self.database(conn, sink_ranges.repartition, self.range.sink, self.range.total):
+            return False
+        self.database(conn, sink_cursors.create, self.range.name, self.config.options.type)
+        return True
 
     def open_turns(self, conn: Connection, lease: Lease) -> "Turns":
         """Return the work under a lease."""
@@ -145,7 +151,7 @@ class _Turns:
 
     def _open(self) -> Delivery:
         """Make the sink, and begin where it says it is, if it keeps that itself."""
-        self._sink = self._call(self._config.create)
+        self._sink = self._call(lambda: self._config.create(self._worker.range.name))
         if isinstance(self._sink, KeepsCursor):
             cursor = source.from_json(self._call(self._sink.cursor), self._lease.cursor)
             self._lease = self._lease._replace(cursor=cursor)
@@ -214,7 +220,7 @@ class _Turns:
 
     def _redrive(self, delivery: Delivery) -> None:
         """Give letters again that an operator redrives, each by itself."""
-        if time.monotonic() < self._letters_due:
+        if time.monotonic() < self._letters_due or self._worker.range.number:  # one range redrives for all
             return
         found = self._worker.database(self._conn, redrives.to_sink, queue_of(self._config.name), _LETTERS)
         for one in found:

@@ -13,9 +13,10 @@ import psycopg
 from psycopg.rows import class_row, dict_row
 from sqlalchemy import Connection
 
-from evalstore.storage import database, dead_letters, operator_actions
+from evalstore.storage import database, dead_letters, operator_actions, sink_ranges
 from evalstore.storage.dead_letters import DeadLetterInsert
 from evalstore.storage.operator_actions import Intent
+from evalstore.storage.sink_ranges import OF_SINK
 from models.errors import EvalstoreError, printable
 
 LEASE_S: Final = 15.0
@@ -245,7 +246,7 @@ class SinkStatus(NamedTuple):
 
 
 # The lag is that of the outbox; of a replay, the age of what it has come to. Counting stops where a number says no more.
-_STATUS: Final = """
+_STATUS: Final = f"""
 SELECT name, type, CASE WHEN state = 'running' AND replay_until IS NOT NULL THEN 'replaying' ELSE state END AS state, position,
     waiting.events + replay.events AS lag_events,
     greatest(0, extract(epoch FROM clock_timestamp()
@@ -264,22 +265,49 @@ CROSS JOIN LATERAL (
         SELECT FROM evaluation_events e
         WHERE replay_until IS NOT NULL AND e.recorded_at > replay_at AND e.recorded_at <= replay_until LIMIT 100000) l
 ) replay
-WHERE %(name)s::text IS NULL OR name = %(name)s::text ORDER BY name
+WHERE %(name)s::text IS NULL OR {OF_SINK} = %(name)s::text ORDER BY name
 """
 
 
 def statuses(conn: Connection, name: str | None = None) -> list[SinkStatus]:
-    """All sinks, or the one of that name. Raises DatabaseOutage (retry)."""
+    """All sinks, each with all its ranges, or the one of that name. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=class_row(SinkStatus)) as cursor:
-        return cursor.execute(_STATUS, {"name": name}).fetchall()
+        rows = cursor.execute(_STATUS.encode(), {"name": name}).fetchall()
+    ranges: dict[str, list[SinkStatus]] = {}
+    for row in rows:
+        ranges.setdefault(sink_ranges.of_row(row.name).sink, []).append(row)
+    return [_together(sink, found) for sink, found in ranges.items()]
 
 
-_SET_STATE: Final = "UPDATE sinks SET state = %(state)s WHERE name = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'"
-_REWIND: Final = """
+def _together(sink: str, rows: list[SinkStatus]) -> SinkStatus:
+    """Return the status of a sink from those of its ranges. Each range's lag counts the events of all ranges."""
+    last = min(rows, key=lambda row: row.position)
+    states = {row.state for row in rows}
+    errors = [row.last_error for row in rows if row.last_error]
+    failing = [row.failing_since for row in rows if row.failing_since]
+    delivered_at = [row.delivered_at for row in rows if row.delivered_at]
+    return last._replace(
+        name=sink,
+        state=next(state for state in ("paused", "replaying", "running") if state in states),
+        lag_events=max(row.lag_events for row in rows),
+        lag_s=max(row.lag_s for row in rows),
+        delivered=sum(row.delivered for row in rows),
+        dead=sum(row.dead for row in rows),
+        missed=max(row.missed for row in rows),
+        last_error=errors[0] if errors else None,
+        failing_since=min(failing, default=None),
+        gap_s=max(row.gap_s for row in rows),
+        delivered_at=max(delivered_at, default=None),
+        owner=", ".join(sorted({row.owner for row in rows if row.owner})) or None,
+    )
+
+
+_SET_STATE: Final = f"UPDATE sinks SET state = %(state)s WHERE {OF_SINK} = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'"
+_REWIND: Final = f"""
 UPDATE sinks SET replay_until = clock_timestamp(), replay_eval_id = NULL, replay_occurred_at = NULL,
     replay_event_id = NULL, generation = generation + 1, missed = 0, last_error = NULL,
     replay_at = CASE WHEN missed > 0 THEN least(%(to)s, recorded_at - make_interval(secs => %(margin_s)s)) ELSE %(to)s END
-WHERE name = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'
+WHERE {OF_SINK} = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'
 """
 
 

@@ -35,7 +35,7 @@ def test_a_table_is_a_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(first.options, kafka.KafkaOptions)
     assert first.options.client()["sasl.password"] == "secret"
     assert "secret" not in repr(first.options)
-    assert [isinstance(one.create(), KeepsCursor) for one in (first, second)] == [False, True]
+    assert [isinstance(one.create(one.name), KeepsCursor) for one in (first, second)] == [False, True]
 
 
 def test_all_faults_are_told_with_line_and_key(tmp_path: Path) -> None:
