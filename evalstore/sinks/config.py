@@ -9,7 +9,9 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka, webhook
+from evalstore.sinks import bigquery, clickhouse, kafka, webhook
+from evalstore.sinks.bigquery_options import BigQueryOptions
+from evalstore.sinks.clickhouse_options import ClickHouseOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
@@ -40,6 +42,8 @@ class SinkConfig(NamedTuple):
 
 
 _BUILTIN: Final = {
+    "bigquery": Kind(BigQueryOptions, bigquery.create, "bigquery"),
+    "clickhouse": Kind(ClickHouseOptions, clickhouse.create, "clickhouse"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }

@@ -9,6 +9,7 @@ from evalstore.sinks import config, kafka
 from evalstore.sinks.protocol import Batch, KeepsCursor, SinkEvent
 from models.errors import InvalidSettings
 
+TYPES = "bigquery, clickhouse, kafka, webhook"
 GOOD = '[main]\ntype = "kafka"\nbootstrap_servers = "k:9092"\ntopic = "t"\n'
 
 
@@ -40,7 +41,7 @@ def test_all_faults_are_told_with_line_and_key(tmp_path: Path) -> None:
     assert faults(tmp_path, text) == [
         "FILE:5: [main] topik: there is no such key; did you mean topic?",
         "FILE:6: [main] batch_events: expected an integer",
-        "FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are kafka, webhook",
+        f"FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are {TYPES}",
         "FILE:11: [a b] a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -",
         "FILE:11: [a b] bootstrap_servers: required",
         "FILE:11: [a b] topic: required",
@@ -65,6 +66,32 @@ def test_a_fault_shows_no_secret(tmp_path: Path, more: str, fault: str) -> None:
     assert "s3cret" not in fault
 
 
+_CLICKHOUSE = '[c]\ntype = "clickhouse"\nurl = "https://c:8443"\n'
+_BIGQUERY = '[b]\ntype = "bigquery"\nproject = "p"\ndataset = "d"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            _CLICKHOUSE + 'password = "s3cret"\n',
+            "4: [c] password: a secret stands in no file: give password_env or password_file",
+        ),
+        (_CLICKHOUSE + 'password_env = "NOT_SET"\n', "1: [c] the environment variable NOT_SET is not set"),
+        (_CLICKHOUSE.replace("https", "tcp"), "3: [c] url: expected an address like https://clickhouse.example:8443"),
+        (_CLICKHOUSE + 'ssl_ca_file = "/none.pem"\n', "4: [c] ssl_ca_file: there is no file /none.pem"),
+        (_CLICKHOUSE + 'tabel = "t"\n', "4: [c] tabel: there is no such key; did you mean table?"),
+        (_BIGQUERY + 'credentials_file = "/none"\n', "5: [b] credentials_file: there is no file /none"),
+        (
+            _BIGQUERY + 'storage_endpoint = "h:1"\n',
+            "5: [b] storage_endpoint: goes together with an api_endpoint that begins with http://",
+        ),
+    ],
+)
+def test_keys_of_databases_are_checked(tmp_path: Path, text: str, fault: str) -> None:
+    assert faults(tmp_path, text) == [f"FILE:{fault}"]
+
+
 def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:
     (fault,) = faults(tmp_path, GOOD.replace("k:9092", "kafka://u:s3cret@k:9092"))
     assert fault == "FILE:3: [main] bootstrap_servers: a password stands in no file"
@@ -74,7 +101,7 @@ def test_what_is_missing_or_no_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="No such file"):
         config.load(tmp_path / "none")
     assert faults(tmp_path, "a = 1\n")[0].endswith("[a] expected a table for each sink, like [kafka-main]")
-    assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are kafka, webhook"]
+    assert faults(tmp_path, "[a]\n") == [f"FILE:1: [a] type: missing; there are {TYPES}"]
 
 
 @pytest.mark.parametrize(("fields", "text"), [({"a": "é"}, '{"a":"é"}'.encode()), ({"a": "\ud800"}, b'{"a":"\\ud800"}')])
