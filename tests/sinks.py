@@ -15,7 +15,7 @@ import psycopg
 from evalstore.local import processes
 
 ROOT = Path(__file__).parents[1]
-# FILE.away: it is away; FILE.hangs: it does not come back; FILE.refused: ids of events that it refuses.
+# FILE.away: it is away; FILE.hangs: it does not come back, and makes FILE.hung; FILE.refused: ids of events that it refuses.
 _STEERED = """
 import json, os, pathlib, time
 from evalstore.sinks import BadMessage, Outage
@@ -29,6 +29,7 @@ class Steered:
 
     def write(self, batch):
         while self.is_told("hangs"):
+            pathlib.Path(f"{self.path}.hung").touch()
             time.sleep(0.05)
         if self.is_told("away"):
             raise Outage("it is away")

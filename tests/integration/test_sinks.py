@@ -208,11 +208,13 @@ def test_a_sink_that_hangs_or_is_away_delays_no_other(
     assert runner.stop() == 0
 
 
-def test_a_runner_with_a_hanging_sink_stops_in_time(start: Start, conn: Connection, tmp_path: Path) -> None:
+def test_a_runner_with_a_hanging_sink_stops_in_time(
+    start: Start, conn: Connection, tmp_path: Path, eventually: Eventually
+) -> None:
     (tmp_path / "one.hangs").touch()
     runner = start("one")
     store(conn, "e")
-    time.sleep(2)
+    eventually((tmp_path / "one.hung").exists, within_s=30)
     began = time.monotonic()
     assert runner.stop() == 0
     assert time.monotonic() - began < 10
