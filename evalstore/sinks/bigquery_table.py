@@ -25,7 +25,6 @@ _TYPES: Final = {
 _OTHER_NAMES: Final = {"INT64": "INTEGER", "FLOAT64": "FLOAT"}
 _NO_RETRY: Final[Any] = None  # which the annotations of the library do not know
 _TIMEOUT_S: Final = 60.0
-_DELETE_S: Final = 600.0
 
 
 class EventTable:
@@ -87,7 +86,7 @@ WHERE recorded_at >= TIMESTAMP '{first}' AND recorded_at < TIMESTAMP '{last}'
         ]
         # A cached result may lack rows that were appended since.
         config = bigquery.QueryJobConfig(query_parameters=parameters, use_query_cache=False)
-        return {(row["eval_id"], row["event_id"]) for row in self._run(query, config, _TIMEOUT_S)}
+        return {(row["eval_id"], row["event_id"]) for row in self._run(query, config)}
 
     def delete(self, eval_id: str) -> None:
         """Delete the rows of an evaluation."""
@@ -96,11 +95,11 @@ WHERE recorded_at >= TIMESTAMP '{first}' AND recorded_at < TIMESTAMP '{last}'
         parameters = [bigquery.ScalarQueryParameter("eval_id", "STRING", eval_id)]
         query = f"DELETE FROM `{self.name}` WHERE eval_id = @eval_id"
         config = bigquery.QueryJobConfig(query_parameters=parameters)
-        self._run(query, config, _DELETE_S)
+        self._run(query, config)
 
-    def _run(self, query: str, config: "QueryJobConfig", timeout_s: float) -> "RowIterator":
+    def _run(self, query: str, config: "QueryJobConfig") -> "RowIterator":
         job = self._client.query(query, job_config=config, retry=_NO_RETRY, timeout=_TIMEOUT_S, job_retry=None)
-        return job.result(retry=_NO_RETRY, timeout=timeout_s, job_retry=None)
+        return job.result(retry=_NO_RETRY, timeout=_TIMEOUT_S, job_retry=None)
 
 
 def _field(name: str) -> "SchemaField":

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _CONNECT_S: Final = 10.0
 _READ_S: Final = 90.0
-_DELETE_S: Final = 600.0
 # A value does not fit its column, or a constraint of the table: the same row fails the same way.
 _BAD_ROW: Final = {
     *(6, 25, 26, 27, 32, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 321, 349, 376, 407, 441, 467, 469, 675, 676),
@@ -100,8 +99,8 @@ class ClickHouseSink:
 
     def erase(self, eval_id: str) -> None:
         """Delete the rows: no query sees them from now on, and the next merge removes them from the disk. Raises Outage."""
-        settings = {"param_eval_id": eval_id, "lightweight_deletes_sync": "2"}
-        self._ask(f"DELETE FROM {self._table} WHERE eval_id = {{eval_id:String}}", b"", settings, read_s=_DELETE_S)
+        settings = {"param_eval_id": eval_id, "lightweight_deletes_sync": "1"}
+        self._ask(f"DELETE FROM {self._table} WHERE eval_id = {{eval_id:String}}", b"", settings)
 
     def close(self) -> None:
         """Close the connections."""
@@ -112,13 +111,13 @@ class ClickHouseSink:
         names = self._ask(f"DESCRIBE TABLE {self._table} FORMAT JSONEachRow", b"", {"describe_compact_output": "1"})
         return {found["name"]: found["type"] for found in map(msgspec.json.decode, names.splitlines())}
 
-    def _ask(self, query: str, body: bytes = b"", settings: dict[str, str] | None = None, *, read_s: float = _READ_S) -> bytes:
+    def _ask(self, query: str, body: bytes = b"", settings: dict[str, str] | None = None) -> bytes:
         """Run a query. Raises BadMessage where a row does not fit, and Outage for all else."""
         from urllib3 import Timeout  # noqa: PLC0415 - see above
         from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
         url = f"{self._options.url}/?{urlencode({'query': query, **(settings or {})})}"
-        timeout = Timeout(connect=_CONNECT_S, read=read_s)
+        timeout = Timeout(connect=_CONNECT_S, read=_READ_S)
         try:
             answer = self._pool.request("POST", url, body=body, headers=self._headers, timeout=timeout, retries=False)
         except HTTPError as error:
@@ -135,7 +134,7 @@ def _failure(status: int, headers: "HTTPHeaderDict", body: bytes) -> Outage | Ba
     number = int(code) if code.isdecimal() else 0
     if number in _BAD_ROW:
         return BadMessage(text)
-    what = _WHAT_TO_DO.get(number)
+    what = "lower batch_bytes, or raise the proxy's limit" if status == 413 else _WHAT_TO_DO.get(number)
     return Outage(f"HTTP {status}: {text or 'no reason was given'}" + (f". What to do: {what}" if what else ""))
 
 
