@@ -9,8 +9,10 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import anomaly, kafka, webhook
+from evalstore.sinks import anomaly, bigquery, clickhouse, kafka, webhook
 from evalstore.sinks.anomaly_options import AnomalyOptions
+from evalstore.sinks.bigquery_options import BigQueryOptions
+from evalstore.sinks.clickhouse_options import ClickHouseOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
@@ -43,6 +45,8 @@ class SinkConfig(NamedTuple):
 
 _BUILTIN: Final = {
     "anomaly": Kind(AnomalyOptions, anomaly.create, "anomaly"),
+    "bigquery": Kind(BigQueryOptions, bigquery.create, "bigquery"),
+    "clickhouse": Kind(ClickHouseOptions, clickhouse.create, "clickhouse"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import psycopg
 from psycopg.rows import class_row, dict_row
+from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from evalstore.storage import database, dead_letters, operator_actions, sink_ranges
@@ -59,11 +60,18 @@ class Cursor(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A sink that this process works on, and from where."""
+    """A sink that this process works on, and from where.
+
+    `limit`: the cursor at the end of a batch that was begun, as a JSON object. `state`: the object that the sink keeps.
+    `replayed_until`: events that were stored before this time may be in the sink already, wherever the cursor stands.
+    """
 
     name: str
     token: int
     cursor: Cursor
+    limit: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
+    replayed_until: datetime | None = None
 
 
 # A new sink begins with what the outbox still holds. Where that is nothing, it begins before all ids that are being stored.
@@ -89,14 +97,15 @@ UPDATE sinks SET lease_owner = %(owner)s, lease_token = lease_token + 1,
     lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
 WHERE name = %(name)s AND state = 'running' AND coalesce(lease_until < clock_timestamp(), true)
 RETURNING lease_token, position, position_offset, recorded_at, generation, timeline, replay_until, replay_at, replay_eval_id,
-    replay_occurred_at, replay_event_id, missed, {_TIMELINE}
+    replay_occurred_at, replay_event_id, missed, {_TIMELINE}, batch_limit, sink_state, replayed_until
 """
 # The rows that the outbox lost are in the log. A replay that runs is extended, or it might begin again for ever.
 _REPLAY: Final = """
-UPDATE sinks SET replay_until = clock_timestamp(), missed = 0, timeline = %(timeline)s, generation = generation + 1,
+UPDATE sinks SET replay_until = clock_timestamp(), replayed_until = clock_timestamp() + interval '1 s', missed = 0,
+    timeline = %(timeline)s, generation = generation + 1,
     replay_at = CASE WHEN replay_until IS NULL THEN recorded_at - make_interval(secs => %(margin_s)s) ELSE replay_at END
 WHERE name = %(name)s AND lease_token = %(token)s
-RETURNING generation, replay_until, replay_at
+RETURNING generation, replay_until, replay_at, replayed_until
 """
 
 
@@ -111,12 +120,13 @@ def claim(conn: Connection, name: str, owner: str) -> Lease | None:
         row = cursor.execute(_CLAIM.encode(), values).fetchone()
         if row is None:
             return None
-        token, position, offset, recorded_at, generation, then, until, *at, missed, timeline = row
+        token, position, offset, recorded_at, generation, then, until, *at, missed, timeline, limit, state, replayed = row
         if missed or then != timeline:
             values = {"name": name, "token": token, "margin_s": MARGIN_S, "timeline": timeline}
-            ((generation, until, at[0]),) = cursor.execute(_REPLAY, values).fetchall()
+            ((generation, until, at[0], replayed),) = cursor.execute(_REPLAY, values).fetchall()
     key = None if until is None else ReplayKey(at[0], at[1] or "", at[2] or at[0], str(at[3] or UUID(int=0)))
-    return Lease(name, token, Cursor(Place(position, offset, recorded_at), generation, timeline, until, key))
+    found = Cursor(Place(position, offset, recorded_at), generation, timeline, until, key)
+    return Lease(name, token, found, limit, state, replayed)
 
 
 _ADVANCE: Final = """
@@ -124,7 +134,7 @@ UPDATE sinks SET position = %(id)s, position_offset = %(offset)s, recorded_at = 
     replay_until = %(replay_until)s, replay_at = %(replay_at)s, replay_eval_id = %(replay_eval_id)s,
     replay_occurred_at = %(replay_occurred_at)s, replay_event_id = %(replay_event_id)s, delivered = delivered + %(delivered)s,
     dead = dead + %(dead)s, delivered_at = CASE WHEN %(delivered)s > 0 THEN clock_timestamp() ELSE delivered_at END,
-    last_error = %(error)s, failing_since = NULL, gap_since = NULL,
+    last_error = %(error)s, failing_since = NULL, gap_since = NULL, batch_limit = NULL,
     lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
 WHERE name = %(name)s AND lease_token = %(token)s AND generation = %(generation)s
 """
@@ -166,6 +176,30 @@ def move(
     }
     if raw.execute(_ADVANCE, values).rowcount != 1:
         raise LeaseLost(f"sink {lease.name}: the lease was taken over, or the cursor was moved")
+
+
+_BEGIN_BATCH: Final = "UPDATE sinks SET batch_limit = %s WHERE name = %s AND lease_token = %s AND generation = %s"
+_KEEP_STATE: Final = "UPDATE sinks SET sink_state = %s WHERE name = %s AND lease_token = %s AND generation = %s"
+
+
+def begin_batch(conn: Connection, lease: Lease, limit: dict[str, Any]) -> None:
+    """Store the cursor at the end of a batch, as JSON, before the sink gets the batch: a retry then sends the same batch.
+
+    Commits. Raises LeaseLost, DatabaseOutage (retry).
+    """
+    _store(conn, _BEGIN_BATCH, lease, limit)
+
+
+def keep_state(conn: Connection, lease: Lease) -> None:
+    """Store the object that the sink keeps. Commits. Raises LeaseLost, DatabaseOutage (retry)."""
+    _store(conn, _KEEP_STATE, lease, lease.state)
+
+
+def _store(conn: Connection, statement: str, lease: Lease, document: dict[str, Any] | None) -> None:
+    values = [Jsonb(document), lease.name, lease.token, lease.cursor.generation]
+    with database.errors(), conn.begin():
+        if database.driver(conn).execute(statement.encode(), values).rowcount != 1:
+            raise LeaseLost(f"sink {lease.name}: the lease was taken over, or the cursor was moved")
 
 
 _RENEW: Final = """
@@ -304,8 +338,9 @@ def _together(sink: str, rows: list[SinkStatus]) -> SinkStatus:
 
 _SET_STATE: Final = f"UPDATE sinks SET state = %(state)s WHERE {OF_SINK} = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'"
 _REWIND: Final = f"""
-UPDATE sinks SET replay_until = clock_timestamp(), replay_eval_id = NULL, replay_occurred_at = NULL,
-    replay_event_id = NULL, generation = generation + 1, missed = 0, last_error = NULL,
+UPDATE sinks SET replay_until = clock_timestamp(), replayed_until = clock_timestamp() + interval '1 s',
+    replay_eval_id = NULL, replay_occurred_at = NULL, replay_event_id = NULL, generation = generation + 1, missed = 0,
+    last_error = NULL,
     replay_at = CASE WHEN missed > 0 THEN least(%(to)s, recorded_at - make_interval(secs => %(margin_s)s)) ELSE %(to)s END
 WHERE {OF_SINK} = %(name)s RETURNING to_jsonb(sinks) - 'lease_owner'
 """

@@ -4,6 +4,7 @@ A range holds the evaluations whose hash falls into it, so an evaluation's event
 range has the sink's name; rows of several have NAME#NUMBER-of-TOTAL.
 """
 
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
@@ -48,7 +49,17 @@ WHERE {OF_SINK} = %s ORDER BY position, position_offset FOR UPDATE
 """
 _COLUMNS: Final = (
     *("type", "state", "position", "position_offset", "recorded_at", "timeline", "generation", "replay_until", "replay_at"),
-    *("replay_eval_id", "replay_occurred_at", "replay_event_id", "lease_token", "delivered", "dead", "missed", "last_error"),
+    *(
+        "replayed_until",
+        "replay_eval_id",
+        "replay_occurred_at",
+        "replay_event_id",
+        "lease_token",
+        "delivered",
+        "dead",
+        "missed",
+        "last_error",
+    ),
 )
 _INSERT: Final = f"INSERT INTO sinks (name, {', '.join(_COLUMNS)}) VALUES ({', '.join(['%s'] * (len(_COLUMNS) + 1))})"
 
@@ -87,6 +98,7 @@ def _least(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("generation", "lease_token", "missed"):
         least[name] = max(row[name] for row in rows)
     least["generation"] += 1
+    least["replayed_until"] = datetime.now(UTC) + timedelta(seconds=1)  # events after the least cursor may come again
     for name in ("delivered", "dead"):
         least[name] = sum(row[name] for row in rows)
     return least

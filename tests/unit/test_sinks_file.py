@@ -68,6 +68,32 @@ def test_a_fault_shows_no_secret(tmp_path: Path, more: str, fault: str) -> None:
     assert "s3cret" not in fault
 
 
+_CLICKHOUSE = '[c]\ntype = "clickhouse"\nurl = "https://c:8443"\n'
+_BIGQUERY = '[b]\ntype = "bigquery"\nproject = "p"\ndataset = "d"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            _CLICKHOUSE + 'password = "s3cret"\n',
+            "4: [c] password: a secret stands in no file: give password_env or password_file",
+        ),
+        (_CLICKHOUSE + 'password_env = "NOT_SET"\n', "1: [c] the environment variable NOT_SET is not set"),
+        (_CLICKHOUSE.replace("https", "tcp"), "3: [c] url: expected an address like https://clickhouse.example:8443"),
+        (_CLICKHOUSE + 'ssl_ca_file = "/none.pem"\n', "4: [c] ssl_ca_file: there is no file /none.pem"),
+        (_CLICKHOUSE + 'tabel = "t"\n', "4: [c] tabel: there is no such key; did you mean table?"),
+        (_BIGQUERY + 'credentials_file = "/none"\n', "5: [b] credentials_file: there is no file /none"),
+        (
+            _BIGQUERY + 'storage_endpoint = "h:1"\n',
+            "5: [b] storage_endpoint: goes together with an api_endpoint that begins with http://",
+        ),
+    ],
+)
+def test_keys_of_databases_are_checked(tmp_path: Path, text: str, fault: str) -> None:
+    assert faults(tmp_path, text) == [f"FILE:{fault}"]
+
+
 def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:
     (fault,) = faults(tmp_path, GOOD.replace("k:9092", "kafka://u:s3cret@k:9092"))
     assert fault == "FILE:3: [main] bootstrap_servers: a password stands in no file"
