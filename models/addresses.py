@@ -1,4 +1,4 @@
-"""Check the addresses of PostgreSQL, Redis, object stores and HTTP hosts. Errors never repeat an address: it may hold a password."""
+"""Check the addresses of servers and object stores. Errors never repeat an address: it may hold a password."""
 
 import ipaddress
 import re
