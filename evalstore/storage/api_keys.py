@@ -46,6 +46,11 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def settings_key_id(hashed: bytes) -> str:
+    """Return the id of a key of the settings. Nobody can compute the key from the id."""
+    return f"settings-{digest(hashed.hex()).hex()[:8]}"
+
+
 def including(scopes: Collection[str]) -> frozenset[str]:
     """Return all that a key of these scopes may do: admin includes the others."""
     return frozenset(SCOPES if "admin" in scopes else scopes)
