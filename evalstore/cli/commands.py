@@ -27,6 +27,12 @@ COMMANDS: Final = {
     "get": Command(
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
+    "ls": Command("evalstore.cli.ls:ls", "List evaluations without their content, the newest first. Exits 3 if none matches."),
+    "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
+    "stats": Command(
+        "evalstore.cli.stats:stats",
+        "Show counts, pass rates, scores, durations and memory of finished evaluations, by time.",
+    ),
     "watch": Command("evalstore.cli.watch:watch", "Show each change of an evaluation until it is finished."),
     "audit": Command(
         "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
@@ -63,6 +69,7 @@ COMMANDS: Final = {
     ),
     "sinks": Command("evalstore.cli.sinks:app", "Run, list, pause, resume and rewind sinks: systems that get all events."),
     "webhooks": Command("evalstore.cli.webhooks:app", "Subscribe HTTP receivers to confirmations, and see what they got."),
+    "anomalies": Command("evalstore.cli.anomalies:app", "See what the anomaly detector found, and acknowledge it."),
     "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),
 }
 

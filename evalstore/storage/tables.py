@@ -20,6 +20,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     SmallInteger,
     Table,
     Text,
@@ -29,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from models.fields import CONTENTS, EVENT_COLUMNS, SCALARS
+from models.webhooks import STATUSES
 
 metadata = MetaData()
 
@@ -67,11 +69,23 @@ evaluations = Table(
     Column("merge_version", Integer),
     # The number of repairs by a replay. Each repair changes the ETag.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
-    # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
-    Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
     # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
     # listing.py.
     Index("evaluations_by_time", "created_at"),
+    # `evalstore migrate` builds these CONCURRENTLY: list_indexes.py. No index has a column that changes with each event, so an
+    # event that leaves the status as it is changes no index. A text may be longer than an entry of an index can be.
+    Index("evaluations_by_run", "run_id", "created_at", postgresql_where=text("run_id IS NOT NULL")),
+    Index(
+        "evaluations_by_submitter", text("left(submitter, 200)"), "created_at", postgresql_where=text("submitter IS NOT NULL")
+    ),
+    Index(
+        "evaluations_by_executor",
+        text("left(executor_id, 200)"),
+        "created_at",
+        postgresql_where=text("executor_id IS NOT NULL"),
+    ),
+    # Records that are stored with their result never enter this index, unless they failed.
+    Index("evaluations_by_status", "status", "created_at", postgresql_where=text("status <> 'completed'")),
     postgresql_with={"fillfactor": "85"},
 )
 
@@ -187,6 +201,67 @@ sinks = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
+
+def _summary() -> list[Column[Any]]:
+    """Return columns that sum up evaluations. evalstore/storage/summaries.py"""
+    counts = (*STATUSES, "passed", "scores")
+    return [
+        *(Column(name, BigInteger, nullable=False, server_default=text("0")) for name in counts),
+        Column("score_sum", Numeric, nullable=False, server_default=text("0")),
+        *(Column(name, LargeBinary, nullable=False, server_default=text("'\\x80'")) for name in ("durations", "memory")),
+    ]
+
+
+# What each evaluation adds to `statistics` and `runs` now: a change takes exactly this away again.
+counted_evaluations = Table(
+    "counted_evaluations",
+    metadata,
+    Column("eval_id", _EVAL_ID, primary_key=True),
+    *(Column(name, Text) for name in ("run_id", "submitter", "language", "executor_id")),
+    Column("status", Text, nullable=False),
+    Column("hour", _TIME),
+    Column("passed", Boolean, nullable=False),
+    Column("score", Double),
+    Column("duration_ms", Double),
+    Column("memory_bytes", BigInteger),
+)
+
+# Finished evaluations by hour of `finished_at` and by one dimension: "", status, language, submitter, executor or run.
+# `value_key` is a hash of the value, which may be too long for an index.
+statistics = Table(
+    "statistics",
+    metadata,
+    Column("dimension", Text, primary_key=True),
+    Column("value_key", LargeBinary, primary_key=True),
+    Column("hour", _TIME, primary_key=True),
+    Column("value", Text),
+    *_summary(),
+    Index("statistics_by_hour", "dimension", "hour"),
+    postgresql_with={"fillfactor": "70"},
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", _EVAL_ID, primary_key=True),
+    # What a client declared.
+    Column("expected", BigInteger),
+    Column("closed", Boolean, nullable=False, server_default=text("false")),
+    # The submitter of all its evaluations, unless `is_mixed`.
+    Column("submitter", Text),
+    Column("is_mixed", Boolean, nullable=False, server_default=text("false")),
+    *_summary(),
+    Column("first_at", _TIME, nullable=False, server_default=_NOW),
+    Column("last_at", _TIME, nullable=False, server_default=_NOW),
+    # When its end was announced; NULL while it is open.
+    Column("finished_at", _TIME),
+    # 1: declared, 2: counted since it was checked for its end.
+    Column("changes", SmallInteger, nullable=False, server_default=text("0")),
+    Index("runs_by_time", "first_at", "run_id"),
+    Index("runs_to_check", "run_id", postgresql_where=text("changes > 0")),
+    postgresql_with={"fillfactor": "70"},
+)
+
 # Who is sent confirmations over HTTP. `secret` signs them, so it is kept as it is. evalstore/storage/webhooks.py
 webhooks = Table(
     "webhooks",
@@ -250,6 +325,64 @@ webhook_deliveries = Table(
     postgresql_with={"fillfactor": "70"},
 )
 
+# Findings of the anomaly detector. evalstore/storage/anomalies.py
+anomalies = Table(
+    "anomalies",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("sink", Text, nullable=False),
+    Column("kind", Text, CheckConstraint("kind IN ('drift', 'outlier')"), nullable=False),
+    Column("dimension", Text, CheckConstraint("dimension IN ('language', 'submitter', 'executor')"), nullable=False),
+    Column("value", Text, nullable=False),
+    # Stands for dimension and value in an index: a value may be longer than an entry.
+    Column("group_key", Text, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("expected", Double, nullable=False),
+    Column("observed", Double, nullable=False),
+    Column("occurrences", Integer, nullable=False, server_default=text("1")),
+    # The first and the last evaluations that show it.
+    Column("eval_ids", ARRAY(_EVAL_ID), nullable=False),
+    Column("detected_at", _TIME, nullable=False, server_default=_NOW),
+    Column("first_at", _TIME, nullable=False),
+    Column("last_at", _TIME, nullable=False),
+    Column("state", Text, CheckConstraint("state IN ('open', 'acknowledged')"), nullable=False, server_default=text("'open'")),
+    Column("acknowledged_by", Text),
+    Column("acknowledged_at", _TIME),
+    Column("reason", Text),
+    Index("anomalies_by_time", "detected_at", "id"),
+    Index("anomalies_open", "detected_at", "id", postgresql_where=text("state = 'open'")),
+    Index("anomalies_by_group", "group_key", "metric", "kind", "last_at"),
+    Index("anomalies_by_evaluation", "eval_ids", postgresql_using="gin"),
+)
+
+# How far each detector has come, and the process that works on it. evalstore/storage/detector_state.py
+anomaly_detectors = Table(
+    "anomaly_detectors",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("owner", Uuid, nullable=False),
+    Column("library", Text, nullable=False),
+    Column("cursor", JSONB),
+    Column("latest", _TIME),
+    # In a replay of the log, events up to here are skipped, or learned without a finding.
+    Column("skip_until", _TIME),
+    Column("silent_until", _TIME),
+    postgresql_with={"fillfactor": "50"},
+)
+
+# What a detector has learned of each group, with the SHA-256 of it. `key` is a hash of the group's name.
+anomaly_groups = Table(
+    "anomaly_groups",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("dimension", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("used", BigInteger, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    postgresql_with={"fillfactor": "50"},
+)
+
 # Messages that will not be stored unless an operator acts, as received, each with its error.
 dead_letters = Table(
     "dead_letters",
@@ -311,6 +444,48 @@ redrives = Table(
     Column("finished_at", _TIME),
     Index("redrives_by_time", "asked_at"),
     Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+)
+
+# Replays that jobs of the workers do.
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("asked_at", _TIME, nullable=False, server_default=_NOW),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("write", Boolean, nullable=False),
+    Column("rate", Double),
+    Column(
+        "state",
+        Text,
+        CheckConstraint("state IN ('running', 'done', 'cancelled', 'failed')"),
+        nullable=False,
+        server_default=text("'running'"),
+    ),
+    Column("error", Text),
+    Column("total", BigInteger, nullable=False),
+    Column("paced_until", _TIME),
+    Column("started_at", _TIME),
+    Column("finished_at", _TIME),
+    Index("replays_by_time", "asked_at"),
+    Index("replays_running", "id", postgresql_where=text("state = 'running'")),
+)
+
+# One job works through each range: the ids after `position` up to `last`, or to the end without it.
+replay_ranges = Table(
+    "replay_ranges",
+    metadata,
+    Column("replay", Uuid, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("position", _EVAL_ID, nullable=False),
+    Column("last", _EVAL_ID),
+    Column("is_done", Boolean, nullable=False, server_default=text("false")),
+    Column("evaluations", BigInteger, nullable=False, server_default=text("0")),
+    Column("different", BigInteger, nullable=False, server_default=text("0")),
+    Column("unrepairable", BigInteger, nullable=False, server_default=text("0")),
+    Column("differences", JSONB, nullable=False, server_default=text("'[]'")),
 )
 
 operator_actions = Table(
