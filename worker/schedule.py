@@ -14,7 +14,9 @@ from dramatiq import Actor, Message
 from periodiq import cron
 
 from evalstore.storage import outbox as stored_confirmations
+from evalstore.storage import overview_samples
 from evalstore.storage.archive import Archive
+from evalstore.telemetry import queues
 from models.errors import PASSING
 from models.jobs import JOBS, QUEUE
 from models.logs import EventLogger
@@ -122,6 +124,11 @@ class _Jobs:
         with self._connections.connect(_LONGEST_S) as conn:
             moved = dead_letter_mover.move(conn, self._broker, self._scripts, go_on=time_budget())
             return {"moved": moved, **redrive_job.sweep(conn, self._broker, self._settings.max_content_bytes)}
+
+    def sample_overview(self) -> dict[str, float]:
+        seen = queues.snapshot(self._broker)
+        with self._connections.connect(_LONGEST_S) as conn:
+            return overview_samples.add(conn, queues.totals(seen))
 
     @cached_property
     def _archive(self) -> Archive | None:

@@ -155,6 +155,8 @@ async def _show(
     if viewer is None:
         return sign_in.to_login(request)
     if viewer.is_restricted and not for_restricted:
+        if address == "/console" and not wants_json(request):
+            return RedirectResponse("/console/evaluations", 303)
         raise Problem(404, "not-found", "there is no such page for this key")
     found = await function(View(request, service_of(request), viewer))
     if isinstance(found, Response):

@@ -112,7 +112,8 @@ def page(request: Request, template: str, values: Mapping[str, Any], status: int
     """Return a page. Scripts and styles come from files only: the browser runs nothing that the page itself holds."""
     nonce = secrets.token_urlsafe(16)
     root = request.scope.get("root_path", "")
-    body = environment().get_template(template).render(root=root, nonce=nonce, **values).encode("utf-8", "backslashreplace")
+    shown = environment().get_template(template).render({**values, "root": root, "nonce": nonce})
+    body = shown.encode("utf-8", "backslashreplace")
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "form-action 'self'; frame-ancestors 'none'; base-uri 'none'; require-trusted-types-for 'script'; trusted-types htmx"

@@ -46,3 +46,8 @@ def mount(app: FastAPI, settings: Settings) -> None:
     """Add the console to the service, unless it is off."""
     app.state.console_entries = [entry for module in MODULES for entry in module.pages.entries]
     app.router.routes.extend(routes(settings))
+
+
+def close(app: FastAPI) -> None:
+    """Close what the pages opened."""
+    overview.close(app)
