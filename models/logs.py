@@ -46,6 +46,20 @@ LOGS: Final = (
         "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
+    # Recordings, in senders.
+    Entry(
+        "recording_delayed",
+        "warning",
+        "the start of evaluation %.200s is not sent yet; it goes with the ending: %s",
+        ("eval_id", "error"),
+    ),
+    Entry(
+        "recording_unsent",
+        "error",
+        "%d events of evaluation %.200s are not sent, set EVALSTORE_SPOOL_DIR to keep them on disk: %s",
+        ("events", "eval_id", "error"),
+    ),
+    Entry("recording_invalid", "error", "the recording of evaluation %.200s is invalid: %s", ("eval_id", "error")),
     # Sinks.
     Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
     Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),
@@ -67,6 +81,15 @@ LOGS: Final = (
     ),
     Entry("sink_events_gone", "warning", "sink %s: %d events of the outbox are in the event log no longer", ("sink", "events")),
     Entry("sink_defect", "critical", "sink %s: unexpected error, trying again: %r", ("sink", "error")),
+    Entry(
+        "anomalies_detected", "warning", "sink %s found %d anomalies; `evalstore anomalies ls` says more", ("sink", "findings")
+    ),
+    Entry(
+        "anomaly_state_rebuilt",
+        "warning",
+        "sink %s learns again from the event log what it knew: its state cannot be read: %s",
+        ("sink", "error"),
+    ),
     Entry(
         "webhook_disabled",
         "error",

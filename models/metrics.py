@@ -7,6 +7,8 @@ as they are counted; keep them few.
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
+from models.anomalies import ANOMALY_KINDS, ANOMALY_METRICS
+
 Kind = Literal["counter", "gauge", "histogram"]
 # The source of the value: a group of processes, or Redis and PostgreSQL (`servers`).
 Source = Literal["worker", "api", "sinks", "any", "servers"]
@@ -325,6 +327,13 @@ METRICS: Final = (
         "Attempts to deliver to the subscriptions that there are, by outcome.",
         "servers",
         {"outcome": ("delivered", "failed")},
+    ),
+    Metric(
+        "evalstore_anomalies_open",
+        "gauge",
+        "Findings of the anomaly detector that nobody has acknowledged, counted up to 100,000.",
+        "servers",
+        {"metric": ANOMALY_METRICS, "kind": ANOMALY_KINDS},
     ),
     Metric(
         "evalstore_evaluations_open",

@@ -14,6 +14,7 @@ from models.addresses import check_database_url, check_host, check_redis_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
+from models.metadata_keys import parse_keys
 from models.networks import parse_networks
 from models.validation_errors import did_you_mean, format_error
 
@@ -92,6 +93,9 @@ class Settings(BaseModel):
         float,
         Field(gt=0, le=_DAY_S, description="seconds after which `send` reports that Redis is unreachable; read by senders"),
     ] = 2
+    inspect: Annotated[
+        Literal["on", "off"], Field(description="whether Inspect AI's evals send their samples; read by senders")
+    ] = "off"
     batch_events: Annotated[
         int, Field(ge=1, le=65536, description="maximum number of events in one transaction; read by workers")
     ] = 2000
@@ -242,6 +246,20 @@ class Settings(BaseModel):
             "filled from the event log; read by workers",
         ),
     ] = 3 * _DAY_S
+
+    indexed_metadata: Annotated[
+        str | None,
+        Field(
+            description="keys of the metadata, separated by commas, that lists filter by with an index; `evalstore migrate` "
+            "builds and drops the indexes; read by CLI"
+        ),
+    ] = None
+
+    @field_validator("indexed_metadata")
+    @classmethod
+    def _names_keys(cls, value: str | None) -> str | None:
+        parse_keys(value)
+        return value
 
     webhook_allow: Annotated[
         str | None,

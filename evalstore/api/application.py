@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from evalstore.api import (
+    anomaly_routes,
     content_routes,
     docs_page,
     event_routes,
@@ -20,6 +21,8 @@ from evalstore.api import (
     list_routes,
     problems,
     record_routes,
+    run_routes,
+    stats_routes,
     stream_routes,
     upload_routes,
     webhook_routes,
@@ -47,11 +50,14 @@ ROUTERS: Final = tuple(
     for module in (
         record_routes,
         list_routes,
+        run_routes,
+        stats_routes,
         stream_routes,
         event_routes,
         content_routes,
         upload_routes,
         webhook_routes,
+        anomaly_routes,
         health_routes,
     )
 )

@@ -34,7 +34,7 @@ from evalstore.storage.erasure import Erased
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.records import RecordView
 from evalstore.telemetry import erasing
-from evalstore.telemetry.erasing import OlderWorkers
+from evalstore.telemetry.erasing import OlderProcesses
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.logs import EventLogger
 from models.settings import Settings
@@ -198,8 +198,8 @@ class Service:
             if not erasure.known(conn, [eval_id]):
                 return None
             try:
-                erasing.refuse_older_workers(broker())
-            except OlderWorkers as error:
+                erasing.refuse_older_processes(conn, broker())
+            except OlderProcesses as error:
                 raise Problem(409, "older-workers", str(error)) from error
             around = erasing.surroundings(self.settings, broker())
             try:

@@ -18,7 +18,6 @@ from models.settings import settings
 app = typer.Typer(help="Create, list and revoke keys of the HTTP service.", no_args_is_help=True)
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-_LIMITS = ("submitter", "run_prefix", "rate")
 _PERIODS_S = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -109,7 +108,8 @@ def list_keys(output_format: OutputOption = Format.table) -> None:
         rows = [_row(key) for key in api_keys.all_keys(conn)]
     if output_format is Format.table:
         for row in rows:
-            limits = ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in _LIMITS if row[name])
+            prefix = f"{row['run_prefix']}*" if row["run_prefix"] else None
+            limits = ", ".join(filter(None, (row["submitter"], prefix, row["rate"])))
             row["name"] += f" ({limits})" if limits else ""
             row |= {name: f"{row[name]:%Y-%m-%d %H:%MZ}" for name in ("created_at", "expires_at") if row[name]}
     columns = ["key_id", "name", "scopes", "state", "created_at", "expires_at"]

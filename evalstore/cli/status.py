@@ -117,6 +117,9 @@ def _lines(snapshot: Snapshot) -> list[tuple[str, str]]:
         lines.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {age(waiting['oldest_age_s'])}"))
     if snapshot.get("redrives_running"):
         lines.append(("redrives", f"{snapshot['redrives_running']:,} running"))
+    for replay in snapshot.get("replays_running", []):
+        counts = f"{replay['evaluations']:,} of about {replay['total']:,} evaluations, {replay['different']:,} different"
+        lines.append(("replay", f"{str(replay['id'])[:8]}: {counts}"))
     if snapshot.get("evaluations") is not None:
         lines.append(
             ("evaluations", ", ".join(f"{count:,} {name}" for name, count in sorted(snapshot["evaluations"].items())) or "none")

@@ -34,6 +34,7 @@ from evalstore.client.responses import (
     Evaluation,
     NotFound,
     Outcome,
+    Run,
     ServiceError,
     ServiceOutage,
     VersionChanged,
@@ -174,7 +175,8 @@ class StorageClient:
     ) -> Iterator[Evaluation]:
         """Yield all matching records without content, newest first. Reads a page at a time while you iterate.
 
-        `filters`: `language`, `submitter`, `executor`, `since`, `until`, `order="oldest"`.
+        `filters`: `run_id`, `language`, `submitter`, `executor_id`, `eval_id_prefix`, `since`, `until`, `sort`,
+        `order="oldest"`.
         """
         query: dict[str, Any] = {"limit": page_size, "cursor": ""}
         query |= {name: _to_text(value) for name, value in filters.items() if value is not None}
@@ -187,6 +189,37 @@ class StorageClient:
             if page["next"] is None:
                 return
             query["cursor"] = page["next"]
+
+    def get_run(self, run_id: str) -> Run:
+        """Return a run with the sums of its evaluations, which are late by some seconds. Raises NotFound."""
+        return Run.model_validate(decode(self._request("GET", _run_path(run_id)).content))
+
+    def list_runs(self, *, page_size: int = 100, **filters: Any) -> Iterator[Run]:
+        """Yield all matching runs, the newest first. Reads a page at a time while you iterate.
+
+        `filters`: `run_id_prefix`, `submitter`, `since`, `until`.
+        """
+        query: dict[str, Any] = {"limit": page_size, "cursor": ""}
+        query |= {name: _to_text(value) for name, value in filters.items() if value is not None}
+        while query["cursor"] is not None:
+            page = decode(self._request("GET", "/storage/runs", params=query).content)
+            yield from map(Run.model_validate, page["runs"])
+            query["cursor"] = page["next"]
+
+    def declare_run(self, run_id: str, *, expected: int | None = None, closed: bool | None = None) -> Run:
+        """Declare how many evaluations a run has, or that it gets no more. It then finishes when none is unfinished."""
+        body = _body({"expected": expected, "closed": closed})
+        return Run.model_validate(decode(self._request("PUT", _run_path(run_id), content=body).content))
+
+    def get_statistics(self, **query: Any) -> list[dict[str, Any]]:
+        """Return rows of statistics of finished evaluations.
+
+        `query`: `group_by` (`status`, `language`, `submitter`, `executor`, `run`), `value`, `bucket` (`hour`, `day`, `month`,
+        `all`), `since`, `until`.
+        """
+        params = {name: _to_text(value) for name, value in query.items() if value is not None}
+        rows: list[dict[str, Any]] = decode(self._request("GET", "/storage/stats", params=params).content)["rows"]
+        return rows
 
     def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
         """Upload content, and return its reference. Send it within days as an event's `output_ref`, `code_ref` or `error_ref`.
@@ -351,6 +384,10 @@ def _pieces(source: BinaryIO, hasher: Any) -> Iterator[bytes]:
 
 def _path(eval_id: str) -> str:
     return f"/storage/evaluations/{quote(eval_id, safe=':@+=~')}"
+
+
+def _run_path(run_id: str) -> str:
+    return f"/storage/runs/{quote(run_id, safe=':@+=~')}"
 
 
 def _now() -> str:

@@ -65,6 +65,30 @@ class Evaluation(Scalars, _Head):
     error_size: int | None = None
 
 
+class Run(BaseModel):
+    """A run with the sums of its evaluations. Quantiles (`p50`, `p95`, `p99`) are within 1 %.
+
+    `pass_rate`: completed with exit code 0, divided by those that ended, cancelled ones left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run_id: str
+    state: str
+    evaluations: int
+    unfinished: int
+    by_status: dict[str, int]
+    pass_rate: float | None
+    mean_score: float | None
+    duration_ms: dict[str, float | None]
+    memory_bytes: dict[str, float | None]
+    expected: int | None
+    closed: bool
+    first_at: datetime
+    last_at: datetime
+    finished_at: datetime | None
+
+
 class Change(BaseModel):
     """A committed change: `type` is that of the confirmation, or `snapshot`: changes before it may have been missed.
 

@@ -9,10 +9,12 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka, webhook
+from evalstore.sinks import anomaly, kafka, webhook
+from evalstore.sinks.anomaly_options import AnomalyOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
+from evalstore.storage import rollups
 from models.errors import InvalidSettings
 from models.extras import how_to_install, is_installed
 from models.validation_errors import did_you_mean, format_error
@@ -40,6 +42,7 @@ class SinkConfig(NamedTuple):
 
 
 _BUILTIN: Final = {
+    "anomaly": Kind(AnomalyOptions, anomaly.create, "anomaly"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }
@@ -81,6 +84,8 @@ def _sink(name: str, table: Any) -> SinkConfig:
     if not isinstance(table, dict):
         raise _Faults(("", "expected a table for each sink, like [kafka-main]"))
     faults = [] if _NAME.fullmatch(name) else [("", "a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -")]
+    if name == rollups.NAME:
+        faults.append(("", "the name of the part that keeps statistics: give the sink another one"))
     builtin, others = _kinds()
     type_ = table.get("type")
     if not isinstance(type_, str) or type_ not in {*builtin, *others}:

@@ -9,11 +9,14 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from evalstore.sinks.protocol import Batch, Sink
+import msgspec
+
+from evalstore.sinks.protocol import Batch, Sink, TakesConfirmations
 from evalstore.sinks.source import Step, to_json
 from evalstore.storage import dead_letters
 from evalstore.storage.dead_letters import DeadLetterInsert
 from evalstore.storage.redrives import SINK_QUEUES
+from models.confirmations import ERASED
 from models.errors import Outage
 from tasks.tracing import release
 
@@ -77,6 +80,8 @@ class Delivery:
                 self._sink.write(Batch(events, to_json(steps[-1].cursor)))
             elif steps[0].is_erased:
                 self._sink.erase(steps[0].eval_id)
+            elif steps[0].confirmation and isinstance(self._sink, TakesConfirmations):
+                self._sink.confirm(steps[0].confirmation)
         except Outage as error:
             raise SinkUnavailable(str(error) or type(error).__name__) from error
 
@@ -104,15 +109,18 @@ def queue_of(name: str) -> str:
 
 
 def _letters(name: str, refused: Sequence[Refused]) -> Iterator[DeadLetterInsert]:
-    for (eval_id, event, *_), error in refused:
-        key = event.event_id if event else "erased"
+    for step, error in refused:
+        eval_id, event = step.eval_id, step.event
+        told = step.confirmation or {"type": ERASED, "eval_id": eval_id}
+        message = event.json if event else msgspec.json.encode(told)
+        key = event.event_id if event else message.decode() if step.confirmation else "erased"
         yield letter(
             uuid5(NAMESPACE_URL, f"evalstore:sink:{name}:{eval_id}:{key}"),
             name,
             error,
             eval_id=eval_id,
             event_id=UUID(event.event_id) if event else None,
-            message=event.json if event else b'{"type":"storage:evaluation:erased","eval_id":"' + eval_id.encode() + b'"}',
+            message=message,
         )
 
 

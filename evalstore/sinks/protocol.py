@@ -69,6 +69,17 @@ class Sink(Protocol):
 
 
 @runtime_checkable
+class TakesConfirmations(Protocol):
+    """A sink that also gets the confirmations that hold no event, in their place: repairs, finished runs, anomalies.
+
+    They are in the outbox alone: a replay of the log brings none.
+    """
+
+    def confirm(self, confirmation: dict[str, Any]) -> None:
+        """Take a confirmation, which has a `type`. Raises as `Sink.write` does."""
+
+
+@runtime_checkable
 class KeepsCursor(Protocol):
     """A sink that stores the cursor in one transaction with the events, and so has each event once."""
 

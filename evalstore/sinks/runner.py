@@ -1,4 +1,4 @@
-"""`evalstore sinks run`: a thread for each sink, and one that keeps their leases."""
+"""`evalstore sinks run`: a thread for each sink, one for statistics, and one that keeps their leases."""
 
 import os
 import signal
@@ -15,9 +15,10 @@ from sqlalchemy import Engine
 
 from evalstore.sinks import config
 from evalstore.sinks.config import SinkConfig
+from evalstore.sinks.statistics import StatisticsWorker
 from evalstore.sinks.worker import SinkWorker
 from evalstore.startup import load_or_exit
-from evalstore.storage import database, sink_cursors
+from evalstore.storage import database, rollups, sink_cursors
 from evalstore.telemetry import exposition, log_setup, process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.errors import InvalidSettings, Outage
@@ -39,7 +40,10 @@ class Runner:
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self._stopping = threading.Event()
         self._engine = engine
-        self._workers = [SinkWorker(sink, engine, owner, self._stopping) for sink in sinks]
+        self._workers = [
+            StatisticsWorker(engine, owner, self._stopping),
+            *(SinkWorker(sink, engine, owner, self._stopping) for sink in sinks),
+        ]
         self._hung = set[str]()
 
     def run(self, counters: Counters) -> None:
@@ -82,12 +86,12 @@ def main() -> None:
     settings = load_or_exit()
     sinks = _load_or_exit(settings)
     log_setup.set_up()
-    engine = database.connect(settings, pool_size=len(sinks) + 1)
+    engine = database.connect(settings, pool_size=len(sinks) + 2)
     runner = Runner(sinks, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
     counters = _serve_metrics(settings)
-    log.info("sinks_started", sinks=", ".join(sink.name for sink in sinks))
+    log.info("sinks_started", sinks=", ".join([rollups.NAME, *(sink.name for sink in sinks)]))
     runner.run(counters)
     sys.stdout.flush()
     os._exit(0)  # a sink that hangs, in a thread or in a library of its own, holds up the end no longer
@@ -95,8 +99,7 @@ def main() -> None:
 
 def _load_or_exit(settings: Settings) -> list[SinkConfig]:
     if settings.sinks_file is None:
-        print("EVALSTORE_SINKS_FILE: not set; it names the file with a table for each sink", file=sys.stderr)
-        sys.exit(2)
+        return []
     try:
         return config.load(settings.sinks_file)
     except InvalidSettings as error:

@@ -17,13 +17,14 @@ log = EventLogger("evalstore.sinks")
 
 
 class Step(NamedTuple):
-    """An event, or the erasure of an evaluation, or nothing but a new place, behind `start` at `mark`."""
+    """An event, the erasure of an evaluation, another confirmation, or nothing but a new place, behind `start` at `mark`."""
 
     eval_id: str
     event: SinkEvent | None
     start: Cursor
     mark: Place | ReplayKey
     is_erased: bool = False
+    confirmation: dict[str, Any] | None = None
 
     @property
     def cursor(self) -> Cursor:
@@ -91,15 +92,15 @@ class Source:
         items = self._outbox.take(conn, most)
         if not items:
             return []
-        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if not item.is_erased])
+        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if item.event_id])
         steps = [self._of(item, found.get((item.eval_id, item.event_id))) for item in items]
-        if gone := sum(step.event is None and not step.is_erased for step in steps):
+        if gone := sum(bool(item.event_id) and step.event is None for item, step in zip(items, steps, strict=True)):
             log.warning("sink_events_gone", sink=self.lease.name, events=gone)
         return steps
 
     def _of(self, item: Item, event: StoredEvent | None) -> Step:
         if event is None:
-            return Step(item.eval_id, None, self.lease.cursor, item.place, item.is_erased)
+            return Step(item.eval_id, None, self.lease.cursor, item.place, item.is_erased, item.confirmation)
         event.fields["version"] = item.version
         return _step(event, self.lease.cursor, item.place, item.status)
 

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine
@@ -18,6 +18,7 @@ from evalstore.storage import dead_letters, redrives, sink_cursors
 from evalstore.storage.database import Watch
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
+from models.confirmations import ERASED
 from models.errors import Outage
 from models.logs import EventLogger
 
@@ -31,6 +32,16 @@ _LETTERS_S: Final = 1.0
 _LETTERS: Final = 100
 _GAP_SHOWN_S: Final = 5.0
 _DATABASE_S: Final = 30.0
+
+
+class Turns(Protocol):
+    """The work under one lease."""
+
+    def take_one(self) -> None:
+        """Do the next piece, or wait for one. Raises LeaseLost, DatabaseOutage."""
+
+    def close(self) -> None:
+        """Give up what is open."""
 
 
 class SinkWorker(threading.Thread):
@@ -67,7 +78,7 @@ class SinkWorker(threading.Thread):
     def _claim_and_work(self, conn: Connection) -> None:
         name = self.config.name
         if not self._created:
-            self.database(conn, sink_cursors.create, name, self.config.options.type)
+            self.create(conn)
             self._created = True
         lease = self.database(conn, sink_cursors.claim, name, self._owner)
         if lease is None:
@@ -75,7 +86,7 @@ class SinkWorker(threading.Thread):
             return
         log.info("sink_claimed", sink=name, position=lease.cursor.place.id)
         self.lease = lease
-        turns = _Turns(self, conn, lease)
+        turns = self.open_turns(conn, lease)
         try:
             while not self._stopping.is_set():
                 turns.take_one()
@@ -84,6 +95,14 @@ class SinkWorker(threading.Thread):
             turns.close()
             with suppress(Outage):
                 self.database(conn, sink_cursors.release, lease)
+
+    def create(self, conn: Connection) -> None:
+        """Make sure that the sink has a cursor."""
+        self.database(conn, sink_cursors.create, self.config.name, self.config.options.type)
+
+    def open_turns(self, conn: Connection, lease: Lease) -> "Turns":
+        """Return the work under a lease."""
+        return _Turns(self, conn, lease)
 
     def database(self, conn: Connection, work: Callable[..., _T], *arguments: Any) -> _T:
         """Call `work` with a connection that breaks where the server does not answer."""
@@ -224,4 +243,6 @@ class _Turns:
 def _step_of(one: SinkLetter, cursor: Cursor) -> Step:
     fields = msgspec.json.decode(one.message)
     event = None if one.event_id is None else SinkEvent(one.eval_id, str(one.event_id), fields["type"], fields)
-    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place)
+    is_erased = fields["type"] == ERASED
+    other = None if event or is_erased else fields
+    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place, is_erased, other)

@@ -4,11 +4,12 @@ One process at a time works on a sink, under a lease by the database's clock. Ea
 write checks the token: a process whose lease was taken over changes nothing any more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+import psycopg
 from psycopg.rows import class_row, dict_row
 from sqlalchemy import Connection
 
@@ -66,8 +67,8 @@ class Lease(NamedTuple):
 
 # A new sink begins with what the outbox still holds. Where that is nothing, it begins before all ids that are being stored.
 _CREATE: Final = """
-INSERT INTO sinks (name, type, position, recorded_at, timeline)
-SELECT %s, %s, coalesce(first.id - 1, greatest(0, last.id - 1000)), coalesce(first.recorded_at, now()), {timeline}
+INSERT INTO sinks (name, type, missed, position, recorded_at, timeline)
+SELECT %s, %s, %s, coalesce(first.id - 1, greatest(0, last.id - 1000)), coalesce(first.recorded_at, now()), {timeline}
 FROM (SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('confirmations', 'id')), 0) AS id) last
 LEFT JOIN (SELECT id, recorded_at FROM confirmations ORDER BY id LIMIT 1) first ON true
 ON CONFLICT (name) DO UPDATE SET type = excluded.type
@@ -76,10 +77,10 @@ ON CONFLICT (name) DO UPDATE SET type = excluded.type
 _TIMELINE: Final = "('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
 
 
-def create(conn: Connection, name: str, type_: str) -> None:
-    """Make sure that the sink has a row. Commits. Raises DatabaseOutage (retry)."""
+def create(conn: Connection, name: str, type_: str, *, replay: bool = False) -> None:
+    """Make sure that the sink has a row. A new one begins with a replay if `replay`. Commits. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
-        database.driver(conn).execute(_CREATE.format(timeline=_TIMELINE).encode(), [name, type_])
+        database.driver(conn).execute(_CREATE.format(timeline=_TIMELINE).encode(), [name, type_, int(replay)])
 
 
 _CLAIM: Final = f"""
@@ -135,7 +136,17 @@ def advance(
 
     Raises LeaseLost, DatabaseOutage (the sink may be given the same again).
     """
-    dead = letters or []
+    with database.errors(), conn.begin():
+        raw = database.driver(conn)
+        move(raw, lease, cursor, delivered, letters or [])
+        if letters:
+            dead_letters.insert(raw, letters)
+
+
+def move(
+    raw: psycopg.Connection[Any], lease: Lease, cursor: Cursor, delivered: int, letters: Sequence[DeadLetterInsert] = ()
+) -> None:
+    """Do as `advance` does, in the caller's transaction and without keeping `letters`. Locks the row of the sink."""
     key = cursor.replay_at
     values = {
         **cursor.place._asdict(),
@@ -145,19 +156,15 @@ def advance(
         "replay_occurred_at": key and key.occurred_at,
         "replay_event_id": key and UUID(key.event_id),
         "delivered": delivered,
-        "dead": len(dead),
+        "dead": len(letters),
         "lease_s": LEASE_S,
         "name": lease.name,
         "token": lease.token,
         "generation": cursor.generation,
-        "error": f"{dead[-1].error_class}: {dead[-1].error_message}"[:1000] if dead else None,
+        "error": f"{letters[-1].error_class}: {letters[-1].error_message}"[:1000] if letters else None,
     }
-    with database.errors(), conn.begin():
-        raw = database.driver(conn)
-        if raw.execute(_ADVANCE, values).rowcount != 1:
-            raise LeaseLost(f"sink {lease.name}: the lease was taken over, or the cursor was moved")
-        if dead:
-            dead_letters.insert(raw, dead)
+    if raw.execute(_ADVANCE, values).rowcount != 1:
+        raise LeaseLost(f"sink {lease.name}: the lease was taken over, or the cursor was moved")
 
 
 _RENEW: Final = """
@@ -197,8 +204,17 @@ _CHECK: Final = "SELECT FROM sinks WHERE name = %s AND lease_token = %s AND gene
 def check(conn: Connection, lease: Lease) -> None:
     """Raise LeaseLost where the sink was paused, moved or taken over. Raises DatabaseOutage."""
     with database.errors(), conn.begin():
-        if database.driver(conn).execute(_CHECK, [lease.name, lease.token, lease.cursor.generation]).rowcount != 1:
-            raise LeaseLost(f"sink {lease.name}: it was paused or moved, or another process works on it")
+        _check(database.driver(conn), _CHECK, lease)
+
+
+def hold(raw: psycopg.Connection[Any], lease: Lease) -> None:
+    """Do as `check` does, in the caller's transaction, and keep other processes out until it ends."""
+    _check(raw, _CHECK + " FOR NO KEY UPDATE", lease)
+
+
+def _check(raw: psycopg.Connection[Any], statement: str, lease: Lease) -> None:
+    if raw.execute(statement.encode(), [lease.name, lease.token, lease.cursor.generation]).rowcount != 1:
+        raise LeaseLost(f"sink {lease.name}: it was paused or moved, or another process works on it")
 
 
 def _write(conn: Connection, statement: str, values: list[Any]) -> None:

@@ -8,7 +8,7 @@ import pendulum
 from periodiq import cron
 from sqlalchemy import Connection
 
-from evalstore.storage import dead_letters, event_store
+from evalstore.storage import dead_letters, event_store, replay_jobs
 from evalstore.storage.dead_letters import Selection
 from evalstore.storage.table_stats import Numbers
 from evalstore.telemetry.backend_stats import BackendStats, CachedProbe
@@ -31,6 +31,7 @@ class StatusProbe:
         self._stats = BackendStats(loaded, patience_s=_TIMEOUT_S)
         self._errors: dict[str, EvalstoreError] = {}
         self._evaluations = self._stats.probe(event_store.count_by_status)
+        self._replays = self._stats.probe(replay_jobs.running)
         self._groups = self._stats.probe(lambda conn: dead_letters.groups(conn, Selection()))
 
     def snapshot(self) -> Snapshot:
@@ -67,6 +68,10 @@ class StatusProbe:
             "oldest_due_s": round(numbers["evalstore_webhook_oldest_due_age_seconds",], 1),
         }
         snapshot["redrives_running"] = int(numbers["evalstore_redrives_running",])
+        snapshot["replays_running"] = [
+            {name: row[name] for name in ("id", "evaluations", "total", "different", "write")}
+            for row in self._replays.get() or []
+        ]
         snapshot["evaluations"] = self._evaluations.get()
         groups = self._groups.get()
         if groups is not None:

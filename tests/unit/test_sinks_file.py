@@ -1,5 +1,7 @@
 """A sinks file is read whole or refused, with every fault at its line."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from evalstore.sinks import config, kafka
 from evalstore.sinks.protocol import Batch, KeepsCursor, SinkEvent
 from models.errors import InvalidSettings
 
+KINDS = ", ".join(sorted(config._BUILTIN))
 GOOD = '[main]\ntype = "kafka"\nbootstrap_servers = "k:9092"\ntopic = "t"\n'
 
 
@@ -40,7 +43,7 @@ def test_all_faults_are_told_with_line_and_key(tmp_path: Path) -> None:
     assert faults(tmp_path, text) == [
         "FILE:5: [main] topik: there is no such key; did you mean topic?",
         "FILE:6: [main] batch_events: expected an integer",
-        "FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are kafka, webhook",
+        "FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are " + KINDS,
         "FILE:11: [a b] a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -",
         "FILE:11: [a b] bootstrap_servers: required",
         "FILE:11: [a b] topic: required",
@@ -74,7 +77,7 @@ def test_what_is_missing_or_no_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="No such file"):
         config.load(tmp_path / "none")
     assert faults(tmp_path, "a = 1\n")[0].endswith("[a] expected a table for each sink, like [kafka-main]")
-    assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are kafka, webhook"]
+    assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are " + KINDS]
 
 
 @pytest.mark.parametrize(("fields", "text"), [({"a": "é"}, '{"a":"é"}'.encode()), ({"a": "\ud800"}, b'{"a":"\\ud800"}')])
@@ -82,3 +85,9 @@ def test_an_event_is_json_whatever_its_content_holds(fields: dict[str, Any], tex
     event = SinkEvent("e", "i", "t", fields)
     assert event.json == text
     assert list(Batch([event])) == [event] == list(Batch([event])[:1])
+
+
+def test_a_kind_of_sink_loads_its_library_when_a_sink_is_made() -> None:
+    code = "import sys, evalstore.sinks.config; print({'river', 'confluent_kafka', 'httpcore'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

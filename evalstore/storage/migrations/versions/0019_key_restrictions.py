@@ -6,8 +6,8 @@ know restrictions: it refuses such a key.
 
 from alembic import op
 
-revision = "0018"
-down_revision = "0014"
+revision = "0019"
+down_revision = "0018"
 
 _COLUMNS = """
 ALTER TABLE api_keys
