@@ -9,7 +9,7 @@ import binascii
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import msgspec
 from starlette.requests import Request
@@ -250,8 +250,3 @@ def answering(function: Callable[[Request], Awaitable[Response]]) -> Callable[[R
         return await _answered(request, lambda: function(request))
 
     return answer
-
-
-def segment(value: str) -> str:
-    """Quote a value for a segment of a path."""
-    return quote(value, safe=":@+=~")

@@ -322,8 +322,8 @@ console_sessions = Table(
     metadata,
     Column("digest", LargeBinary, primary_key=True),
     Column("key_id", Text, nullable=False),
-    Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    Column("used_at", _TIME, nullable=False, server_default=_NOW),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("used_at", TIME, nullable=False, server_default=NOW),
     Index("console_sessions_by_use", "used_at"),
 )
 
@@ -333,14 +333,14 @@ console_links = Table(
     metadata,
     Column("digest", LargeBinary, primary_key=True),
     Column("key_id", Text, nullable=False),
-    Column("expires_at", _TIME, nullable=False),
+    Column("expires_at", TIME, nullable=False),
 )
 
 # What the overview of the console showed at a minute, for its curves of the last day.
 overview_samples = Table(
     "overview_samples",
     metadata,
-    Column("at", _TIME, primary_key=True),
+    Column("at", TIME, primary_key=True),
     Column("numbers", JSONB, nullable=False),
 )
 
