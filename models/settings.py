@@ -324,6 +324,14 @@ class Settings(BaseModel):
             "from elsewhere cannot use the header; read by the API"
         ),
     ] = None
+    console_trace_url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s\"'<>]{1,2000}$",
+            description="address of an evaluation's trace, which the console links to; {eval_id} and {trace_id} are replaced, "
+            "the latter by `trace_id` or `traceparent` of its metadata; read by the API",
+        ),
+    ] = None
     cache_ttl_s: Annotated[
         int, Field(ge=0, le=86_400, description="seconds for which a record is cached; 0: no cache; read by the API")
     ] = 300

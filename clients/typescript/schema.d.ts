@@ -2,7 +2,7 @@
 
 export interface paths {
   "/storage/evaluations/{eval_id}": {
-    /** Read a record The record as it is now. Content up to 64 KiB is in it; of larger content its size, beginning and address. With `as_of` it is the record as it was: `provisional: true` says that a commit under way may still change the answer. */
+    /** Read a record The record as it is now. Content up to 64 KiB is in it; of larger content its size, beginning and address. With `as_of` it is the record as it was: `provisional: true` says that a commit under way may still change the answer. With `wait` the answer comes after that time at the latest: the record as it is then, or 304. An evaluation may be created in that time. */
     get: {
       parameters: {
         path: {
@@ -10,6 +10,7 @@ export interface paths {
         };
         query?: {
           as_of?: string | null;
+          wait?: number | null;
         };
         header?: {
           "If-None-Match"?: string | null;
@@ -32,6 +33,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -90,6 +96,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -177,6 +188,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -201,17 +217,21 @@ export interface paths {
     };
   };
   "/storage/evaluations": {
-    /** List evaluations Records without content, by `created_at`, newest first. By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. With filters such a page may hold fewer than `limit`, even none, although there is a `next`. By `offset` pages are full. If a filter matches so few that this takes more than 5 s, the page holds the matches among the first 200,000, and `next` goes on. */
+    /** List evaluations Records without content, by `created_at`, newest first. By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. Filters by `run_id`, `submitter`, `executor_id`, `eval_id_prefix`, statuses other than `completed`, and metadata keys in EVALSTORE_INDEXED_METADATA use an index. With other filters, or with several, a page may hold fewer than `limit`, even none, although there is a `next`. A cursor belongs to its filters and order. By `offset` pages are full. If a filter matches so few that this takes more than 5 s, the page holds the matches among the first 200,000, and `next` goes on. */
     get: {
       parameters: {
         query?: {
           status?: ("queued" | "running" | "completed" | "failed" | "timed_out" | "cancelled" | "lost")[] | null;
           language?: string | null;
           submitter?: string | null;
+          executor_id?: string | null;
           executor?: string | null;
+          run_id?: string | null;
+          eval_id_prefix?: string | null;
           since?: string | null;
           until?: string | null;
           order?: "newest" | "oldest";
+          sort?: "created_at" | "eval_id" | "duration_ms" | "memory_bytes" | "score" | null;
           limit?: number;
           offset?: number | null;
           cursor?: string | null;
@@ -238,6 +258,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -288,6 +313,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -331,6 +361,278 @@ export interface paths {
       };
     };
   };
+  "/storage/runs": {
+    /** List runs The newest first, by `first_at`. `submitter`: runs all of whose evaluations are of this submitter. With filters a page may hold fewer than `limit`, even none, although there is a `next`. The sums are late by some seconds. */
+    get: {
+      parameters: {
+        query?: {
+          run_id_prefix?: string | null;
+          submitter?: string | null;
+          since?: string | null;
+          until?: string | null;
+          limit?: number;
+          cursor?: string;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["RunPage"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/runs/{run_id}": {
+    /** Read a run Sums of its evaluations, which are late by some seconds. `state` is `finished` when the run was declared complete and no evaluation is queued or running. */
+    get: {
+      parameters: {
+        path: {
+          run_id: string;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Run"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        404: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+    /** Declare a run complete `expected`: the run is complete when it has so many evaluations. `closed`: it is complete as it is. A run that is complete and has no unfinished evaluation left sends `storage:run:finished`. A run may be declared before its first event, but by a key that is restricted to a submitter only after it. */
+    put: {
+      parameters: {
+        path: {
+          run_id: string;
+        };
+      };
+      requestBody: {
+        content: {
+          "application/json": components["schemas"]["RunDeclaration"];
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Run"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        404: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        413: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        415: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/stats": {
+    /** Statistics of finished evaluations Exact counts, and quantiles within 1 %, at most a minute late. The range is rounded outwards to whole buckets, at most 10,000. Buckets and values without evaluations have no row. Lost evaluations have no `finished_at`, so they do not count. */
+    get: {
+      parameters: {
+        query?: {
+          group_by?: "status" | "language" | "submitter" | "executor" | "run" | null;
+          value?: string | null;
+          bucket?: "hour" | "day" | "month" | "all";
+          since?: string | null;
+          until?: string | null;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Statistics"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/stream": {
+    /** Follow changes The confirmation of each change that is committed from now on. A change may come twice: ignore an `updated` whose version is not above the last. Where the place of `Last-Event-ID` is gone, `event: snapshot` comes first: read the evaluations again. */
+    get: {
+      parameters: {
+        query?: {
+          eval_id?: string | null;
+          run_id?: string | null;
+          status?: ("queued" | "running" | "completed" | "failed" | "timed_out" | "cancelled" | "lost")[] | null;
+        };
+        header?: {
+          "Last-Event-ID"?: string | null;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "text/event-stream": string;
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
   "/storage/evaluations/{eval_id}/events": {
     /** Read an event log The events of an evaluation by (`occurred_at`, `event_id`), with content up to 4 KiB. */
     get: {
@@ -360,6 +662,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -416,6 +723,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -500,6 +812,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -567,6 +884,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -641,6 +963,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -711,6 +1038,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -777,6 +1109,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -835,6 +1172,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -872,6 +1214,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -923,6 +1270,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -962,6 +1314,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -1009,6 +1366,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -1065,6 +1427,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -1108,6 +1475,11 @@ export interface paths {
           };
         };
         422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -1168,6 +1540,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -1216,6 +1593,11 @@ export interface paths {
             "application/problem+json": components["schemas"]["Problem"];
           };
         };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
         500: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
@@ -1232,6 +1614,168 @@ export interface paths {
           };
         };
         409: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/anomalies": {
+    /** List anomalies The newest first, by `detected_at`. A key that is restricted to a submitter gets those about the submitter alone. */
+    get: {
+      parameters: {
+        query?: {
+          state?: "open" | "acknowledged" | null;
+          kind?: "drift" | "outlier" | null;
+          dimension?: "language" | "submitter" | "executor" | null;
+          value?: string | null;
+          metric?: string | null;
+          limit?: number;
+          cursor?: string | null;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Anomalies"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/anomalies/{anomaly_id}": {
+    /** Read an anomaly */
+    get: {
+      parameters: {
+        path: {
+          anomaly_id: string;
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Anomaly"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        404: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+      };
+    };
+  };
+  "/storage/anomalies/{anomaly_id}/acknowledge": {
+    /** Acknowledge an anomaly Notes the key and the reason. One that is acknowledged already stays as it is. */
+    post: {
+      parameters: {
+        path: {
+          anomaly_id: string;
+        };
+      };
+      requestBody?: {
+        content: {
+          "application/json": components["schemas"]["Acknowledgement"];
+        };
+      };
+      responses: {
+        200: {
+          content: {
+            "application/json": components["schemas"]["Anomaly"];
+          };
+        };
+        401: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        403: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        422: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        429: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        500: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        503: {
+          content: {
+            "application/problem+json": components["schemas"]["Problem"];
+          };
+        };
+        404: {
           content: {
             "application/problem+json": components["schemas"]["Problem"];
           };
@@ -1470,7 +2014,10 @@ export interface components {
     Page: {
       evaluations: (components["schemas"]["Listed"])[];
       next: string | null;
-      total?: number | null;
+      /** With total=true: the number of matches. */
+      total?: number;
+      /** Whether `total` is estimated: above 1,000,000, or where counting takes more than 5 s. */
+      total_is_estimate?: boolean;
     };
     Logged: {
       event_id: string;
@@ -1497,11 +2044,94 @@ export interface components {
       event_id?: string;
       faults?: (components["schemas"]["Fault"])[];
     };
+    Run: {
+      run_id: string;
+      state: "open" | "finished";
+      evaluations: number;
+      by_status: {
+        queued: number;
+        running: number;
+        completed: number;
+        failed: number;
+        timed_out: number;
+        cancelled: number;
+        lost: number;
+      };
+      pass_rate: number | null;
+      mean_score: number | null;
+      /** Within 1 %. */
+      duration_ms: {
+        p50: number | null;
+        p95: number | null;
+        p99: number | null;
+      };
+      /** Within 1 %. */
+      memory_bytes: {
+        p50: number | null;
+        p95: number | null;
+        p99: number | null;
+      };
+      /** Queued or running. */
+      unfinished: number;
+      expected: number | null;
+      closed: boolean;
+      /** When its first evaluation was stored, or the run declared. */
+      first_at: string;
+      /** When one of its evaluations last changed. */
+      last_at: string;
+      finished_at: string | null;
+    };
+    RunPage: {
+      runs: (components["schemas"]["Run"])[];
+      next: string | null;
+    };
+    RunDeclaration: {
+      expected?: number | null;
+      closed?: boolean;
+    };
+    Statistics: {
+      since: string;
+      until: string;
+      bucket: "hour" | "day" | "month" | "all";
+      group_by: string | null;
+      rows: ({
+        bucket: string | null;
+        status?: string | null;
+        language?: string | null;
+        submitter?: string | null;
+        executor?: string | null;
+        run?: string | null;
+        evaluations: number;
+        by_status: {
+          queued: number;
+          running: number;
+          completed: number;
+          failed: number;
+          timed_out: number;
+          cancelled: number;
+          lost: number;
+        };
+        pass_rate: number | null;
+        mean_score: number | null;
+        /** Within 1 %. */
+        duration_ms: {
+          p50: number | null;
+          p95: number | null;
+          p99: number | null;
+        };
+        /** Within 1 %. */
+        memory_bytes: {
+          p50: number | null;
+          p95: number | null;
+          p99: number | null;
+        };
+      })[];
+    };
     Subscription: {
       /** https; http for networks in EVALSTORE_WEBHOOK_ALLOW alone. */
       url: string;
       /** Types of events or of confirmations; one of them has to match. Empty: all. */
-      event_types?: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased")[];
+      event_types?: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased" | "storage:evaluation:repaired" | "storage:run:finished" | "storage:run:updated" | "storage:anomaly:detected")[];
       /** Empty: all. */
       statuses?: ("queued" | "running" | "completed" | "failed" | "timed_out" | "cancelled" | "lost")[];
       run_id?: string | null;
@@ -1513,7 +2143,7 @@ export interface components {
       /** https; http for networks in EVALSTORE_WEBHOOK_ALLOW alone. */
       url: string;
       /** Types of events or of confirmations; one of them has to match. Empty: all. */
-      event_types: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased")[];
+      event_types: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased" | "storage:evaluation:repaired" | "storage:run:finished" | "storage:run:updated" | "storage:anomaly:detected")[];
       /** Empty: all. */
       statuses: ("queued" | "running" | "completed" | "failed" | "timed_out" | "cancelled" | "lost")[];
       run_id: string | null;
@@ -1537,7 +2167,7 @@ export interface components {
       /** https; http for networks in EVALSTORE_WEBHOOK_ALLOW alone. */
       url: string;
       /** Types of events or of confirmations; one of them has to match. Empty: all. */
-      event_types: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased")[];
+      event_types: ("evaluation:queued" | "evaluation:started" | "evaluation:completed" | "evaluation:failed" | "evaluation:timed_out" | "evaluation:cancelled" | "evaluation:lost" | "storage:evaluation:created" | "storage:evaluation:updated" | "storage:evaluation:erased" | "storage:evaluation:repaired" | "storage:run:finished" | "storage:run:updated" | "storage:anomaly:detected")[];
       /** Empty: all. */
       statuses: ("queued" | "running" | "completed" | "failed" | "timed_out" | "cancelled" | "lost")[];
       run_id: string | null;
@@ -1589,6 +2219,37 @@ export interface components {
     };
     Deliveries: {
       deliveries: (components["schemas"]["Delivery"])[];
+    };
+    Anomaly: {
+      id: string;
+      sink: string;
+      kind: "drift" | "outlier";
+      dimension: "language" | "submitter" | "executor";
+      /** The language, submitter or executor. */
+      value: string;
+      metric: "failure_rate" | "duration_ms" | "memory_bytes" | "output_bytes" | "arrivals_per_minute";
+      /** The level before; of an outlier the mean. */
+      expected: number;
+      /** The latest level or outlier. */
+      observed: number;
+      /** How often it was seen. */
+      occurrences: number;
+      /** The first and the last evaluations that show it. */
+      eval_ids: (string)[];
+      detected_at: string;
+      first_at: string;
+      last_at: string;
+      state: "open" | "acknowledged";
+      acknowledged_by: string | null;
+      acknowledged_at: string | null;
+      reason: string | null;
+    };
+    Anomalies: {
+      anomalies: (components["schemas"]["Anomaly"])[];
+      next: string | null;
+    };
+    Acknowledgement: {
+      reason?: string | null;
     };
     Fault: {
       field: string;

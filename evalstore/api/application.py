@@ -93,6 +93,7 @@ def build(settings: Settings) -> ASGIApp:
             service.feed.stop()
             await service.feed.close()
             await service.rates.close()
+            console.close(app)
             metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)

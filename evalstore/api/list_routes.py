@@ -1,7 +1,7 @@
 """`GET /storage/evaluations`: lists of records, by page or as one stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Final, Literal
 
@@ -103,7 +103,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
         sort=sort,
         since=since,
         until=until,
-        metadata=_metadata_filters(request),
+        metadata=metadata_filters(request, _PARAMETERS),
         oldest_first=order == "oldest",
         visibility=caller.visibility,
     )
@@ -136,13 +136,13 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     return json_response({**body, "total": count.evaluations, "total_is_estimate": count.is_estimate} if count else body)
 
 
-def _metadata_filters(request: Request) -> dict[str, str]:
-    """Return the values of `metadata.KEY`. Raises Problem (422) for an unknown parameter, so that a typo shows."""
+def metadata_filters(request: Request, known: Collection[str]) -> dict[str, str]:
+    """Return the values of `metadata.KEY`. Raises Problem (422) for a parameter that is not `known`, so that a typo shows."""
     filters: dict[str, str] = {}
     faults: list[Fault] = []
     for name, value in request.query_params.multi_items():
         prefix, dot, key = name.partition(".")
-        if name in _PARAMETERS:
+        if name in known:
             continue
         if prefix != "metadata" or not dot or not key:
             faults.append(Fault(name[:100], "unknown parameter: /docs lists them"))

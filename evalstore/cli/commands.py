@@ -28,7 +28,6 @@ COMMANDS: Final = {
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
     "ls": Command("evalstore.cli.ls:ls", "List evaluations without their content, the newest first. Exits 3 if none matches."),
-    "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
     "stats": Command(
         "evalstore.cli.stats:stats",
         "Show counts, pass rates, scores, durations and memory of finished evaluations, by time.",
@@ -57,6 +56,7 @@ COMMANDS: Final = {
         "evalstore.cli.erase:erase",
         "Erase evaluations: records, events, content, dead letters and objects. Late events of theirs are not stored again.",
     ),
+    "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),
     "dlq": Command(

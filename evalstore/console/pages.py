@@ -9,7 +9,7 @@ import binascii
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import msgspec
 from starlette.requests import Request
@@ -155,6 +155,8 @@ async def _show(
     if viewer is None:
         return sign_in.to_login(request)
     if viewer.is_restricted and not for_restricted:
+        if address == "/console" and not wants_json(request):
+            return RedirectResponse("/console/evaluations", 303)
         raise Problem(404, "not-found", "there is no such page for this key")
     found = await function(View(request, service_of(request), viewer))
     if isinstance(found, Response):
@@ -248,8 +250,3 @@ def answering(function: Callable[[Request], Awaitable[Response]]) -> Callable[[R
         return await _answered(request, lambda: function(request))
 
     return answer
-
-
-def segment(value: str) -> str:
-    """Quote a value for a segment of a path."""
-    return quote(value, safe=":@+=~")

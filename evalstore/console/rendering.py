@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -87,6 +88,11 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
+def segment(value: str) -> str:
+    """Quote a value for a segment of a path."""
+    return quote(value, safe=":@+=~")
+
+
 @cache
 def environment() -> Environment:
     """Return the templates of this package."""
@@ -98,7 +104,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    made.filters |= {"text": text, "when": when, "duration": duration, "size": size, "number": number, "visible": visible}
+    made.filters |= {"text": text, "when": when, "duration": duration, "size": size, "number": number}
+    made.filters |= {"visible": visible, "segment": segment}
     made.globals["static"] = static.address
     return made
 
@@ -112,7 +119,8 @@ def page(request: Request, template: str, values: Mapping[str, Any], status: int
     """Return a page. Scripts and styles come from files only: the browser runs nothing that the page itself holds."""
     nonce = secrets.token_urlsafe(16)
     root = request.scope.get("root_path", "")
-    body = environment().get_template(template).render(root=root, nonce=nonce, **values).encode("utf-8", "backslashreplace")
+    shown = environment().get_template(template).render({**values, "root": root, "nonce": nonce})
+    body = shown.encode("utf-8", "backslashreplace")
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "form-action 'self'; frame-ancestors 'none'; base-uri 'none'; require-trusted-types-for 'script'; trusted-types htmx"

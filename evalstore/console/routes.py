@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from evalstore.console import overview, sign_in, static
+from evalstore.console import evaluations, overview, sign_in, static
 from evalstore.console.pages import answering
 from models.settings import Settings
 
-MODULES: Final = (overview,)
+MODULES: Final = (overview, evaluations)
 
 
 async def _to_overview(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
@@ -46,3 +46,8 @@ def mount(app: FastAPI, settings: Settings) -> None:
     """Add the console to the service, unless it is off."""
     app.state.console_entries = [entry for module in MODULES for entry in module.pages.entries]
     app.router.routes.extend(routes(settings))
+
+
+def close(app: FastAPI) -> None:
+    """Close what the pages opened."""
+    overview.close(app)

@@ -17,6 +17,7 @@ from evalstore.objects.object_store import Stores
 from evalstore.storage import content_reader, database, event_writer, rebuild, sessions
 from evalstore.storage.content_reader import Content
 from evalstore.storage.event_writer import BeginResult, Restart, StoredRecord
+from evalstore.storage.row_statements import columns
 from evalstore.storage.visibility import EVERYTHING, Hidden, Visibility
 from models.content import Reference
 from models.errors import DatabaseOutage
@@ -345,9 +346,9 @@ LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.res
 """
 WITH_CONTENT: Final = f"FROM evaluations e {CONTENT_JOINS} WHERE e.eval_id = %s"
 _GET: Final = f"""
-SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
+SELECT {columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
-    {event_writer.columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
+    {columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
 """
 

@@ -13,18 +13,29 @@ from typing import Any, Final, Literal, NamedTuple, Self
 from uuid import UUID
 from zlib import crc32
 
-import msgspec
 import psycopg
 from psycopg.pq import PipelineStatus
 
 from evalstore.storage import database, sessions, tombstones
+from evalstore.storage.row_statements import (
+    CHANGED,
+    INTO_RECORDS,
+    RECORD,
+    RECORD_TYPES,
+    SINGLE,
+    Rows,
+    columns,
+    parameters,
+    texts,
+    values,
+)
 from evalstore.storage.tombstones import text_array
 from models.errors import EvalstoreError
-from models.fields import EVENT_COLUMNS, RECORD_COLUMNS
+from models.fields import EVENT_COLUMNS
 from models.fold import Folded, fold
 from models.merge_state import Undecodable
 from models.metrics import RebuildReason
-from models.record import EventRow, RecordRow, jsonb, rfc3339
+from models.record import EventRow, RecordRow, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
 _PIPELINE_ROWS: Final = 64
@@ -37,19 +48,12 @@ _CONTENT_TYPES: Final = dict(
         strict=True,
     )
 )
-_RECORD_TYPES: Final = {**RECORD_COLUMNS, "merge_state": "bytea", "merge_version": "int4"}
-RECORD: Final = tuple(_RECORD_TYPES)
 # A pooler may hand over a session with temporary tables of another release. The hash in these names keeps them apart.
-_STAGED_RECORDS: Final = f"evalstore_stage_records_{crc32(repr(_RECORD_TYPES).encode()):08x}"
+_STAGED_RECORDS: Final = f"evalstore_stage_records_{crc32(repr(RECORD_TYPES).encode()):08x}"
 _STAGED_EVENTS: Final = f"evalstore_stage_events_{crc32(repr(EVENT_COLUMNS).encode()):08x}"
 
 # Two events with the same id are the same if these columns and the hashes of their contents are equal.
 _COMPARED: Final = [name for name in EventRow._fields if name not in {"eval_id", "event_id", *CONTENTS}]
-
-
-def columns(names: Iterable[str], form: str = "{}") -> str:
-    """Join column names, each formatted with `form`."""
-    return ", ".join(form.format(name) for name in names)
 
 
 # These statements join a temporary table, or rows in JSON, with a table by its primary key. They must use the index at any
@@ -69,18 +73,15 @@ _LOGGED: Final = """
 SELECT e.eval_id, e.event_id FROM unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)
 JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
 """
-_INTO_RECORDS: Final = f"INSERT INTO evaluations ({columns(RECORD)})"
 _HASHES: Final = columns(
     CONTENTS,
     "coalesce(sha256(e.{0}), (SELECT c.sha256 FROM contents c "
     "WHERE c.eval_id = e.eval_id AND c.event_id = e.event_id AND c.kind = '{0}'))",
 )
-_CHANGED: Final = [name for name in RECORD if name != "eval_id"]
 
 _new: Final = tuple.__new__  # Faster than the constructor of a named tuple.
 
 Events = dict[str, list[EventRow]]
-Rows = Collection[tuple[Any, ...]]
 Compared = dict[int, list[Any]]
 
 
@@ -229,11 +230,11 @@ class CopyWriter(EventWriter):
         return {number: same for number, *same in self._cursor.execute(_COMPARE)}
 
     def _stage_records(self, number: int, records: Iterable[Folded]) -> None:
-        self._stage(_STAGED_RECORDS, _RECORD_TYPES)
+        self._stage(_STAGED_RECORDS, RECORD_TYPES)
         _copy(
             self._cursor,
             _STAGED_RECORDS,
-            {"number": "int4"} | _RECORD_TYPES,
+            {"number": "int4"} | RECORD_TYPES,
             ((number, *_row(folded)) for folded in records),
         )
 
@@ -247,11 +248,11 @@ class CopyWriter(EventWriter):
 
 
 _CREATE: Final = f"""
-{_INTO_RECORDS} SELECT {columns(RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
+{INTO_RECORDS} SELECT {columns(RECORD)} FROM {_STAGED_RECORDS} WHERE number = 0 ORDER BY eval_id ON CONFLICT DO NOTHING
 """
 # statement_timestamp(), not now(): this transaction may have begun before another transaction created the record.
 _UPDATE: Final = f"""
-UPDATE evaluations e SET ({columns(_CHANGED)}, updated_at) = ROW({columns(_CHANGED, "s.{}")}, statement_timestamp())
+UPDATE evaluations e SET ({columns(CHANGED)}, updated_at) = ROW({columns(CHANGED, "s.{}")}, statement_timestamp())
 FROM {_STAGED_RECORDS} s WHERE e.eval_id = s.eval_id AND s.number = 1
 """
 _COMPARE: Final = f"""
@@ -280,8 +281,8 @@ class PipelineWriter(EventWriter):
         # Try to create all records: an existing record is left unchanged. Waiting to see which exist would cost a round trip.
         locked = lock(self.conn, list(events))
         new = {eval_id: fold(None, rows) for eval_id, rows in events.items()}
-        statements, parameters = _parameters(_RECORD_TYPES, [_row(folded) for folded in new.values()])
-        inserted = self.conn.execute(statements.create, parameters)
+        statements, given = parameters(RECORD_TYPES, [_row(folded) for folded in new.values()])
+        inserted = self.conn.execute(statements.create, given)
         ids = _ids(events)
         found = self.conn.cursor(binary=True).execute(_LOOK_UP, [*ids, ids[0]])
         existing = records(locked)
@@ -298,18 +299,18 @@ class PipelineWriter(EventWriter):
 
     def write(self, rows: Rows, contents: Rows, changed: Collection[Folded], confirmation: list[Any]) -> None:
         for content in contents:
-            self.conn.execute(_CONTENT_ONE, _texts(content))
-        statements, parameters = _parameters(EVENT_COLUMNS, rows)
-        self.conn.execute(statements.log, parameters)
+            self.conn.execute(_CONTENT_ONE, texts(content))
+        statements, given = parameters(EVENT_COLUMNS, rows)
+        self.conn.execute(statements.log, given)
         if changed:
-            statements, parameters = _parameters(_RECORD_TYPES, [_row(folded) for folded in changed])
-            self.conn.execute(statements.update, parameters)
+            statements, given = parameters(RECORD_TYPES, [_row(folded) for folded in changed])
+            self.conn.execute(statements.update, given)
         confirm(self.conn, confirmation)
 
     def compare(self, rows: dict[int, EventRow]) -> Compared:
         replies = {
             number: self.conn.cursor(binary=True).execute(
-                _COMPARE_ONE, _texts([*(getattr(row, name) for name in _COMPARED), row.eval_id, row.event_id])
+                _COMPARE_ONE, texts([*(getattr(row, name) for name in _COMPARED), row.eval_id, row.event_id])
             )
             for number, row in rows.items()
         }
@@ -330,63 +331,15 @@ def _without_erased(conn: psycopg.Connection[Any], found: set[str], created: dic
     return erased
 
 
-def _values(types: dict[str, str]) -> str:
-    return ", ".join(f"%s::{type_}" for type_ in types.values())
-
-
-class _Statements(NamedTuple):
-    """Statements that take rows either as one parameter for each column of a single row, or as JSON.
-
-    Each statement writes one table: a distributed table cannot be written in a WITH clause.
-    """
-
-    create: str
-    log: str
-    update: str
-
-
-def _statements(*, json: bool) -> _Statements:
-    def source(types: dict[str, str]) -> str:
-        if not json:
-            return f"(VALUES ({_values(types)})) AS s ({columns(types)})"
-        declared = ", ".join(f"{name} {'text' if type_ == 'bytea' else type_}" for name, type_ in types.items())
-        return f"json_to_recordset(%s::json) AS s ({declared})"
-
-    def column(name: str, types: dict[str, str]) -> str:
-        return f"decode(s.{name}, 'base64')" if json and types[name] == "bytea" else f"s.{name}"
-
-    def select(types: dict[str, str]) -> str:
-        return f"SELECT {columns(column(name, types) for name in types)} FROM {source(types)}"
-
-    create = f'{_INTO_RECORDS} {select(_RECORD_TYPES)} ORDER BY s.eval_id COLLATE "C" ON CONFLICT DO NOTHING RETURNING eval_id'
-    log = f"INSERT INTO evaluation_events ({columns(EVENT_COLUMNS)}) {select(EVENT_COLUMNS)}"
-    changed = ", ".join(f"{name} = {column(name, _RECORD_TYPES)}" for name in _CHANGED)
-    update = f"""UPDATE evaluations e SET {changed}, updated_at = statement_timestamp()
-        FROM {source(_RECORD_TYPES)} WHERE e.eval_id = s.eval_id"""
-    return _Statements(create, log, update)
-
-
-_SINGLE: Final = _statements(json=False)
-_MANY: Final = _statements(json=True)
 # This statement must come after the lock and the insert. See `_LOGGED` and `_without_erased`. A row without an event is an
 # erased evaluation.
 _LOOK_UP: Final = f"{_LOGGED} UNION ALL SELECT erased.eval_id, NULL FROM ({tombstones.ERASED}) erased"
-_CONTENT_ONE: Final = f"INSERT INTO contents ({columns(_CONTENT_TYPES)}) VALUES ({_values(_CONTENT_TYPES)})"
+_CONTENT_ONE: Final = f"INSERT INTO contents ({columns(_CONTENT_TYPES)}) VALUES ({values(_CONTENT_TYPES)})"
 _COMPARE_ONE: Final = f"""
-SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({_values({name: EVENT_COLUMNS[name] for name in _COMPARED})}),
+SELECT ({columns(_COMPARED, "e.{}")}) IS NOT DISTINCT FROM ({values({name: EVENT_COLUMNS[name] for name in _COMPARED})}),
     {_HASHES}, e.extra
 FROM evaluation_events e WHERE e.eval_id = %s::text AND e.event_id = %s::uuid
 """
-
-
-def _texts(row: Iterable[Any]) -> list[str | None]:
-    return [None if value is None else _TEXT_OF.get(type(value), str)(value) for value in row]
-
-
-_TEXT_OF: Final[dict[type, Any]] = {
-    dict: lambda value: jsonb(value).decode(),
-    bytes: lambda value: "\\x" + value.hex(),
-}
 
 
 def in_pipeline(conn: psycopg.Connection[Any]) -> AbstractContextManager[object]:
@@ -412,7 +365,7 @@ def confirm(conn: psycopg.Connection[Any], row: list[Any]) -> None:
 
 def update(conn: psycopg.Connection[Any], folded: Folded) -> None:
     """Change a locked record."""
-    conn.execute(_SINGLE.update, _texts(_row(folded)))
+    conn.execute(SINGLE.update, texts(_row(folded)))
 
 
 def records(locked: Iterable[psycopg.Cursor[Any]]) -> dict[str, StoredRecord]:
@@ -433,21 +386,3 @@ def _ids(events: Events) -> list[str]:
 
 def _row(folded: Folded) -> tuple[Any, ...]:
     return *folded.record, folded.merge_state, folded.record.version
-
-
-_JSON: Final = msgspec.json.Encoder()
-
-
-def _parameters(types: dict[str, str], rows: Rows) -> tuple[_Statements, list[str | None]]:
-    """Return the statements for these rows with their parameters. JSON leaves out the columns that are NULL."""
-    if len(rows) == 1:
-        return _SINGLE, [text for row in rows for text in _texts(row)]
-    objects = [
-        {
-            name: msgspec.Raw(jsonb(value)) if type(value) is dict else value
-            for name, value in zip(types, row, strict=True)
-            if value is not None
-        }
-        for row in rows
-    ]
-    return _MANY, [_JSON.encode(objects).decode()]

@@ -11,7 +11,8 @@ import psycopg
 from sqlalchemy import Connection
 
 from evalstore.storage import database, event_writer, sessions
-from evalstore.storage.event_writer import CONTENTS, columns
+from evalstore.storage.event_writer import CONTENTS
+from evalstore.storage.row_statements import columns
 from models.fold import Folded, fold
 from models.metrics import RebuildReason
 from models.record import EventRow, promote

@@ -10,8 +10,9 @@ from psycopg import Cursor
 from sqlalchemy import Connection
 
 from evalstore.storage import database, event_store, event_writer, operator_actions, rebuild
-from evalstore.storage.event_writer import RECORD, StoredRecord, columns
+from evalstore.storage.event_writer import StoredRecord
 from evalstore.storage.operator_actions import Intent
+from evalstore.storage.row_statements import RECORD, columns
 from models.fold import Folded
 from models.record import RecordRow
 

@@ -8,7 +8,8 @@ import psycopg
 from sqlalchemy import Connection
 
 from evalstore.storage import database, rebuild
-from evalstore.storage.event_writer import RECORD, StoredRecord, columns
+from evalstore.storage.event_writer import StoredRecord
+from evalstore.storage.row_statements import RECORD, columns
 from models import merge_state
 from models.events import EvaluationLost
 from models.fold import Folded

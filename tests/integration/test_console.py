@@ -168,3 +168,30 @@ def test_the_console_works_below_a_path(start_api: Start) -> None:
     assert "Path=/tools/evalstore/console" in done.headers["set-cookie"]
     page = client.get("/tools/evalstore/console").text
     assert re.findall('href="(/console[^"]*)"', page) == []
+
+
+def test_the_overview_says_each_problem_with_its_repair_and_its_runbook(api: Any) -> None:
+    client = signed_in(api, READ)
+    page, data = client.get("/console"), client.get("/console?format=json").json()
+    assert page.status_code == 200
+    texts = [problem["text"] for problem in data["problems"]]
+    assert any("No worker consumes the queue evaluations" in text for text in texts)
+    sections = {section["anchor"] for section in client.get("/console/runbook?format=json").json()["sections"]}
+    assert {problem["runbook"] for problem in data["problems"]} <= sections
+    for problem in data["problems"]:
+        assert f"/console/runbook#{problem['runbook']}" in page.text
+    assert 'id="evalstoreoutage"' in client.get("/console/runbook").text
+
+
+def streamed(client: httpx.Client) -> str:
+    """The first state that the overview streams."""
+    with client.stream("GET", "/console/live") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                return line
+    pytest.fail("the stream ended")
+
+
+def test_the_overview_is_live(api: Any) -> None:
+    assert "data: " in streamed(signed_in(api, READ))

@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
 from evalstore.storage import event_store, replay
-from evalstore.storage.event_writer import RECORD
+from evalstore.storage.row_statements import RECORD
 from models import Event
 from models.events import parse
 from tasks.confirmations import Confirmations
