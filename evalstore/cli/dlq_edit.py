@@ -30,7 +30,7 @@ from evalstore.cli.dlq_options import (
     select,
     write_file,
 )
-from evalstore.cli.dlq_redrive import DetachOption, follow, refuse_without_redis
+from evalstore.cli.dlq_redrive import DetachOption, follow
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, write_json
 from evalstore.storage import dead_letter_messages as messages
 from evalstore.storage import dead_letters
@@ -42,6 +42,8 @@ from models.errors import InvalidEvent
 from models.events import decode
 from models.settings import settings
 from tasks import store_evaluation
+from tasks.broker import broker
+from tasks.redrives import refuse_without_redis
 
 _MISSING: Final = object()
 
@@ -134,7 +136,7 @@ def edit(  # noqa: PLR0913 - options
         for line in diff:
             notice(escaped(line), {"+": "green", "-": "red"}.get(line[:1], ""))
         confirm("Send the edited message again", 1, yes=yes)
-        refuse_without_redis()
+        refuse_without_redis(broker())
         export_path = new_path(folder)
         write_file([as_json(dead_letter)], export_path)
         notice(f"the old message is in {export_path}")

@@ -47,7 +47,7 @@ def _parser(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 @app.command()
-def create(  # noqa: PLR0913 - options
+def create(  # noqa: PLR0913, PLR0917 - options
     name: Annotated[str, typer.Argument(help="Name of the key's owner, shown in lists.")],
     scope: Annotated[
         list[Scope] | None, typer.Option("--scope", help="What the key may do. May be repeated. admin includes the others.")

@@ -80,7 +80,7 @@ class Shown:
 
 Answer = Mapping[str, Any] | Shown | Response
 Function = Callable[[View], Awaitable[Answer]]
-Action = Callable[[View], Awaitable[Done]]
+Action = Callable[[View], Awaitable[Done | Response]]
 
 
 class Entry(NamedTuple):
@@ -120,7 +120,7 @@ class Pages:
         return declare
 
     def action(self, path: str) -> Callable[[Action], Action]:
-        """Declare an action: a POST of a form with `csrf`, of a viewer who may act. It answers 303 to `Done.location`.
+        """Declare an action: a POST of a form with `csrf`, of a viewer who may act. Answers 303 to `Done.location`, or by itself.
 
         The function takes its reason by `view.intent`, and calls `view.check_count` if it affects many things.
         """
@@ -138,6 +138,12 @@ class Pages:
     def stream(self, path: str, *, for_restricted: bool = False) -> Callable[[Function], Function]:
         """Declare an address that answers by itself, such as a stream or a download. The function returns a Response."""
         return self.page(path, "", "", for_restricted=for_restricted)
+
+
+def render(view: View, template: str, title: str, values: Mapping[str, Any], status: int = 200) -> Response:
+    """Return a page as the answer of an action."""
+    address = view.request.url.path.removeprefix(view.request.scope.get("root_path", ""))
+    return rendering.page(view.request, template, {**values, **frame(view.request, view.viewer, title, address)}, status)
 
 
 async def signed_in(request: Request) -> Viewer | None:
@@ -206,6 +212,8 @@ async def _act(request: Request, function: Action) -> Response:
     if not viewer.may_act:
         raise Problem(403, "forbidden", "an action needs a key with the scope admin")
     done = await function(View(request, service_of(request), viewer, form))
+    if isinstance(done, Response):
+        return done
     if wants_json(request):
         return json_response(done._asdict())
     response = RedirectResponse(done.location, 303)

@@ -7,11 +7,28 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from evalstore.console import evaluations, overview, sign_in, static
+from evalstore.console import (
+    anomalies,
+    archive,
+    audit,
+    dead_letters,
+    evaluations,
+    keys,
+    operations,
+    overview,
+    redrives,
+    sign_in,
+    sinks,
+    static,
+    webhooks,
+)
 from evalstore.console.pages import answering
 from models.settings import Settings
 
-MODULES: Final = (overview, evaluations)
+MODULES: Final = (
+    *(overview, evaluations, dead_letters, redrives, operations, archive, sinks, webhooks, anomalies),
+    *(keys, audit),
+)
 
 
 async def _to_overview(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature

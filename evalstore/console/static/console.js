@@ -57,6 +57,8 @@
   }
 
   document.addEventListener("keydown", onKey);
+  // A hidden tab asks for nothing.
+  document.addEventListener("htmx:config:request", (event) => { if (document.hidden) event.preventDefault(); });
   const button = document.getElementById("show-keys");
   if (button) {
     button.hidden = false;
