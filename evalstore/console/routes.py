@@ -12,6 +12,7 @@ from evalstore.console import (
     archive,
     audit,
     dead_letters,
+    evaluation,
     evaluations,
     keys,
     operations,
@@ -26,7 +27,7 @@ from evalstore.console.pages import answering
 from models.settings import Settings
 
 MODULES: Final = (
-    *(overview, evaluations, dead_letters, redrives, operations, archive, sinks, webhooks, anomalies),
+    *(overview, evaluations, evaluation, dead_letters, redrives, operations, archive, sinks, webhooks, anomalies),
     *(keys, audit),
 )
 
