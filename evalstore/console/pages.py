@@ -120,7 +120,7 @@ class Pages:
         return declare
 
     def action(self, path: str) -> Callable[[Action], Action]:
-        """Declare an action: a POST of a form with `csrf`, of a viewer who may act. `Done` is answered with 303 to its location.
+        """Declare an action: a POST of a form with `csrf`, of a viewer who may act. `Done` becomes 303 to its location.
 
         The function takes its reason by `view.intent`, and calls `view.check_count` if it affects many things.
         """
