@@ -41,7 +41,7 @@ def store(conn: Connection, *, text: str = "judge", prefix: str = "demo") -> lis
                 "run_id": f"{prefix}-{run}",
                 "submitter": text[:1000],
                 "language": text[:1000] if number == 1 else "python",
-                "metadata": {text[:200]: text, "team": "blue"},
+                "metadata": {text[:200]: text[:8000], "team": "blue"},
             }
             results: dict[str, dict[str, Any]] = {
                 "completed": {
@@ -129,8 +129,8 @@ def fill(conn: Connection, redis_url: str, *, text: str = "") -> dict[str, str]:
         raw.execute("UPDATE webhooks SET last_error = %s, failing_since = now() WHERE id = %s", [some, webhook_id])
         raw.execute(
             "INSERT INTO webhook_deliveries (eval_id, id, webhook_id, type, version, state, attempts, status_code, error,"
-            " body, created_at, next_at, finished_at) VALUES ('demo-a-0', %s, %s, 'storage:evaluation:created', 1, 'failed', 3, 500, %s,"
-            " '{}', now(), now(), now())",
+            " body, created_at, next_at, finished_at) VALUES ('demo-a-0', %s, %s, 'storage:evaluation:created', 1, 'failed',"
+            " 3, 500, %s, '{}', now(), now(), now())",
             [delivery_id, webhook_id, some],
         )
         raw.execute(
