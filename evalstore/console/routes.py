@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from evalstore.console import evaluation, evaluations, overview, sign_in, static
+from evalstore.console import evaluation, evaluations, overview, runbook, runs, sign_in, static
 from evalstore.console.pages import answering
 from models.settings import Settings
 
-MODULES: Final = (overview, evaluations, evaluation)
+MODULES: Final = (overview, evaluations, evaluation, runs, runbook)
 
 
 async def _to_overview(request: Request) -> Response:  # noqa: ARG001 - Starlette's signature
