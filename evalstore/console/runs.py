@@ -38,12 +38,13 @@ async def runs(view: View) -> Answer:
     chosen = RunFilter(prefix, submitter, visibility=view.viewer.visibility)
     after = cursors.decode(cursor, chosen) if cursor else None
     found, following = await view.service.run(lambda conn: stored.page(conn, chosen, limit=_LIMIT, after=after))
-    data = {"runs": found, "next": cursors.encode(following, chosen) if following else None}
+    next_cursor = cursors.encode(following, chosen) if following else None
+    data = {"runs": found, "next": next_cursor}
     html = {
         "chosen": chosen,
         "bars": {run["run_id"]: _progress(run) for run in found},
         "first_link": view.link(cursor=None) if cursor else None,
-        "next_link": view.link(cursor=data["next"]) if data["next"] else None,
+        "next_link": view.link(cursor=next_cursor) if next_cursor else None,
     }
     return Shown(data, html)
 
@@ -126,10 +127,9 @@ def _score_bars(scores: list[float]) -> Markup | None:
 @pages.page("/compare", "compare.html", "Compare runs", for_restricted=True)
 async def compare(view: View) -> Answer:
     """Show two runs side by side, and the evaluations whose outcome changed."""
-    names, by, after = (view.query("a", 200), view.query("b", 200)), view.query("by", 1000), view.query("after")
-    if names[0] is None or names[1] is None:
-        return Shown({"runs": []}, {"names": names, "by": by})
-    a, b = names
+    a, b, by, after = view.query("a", 200), view.query("b", 200), view.query("by"), view.query("after")
+    if a is None or b is None:
+        return Shown({"runs": []}, {"names": (a, b), "by": by})
     sides = [await _run(view, a), await _run(view, b)]
     visibility = view.viewer.visibility
     found = await view.service.run(
@@ -137,7 +137,7 @@ async def compare(view: View) -> Answer:
     )
     data = {"runs": sides, "moves": found.moves, "changed": found.changed, "next": found.following}
     html = {
-        "names": names,
+        "names": (a, b),
         "by": by,
         "bars": [_progress(side) for side in sides],
         "compared": run_comparison.COMPARED,

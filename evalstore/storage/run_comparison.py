@@ -13,6 +13,8 @@ COMPARED: Final = 20_000
 _OUTCOME: Final = (
     "CASE WHEN status = 'completed' THEN CASE WHEN exit_code = 0 THEN 'passed' ELSE 'exit code' END ELSE status END"
 )
+_REST_OF_ID: Final = """CASE WHEN starts_with(eval_id, run_id) THEN substr(eval_id, length(run_id) + 1)
+    WHEN right(eval_id, length(run_id)) = run_id THEN left(eval_id, -length(run_id)) ELSE eval_id END"""
 _SIDE: Final = """
 SELECT DISTINCT ON (key) key, eval_id, status, outcome, score, duration_ms FROM (
     SELECT {key} AS key, eval_id, status, {outcome} AS outcome, score, duration_ms, created_at
@@ -52,12 +54,12 @@ def compare(
     after: str = "",
     visibility: Visibility = EVERYTHING,
 ) -> Comparison:
-    """Compare two runs. `by`: a key of the metadata; without it, `eval_id` without the run's id.
+    """Compare two runs. `by`: a key of the metadata; without it, `eval_id` without the run's id at its beginning or end.
 
     An outcome is `passed` (exit code 0), `exit code`, or the status. Raises DatabaseOutage (retry).
     """
     values: dict[str, Any] = {"a_run": runs[0], "b_run": runs[1], "by": by, "after": after, "limit": limit + 1}
-    key = "replace(eval_id, run_id, '')" if by is None else "metadata ->> %(by)s"
+    key = _REST_OF_ID if by is None else "metadata ->> %(by)s"
     visible = ""
     for at, (condition, value) in enumerate(zip(*visibility.conditions(), strict=True)):
         visible += f" AND {condition.replace('%s', f'%(visible_{at})s')}"

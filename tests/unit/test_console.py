@@ -40,10 +40,12 @@ def test_ranges_forward_hold_every_line_once_with_its_number() -> None:
 
 
 def test_ranges_backward_hold_every_line_once_with_its_number() -> None:
-    read, at, line, seen = reader(LINES), len(LINES), None, []
+    read, at = reader(LINES), len(LINES)
+    line: int | None = None
+    seen: list[tuple[int | None, object]] = []
     while at > 0:
         shown = content_view.before(read, at, line)
-        seen = shown.lines + seen
+        seen = [*shown.lines, *seen]
         at, line = shown.start, shown.first_line
     assert [(number, str(html)) for number, html in seen] == [(number, f"line {number}") for number in range(1, 20_001)]
 
