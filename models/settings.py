@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from models.addresses import check_database_url, check_host, check_redis_url
+from models.addresses import check_database_url, check_endpoint, check_host, check_redis_url, parse_store_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
@@ -33,34 +32,6 @@ _DAY_S: Final = 86_400
 _CENTURY_DAYS: Final = 36_500
 _PEBIBYTE: Final = 1024**5
 _API_PATHS: Final = {"storage", "health", "metrics", "docs", "openapi.json", "console"}
-_BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
-
-
-def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
-    """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
-
-    Raises ValueError, which says what was expected.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in {"file", "s3"}:
-        raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
-    if "?" in rest or "#" in rest or "\0" in unquote(rest):
-        raise ValueError("expected no ? and no #: in a folder's name write %3F and %23")
-    if scheme == "file":
-        host, slash, _ = rest.partition("/")
-        if host not in {"", "localhost"} or not slash:
-            raise ValueError("expected an absolute path, with three slashes: file:///absolute/folder")
-        folder = unquote(rest.removeprefix("localhost"))
-        if folder.strip("/") == "" or ".." in folder.split("/"):
-            raise ValueError("expected a folder below /, and no .. in its path")
-        return "file", folder, ""
-    bucket, _, prefix = rest.partition("/")
-    if not _BUCKET.fullmatch(bucket):
-        raise ValueError("expected s3:// and a bucket's name: 3 to 63 of a-z 0-9 . -")
-    prefix = prefix.strip("/")
-    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
-        raise ValueError("expected a prefix without empty parts, . and ..")
-    return "s3", bucket, prefix
 
 
 class Settings(BaseModel):
@@ -115,6 +86,16 @@ class Settings(BaseModel):
             description="number of processes that a message may crash before it becomes a dead letter; read by workers",
         ),
     ] = 5
+    hook_timeout_s: Annotated[
+        float,
+        Field(gt=0, le=10, description="seconds that a validator or enricher has for a batch of events; read by workers, API"),
+    ] = 2
+    hook_retry_s: Annotated[
+        float,
+        Field(
+            gt=0, le=_DAY_S, description="seconds for which a validator or enricher that is slow is off; read by workers, API"
+        ),
+    ] = 60
     breaker_messages: Annotated[
         int,
         Field(
@@ -223,13 +204,20 @@ class Settings(BaseModel):
         int, Field(ge=1, le=_PEBIBYTE, description="maximum size of EVALSTORE_SPOOL_DIR in bytes; read by senders")
     ] = 1024**3
 
-    @field_validator("spool_dir", "runtime_dir", "sinks_file")
+    @field_validator("spool_dir", "runtime_dir", "sinks_file", "bridge_file")
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
             raise ValueError("expected a path that begins with /")
         return value
 
+    bridge_file: Annotated[
+        Path | None,
+        Field(description="TOML file with the source, channels and fields of `evalstore bridge`; read by the bridge"),
+    ] = None
+    bridge_metrics_port: Annotated[
+        int, Field(ge=0, le=65535, description="port of metrics and health of the bridge, 0 for none; read by the bridge")
+    ] = 9194
     sinks_file: Annotated[
         Path | None, Field(description="TOML file with a table for each sink; read by sinks, and by `evalstore up`")
     ] = None
@@ -394,18 +382,7 @@ class Settings(BaseModel):
     @field_validator("s3_endpoint_url")
     @classmethod
     def _is_an_endpoint(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            _ = parts.port
-        except ValueError:
-            raise ValueError("expected a host, and a port from 0 to 65535") from None
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("expected an address like https://host:port")
-        if parts.username is not None:
-            raise ValueError("expected no user or password in it: credentials come as boto3 finds them")
-        return value
+        return None if value is None else check_endpoint(value)
 
     @field_validator("s3_storage_class")
     @classmethod

@@ -1,4 +1,4 @@
-"""A browser for tests of the console, and what its pages did besides showing themselves."""
+"""Debian's Chromium, driven by Playwright, for tests of the console's pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,10 +7,12 @@ from typing import Any, Final
 
 import pytest
 
-_FLAGS: Final = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage"),
+_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--no-first-run"),
 )
+
+
 _RECORD: Final = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => {
@@ -20,17 +22,26 @@ document.addEventListener("securitypolicyviolation", (event) => {
 
 
 @contextmanager
-def launched() -> Iterator[Any]:
-    """A browser. Skips the test without Playwright or Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is missing: `make setup-integrations` installs it")
-    if (chromium := shutil.which("chromium")) is None:
-        pytest.skip("Chromium is missing: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(_FLAGS))
+def chromium() -> Iterator[Any]:
+    """Give a browser. Skip the test, and say what to install, without one."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on PATH: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: make setup-integrations")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=list(_FLAGS))
         try:
             yield browser
         finally:
             browser.close()
+
+
+def sign_in(page: Any, url: str, key: str) -> None:
+    """Sign in to the console at `url`, as a person does."""
+    page.goto(f"{url}/console/login")
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    page.wait_for_url(f"{url}/console**")
 
 
 class Watched:
@@ -54,10 +65,7 @@ class Watched:
             self.faults.append(f"request {address}")
 
     def sign_in(self, key: str) -> None:
-        self.page.goto(f"{self.url}/console/login")
-        self.page.get_by_label("API key").fill(key)
-        self.page.get_by_role("button", name="Sign in").click()
-        self.page.wait_for_url("**/console")
+        sign_in(self.page, self.url, key)
 
     def show(self, path: str) -> None:
         """Go to a page, wait until its scripts have run, and note what it must not do."""

@@ -1939,6 +1939,8 @@ export interface components {
       finished_at: string | null;
       created_at: string;
       updated_at: string;
+      /** Where enrichers are installed: what they returned for its events. */
+      enrichment?: Record<string, unknown>;
       /** Where `metadata` is less than its events gave. */
       metadata_truncated?: true;
       /** With `as_of`: where a commit under way may still change the answer. */

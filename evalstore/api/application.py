@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
 
+from evalstore import hooks
 from evalstore.api import (
     anomaly_routes,
     content_routes,
@@ -75,6 +76,8 @@ def build(settings: Settings) -> ASGIApp:
     served = (*routes, *console.routes(settings))
     metrics = ApiMetrics(settings, ((method, route.path) for route in served for method in route.methods or ()))
 
+    called = hooks.load_or_exit(settings, metrics.counters)
+
     @asynccontextmanager
     async def lifespan(app: DocumentedApp) -> AsyncIterator[dict[str, Any]]:
         log_setup.set_up("uvicorn", "uvicorn.access")
@@ -83,7 +86,7 @@ def build(settings: Settings) -> ASGIApp:
             log.warning("request_head_unbounded")
         traces = tracing.start(SERVICE)
         metrics.share()
-        service = app.state.service = Service(settings, metrics)
+        service = app.state.service = Service(settings, metrics, called)
         background = [asyncio.create_task(_report_progress(service)), asyncio.create_task(_warn_not_durable(service))]
         try:
             yield {"stop_following": service.feed.stop}

@@ -21,6 +21,7 @@ from evalstore.api.service import Service, service_of
 from evalstore.api.write_requests import Line
 from evalstore.storage import conditional, records
 from evalstore.storage.conditional import EvaluationErased
+from evalstore.storage.event_store import Outcome, Stored
 from evalstore.storage.visibility import Hidden
 from models.errors import EventIdReused, Fault
 from models.events import decode, identity
@@ -70,9 +71,12 @@ async def send(
         raise invalid(line.faults)
     if async_writes.is_preferred(prefer, caller):
         return await async_writes.send(service, write)
-    (outcome,), stored = await service.thread(
-        lambda: service.write(1, lambda conn, trace: conditional.store(conn, [write], trace, caller.visibility))
-    )
+
+    def store() -> tuple[list[Outcome], Stored]:
+        seen = write._replace(enrichment=service.hooks.check(write.event)) if service.hooks else write
+        return service.write(1, lambda conn, trace: conditional.store(conn, [seen], trace, caller.visibility))
+
+    (outcome,), stored = await service.thread(store)
     service.metrics.events(outcome)
     service.metrics.stored(stored)
     if outcome == "reused":
@@ -109,6 +113,8 @@ async def _batch(request: Request, caller: Caller, eval_id: str | None, key: str
         def work() -> list[dict[str, Any]]:
             lines = write_requests.lines(body, eval_id, key, service.settings.max_content_bytes, fast=not is_async)
             lines = _check_references(service, caller, lines)
+            if service.hooks and not is_async:
+                lines = _seen_by_hooks(service, lines)
             if not is_async:
                 lines, outcomes = _store(service, caller, lines)
             else:
@@ -128,6 +134,20 @@ def _check_references(service: Service, caller: Caller, lines: Sequence[Line]) -
     faults = references.faults(service, caller, [line.request.event if line.request else None for line in lines])
     pairs = zip(lines, faults, strict=True)
     return [line._replace(request=None, faults=wrong) if wrong else line for line, wrong in pairs]
+
+
+def _seen_by_hooks(service: Service, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines with what enrichers give; those that a validator refuses become invalid."""
+    valid = [at for at, line in enumerate(lines) if line.request]
+    refused, enrichments = service.hooks.run([line.request.event for line in lines if line.request])
+    seen = [*lines]
+    for number, at in enumerate(valid):
+        request = seen[at].request
+        if error := refused.get(number):
+            seen[at] = seen[at]._replace(request=None, faults=error.faults)
+        elif request and number in enrichments:
+            seen[at] = seen[at]._replace(request=request._replace(enrichment=enrichments[number]))
+    return seen
 
 
 def _store(service: Service, caller: Caller, lines: list[Line]) -> tuple[list[Line], list[str]]:

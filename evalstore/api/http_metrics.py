@@ -5,6 +5,7 @@ from typing import Final
 
 from starlette.types import Scope
 
+from evalstore import hooks
 from evalstore.storage.event_store import Stored
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
@@ -36,6 +37,7 @@ class ApiMetrics:
             "method": [*_METHODS, "other"],
             "route": [*sorted({path for _, path in known}), "unknown"],
             "status": [*map(str, _STATUSES), "other"],
+            "hook": hooks.names(),
         }
         self._values = {name: frozenset(each) for name, each in values.items()}
         self.layout = Schema(counted_by("api"), values)

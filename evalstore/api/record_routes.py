@@ -131,7 +131,8 @@ async def create(request: Request, caller: Writer, idempotency_key: IdempotencyK
             return await async_writes.send(service, await service.thread(parse))
 
         def store() -> tuple[Event | EventRow, Outcome]:
-            (write,) = service.event_times.for_database([parse()])
+            write = _seen_by_hooks(service, parse())
+            (write,) = service.event_times.for_database([write])
             return write.event, service.write(1, lambda conn, trace: conditional.create(conn, write, trace, caller.visibility))
 
         event, outcome = await service.thread(store)
@@ -177,10 +178,13 @@ async def update(
             attempt = change.attempt or await _attempt(service, eval_id)
             return await async_writes.send(service, await service.thread(lambda: change.make(attempt)))
 
-        def make(attempt: int) -> WriteRequest:
-            return service.event_times.for_database([change.make(attempt)])[0]
-
         def store() -> tuple[WriteRequest, Outcome, Stored]:
+            # Before the transaction, in which the record is locked. There the attempt may become that of the record.
+            enrichment = _seen_by_hooks(service, change.make(change.attempt or 1)).enrichment if service.hooks else None
+
+            def make(attempt: int) -> WriteRequest:
+                return service.event_times.for_database([change.make(attempt)])[0]._replace(enrichment=enrichment)
+
             return service.write(
                 1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace, caller.visibility)
             )
@@ -219,6 +223,11 @@ async def erase(
 def _check_references(service: Service, caller: Caller, event: Event | EventRow) -> None:
     if faults := references.faults(service, caller, [event])[0]:
         raise InvalidEvent(faults)
+
+
+def _seen_by_hooks(service: Service, write: WriteRequest) -> WriteRequest:
+    """Return the request with what enrichers give. Raises InvalidEvent if a validator refuses the event."""
+    return write._replace(enrichment=service.hooks.check(write.event)) if service.hooks else write
 
 
 async def _attempt(service: Service, eval_id: str) -> int:

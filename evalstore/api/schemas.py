@@ -65,6 +65,9 @@ _STATE: Final[dict[str, Schema]] = {
 _TRUNCATED: Final[dict[str, Schema]] = {
     "metadata_truncated": {"const": True, "description": "Where `metadata` is less than its events gave."}
 }
+_ENRICHMENT: Final[dict[str, Schema]] = {
+    "enrichment": {"type": "object", "description": "Where enrichers are installed: what they returned for its events."}
+}
 _PROVISIONAL: Final[dict[str, Schema]] = {
     "provisional": {"const": True, "description": "With `as_of`: where a commit under way may still change the answer."}
 }
@@ -316,7 +319,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Record": {
         "type": "object",
-        "properties": {**_STATE, **_TRUNCATED, **_PROVISIONAL, **_CONTENTS},
+        "properties": {**_STATE, **_ENRICHMENT, **_TRUNCATED, **_PROVISIONAL, **_CONTENTS},
         "required": [*_STATE, "code", "output", "error"],
         "examples": [{"eval_id": "run-1", "status": "completed", "attempt": 1, "version": 3, "exit_code": 0, "output": "1\n"}],
     },

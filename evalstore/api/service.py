@@ -26,6 +26,7 @@ from evalstore.api.problems import Problem, refuse_compressed, unavailable
 from evalstore.api.rate_limit import RateLimiter
 from evalstore.api.record_cache import RecordCache, Rendered, SharedCache
 from evalstore.api.rendering import render
+from evalstore.hooks import Hooks
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store, Stores
 from evalstore.storage import api_keys, as_of, database, erasure, records
@@ -65,8 +66,8 @@ log = EventLogger("evalstore.api")
 class Service:
     """One for each process. Its async methods belong to one event loop."""
 
-    def __init__(self, settings: Settings, metrics: ApiMetrics) -> None:
-        self.settings, self.metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: ApiMetrics, hooks: Hooks) -> None:
+        self.settings, self.metrics, self.hooks = settings, metrics, hooks
         self.had_schema = False
         self._engine = database.connect(settings, pool_size=THREADS, statement_timeout_s=WORK_S)
         self.export_engine = database.connect(settings, pool_size=EXPORTS, statement_timeout_s=WORK_S)

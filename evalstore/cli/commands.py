@@ -56,6 +56,10 @@ COMMANDS: Final = {
         "evalstore.cli.erase:erase",
         "Erase evaluations: records, events, content, dead letters and objects. Late events of theirs are not stored again.",
     ),
+    "bridge": Command(
+        "evalstore.cli.bridge:bridge",
+        "Listen to an old platform's pub/sub, and send what it publishes as events, until SIGTERM or Ctrl-C.",
+    ),
     "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),

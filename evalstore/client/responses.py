@@ -52,6 +52,7 @@ class Evaluation(Scalars, _Head):
 
     metadata: dict[str, Any] = {}
     metadata_truncated: bool = False
+    enrichment: dict[str, Any] | None = None
     queued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None

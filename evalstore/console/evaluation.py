@@ -5,11 +5,13 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
+from markupsafe import Markup
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -97,7 +99,7 @@ def _content(part: ContentView, language: str | None) -> dict[str, Any]:
     if is_binary:
         return {"size": part.size, "rows": content_view.hex_rows(data[:512], 0), "lines": None, "is_whole": part.size <= 512}
     if language is not None:
-        lines = [(at, line) for at, line in enumerate(highlight.lines(content_view.text_of(data), language), 1)]
+        lines: list[tuple[int | None, Markup]] = [*enumerate(highlight.lines(content_view.text_of(data), language), 1)]
     else:
         lines = content_view.after(lambda start, stop: iter([data[start:stop]]), len(data), 0, 1).lines
     return {"size": part.size, "rows": None, "lines": lines, "is_whole": part.size <= len(data)}
@@ -167,9 +169,7 @@ async def _pieces(request: Request, viewer: Viewer, eval_id: str) -> AsyncIterat
         if viewer.key_id is not None and await service.access.find_by_id(viewer.key_id) is None:
             return
         before = shown_version
-        record = await following.until(
-            request, service, eval_id, lambda found, seen=before: _row_version(found) != seen, _WAIT_S
-        )
+        record = await following.until(request, service, eval_id, partial(_is_other, before), _WAIT_S)
         if record is None or await request.is_disconnected():
             return
         if record.row_version == before:
@@ -187,8 +187,8 @@ async def _pieces(request: Request, viewer: Viewer, eval_id: str) -> AsyncIterat
             return
 
 
-def _row_version(record: Rendered | None) -> str:
-    return record.row_version if record is not None else ""
+def _is_other(before: str, record: Rendered | None) -> bool:
+    return record is not None and record.row_version != before
 
 
 def _kind(view: View) -> Kind:

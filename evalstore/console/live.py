@@ -96,7 +96,7 @@ class LiveState:
 def _waiting(snapshot: Snapshot) -> int | None:
     if "queues" not in snapshot:
         return None
-    return sum(queue[state] for queue in snapshot["queues"] for state in ("ready", "inflight", "delayed"))
+    return sum(int(queue[state]) for queue in snapshot["queues"] for state in ("ready", "inflight", "delayed"))
 
 
 def _arriving(before: Live | None, snapshot: Snapshot) -> float | None:
@@ -108,7 +108,7 @@ def _arriving(before: Live | None, snapshot: Snapshot) -> float | None:
     seconds = (at - before.snapshot["at"]).total_seconds()
     if then is None or now is None or not 0 < seconds < 10 * INTERVAL_S:
         return None
-    return round(max(0.0, snapshot["events_per_s"] + (now - then) / seconds), 1)
+    return round(max(0.0, float(snapshot["events_per_s"]) + (now - then) / seconds), 1)
 
 
 def as_json(live: Live) -> dict[str, Any]:

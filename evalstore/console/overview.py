@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from evalstore.console import attention, charts, rendering, runbook
+from evalstore.console import attention, charts, rendering
 from evalstore.console.live import Live, LiveState, as_json
 from evalstore.console.pages import Answer, Pages, Shown, View
 from evalstore.console.viewer import Viewer
@@ -104,10 +104,3 @@ async def _pieces(request: Request, viewer: Viewer) -> AsyncIterator[bytes]:
                 before = shown
     finally:
         request.state.waited_s = loop.time() - began
-
-
-@pages.page("/runbook", "runbook.html", "Runbook", key="b")
-async def show_runbook(_view: View) -> Answer:
-    """Show the runbook."""
-    page = runbook.page()
-    return Shown({"sections": page.sections}, {"body": page.body})

@@ -97,6 +97,16 @@ def segment(value: str) -> str:
     return quote(value, safe=":@+=~")
 
 
+def percent(share: float | None) -> str:
+    """Return a share as a percentage."""
+    return _DASH if share is None else f"{share:.1%}".replace("%", " %")
+
+
+def milliseconds(value: float | None) -> str:
+    """Return a duration that is given in milliseconds."""
+    return _DASH if value is None else duration(value / 1000)
+
+
 @cache
 def environment() -> Environment:
     """Return the templates of this package."""
@@ -109,7 +119,7 @@ def environment() -> Environment:
         auto_reload=False,
     )
     made.filters |= {"text": text, "when": when, "duration": duration, "size": size, "number": number}
-    made.filters |= {"visible": visible, "segment": segment}
+    made.filters |= {"visible": visible, "segment": segment, "percent": percent, "milliseconds": milliseconds}
     made.globals["static"] = static.address
     return made
 

@@ -18,6 +18,8 @@ from evalstore.console import (
     operations,
     overview,
     redrives,
+    runbook,
+    runs,
     sign_in,
     sinks,
     static,
@@ -27,8 +29,8 @@ from evalstore.console.pages import answering
 from models.settings import Settings
 
 MODULES: Final = (
-    *(overview, evaluations, evaluation, dead_letters, redrives, operations, archive, sinks, webhooks, anomalies),
-    *(keys, audit),
+    *(overview, evaluations, evaluation, runs, dead_letters, redrives, operations, archive, sinks, webhooks, anomalies),
+    *(keys, audit, runbook),
 )
 
 

@@ -8,6 +8,10 @@ from typing import Any, Final, NamedTuple
 
 from markupsafe import Markup, escape
 
+from evalstore.console.pages import Answer, Pages, Shown, View
+
+pages = Pages()
+
 _INLINE: Final = re.compile(r"`([^`]+)`|\*\*([^*]+)\*\*|\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -16,6 +20,13 @@ class Runbook(NamedTuple):
 
     body: Markup
     sections: list[dict[str, str]]
+
+
+@pages.page("/runbook", "runbook.html", "Runbook", key="b")
+async def runbook(_view: View) -> Answer:
+    """Show the runbook."""
+    shown = page()
+    return Shown({"sections": shown.sections}, {"body": shown.body})
 
 
 @cache

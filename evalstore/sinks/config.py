@@ -9,8 +9,10 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import anomaly, kafka, webhook
+from evalstore.sinks import anomaly, bigquery, clickhouse, kafka, webhook
 from evalstore.sinks.anomaly_options import AnomalyOptions
+from evalstore.sinks.bigquery_options import BigQueryOptions
+from evalstore.sinks.clickhouse_options import ClickHouseOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
@@ -34,15 +36,17 @@ class Kind(NamedTuple):
 
 
 class SinkConfig(NamedTuple):
-    """A sink as the file names it."""
+    """A sink as the file names it. `create` makes it under the name of one of its ranges."""
 
     name: str
     options: Options
-    create: Callable[[], Sink]
+    create: Callable[[str], Sink]
 
 
 _BUILTIN: Final = {
     "anomaly": Kind(AnomalyOptions, anomaly.create, "anomaly"),
+    "bigquery": Kind(BigQueryOptions, bigquery.create, "bigquery"),
+    "clickhouse": Kind(ClickHouseOptions, clickhouse.create, "clickhouse"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }
@@ -103,7 +107,7 @@ def _sink(name: str, table: Any) -> SinkConfig:
     faults += [(key, "a password stands in no file") for key, value in table.items() if _PASSWORD.search(str(value))]
     if faults:
         raise _Faults(*faults)
-    return SinkConfig(name, options, lambda: kind.create(name, options))
+    return SinkConfig(name, options, lambda range_: kind.create(range_, options))
 
 
 def _fault(options: type[Options], fault: Any) -> tuple[str, str]:

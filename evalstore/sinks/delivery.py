@@ -5,6 +5,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -43,18 +44,20 @@ class Delivery:
     `done`: how many steps of the last call are confirmed or refused. `refused`: those that were refused.
     """
 
-    def __init__(self, name: str, sink: Sink) -> None:
-        self._name, self._sink = name, sink
+    def __init__(self, name: str, sink: Sink, range_name: str | None = None) -> None:
+        self._name, self._sink, self._range_name = name, sink, range_name or name
         self._recent = deque[bool](maxlen=_BREAKER_WINDOW)
+        self._may_repeat = False
         self.done = 0
         self.refused: list[Refused] = []
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Step], *, may_repeat: bool = False) -> None:
         """Give these to the sink. Raises SinkUnavailable: the steps after `done` are to be given again."""
-        self.done, self.refused = 0, []
-        for is_event, group in groupby(steps, lambda step: step.event is not None):
+        self.done, self.refused, self._may_repeat = 0, [], may_repeat
+        # An event that is gone splits no batch: the sink would not recognise the parts.
+        for is_single, group in groupby(steps, lambda step: step.is_erased or step.confirmation is not None):
             run = list(group)
-            for part in [run] if is_event else [[step] for step in run]:
+            for part in [[step] for step in run] if is_single else [run]:
                 self._write(part)
 
     def _write(self, steps: Sequence[Step]) -> None:
@@ -72,12 +75,16 @@ class Delivery:
         self._recent.extend([bool(self.refused) and self.refused[-1].step is steps[0]] * len(steps))
         self._break_if_most_are_refused()
 
-    def call(self, steps: Sequence[Step]) -> None:
-        """Give these to the sink at once. Raises SinkUnavailable, and what the sink raises."""
+    def call(self, steps: Sequence[Step], letter_id: UUID | None = None) -> None:
+        """Give these to the sink at once. `letter_id`: of the dead letter that is redriven, which is in no batch.
+
+        Raises SinkUnavailable, and what the sink raises.
+        """
         events = [step.event for step in steps if step.event is not None]
         try:
             if events:
-                self._sink.write(Batch(events, to_json(steps[-1].cursor)))
+                key, may_repeat = _key(self._range_name, steps, letter_id), self._may_repeat or letter_id is not None
+                self._sink.write(Batch(events, to_json(steps[-1].cursor), key, may_repeat))
             elif steps[0].is_erased:
                 self._sink.erase(steps[0].eval_id)
             elif steps[0].confirmation and isinstance(self._sink, TakesConfirmations):
@@ -101,6 +108,12 @@ class Delivery:
     def letters(self) -> list[DeadLetterInsert]:
         """The refused steps as dead letters."""
         return list(_letters(self._name, self.refused))
+
+
+def _key(range_name: str, steps: Sequence[Step], letter_id: UUID | None) -> str:
+    """The steps of a range between two cursors are always the same ones, except for those that were erased."""
+    named = [range_name, letter_id] if letter_id else [range_name, steps[0].cursor, steps[-1].cursor]
+    return sha256(msgspec.json.encode(named)).hexdigest()
 
 
 def queue_of(name: str) -> str:

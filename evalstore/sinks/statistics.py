@@ -15,6 +15,7 @@ from evalstore.sinks.worker import SinkWorker
 from evalstore.storage import outbox_reader, rollups, sink_cursors
 from evalstore.storage.outbox_reader import OutboxRows
 from evalstore.storage.sink_cursors import Cursor, Lease, Place, ReplayKey
+from evalstore.storage.sink_ranges import Range
 
 # An evaluation that changes several times within this time is counted once. Statistics are late by little more.
 INTERVAL_S: Final = 5.0
@@ -24,7 +25,7 @@ _CONFIRMATIONS: Final = 20_000
 _PAGE: Final = 20_000
 
 
-def _no_sink() -> Sink:
+def _no_sink(_name: str) -> Sink:
     raise NotImplementedError("statistics are no sink")
 
 
@@ -33,11 +34,12 @@ class StatisticsWorker(SinkWorker):
 
     def __init__(self, engine: Engine, owner: str, stopping: threading.Event) -> None:
         options = Options(type=rollups.NAME)
-        super().__init__(SinkConfig(rollups.NAME, options, _no_sink), engine, owner, stopping)
+        super().__init__(SinkConfig(rollups.NAME, options, _no_sink), Range(rollups.NAME), engine, owner, stopping)
 
-    def create(self, conn: Connection) -> None:
+    def create(self, conn: Connection) -> bool:
         """A new cursor begins with a sweep of all evaluations."""
         self.database(conn, lambda conn: sink_cursors.create(conn, rollups.NAME, rollups.NAME, replay=True))
+        return True
 
     def open_turns(self, conn: Connection, lease: Lease) -> "_Turns":
         """Return the work under a lease."""

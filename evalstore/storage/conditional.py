@@ -22,13 +22,15 @@ from models.record import EventRow
 
 
 class WriteRequest(NamedTuple):
-    """An event to store. `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time.
+    """An event to store, and what enrichers gave for it.
 
-    The time is explicit if the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
+    `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time. The time is explicit if
+    the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
     """
 
     event: Event | EventRow
     has_explicit_time: bool
+    enrichment: dict[str, Any] | None = None
 
 
 class AlreadyQueued(EvalstoreError):
@@ -67,7 +69,7 @@ def store(
     Raises Hidden (nothing is stored), DatabaseOutage (retry).
     """
     events = [request.event for request in requests]
-    stored = event_store.store(conn, events, _traces_of(traceparent), visibility=visibility)
+    stored = event_store.store(conn, events, _traces_of(traceparent), visibility=visibility, enrichments=_enrichments(requests))
     return _at_first_times(conn, requests, stored.outcomes), stored
 
 
@@ -75,9 +77,13 @@ def _store_once(
     conn: Connection, request: WriteRequest, traceparent: str | None, visibility: Visibility
 ) -> tuple[Outcome, event_store.Stored]:
     """Do as `store` does for one event, in a transaction that has begun. Raises Restart, Hidden after a rollback."""
-    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent), visibility)
+    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent), visibility, _enrichments([request]))
     (outcome,) = _at_first_times(conn, [request], stored.outcomes)
     return outcome, stored
+
+
+def _enrichments(requests: Sequence[WriteRequest]) -> dict[int, dict[str, Any]]:
+    return {at: request.enrichment for at, request in enumerate(requests) if request.enrichment}
 
 
 def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:

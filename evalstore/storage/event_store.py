@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
@@ -86,6 +86,7 @@ def store(
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
     visibility: Visibility = EVERYTHING,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction. Commit.
 
@@ -96,7 +97,8 @@ def store(
 
     `traces_of` maps positions of events to their `traceparent`s, empty for none. A confirmation continues the trace of the last
     event that it confirms. `progress` is called while a record is rebuilt from a long log. `visibility` is that of the caller:
-    each record has to be visible before the change and after it.
+    each record has to be visible before the change and after it. `enrichments` maps positions of events to objects, which are
+    kept beside the records if the events are applied.
 
     Raises Hidden (nothing is stored). Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call
     again.
@@ -104,7 +106,7 @@ def store(
     rebuilt = Counter[RebuildReason]()
     for _ in range(TRIES):
         try:
-            stored = store_once(conn, events, traces_of, visibility)
+            stored = store_once(conn, events, traces_of, visibility, enrichments)
         except Restart as restart:
             rebuilt += after_restart(conn, restart, progress)
         else:
@@ -125,6 +127,7 @@ def store_once(
     events: Sequence[Event | EventRow],
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     visibility: Visibility = EVERYTHING,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
     """Do as `store` does, once. The caller may have begun the transaction. Raises Restart, Hidden after a rollback."""
     if not events:
@@ -138,6 +141,8 @@ def store_once(
         event_writer.open_writer(database.driver(conn), conn.connection.info, rows) as writer,
     ):
         plan = _begin(writer, rows, visibility)
+        if enrichments:
+            _enrich(writer, plan, enrichments)
         confirmations = _confirmations(rows, plan, writer.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
@@ -156,6 +161,21 @@ def store_once(
         outcomes = ["erased" if row.eval_id in plan.erased else outcome for row, outcome in zip(rows, outcomes, strict=True)]
     conflicting_results = sum([folded.conflicting_results for folded in plan.records.values()])
     return Stored(outcomes, confirmations, conflicting_results, plan.rebuilt, written_at)
+
+
+def _enrich(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter",
+    plan: "_Plan",
+    enrichments: Mapping[int, dict[str, Any]],
+) -> None:
+    """Keep the enrichments of new events beside their records. Those of repeats are dropped."""
+    added: dict[str, dict[str, Any]] = {}
+    for eval_id, positions in plan.new.items():
+        for position in positions:
+            if enrichment := enrichments.get(position):
+                added[eval_id] = added.get(eval_id, {}) | enrichment
+    if added:
+        writer.enrich(added)
 
 
 @contextmanager
@@ -346,7 +366,7 @@ LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.res
 """
 WITH_CONTENT: Final = f"FROM evaluations e {CONTENT_JOINS} WHERE e.eval_id = %s"
 _GET: Final = f"""
-SELECT {columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
+SELECT {columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at, e.enrichment,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
     {columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
@@ -362,9 +382,12 @@ def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record 
         row = cursor.execute(_GET, [eval_id]).fetchone()
     if row is None:
         return None
-    state, (created_at, updated_at, *data) = RecordRow(*row[: len(RecordRow._fields)]), row[len(RecordRow._fields) : -12]
+    state, (created_at, updated_at, enrichment, *data) = (
+        RecordRow(*row[: len(RecordRow._fields)]),
+        row[len(RecordRow._fields) : -12],
+    )
     view = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
-    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at, "enrichment": enrichment})
 
 
 def _whole(

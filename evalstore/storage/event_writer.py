@@ -35,9 +35,10 @@ from models.fields import EVENT_COLUMNS
 from models.fold import Folded, fold
 from models.merge_state import Undecodable
 from models.metrics import RebuildReason
-from models.record import EventRow, RecordRow, rfc3339
+from models.record import EventRow, RecordRow, jsonb, rfc3339
 
 CONTENTS: Final[tuple[Literal["code", "output", "error"], ...]] = ("code", "output", "error")
+ENRICHMENT_BYTES: Final = 128 * 1024  # jsonb writes spaces that the limit of an event's enrichment does not count.
 _PIPELINE_ROWS: Final = 64
 _PIPELINE_BYTES: Final = 256 * 1024
 
@@ -165,9 +166,23 @@ class EventWriter:
         ((*_, now),) = self._first_reply.fetchall()
         return rfc3339(now)
 
+    def enrich(self, enrichments: dict[str, dict[str, Any]]) -> None:
+        """Add these objects to the enrichments of records that this transaction wrote."""
+        values = [ENRICHMENT_BYTES, [*enrichments], [jsonb(added).decode() for added in enrichments.values()]]
+        self.conn.execute(_ENRICH, values)
+
     def after_commit(self) -> None:
         """Remember for the next call which temporary tables exist."""
         self._info["evalstore_staged"] = self._staged
+
+
+# A key of a later event replaces that of an earlier one. Where all are too much together, the later event's are kept alone.
+_ENRICH: Final = """
+UPDATE evaluations e SET enrichment = CASE
+    WHEN octet_length((coalesce(e.enrichment, '{}') || s.added)::text) <= %s THEN coalesce(e.enrichment, '{}') || s.added
+    ELSE s.added END
+FROM unnest(%s::text[], %s::jsonb[]) AS s (eval_id, added) WHERE e.eval_id = s.eval_id
+"""
 
 
 class CopyWriter(EventWriter):

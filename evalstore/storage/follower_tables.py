@@ -57,6 +57,11 @@ sinks = Table(
     Column("gap_since", TIME),
     Column("delivered_at", TIME),
     Column("created_at", TIME, nullable=False, server_default=NOW),
+    # The cursor at the end of a batch that was begun, and the object that the sink keeps for the next process.
+    Column("batch_limit", JSONB),
+    Column("sink_state", JSONB),
+    # Events stored before this time may have been passed on twice.
+    Column("replayed_until", TIME),
     postgresql_with={"fillfactor": "50"},
 )
 

@@ -9,12 +9,12 @@ storing transaction. Transactions that take no id, the relay's among them, hold 
 import time
 from collections import deque
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, sink_ranges
 from evalstore.storage.sink_cursors import Lease, LeaseLost, Place
 from models.confirmations import ERASED
 
@@ -49,19 +49,21 @@ class _Confirmation(msgspec.Struct, gc=False):
     event_ids: list[str] = []  # of confirmations of other kinds there are none
 
 
+_new = tuple.__new__  # A named tuple's own constructor is several times slower.
 _LINES: Final = msgspec.json.Decoder(_Confirmation)
 
 
 def changed(body: str) -> tuple[set[str], set[str]]:
     """Return the evaluations that the lines of a row name, and those of them that were erased."""
     lines = _LINES.decode_lines(body)
-    erased = {line.eval_id for line in lines if line.type == "storage:evaluation:erased"}
+    erased = {line.eval_id for line in lines if line.type == ERASED}
     return {line.eval_id for line in lines} - {""}, erased
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, gc=False):
     """An event to pass on, or an erasure, or another confirmation without events, and where a sink is that has confirmed it.
 
+    Without an `eval_id` and a confirmation it is a place alone: what is before it belongs to other ranges of the sink.
     `version` is that of the evaluation with this event; `status` that after its commit.
     """
 
@@ -72,6 +74,11 @@ class Item(NamedTuple):
     place: Place
     status: str | None = None
     confirmation: dict[str, Any] | None = None
+
+    @property
+    def is_place(self) -> bool:
+        """Whether it is a place alone."""
+        return not self.eval_id and self.confirmation is None
 
 
 class _Gap:
@@ -147,6 +154,7 @@ class OutboxReader:
 
     def __init__(self, lease: Lease) -> None:
         self._rows = OutboxRows(lease)
+        self._range = sink_ranges.of_row(lease.name)
         self._read = lease.cursor.place
         self._ahead = deque[Item]()
 
@@ -164,15 +172,25 @@ class OutboxReader:
 
     def _add(self, row_id: int, recorded_at: datetime, body: str) -> None:
         before, self._read = self._read, Place(row_id, 0, recorded_at)
-        number = 0
-        for line, text in zip(_LINES.decode_lines(body), body.split("\n"), strict=False):
+        number, last, ahead, offset, is_mine = 0, 0, self._ahead, before.offset, self._range.holds
+        for at_line, line in enumerate(_LINES.decode_lines(body)):
+            if not is_mine(line.eval_id):
+                number += len(line.event_ids) or 1
+                continue
             is_erased = line.type == ERASED
-            other = None if line.event_ids or is_erased else msgspec.json.decode(text, type=dict[str, Any])
+            other = None if line.event_ids or is_erased else msgspec.json.decode(body.split("\n")[at_line], type=dict[str, Any])
             version = line.version - len(line.event_ids)
             for at, event_id in enumerate(line.event_ids or [""], 1):
                 number += 1
-                if number > before.offset:
-                    place = Place(before.id, number, before.recorded_at)
-                    self._ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status, other))
-        if number > before.offset:
-            self._ahead[-1] = self._ahead[-1]._replace(place=self._read)
+                if number > offset:
+                    if ahead and ahead[-1].is_place:
+                        ahead.pop()
+                    last = number
+                    place = _new(Place, (before.id, number, before.recorded_at))
+                    ahead.append(Item(is_erased, line.eval_id, event_id, version + at, place, line.status, other))
+        if last == number > offset:
+            ahead[-1].place = self._read
+        elif number > offset:  # The rest of the row belongs to other ranges. One item after those of this range says so.
+            if ahead and ahead[-1].is_place:
+                ahead.pop()
+            ahead.append(Item(False, "", "", 0, self._read))

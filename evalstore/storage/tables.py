@@ -63,6 +63,8 @@ evaluations = Table(
     Column("merge_version", Integer),
     # The number of repairs by a replay. Each repair changes the ETag.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
+    # What enrichers returned for its events, merged. Not computed from events, so a replay leaves it as it is.
+    Column("enrichment", JSONB),
     # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
     # listing.py.
     Index("evaluations_by_time", "created_at"),

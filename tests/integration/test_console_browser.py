@@ -1,133 +1,128 @@
-"""The console in a browser: the walk of an operator, hostile content, and accessibility."""
+"""The console in a browser: what only a browser shows."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine
 
-from evalstore.storage import api_keys, database, dead_letters, sink_cursors
-from tests import browser, console, payloads
-from tests.chaos.world import World
-from tests.integration.conftest import ADMIN
+from evalstore.storage import database, sink_cursors
+from evalstore.storage.operator_actions import Intent
+from tests.browser import chromium, sign_in
+from tests.integration.conftest import READ
 
-Start = Callable[..., Any]
-
-
-@contextmanager
-def connected(api: Any) -> Iterator[Connection]:
-    engine = database.engine(api.database_url)
-    with engine.connect() as conn:
-        yield conn
-    engine.dispose()
+E = "/storage/evaluations"
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser.launched() as made:
-        yield made
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
 
 
-def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(
-    chromium: Any, start_api: Start, world: World, engine: Engine
-) -> None:
-    api = start_api()
+class Faults:
+    """What went wrong on a page: errors of scripts, refusals of the policy, and requests to other hosts."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.found: list[str] = []
+        page.on("pageerror", lambda error: self.found.append(f"error: {error}"))
+        page.on("console", lambda message: self.found.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: None if request.url.startswith(url) else self.found.append(request.url))
+
+
+@pytest.fixture
+def page(browser: Any, api: Any) -> Iterator[Any]:
+    context = browser.new_context(timezone_id="Asia/Tokyo")
+    made = context.new_page()
+    faults = Faults(made, api.url)
+    sign_in(made, api.url, READ)
+    yield made
+    context.close()
+    assert faults.found == []
+
+
+def test_times_are_local_with_utc_on_hover(api: Any, page: Any) -> None:
+    api.both.post(E, json={"eval_id": "e", "code": "c"})
+    page.goto(f"{api.url}/console/evaluations")
+    time = page.locator("tbody time").first
+    at = datetime.fromisoformat(time.get_attribute("datetime"))
+    assert time.get_attribute("title") == f"{at:%Y-%m-%d %H:%M:%S} UTC"
+    assert time.inner_text() != f"{at:%Y-%m-%d %H:%M:%S}"
+
+
+def test_keys_open_pages_and_rows(api: Any, page: Any) -> None:
+    api.both.post(E, json={"eval_id": "first", "code": "c"})
+    page.keyboard.press("?")
+    assert page.get_by_role("dialog").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("g")
+    page.keyboard.press("e")
+    page.wait_for_url("**/console/evaluations")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") == "eval_id_prefix"
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/console/evaluations/first")
+
+
+def test_a_running_evaluation_is_followed(api: Any, page: Any) -> None:
+    api.both.post(E, json={"eval_id": "e", "code": "c"})
+    page.goto(f"{api.url}/console/evaluations/e")
+    assert page.locator("h1 .status").inner_text() == "queued"
+    api.both.put(f"{E}/e", json={"status": "completed", "exit_code": 0, "output": "it is done\n"})
+    page.get_by_text("it is done").wait_for()
+    assert page.locator("h1 .status").inner_text() == "completed"
+
+
+def test_the_overview_changes_by_itself(api: Any, page: Any) -> None:
+    page.goto(f"{api.url}/console")
+    row = page.locator("tr", has_text="evaluations").first
+    row.wait_for()
+    engine = database.engine(api.database_url)
     with engine.connect() as conn:
-        console.store(conn)
         sink_cursors.create(conn, "kafka-main", "kafka")
-        dead_letters.write(conn, console.letters(9))
-        key, stored = api_keys.create(conn, "operator", ["admin"])
-    world.workers().start()
-    watched = browser.Watched(chromium, api.url)
-    page = watched.page
-    watched.sign_in(key)
+        sink_cursors.set_state(conn, "kafka-main", "paused", Intent("sinks pause", "ann", "a test", {}))
+    engine.dispose()
+    page.get_by_text("The sink kafka-main is paused").wait_for()
 
-    page.get_by_role("link", name="Evaluations", exact=True).click()
-    page.get_by_label("Status").select_option("failed")
-    page.get_by_role("button", name="Filter").click()
-    page.get_by_role("link", name="demo-a-2").click()
-    page.get_by_text("ValueError: judge").first.wait_for()
 
-    page.get_by_role("link", name="Dead letters", exact=True).click()
-    page.get_by_role("link", name="EventIdReused").first.click()
-    page.get_by_role("region", name="Dead letters", exact=True).get_by_role("link").first.click()
-    page.get_by_label("Message").fill(page.get_by_label("Message").input_value().replace('"exit_code": 0', '"exit_code": 42'))
-    page.get_by_role("button", name="Show the difference").click()
-    assert "42" in page.locator(".added").inner_text()
-    page.get_by_label("Reason").fill("a wrong exit code")
-    page.get_by_role("button", name="Send the edited message").click()
-    page.get_by_text("1 of 1 stored").wait_for()
-
-    page.get_by_role("link", name="Dead letters", exact=True).first.click()
-    page.get_by_role("link", name="Redrive all").click()
-    page.get_by_label("Canary").fill("2")
-    page.get_by_label("Reason").fill("the workers are mended")
-    page.get_by_role("button", name="Send 8 again").click()
-    page.get_by_text("8 of 8 stored").wait_for()
-
-    page.get_by_role("link", name="Sinks", exact=True).click()
-    page.get_by_role("link", name="kafka-main").click()
-    page.get_by_label("Reason").first.fill("the broker is moved")
-    page.get_by_role("button", name="Pause").click()
-    page.get_by_text("kafka-main is paused").wait_for()
-
-    page.get_by_role("link", name="Audit", exact=True).click()
-    assert page.get_by_text("the workers are mended").count() == 1
-    page.get_by_role("link", name="Keys", exact=True).click()
-    own = page.get_by_role("row").filter(has_text=stored.key_id)
-    own.get_by_text("Revoke", exact=True).click()
-    own.get_by_label("Reason").fill("the shift is over")
-    own.get_by_role("button", name="Revoke for good").click()
-    page.wait_for_url("**/console/login")
-    assert watched.take_faults() == []
-    for _ in range(50):
+def test_a_hidden_tab_asks_for_nothing(api: Any, page: Any) -> None:
+    page.add_init_script("Object.defineProperty(document, 'hidden', {get: () => window.isHidden === true})")
+    with page.expect_request("**/console/live"):
         page.goto(f"{api.url}/console")
-        if page.url.endswith("/login"):
-            break
-        page.wait_for_timeout(100)
-    assert page.url.endswith("/login")
-    watched.close()
+    page.locator("#live").wait_for()
+    change = "hidden => { window.isHidden = hidden; document.dispatchEvent(new Event('visibilitychange')) }"
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/console/live")):
+        page.evaluate(change, True)
+    with page.expect_request("**/console/live"):
+        page.evaluate(change, False)
 
 
-@pytest.mark.parametrize("number", range(len(payloads.texts())))
-def test_hostile_texts_in_every_field_run_nothing_and_ask_for_nothing(chromium: Any, api: Any, number: int) -> None:
-    text = payloads.texts()[number]
-    with connected(api) as conn:
-        console.store(conn, text=text)
-        ids = console.fill(conn, api.redis_url, text=text[:4000])
-    watched = browser.Watched(chromium, api.url)
-    watched.sign_in(ADMIN)
-    for path in console.paths(ids):
-        watched.show(path)
-        assert watched.take_faults() == [], path
-        assert watched.page.locator("h1").count() == 1, path
-        assert watched.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
-    watched.close()
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1440])
-def test_no_page_violates_a_rule_of_accessibility(chromium: Any, api: Any, theme: str, width: int) -> None:
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="axe is missing: `make setup-integrations` installs it"
+def test_every_page_can_be_read_at_360_pixels(api: Any, page: Any) -> None:
+    api.both.post(
+        E, json={"eval_id": "x" * 200, "code": "c" * 5000, "submitter": "s" * 1000, "metadata": {"k" * 500: "v" * 900}}
     )
-    with connected(api) as conn:
-        console.store(conn)
-        ids = console.fill(conn, api.redis_url)
-    watched = browser.Watched(chromium, api.url, color_scheme=theme, viewport={"width": width, "height": 900}, bypass_csp=True)
-    page = watched.page
-    page.goto(f"{api.url}/console/login")
-    found = {"/login": axe.Axe().run(page).response["violations"]}
-    watched.sign_in(ADMIN)
-    for path in console.paths(ids):
-        watched.show(path)
-        found[path] = axe.Axe().run(page).response["violations"]
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
-    faults = {
-        path: [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in violations]
-        for path, violations in found.items()
-        if violations
-    }
-    assert faults == {}
-    watched.close()
+    page.set_viewport_size({"width": 360, "height": 740})
+    for path in (
+        "",
+        "/evaluations",
+        f"/evaluations/{'x' * 200}",
+        f"/evaluations/{'x' * 200}/code",
+        "/runs",
+        "/compare",
+        "/runbook",
+    ):
+        page.goto(f"{api.url}/console{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+
+
+def test_pages_are_whole_without_scripts(browser: Any, api: Any) -> None:
+    api.both.post(E, json={"eval_id": "e", "code": "print(1)"})
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    sign_in(page, api.url, READ)
+    page.get_by_role("link", name="Evaluations").click()
+    page.get_by_role("link", name="e", exact=True).click()
+    assert "print" in page.locator("pre").first.inner_text()
+    context.close()

@@ -35,7 +35,7 @@ def test_a_table_is_a_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(first.options, kafka.KafkaOptions)
     assert first.options.client()["sasl.password"] == "secret"
     assert "secret" not in repr(first.options)
-    assert [isinstance(one.create(), KeepsCursor) for one in (first, second)] == [False, True]
+    assert [isinstance(one.create(one.name), KeepsCursor) for one in (first, second)] == [False, True]
 
 
 def test_all_faults_are_told_with_line_and_key(tmp_path: Path) -> None:
@@ -66,6 +66,32 @@ _CLEAR = "a secret stands in no file: give sasl_password_env or sasl_password_fi
 def test_a_fault_shows_no_secret(tmp_path: Path, more: str, fault: str) -> None:
     assert faults(tmp_path, GOOD + more) == [fault]
     assert "s3cret" not in fault
+
+
+_CLICKHOUSE = '[c]\ntype = "clickhouse"\nurl = "https://c:8443"\n'
+_BIGQUERY = '[b]\ntype = "bigquery"\nproject = "p"\ndataset = "d"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            _CLICKHOUSE + 'password = "s3cret"\n',
+            "4: [c] password: a secret stands in no file: give password_env or password_file",
+        ),
+        (_CLICKHOUSE + 'password_env = "NOT_SET"\n', "1: [c] the environment variable NOT_SET is not set"),
+        (_CLICKHOUSE.replace("https", "tcp"), "3: [c] url: expected an address like https://clickhouse.example:8443"),
+        (_CLICKHOUSE + 'ssl_ca_file = "/none.pem"\n', "4: [c] ssl_ca_file: there is no file /none.pem"),
+        (_CLICKHOUSE + 'tabel = "t"\n', "4: [c] tabel: there is no such key; did you mean table?"),
+        (_BIGQUERY + 'credentials_file = "/none"\n', "5: [b] credentials_file: there is no file /none"),
+        (
+            _BIGQUERY + 'storage_endpoint = "h:1"\n',
+            "5: [b] storage_endpoint: goes together with an api_endpoint that begins with http://",
+        ),
+    ],
+)
+def test_keys_of_databases_are_checked(tmp_path: Path, text: str, fault: str) -> None:
+    assert faults(tmp_path, text) == [f"FILE:{fault}"]
 
 
 def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:

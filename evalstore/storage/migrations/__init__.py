@@ -16,7 +16,7 @@ from psycopg import sql
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from evalstore.storage import database, list_indexes
+from evalstore.storage import database, list_indexes, log_index
 from evalstore.storage.migrations import version
 from evalstore.storage.revisions import revisions as revisions
 from models.errors import DatabaseOutage, SchemaMismatch
@@ -41,8 +41,8 @@ def upgrade(
     The tables are in `schema`, which is created if it is missing. Without `schema` they are in the connection's first schema.
 
     One transaction applies everything or nothing. It waits for users of the tables as long as needed. Several processes may
-    call this function at once: the later processes wait and find nothing to do. After the transaction the indexes of lists are
-    built, one by one, those of the metadata keys `indexed_metadata` among them.
+    call this function at once: the later processes wait and find nothing to do. After the transaction, the index of a log that
+    is not empty is built, and the indexes of lists one by one, those of the metadata keys `indexed_metadata` among them.
 
     `tell` receives notices for the operator: the process that blocks a long wait, and manual steps that remain.
 
@@ -53,6 +53,7 @@ def upgrade(
     with _alone(url, schema) as conn:
         with database.errors(), conn.begin():
             home = version.schema_of(conn)
+        log_index.ensure(conn, home, lock_key(f"{home} log index"), tell)
         list_indexes.ensure(conn, home, indexed_metadata, lock_key(f"{home} indexes"), tell)
     return done
 
