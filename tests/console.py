@@ -9,7 +9,17 @@ import psycopg
 import redis
 from sqlalchemy import Connection
 
-from evalstore.storage import api_keys, database, dead_letters, event_store, operator_actions, redrives, sink_cursors, webhooks
+from evalstore.storage import (
+    api_keys,
+    database,
+    dead_letters,
+    event_store,
+    operator_actions,
+    redrives,
+    rollups,
+    sink_cursors,
+    webhooks,
+)
 from evalstore.storage.dead_letters import DeadLetterInsert
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
@@ -68,6 +78,17 @@ def store(conn: Connection, *, text: str = "judge", prefix: str = "demo") -> lis
     return eval_ids
 
 
+def sum_up(conn: Connection) -> None:
+    """Keep the sums of runs, as the process of sinks does."""
+    sink_cursors.create(conn, rollups.NAME, "statistics")
+    lease = sink_cursors.claim(conn, rollups.NAME, "test")
+    assert lease is not None
+    with database.errors(), conn.begin():
+        ids = [row[0] for row in database.driver(conn).execute("SELECT eval_id FROM evaluations")]
+    rollups.apply(conn, lease, lease.cursor, ids, [])
+    sink_cursors.release(conn, lease)
+
+
 def message(event: dict[str, Any], text: str = "") -> bytes:
     """Return a Dramatiq message with an event."""
     body = {
@@ -116,8 +137,9 @@ def fill(conn: Connection, redis_url: str, *, text: str = "") -> dict[str, str]:
     dead_letters.write(conn, made)
     redrive_id, _ = dead_letters.redrive(conn, dead_letters.Selection(ids=(made[0].id,)), intent, Pace(20, 1))
     redrives.end(conn, redrive_id or uuid4(), "stopped", text or "a letter of the canary died again")
-    for name, kind in (("kafka-main", "kafka"), ("anomalies", "anomaly"), ("statistics", "statistics")):
+    for name, kind in (("kafka-main", "kafka"), ("anomalies", "anomaly")):
         sink_cursors.create(conn, name, kind)
+    sum_up(conn)
     subscription = Subscription(f"https://hooks.example/{some[:500]}", (), (), None, text[:1000] or None)
     webhook_id = webhooks.create(conn, subscription, "whsec_dGVzdHRlc3R0ZXN0dGVzdHRlc3R0ZXN0", intent)
     api_keys.create(conn, some, ["read"], visibility=Visibility(some[:1000], "demo-"), intent=intent)
@@ -148,7 +170,9 @@ def fill(conn: Connection, redis_url: str, *, text: str = "") -> dict[str, str]:
 def paths(ids: dict[str, str]) -> list[str]:
     """Return the address of each page of the console below its root path."""
     return [
-        *("", "/evaluations", "/evaluations/demo-a-0", "/evaluations/demo-a-2"),
+        *("", "/evaluations", "/evaluations/demo-a-0", "/evaluations/demo-a-2", "/evaluations/demo-a-5"),
+        *("/evaluations/demo-a-0/output", "/evaluations/demo-a-0/code", "/evaluations/demo-a-2/error"),
+        *("/runs", "/runs/demo-a", "/compare?a=demo-a&b=demo-b", "/runbook"),
         *("/dead-letters", "/dead-letters?state=all&match=x", "/dead-letters/redrive", f"/dead-letters/{ids['letter']}"),
         *("/redrives", f"/redrives/{ids['redrive']}", "/queues", "/schedule", "/archive", "/sinks", "/sinks/kafka-main"),
         *("/webhooks", f"/webhooks/{ids['webhook']}", "/anomalies", f"/anomalies/{ids['anomaly']}", "/keys", "/audit"),

@@ -107,7 +107,7 @@ async def plan(view: View) -> Answer:
     groups = await view.service.run(lambda conn: letters.groups(conn, chosen))
     data = {"filter": words, "count": sum(group["count"] for group in groups), "groups": groups[:_GROUPS]}
     more = {"form": _form(view), "max_redrives": view.query("max_redrives") or "", "groups_total": len(groups)}
-    return Shown(data, {**more, "query": view.link(format=None), "link": lambda **changes: view.link(**changes)})
+    return Shown(data, {**more, "query": view.link(format=None), "link": view.link})
 
 
 def _plan(view: View) -> tuple[Selection, dict[str, Any]]:

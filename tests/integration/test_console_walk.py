@@ -35,6 +35,7 @@ def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(
     api = start_api()
     with engine.connect() as conn:
         console.store(conn)
+        console.sum_up(conn)
         sink_cursors.create(conn, "kafka-main", "kafka")
         dead_letters.write(conn, console.letters(9))
         key, stored = api_keys.create(conn, "operator", ["admin"])
@@ -65,6 +66,13 @@ def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(
     page.get_by_label("Reason").fill("the workers are mended")
     page.get_by_role("button", name="Send 8 again").click()
     page.get_by_text("8 of 8 stored").wait_for()
+
+    page.get_by_role("link", name="Runs", exact=True).click()
+    page.get_by_label("Compare", exact=True).fill("demo-a")
+    page.get_by_label("with").fill("demo-b")
+    page.get_by_role("button", name="Compare").click()
+    changed = page.get_by_role("region", name="Changed").get_by_role("row")
+    assert [row.inner_text().split()[1:3] for row in changed.all()[1:]] == [["completed", "failed"]]
 
     page.get_by_role("link", name="Sinks", exact=True).click()
     page.get_by_role("link", name="kafka-main").click()
