@@ -301,23 +301,18 @@ class Settings(BaseModel):
         str | None,
         Field(
             pattern=r"^[A-Za-z0-9-]{1,100}$",
-            description="header in which a proxy names the user of the console, who may then see and do everything; "
-            "read by the API",
+            description="header in which a proxy names a user of the console, who may do everything; read by the API",
         ),
     ] = None
     console_proxy_networks: Annotated[
         str | None,
-        Field(
-            description="networks of the proxies whose header is trusted, comma-separated, like 10.1.0.0/16; a connection "
-            "from elsewhere cannot use the header; read by the API"
-        ),
+        Field(description="networks of proxies whose header is trusted, comma-separated, like 10.1.0.0/16; read by the API"),
     ] = None
     console_trace_url: Annotated[
         str | None,
         Field(
             pattern=r"^https?://[^\s\"'<>]{1,2000}$",
-            description="address of an evaluation's trace, which the console links to; {eval_id} and {trace_id} are replaced, "
-            "the latter by `trace_id` or `traceparent` of its metadata; read by the API",
+            description="address of an evaluation's trace, with {eval_id} or {trace_id} of its metadata; read by the API",
         ),
     ] = None
     cache_ttl_s: Annotated[

@@ -39,7 +39,7 @@ def sparkline(samples: Sequence[Any], name: str, until: datetime, title: str) ->
 
 
 def bars(counts: Sequence[tuple[str, float]], title: str) -> Markup:
-    """Return a histogram: pairs of a label and a count."""
+    """Return a histogram: pairs of a label and a count, at least one. The labels of the first and the last column are shown."""
     top = max((count for _, count in counts), default=0) or 1
     width = len(counts) or 1
     columns = Markup("").join(

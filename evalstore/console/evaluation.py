@@ -40,7 +40,18 @@ _WAIT_S: Final = 15.0
 _KINDS: Final[tuple[Kind, ...]] = ("code", "output", "error")
 _TRACE_ID: Final = re.compile(r"(?:00-)?([0-9a-f]{32})(?:-.*)?")
 _CURSOR: Final = re.compile(r"([0-9T:.+-]{10,40}),([0-9a-f-]{36})", re.ASCII)
-_HIDDEN: Final = ("eval_id", "status", "metadata", "event_id", "type", "attempt", "occurred_at", "recorded_at", "extra")
+_HIDDEN: Final = (
+    "eval_id",
+    "status",
+    "metadata",
+    "enrichment",
+    "event_id",
+    "type",
+    "attempt",
+    "occurred_at",
+    "recorded_at",
+    "extra",
+)
 
 
 @pages.page("/evaluations/{eval_id}", "evaluation.html", "Evaluation", for_restricted=True)
@@ -89,6 +100,7 @@ def _html(record: RecordView, events: list[RecordView], trace_url: str | None) -
         "rows": [_event_row(event) for event in events],
         "trace": _trace(trace_url, fields),
         "metadata": sorted((key, _json(value)) for key, value in fields["metadata"].items()),
+        "enrichment": sorted((key, _json(value)) for key, value in (fields.get("enrichment") or {}).items()),
     }
 
 

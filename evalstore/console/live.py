@@ -108,7 +108,8 @@ def _arriving(before: Live | None, snapshot: Snapshot) -> float | None:
     seconds = (at - before.snapshot["at"]).total_seconds()
     if then is None or now is None or not 0 < seconds < 10 * INTERVAL_S:
         return None
-    return round(max(0.0, float(snapshot["events_per_s"]) + (now - then) / seconds), 1)
+    per_s: float = snapshot["events_per_s"] + (now - then) / seconds
+    return round(max(0.0, per_s), 1)
 
 
 def as_json(live: Live) -> dict[str, Any]:
