@@ -29,7 +29,7 @@ def chromium() -> Iterator[Any]:
         yield found
 
 
-def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(
+def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(  # noqa: PLR0915 - one walk
     chromium: Any, start_api: Start, world: World, engine: Engine
 ) -> None:
     api = start_api()
@@ -69,7 +69,7 @@ def test_an_operator_walks_from_a_failed_evaluation_to_the_end_of_the_own_key(
 
     page.get_by_role("link", name="Runs", exact=True).click()
     page.get_by_label("Compare", exact=True).fill("demo-a")
-    page.get_by_label("with").fill("demo-b")
+    page.get_by_label("with", exact=True).fill("demo-b")
     page.get_by_role("button", name="Compare").click()
     changed = page.get_by_role("region", name="Changed").get_by_role("row")
     assert [row.inner_text().split()[1:3] for row in changed.all()[1:]] == [["completed", "failed"]]
