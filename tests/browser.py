@@ -54,11 +54,15 @@ class Watched:
         self.page = self.context.new_page()
         self.faults: list[str] = []
         self.page.set_default_timeout(15_000)
-        self.page.on("dialog", lambda dialog: (self.faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        self.page.on("dialog", self._refuse)
         self.page.on("pageerror", lambda error: self.faults.append(f"error {error}"))
         self.page.on("console", lambda line: self.faults.append(f"console {line.text}") if line.type == "error" else None)
         self.context.on("request", lambda request: self._check(request.url))
         self.context.on("page", lambda _: self.faults.append("another page was opened"))
+
+    def _refuse(self, dialog: Any) -> None:
+        self.faults.append(f"dialog {dialog.message}")
+        dialog.dismiss()
 
     def _check(self, address: str) -> None:
         if not address.startswith((self.url + "/", "data:", "blob:")):

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from evalstore.storage import api_keys, database, dead_letters, operator_actions, sink_cursors
+from evalstore.storage.visibility import Visibility
 from tests import console
 from tests.integration.conftest import ADMIN, READ
 
@@ -104,7 +105,7 @@ def test_a_key_that_reads_sees_no_action_and_cannot_act(api: Any, ids: dict[str,
 
 
 def test_a_restricted_key_sees_no_page_of_operators(api: Any, ids: dict[str, str], conn: Connection) -> None:
-    key, _ = api_keys.create(conn, "ann", ["read"], visibility=api_keys.Visibility("judge", None))
+    key, _ = api_keys.create(conn, "ann", ["read"], visibility=Visibility("judge", None))
     client = signed_in(api, key)
     operators = ("dead-letters", "redrives", "queues", "schedule", "archive", "sinks", "webhooks", "anomalies", "audit")
     assert {client.get(f"/console/{path}").status_code for path in operators} == {404}
