@@ -78,9 +78,8 @@ def _block(lines: list[str]) -> Markup:
             Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(_inline(cell)) for cell in row))
             for row in rows[1:]
         )
-        return Markup(
-            '<div class="scroll" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-        ).format(head, body)
+        shown = Markup("<thead><tr>{}</tr></thead>").format(head) if any(rows[0]) else Markup()
+        return Markup('<div class="scroll" tabindex="0"><table>{}<tbody>{}</tbody></table></div>').format(shown, body)
     if item := re.match(r"(\d+\.|[-*]) ", lines[0]):
         items: list[str] = []
         for line in lines:
