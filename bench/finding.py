@@ -55,14 +55,15 @@ def main() -> None:
         migrations.upgrade(postgres.url(), indexed_metadata=["team"])
         engine = database.engine(postgres.url(), statement_timeout_s=0)
         with engine.connect() as conn:
-            _fill(conn, count)
+            fill(conn, count)
             _measure_lists(conn)
             _measure_sums(conn)
         engine.dispose()
         _measure_cost(postgres, stored)
 
 
-def _fill(conn: Connection, count: int) -> None:
+def fill(conn: Connection, count: int) -> None:
+    """Store `count` evaluations and their sums."""
     began = time.monotonic()
     for first in range(0, count, _CHUNK):
         with conn.begin():

@@ -12,7 +12,7 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
         ("alembic", "hiredis", "periodiq", "prometheus_client", "psycopg", "rich", "sqlalchemy", "structlog", "typer"),
         "s3",
     ),
-    "api": (("fastapi", "httpx", "limits", "uvicorn"), "worker"),
+    "api": (("fastapi", "httpx", "jinja2", "limits", "pygments", "uvicorn"), "worker"),
     "otel": (("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"), None),
     "kafka": (("confluent_kafka",), "worker"),
     "anomaly": (("river",), "worker"),

@@ -269,16 +269,16 @@ class EventLogger:
     def info(self, event: str, **fields: Any) -> None:
         self._log(logging.INFO, event, fields)
 
-    def warning(self, event: str, **fields: Any) -> None:
-        self._log(logging.WARNING, event, fields)
+    def warning(self, event: str, *, exc_info: bool | BaseException | None = None, **fields: Any) -> None:
+        self._log(logging.WARNING, event, fields, exc_info=exc_info)
 
-    def error(self, event: str, **fields: Any) -> None:
-        self._log(logging.ERROR, event, fields)
+    def error(self, event: str, *, exc_info: bool | BaseException | None = None, **fields: Any) -> None:
+        self._log(logging.ERROR, event, fields, exc_info=exc_info)
 
-    def critical(self, event: str, *, exc_info: bool = False, **fields: Any) -> None:
+    def critical(self, event: str, *, exc_info: bool | BaseException | None = None, **fields: Any) -> None:
         self._log(logging.CRITICAL, event, fields, exc_info=exc_info)
 
-    def _log(self, level: int, event: str, fields: dict[str, Any], *, exc_info: bool = False) -> None:
+    def _log(self, level: int, event: str, fields: dict[str, Any], *, exc_info: bool | BaseException | None = None) -> None:
         if self._logger.isEnabledFor(level):
             entry = BY_NAME[event]
             self._logger.log(level, entry.text, *[fields[name] for name in entry.fields], exc_info=exc_info, stacklevel=3)

@@ -262,7 +262,7 @@ class Settings(BaseModel):
         ),
     ] = None
 
-    @field_validator("webhook_allow")
+    @field_validator("webhook_allow", "console_proxy_networks", check_fields=False)
     @classmethod
     def _names_networks(cls, value: str | None) -> str | None:
         parse_networks(value or "")
@@ -296,6 +296,28 @@ class Settings(BaseModel):
         str | None,
         Field(
             description="path prefix of the service behind a proxy, like /evalstore; the proxy may remove it; read by the API"
+        ),
+    ] = None
+    console: Annotated[
+        Literal["on", "read-only", "off"],
+        Field(description="console at /console of the HTTP service; `read-only`: without actions; read by the API"),
+    ] = "on"
+    console_proxy_header: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9-]{1,100}$",
+            description="header in which a proxy names a user of the console, who may do everything; read by the API",
+        ),
+    ] = None
+    console_proxy_networks: Annotated[
+        str | None,
+        Field(description="networks of proxies whose header is trusted, comma-separated, like 10.1.0.0/16; read by the API"),
+    ] = None
+    console_trace_url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s\"'<>]{1,2000}$",
+            description="address of an evaluation's trace, with {eval_id} or {trace_id} of its metadata; read by the API",
         ),
     ] = None
     cache_ttl_s: Annotated[

@@ -89,6 +89,11 @@ class Names(NamedTuple):
         return f"{self.prefix}evalstore:rates"
 
     @property
+    def failed_sign_ins(self) -> str:
+        """The prefix of the keys that count the failed sign-ins of the console."""
+        return f"{self.prefix}evalstore:failed-sign-ins"
+
+    @property
     def last_successes(self) -> str:
         """The hash with the time of each job's last success, in seconds since 1970."""
         return f"evalstore:{self.namespace}:jobs:last_successes"

@@ -3,6 +3,9 @@
 from typing import Final
 from uuid import UUID
 
+import redis
+
+from models.errors import RedisOutage
 from tasks import jobs
 from tasks.broker import SendingBroker
 
@@ -19,3 +22,11 @@ def job_id(redrive_id: UUID) -> str:
 def ask(broker: SendingBroker, redrive_id: UUID) -> None:
     """Ask a worker to continue a redrive. Raises RedisOutage: a periodic job asks again."""
     jobs.ask(broker, ACTOR, (str(redrive_id),), job_id(redrive_id))
+
+
+def refuse_without_redis(broker: SendingBroker) -> None:
+    """Raise RedisOutage in an outage, before anything is changed."""
+    try:
+        broker.client.ping()
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error

@@ -14,7 +14,9 @@ from dramatiq import Actor, Message
 from periodiq import cron
 
 from evalstore.storage import outbox as stored_confirmations
+from evalstore.storage import overview_samples
 from evalstore.storage.archive import Archive
+from evalstore.telemetry import queues
 from models.errors import PASSING
 from models.jobs import JOBS, QUEUE
 from models.logs import EventLogger
@@ -127,6 +129,11 @@ class _Jobs:
     def continue_replays(self) -> dict[str, int]:
         with self._connections.connect(_LONGEST_S) as conn:
             return replay_job.run_once(conn, self._broker)
+
+    def sample_overview(self) -> dict[str, float]:
+        seen = queues.snapshot(self._broker)
+        with self._connections.connect(_LONGEST_S) as conn:
+            return overview_samples.add(conn, queues.totals(seen))
 
     @cached_property
     def _archive(self) -> Archive | None:

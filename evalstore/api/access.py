@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from evalstore.api.problems import Problem, unavailable
 from evalstore.api.rate_limit import RateLimiter
-from evalstore.storage.api_keys import Key, Rate, digest, including
+from evalstore.storage.api_keys import Key, Rate, digest, including, settings_key_id
 from evalstore.storage.visibility import EVERYTHING, Visibility
 from models.errors import Outage
 from models.logs import EventLogger
@@ -106,14 +106,26 @@ class Access:
         key = _presented(request.headers)
         if key is None:
             raise _unauthorized("a key is required: Authorization: Bearer KEY, or X-API-Key: KEY")
-        caller = self._find_configured(key) or await self._find_in_table(key)
+        caller = await self.find(key)
         if caller is None:
             raise _unauthorized("the key is unknown, expired or revoked")
         return caller
 
+    async def find(self, key: str) -> Caller | None:
+        """Return the caller with this key, or None. Raises Problem (503)."""
+        return self._find_configured(key) or await self._find_in_table(key)
+
+    async def find_by_id(self, key_id: str) -> Caller | None:
+        """Return the caller whose key has this id, or None if the key is not valid any more. Raises Problem (503)."""
+        self._refresh_configured_if_old()
+        for caller in self._configured.values():
+            if caller.key_id == key_id:
+                return caller
+        stored = (await self._fresh_table()).get(key_id)
+        return None if stored is None else _caller(stored)
+
     def _find_configured(self, key: str) -> Caller | None:
-        if time.monotonic() - self._configured_at >= FRESH_S:
-            self._refresh_configured()
+        self._refresh_configured_if_old()
         presented = digest(key)
         found = None
         for known, caller in self._configured.items():  # Compare all keys, so that the duration does not depend on the key.
@@ -121,7 +133,9 @@ class Access:
                 found = caller
         return found
 
-    def _refresh_configured(self) -> None:
+    def _refresh_configured_if_old(self) -> None:
+        if time.monotonic() - self._configured_at < FRESH_S:
+            return
         scopes: dict[bytes, frozenset[str]] = {}
         for scope, keys in self._settings_keys.items():
             file = self._files.get(scope)
@@ -129,9 +143,7 @@ class Access:
                 file.refresh()
             for key in (*keys, *(file.keys if file else ())):
                 scopes[digest(key)] = scopes.get(digest(key), frozenset()) | including({scope})
-        self._configured = {
-            hashed: Caller(f"settings-{digest(hashed.hex()).hex()[:8]}", granted) for hashed, granted in scopes.items()
-        }
+        self._configured = {hashed: Caller(settings_key_id(hashed), granted) for hashed, granted in scopes.items()}
         self._configured_at = time.monotonic()
 
     async def _find_in_table(self, key: str) -> Caller | None:
@@ -139,6 +151,13 @@ class Access:
         key_id, _, secret = rest.partition("_")
         if prefix != "evs" or not secret:
             return None
+        stored = (await self._fresh_table()).get(key_id)
+        # Compare unknown ids too, with a digest of the same length: the duration must not show whether an id exists.
+        if not hmac.compare_digest(stored.digest if stored else bytes(32), digest(key)) or stored is None:
+            return None
+        return _caller(stored)
+
+    async def _fresh_table(self) -> dict[str, Key]:
         if time.monotonic() - self._table_at >= FRESH_S:
             # All requests share one load. A client that disconnects must not cancel it.
             if self._loading is None or self._loading.done():
@@ -146,16 +165,7 @@ class Access:
             await asyncio.shield(self._loading)
         if self._table is None:
             raise unavailable("keys cannot be checked: the database cannot be reached")
-        stored = self._table.get(key_id)
-        # Compare unknown ids too, with a digest of the same length: the duration must not show whether an id exists.
-        if not hmac.compare_digest(stored.digest if stored else bytes(32), digest(key)) or stored is None:
-            return None
-        if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):
-            return None
-        scopes = including(stored.scopes)
-        if stored.visibility.is_restricted:  # Requests of the scope admin concern everything.
-            scopes -= {"admin"}
-        return Caller(stored.key_id, scopes, stored.visibility, stored.rate)
+        return self._table
 
     async def _refresh_table(self) -> None:
         try:
@@ -164,6 +174,16 @@ class Access:
             # Without the database no key can be revoked either, so the last known keys stay valid.
             log.warning("keys_table_unreadable", error=error)
         self._table_at = time.monotonic()
+
+
+def _caller(stored: Key) -> Caller | None:
+    """Return the caller with this key, or None if the key has expired."""
+    if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):
+        return None
+    scopes = including(stored.scopes)
+    if stored.visibility.is_restricted:  # Requests of the scope admin concern everything.
+        scopes -= {"admin"}
+    return Caller(stored.key_id, scopes, stored.visibility, stored.rate)
 
 
 def _permitted(caller: Caller, permission: Permission) -> Caller:

@@ -36,6 +36,7 @@ from evalstore.api.rendering import json_response
 from evalstore.api.request_limits import RequestLimitsMiddleware
 from evalstore.api.request_spans import SERVICE, TracingMiddleware
 from evalstore.api.service import Service
+from evalstore.console import routes as console
 from evalstore.storage import durability
 from evalstore.telemetry import log_setup
 from models.errors import Outage
@@ -72,7 +73,8 @@ _HEARTBEAT_S: Final = 2.0
 def build(settings: Settings) -> ASGIApp:
     """Return the service as an ASGI application. It opens connections when it starts."""
     routes = (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
-    metrics = ApiMetrics(settings, ((method, route.path) for route in routes for method in route.methods or ()))
+    served = (*routes, *console.routes(settings))
+    metrics = ApiMetrics(settings, ((method, route.path) for route in served for method in route.methods or ()))
 
     called = hooks.load_or_exit(settings, metrics.counters)
 
@@ -94,11 +96,13 @@ def build(settings: Settings) -> ASGIApp:
             service.feed.stop()
             await service.feed.close()
             await service.rates.close()
+            console.close(app)
             metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)
 
     app = documented_app(lifespan=lifespan)
+    console.mount(app, settings)
     guarded = RequestLimitsMiddleware(
         FastReadMiddleware(app),
         max_request_bytes=settings.max_request_bytes,

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
 from evalstore.api import following, openapi
+from evalstore.api.access import Caller
 from evalstore.api.callers import Reader
 from evalstore.api.openapi import EvalId, IfNoneMatch
 from evalstore.api.preconditions import matches_etag
@@ -69,6 +70,38 @@ _BYTES: Final = {
 _HEADERS: Final = ("ETag", "Accept-Ranges", "Content-Disposition", "Repr-Digest")
 
 
+class Conditions(NamedTuple):
+    """The headers Range, If-Range and If-None-Match of a request."""
+
+    range: str | None
+    if_range: str | None
+    if_none_match: str | None
+
+
+async def serve(
+    service: Service, caller: Caller, eval_id: str, kind: Kind, event_id: UUID | None, conditions: Conditions
+) -> Response:
+    """Answer with content of an evaluation, or of one of its events. Raises Problem (404, 416), Outage."""
+    if identity({"eval_id": eval_id})[0] is None or not await following.can_see(service, caller, eval_id):
+        raise not_found(eval_id)
+    content = await service.run(lambda conn: content_reader.find(conn, eval_id, kind, event_id))
+    if content is None:
+        raise not_found(eval_id, kind)
+    etag = f'"{content.event_id.hex}-{kind}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": _NOW if event_id is None else _NEVER_CHANGES,
+        "Vary": "Authorization, X-API-Key",
+    }
+    if content.sha256 is not None:
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(content.sha256).decode()}:"
+    if matches_etag(conditions.if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    part = span_of(conditions.range, content.size) if conditions.if_range in {None, etag} else None
+    return await _stream(service, content, part, headers)
+
+
 def _add_route(kind: Kind) -> None:
     @router.get(
         f"/evaluations/{{eval_id}}/{kind}",
@@ -91,25 +124,8 @@ def _add_route(kind: Kind) -> None:
         if_none_match: IfNoneMatch = None,
     ) -> Response:
         """The bytes as they were sent, as an attachment, so that no browser shows them as a page."""
-        service = service_of(request)
-        if identity({"eval_id": eval_id})[0] is None or not await following.can_see(service, caller, eval_id):
-            raise not_found(eval_id)
-        content = await service.run(lambda conn: content_reader.find(conn, eval_id, kind, event_id))
-        if content is None:
-            raise not_found(eval_id, kind)
-        etag = f'"{content.event_id.hex}-{kind}"'
-        headers = {
-            "ETag": etag,
-            "Accept-Ranges": "bytes",
-            "Cache-Control": _NOW if event_id is None else _NEVER_CHANGES,
-            "Vary": "Authorization, X-API-Key",
-        }
-        if content.sha256 is not None:
-            headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(content.sha256).decode()}:"
-        if matches_etag(if_none_match, etag):
-            return Response(status_code=304, headers=headers)
-        part = span_of(range_, content.size) if if_range in {None, etag} else None
-        return await _stream(service, content, part, headers)
+        conditions = Conditions(range_, if_range, if_none_match)
+        return await serve(service_of(request), caller, eval_id, kind, event_id, conditions)
 
 
 for _kind in ("code", "output", "error"):

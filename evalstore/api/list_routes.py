@@ -1,22 +1,20 @@
 """`GET /storage/evaluations`: lists of records, by page or as one stream."""
 
-import asyncio
-from collections.abc import AsyncIterator, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from evalstore.api import cursors, openapi
+from evalstore.api import cursors, exports, openapi
 from evalstore.api.callers import Reader
 from evalstore.api.parameters import Status, Time
-from evalstore.api.problems import invalid, unavailable
-from evalstore.api.rendering import ClosingStream, json_response, to_json
+from evalstore.api.problems import invalid
+from evalstore.api.rendering import json_response, to_json
 from evalstore.api.schemas import ref
-from evalstore.api.service import Service, service_of
-from evalstore.storage import database, listing
+from evalstore.api.service import service_of
+from evalstore.storage import listing
 from evalstore.storage.listing import Filter, Page, RunTooLarge, Sort, Total
 from models.errors import Fault
 
@@ -103,7 +101,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
         sort=sort,
         since=since,
         until=until,
-        metadata=_metadata_filters(request),
+        metadata=metadata_filters(request, _PARAMETERS),
         oldest_first=order == "oldest",
         visibility=caller.visibility,
     )
@@ -112,7 +110,7 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     if eval_id_prefix is not None and sort == "created_at":
         raise invalid([Fault("sort", "a list by eval_id_prefix is sorted by eval_id")])
     if format == "ndjson" or request.headers.get("accept", "").startswith("application/x-ndjson"):
-        return await _export(service, chosen)
+        return await exports.stream(service, lambda conn: listing.export(conn, chosen), to_json)
     if cursor is not None and offset is not None:
         raise invalid([Fault("offset", "cannot be combined with cursor")])
 
@@ -136,13 +134,13 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     return json_response({**body, "total": count.evaluations, "total_is_estimate": count.is_estimate} if count else body)
 
 
-def _metadata_filters(request: Request) -> dict[str, str]:
-    """Return the values of `metadata.KEY`. Raises Problem (422) for an unknown parameter, so that a typo shows."""
+def metadata_filters(request: Request, known: Collection[str]) -> dict[str, str]:
+    """Return the values of `metadata.KEY`. Raises Problem (422) for a parameter that is not `known`, so that a typo shows."""
     filters: dict[str, str] = {}
     faults: list[Fault] = []
     for name, value in request.query_params.multi_items():
         prefix, dot, key = name.partition(".")
-        if name in _PARAMETERS:
+        if name in known:
             continue
         if prefix != "metadata" or not dot or not key:
             faults.append(Fault(name[:100], "unknown parameter: /docs lists them"))
@@ -157,44 +155,3 @@ def _metadata_filters(request: Request) -> dict[str, str]:
     if faults:
         raise invalid(faults)
     return filters
-
-
-async def _export(service: Service, chosen: Filter) -> Response:
-    """Stream all matches. Each export keeps a connection, so only EXPORTS run at a time."""
-    if service.exports.locked():
-        raise unavailable("the service is busy with other exports")
-    await service.exports.acquire()
-    export = _Export(service, chosen)
-    try:
-        first = await export.next()
-    except BaseException:
-        export.close()
-        raise
-    return ClosingStream(export.lines(first), export.close, media_type="application/x-ndjson")
-
-
-class _Export:
-    """An export in its own thread. The thread also ends the export after the client has disconnected."""
-
-    def __init__(self, service: Service, chosen: Filter) -> None:
-        self._service = service
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-export")
-        self._chunks = self._read(service, chosen)
-
-    def _read(self, service: Service, chosen: Filter) -> Generator[list[dict[str, Any]]]:
-        with database.errors(), service.export_engine.connect() as conn:
-            yield from listing.export(conn, chosen)
-
-    async def next(self) -> list[dict[str, Any]] | None:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: next(self._chunks, None))
-
-    async def lines(self, chunk: list[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-        """Yield the lines of `chunk` and of all later chunks."""
-        while chunk is not None:
-            yield b"".join(to_json(row) + b"\n" for row in chunk)
-            chunk = await self.next()
-
-    def close(self) -> None:
-        self._thread.submit(self._chunks.close)
-        self._thread.shutdown(wait=False)
-        self._service.exports.release()

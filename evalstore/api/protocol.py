@@ -28,6 +28,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Uvicorn replaces the client's address by that of a header. The console trusts a proxy by its own address.
+        self.app_state = {**self.app_state, "peer": self.client[0] if self.client else None}
         self._head_timer = self.loop.call_later(HEAD_S, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:

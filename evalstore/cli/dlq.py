@@ -16,11 +16,9 @@ from evalstore.cli.dlq_options import (
     cells,
     connect,
     find_by_prefix,
-    message_of,
     new_path,
     none_found,
     plural,
-    pretty,
     select,
     width,
     write,
@@ -28,6 +26,7 @@ from evalstore.cli.dlq_options import (
 )
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, show
 from evalstore.storage import dead_letters, operator_actions
+from evalstore.storage.dead_letter_messages import message_of, pretty
 from models.errors import InvalidEvent
 from models.settings import settings
 

@@ -1,7 +1,6 @@
 """`evalstore dlq edit` and `evalstore dlq rm`. Both first write the old messages to a file."""
 
 import copy
-import difflib
 import json
 import os
 import shlex
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-import msgspec
 import typer
 from sqlalchemy import Connection
 
@@ -25,27 +23,28 @@ from evalstore.cli.dlq_options import (
     confirm,
     connect,
     find_by_prefix,
-    message_of,
     new_path,
     none_found,
     operator,
     plural,
-    pretty,
     select,
     write_file,
 )
-from evalstore.cli.dlq_redrive import DetachOption, follow, refuse_without_redis
+from evalstore.cli.dlq_redrive import DetachOption, follow
 from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, write_json
+from evalstore.storage import dead_letter_messages as messages
 from evalstore.storage import dead_letters
-from evalstore.storage.dead_letters import Edited, Selection
+from evalstore.storage.dead_letter_messages import message_of, pretty
+from evalstore.storage.dead_letters import Selection
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import Pace
-from models.errors import Fault, InvalidEvent
-from models.events import decode, identified, identity, parse
-from models.settings import Settings, settings
+from models.errors import InvalidEvent
+from models.events import decode
+from models.settings import settings
 from tasks import store_evaluation
+from tasks.broker import broker
+from tasks.redrives import refuse_without_redis
 
-_LONGEST_LINE: Final = 400
 _MISSING: Final = object()
 
 
@@ -132,19 +131,16 @@ def edit(  # noqa: PLR0913 - options
         if new == old:
             notice("the message is unchanged")
             return
-        edited = _edited(loaded, dead_letter["message"], new)
-        diff = list(difflib.unified_diff(_text(old), _text(new), "dead letter", "edited", lineterm="", n=2))
+        edited = messages.edited(dead_letter["message"], new, store_evaluation.actor_name, loaded.max_content_bytes)
+        diff = messages.difference(old, new)
         for line in diff:
-            notice(escaped(line[:_LONGEST_LINE]), {"+": "green", "-": "red"}.get(line[:1], ""))
+            notice(escaped(line), {"+": "green", "-": "red"}.get(line[:1], ""))
         confirm("Send the edited message again", 1, yes=yes)
-        refuse_without_redis()
+        refuse_without_redis(broker())
         export_path = new_path(folder)
         write_file([as_json(dead_letter)], export_path)
         notice(f"the old message is in {export_path}")
-        details = {
-            "export": str(export_path.absolute()),
-            "diff": [line[:_LONGEST_LINE].replace("\0", "") for line in diff[:100]],
-        }
+        details = {"export": str(export_path.absolute()), "diff": messages.recorded(diff)}
         intent = Intent(
             "edit", operator(actor), reason, {"ids": [str(dead_letter["id"])], "set": set_ or [], "unset": unset or []}
         )
@@ -224,37 +220,3 @@ def _in_editor(message: Any) -> Any:
             raise failed(f"{command[0]} ended with status {status}: nothing is changed", 1)
         after = path.read_bytes()
     return message if after == text.encode(errors="surrogatepass") else decode(after)
-
-
-def _edited(loaded: Settings, before: bytes, message: Any) -> Edited:
-    """Encode the edited message. Raises InvalidEvent with the faults that a worker would report."""
-    kinds = {"queue_name": str, "actor_name": str, "args": list, "kwargs": dict, "options": dict, "message_id": str}
-    if not isinstance(message, dict):
-        raise InvalidEvent([Fault("message", "expected a JSON object")])
-    faults = [
-        Fault(f"message.{name}", f"expected {kind.__name__}")
-        for name, kind in kinds.items()
-        if not isinstance(message.get(name), kind)
-    ]
-    if not isinstance(message.get("message_timestamp"), int | float) or isinstance(message["message_timestamp"], bool):
-        faults.append(Fault("message.message_timestamp", "expected a number"))
-    if faults:
-        raise InvalidEvent(faults)
-    eval_id = event_id = None
-    if message["actor_name"] == store_evaluation.actor_name:
-        args = message["args"]
-        if len(args) != 1 or message["kwargs"] or not isinstance(args[0], dict):
-            raise InvalidEvent([Fault("message.args", "expected one event, a JSON object, as the one positional argument")])
-        event = identified(args[0], message["message_id"], message["message_timestamp"])
-        if parse(event, max_content_bytes=loaded.max_content_bytes).type == "evaluation:lost":
-            raise InvalidEvent([Fault("type", "evaluation:lost is written by the system alone")])
-        eval_id, event_id = identity(event)
-    try:
-        body = msgspec.json.encode(message)
-    except (UnicodeEncodeError, OverflowError):
-        body = json.dumps(message).encode()
-    return Edited(before, body, message["actor_name"], eval_id, event_id)
-
-
-def _text(message: Any) -> list[str]:
-    return (message if isinstance(message, str) else pretty(message)).splitlines()

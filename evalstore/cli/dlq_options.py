@@ -1,14 +1,12 @@
 """Options and helpers that the commands of `evalstore dlq` share: selection, confirmation, operator, and export files."""
 
-import base64
 import getpass
 import inspect
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, TextIO
@@ -21,9 +19,10 @@ from sqlalchemy import Connection
 
 from evalstore.cli.output import escaped, failed, notice, to_json
 from evalstore.storage import database, dead_letters
+from evalstore.storage.dead_letter_messages import export_line
 from evalstore.storage.dead_letters import Selection
-from models.errors import InvalidEvent, printable
-from models.events import decode
+from models import times
+from models.errors import printable
 from models.settings import Settings, settings
 
 TYPE_COUNT_ABOVE: Final = 1000
@@ -40,17 +39,7 @@ class DeadLetterState(StrEnum):
 
 def parse_time(text: str) -> datetime:
     """Parse a time in RFC 3339, or an age such as 2h."""
-    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-    if age := re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw])", text, re.ASCII):
-        try:
-            return datetime.now(UTC) - timedelta(seconds=float(age[1]) * seconds[age[2]])
-        except OverflowError:
-            return datetime.min.replace(tzinfo=UTC)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = None
-    if moment is None or moment.utcoffset() is None:
+    if (moment := times.parse_time(text)) is None:
         raise typer.BadParameter(f"{escaped(text)!r} is neither RFC 3339 like 2026-01-31T09:30:00Z nor an age like 90s, 2h, 7d")
     return moment
 
@@ -215,24 +204,9 @@ def plural(count: int) -> str:
     return f"{count:,} dead letter{'' if count == 1 else 's'}"
 
 
-def message_of(dead_letter: Mapping[str, Any]) -> Any:
-    """Decode the message of a dead letter. Raises InvalidEvent if it is no JSON."""
-    return decode(dead_letter["message"])
-
-
 def as_json(dead_letter: Mapping[str, Any]) -> str:
     """Encode a dead letter as a line of JSON, with its message in base64, and decoded if possible."""
-    fields = {name: value for name, value in dead_letter.items() if name != "message"}
-    fields["message_b64"] = base64.b64encode(dead_letter["message"]).decode()
-    try:
-        return to_json(fields | {"message": message_of(dead_letter)})
-    except (InvalidEvent, ValueError, OverflowError, RecursionError):
-        return to_json(fields | {"message": None})
-
-
-def pretty(message: object) -> str:
-    """Format JSON for reading and editing."""
-    return json.dumps(message, indent=2, ensure_ascii=False)
+    return export_line(dead_letter, to_json)
 
 
 def write(lines: Iterable[str], to: TextIO) -> int:

@@ -9,7 +9,6 @@ from time import monotonic
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-import redis
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sqlalchemy import Connection
@@ -37,7 +36,7 @@ from evalstore.storage.redrives import Pace
 from models.errors import Outage, RedisOutage
 from models.settings import settings
 from tasks.broker import broker
-from tasks.redrives import ask
+from tasks.redrives import ask, refuse_without_redis
 
 _INTERVAL_S: Final = 0.2
 _HINT_AFTER_S: Final = 10.0
@@ -94,7 +93,7 @@ def redrive(  # noqa: PLR0913 - options
     options = {"rate": rate, "canary": canary, "max_redrives": max_redrives, "expect": expect}
     words = chosen.words | {name: value for name, value in options.items() if value is not None}
     intent = Intent("redrive", operator(actor), reason, words)
-    refuse_without_redis()
+    refuse_without_redis(broker())
     # Take only dead letters that the operator confirmed and that no other operator has claimed since.
     redrive_id, now = dead_letters.redrive(
         conn,
@@ -128,14 +127,6 @@ def show_groups(groups: list[dict[str, Any]], output_format: Format) -> None:
         for group in groups
     ]
     show([cells(row, widths) for row in rows], list(widths), output_format, wrapped="example")
-
-
-def refuse_without_redis() -> None:
-    """Raise RedisOutage in an outage, before anything is changed."""
-    try:
-        broker().client.ping()
-    except redis.RedisError as error:
-        raise RedisOutage(str(error)) from error
 
 
 def follow(conn: Connection, redrive_id: UUID, *, detach: bool, output_format: Format) -> None:

@@ -15,6 +15,7 @@ from evalstore.cli.output import escaped
 from evalstore.local.stack import LocalStack, commands
 from models.addresses import url_of
 from models.errors import EvalstoreError
+from models.settings import Settings
 
 COLOURS = (36, 33, 32, 35, 34)
 
@@ -99,6 +100,23 @@ def prefixed(names: Sequence[str]) -> Callable[[str, str], None]:
     return show
 
 
+def _console(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the console's address with a link that signs in once as an admin; nothing if the console is off."""
+    from evalstore.storage import api_keys, console_sessions, database  # noqa: PLC0415 - slow to import
+
+    loaded = Settings.from_environment({**os.environ, **environment})
+    if loaded.console == "off":
+        return []
+    engine = database.connect(loaded, pool_size=1)
+    try:
+        with database.errors(), engine.connect() as conn:
+            key_id = api_keys.settings_key_id(api_keys.digest(environment["EVALSTORE_ADMIN_API_KEYS"]))
+            token = console_sessions.create_link(conn, key_id)
+    finally:
+        engine.dispose()
+    return [("console", f"{environment['EVALSTORE_API_URL']}{loaded.api_root_path or ''}/console/login?link={token}")]
+
+
 def _summary(local: LocalStack) -> list[str]:
     rows = [
         ("PostgreSQL", f"127.0.0.1:{local.postgres.port}, log {local.postgres.log}"),
@@ -115,6 +133,8 @@ def _summary(local: LocalStack) -> list[str]:
                 ("HTTP", local.environment["EVALSTORE_API_URL"]),
                 ("read key", local.environment["EVALSTORE_READ_API_KEYS"]),
                 ("write key", local.environment["EVALSTORE_WRITE_API_KEYS"]),
+                ("admin key", local.environment["EVALSTORE_ADMIN_API_KEYS"]),
+                *_console(local.environment),
             ]
             if "EVALSTORE_API_URL" in local.environment
             else []

@@ -51,17 +51,19 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
 def _api_environment(folder: Path) -> dict[str, str]:
     """Return the address and keys of the HTTP service. They stay the same at the next start, if the port is free."""
     path = folder / "api"
-    port, read, write = path.read_text().split() if path.exists() else ("8086", secrets.token_hex(24), secrets.token_hex(24))
+    before = path.read_text().split() if path.exists() else ["8086"]
+    port, read, write, admin = before + [secrets.token_hex(24) for _ in range(4 - len(before))]
     settings = Settings.from_environment(os.environ)
     host = settings.api_host if "api_host" in settings.model_fields_set else "127.0.0.1"
     port = str(free_port(int(port), host))
-    write_private(path, f"{port}\n{read}\n{write}\n")
+    write_private(path, f"{port}\n{read}\n{write}\n{admin}\n")
     return {
         "EVALSTORE_API_HOST": host,
         "EVALSTORE_API_PORT": port,
         "EVALSTORE_API_URL": url_of(host, port),
         "EVALSTORE_READ_API_KEYS": read,
         "EVALSTORE_WRITE_API_KEYS": write,
+        "EVALSTORE_ADMIN_API_KEYS": admin,
     }
 
 

@@ -4,15 +4,18 @@ The database holds the SHA-256 of each key. A reader of the database cannot use 
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Collection, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, operator_actions
+from evalstore.storage.operator_actions import Intent
 from evalstore.storage.visibility import EVERYTHING, Visibility
+from models.events import identity
 
 SCOPES: Final = ("read", "write", "admin")
 
@@ -46,6 +49,11 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def settings_key_id(hashed: bytes) -> str:
+    """Return the id of a key of the settings. Nobody can compute the key from the id."""
+    return f"settings-{digest(hashed.hex()).hex()[:8]}"
+
+
 def including(scopes: Collection[str]) -> frozenset[str]:
     """Return all that a key of these scopes may do: admin includes the others."""
     return frozenset(SCOPES if "admin" in scopes else scopes)
@@ -66,8 +74,9 @@ def create(
     *,
     visibility: Visibility = EVERYTHING,
     rate: Rate | None = None,
+    intent: Intent | None = None,
 ) -> tuple[str, Key]:
-    """Create a key. Return the key and the row stored for it. Commit.
+    """Create a key. Return the key and the row stored for it. Commit. `intent` is recorded with it.
 
     The key itself cannot be read again later. Raises ValueError for a restricted key with the scope admin, whose requests
     concern everything. Raises DatabaseOutage (retry).
@@ -80,8 +89,10 @@ def create(
     # A service of the release before ignores restrictions. So it must find no scope in the row.
     places: list[Any] = [[], granted] if visibility.is_restricted else [granted, None]
     values = [key_id, name, kept, expires_at, visibility.submitter, visibility.run_prefix, *(rate or (None, None)), *places]
-    with database.errors(), conn.begin():
-        ((created_at,),) = database.driver(conn).execute(_CREATE, values).fetchall()
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        ((created_at,),) = cursor.execute(_CREATE, values).fetchall()
+        if intent:
+            operator_actions.write(cursor, intent, 1, details={"key_id": key_id})
     return key, Key(key_id, name, kept, frozenset(scopes), created_at, expires_at, None, visibility, rate)
 
 
@@ -115,7 +126,68 @@ def _keys(conn: Connection, query: str) -> list[Key]:
 _REVOKE: Final = "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE key_id = ANY(%s) RETURNING key_id"
 
 
-def revoke(conn: Connection, key_ids: Sequence[str]) -> set[str]:
-    """Revoke keys for good. Return the keys among them that exist. Commit. Raises DatabaseOutage (retry)."""
-    with database.errors(), conn.begin():
-        return {key_id for (key_id,) in database.driver(conn).execute(_REVOKE, [list(key_ids)]).fetchall()}
+def revoke(conn: Connection, key_ids: Sequence[str], intent: Intent | None = None) -> set[str]:
+    """Revoke keys for good. Return the keys among them that exist. Commit. `intent` is recorded with it.
+
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        revoked = {key_id for (key_id,) in cursor.execute(_REVOKE, [list(key_ids)])}
+        if intent and revoked:
+            operator_actions.write(cursor, intent, len(revoked))
+        return revoked
+
+
+_UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
+_PERIODS_S: Final = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_duration(text: str) -> timedelta:
+    """Return a duration such as 90d, 12h or 30m. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,5})([mhd])", text, re.ASCII)
+    if match is None:
+        raise ValueError("expected a number of minutes, hours or days, like 90d")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+def parse_rate(text: str) -> Rate:
+    """Return a rate such as 100/s, 50/m or 9/h. Raises ValueError."""
+    match = re.fullmatch(r"([1-9]\d{0,6})/([smh])", text, re.ASCII)
+    if match is None:
+        raise ValueError("expected a number of requests a second, minute or hour, like 100/s")
+    return Rate(int(match[1]), _PERIODS_S[match[2]])
+
+
+def parse_run_prefix(text: str) -> str:
+    """Return the beginning of ids of runs. Raises ValueError."""
+    if identity({"eval_id": text})[0] is None and text not in {".", ".."}:
+        raise ValueError("expected the beginning of run ids: 1 to 200 of A-Z a-z 0-9 . _ ~ : @ + = -")
+    return text
+
+
+def parse_submitter(text: str) -> str:
+    """Return the name of a submitter. Raises ValueError."""
+    if not 1 <= len(text) <= 1000 or "\0" in text:
+        raise ValueError("expected 1 to 1,000 characters without NUL")
+    return text
+
+
+def row(key: Key) -> dict[str, Any]:
+    """Return a key as lists show it, without its digest."""
+    expired = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
+    return {
+        "key_id": key.key_id,
+        "name": key.name,
+        "scopes": ",".join(sorted(key.scopes)),
+        "submitter": key.visibility.submitter,
+        "run_prefix": key.visibility.run_prefix,
+        "rate": _rate_text(key.rate) if key.rate else None,
+        "state": "revoked" if key.revoked_at else "expired" if expired else "usable",
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+    }
+
+
+def _rate_text(rate: Rate) -> str:
+    units = {seconds: unit for unit, seconds in _PERIODS_S.items()}
+    return f"{rate.requests}/{units.get(rate.period_s, f'{rate.period_s}s')}"

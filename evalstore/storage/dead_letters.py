@@ -191,12 +191,23 @@ COLUMNS: Final = (
 )
 
 
-def find(conn: Connection, chosen: Selection, *, whole: bool = False, oldest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """Return the selected letters by the time they last died.
+def find(
+    conn: Connection,
+    chosen: Selection,
+    *,
+    whole: bool = False,
+    oldest_first: bool = False,
+    after: tuple[datetime, UUID] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Return the selected letters by the time they last died, the newest first.
 
-    `whole` adds message and traceback. Raises DatabaseOutage (retry).
+    `whole` adds message and traceback. `after` is the `last_at` and the id of the last letter of the page before; it needs the
+    newest first. Raises DatabaseOutage (retry).
     """
     condition, values = _where(chosen)
+    if after is not None:
+        condition += " AND last_at <= %s AND (last_at < %s OR id > %s)"
+        values += [after[0], *after]
     columns = (*COLUMNS, "octet_length(message) AS size", *(("message", "traceback") if whole else ()))
     order = "first_at, id" if oldest_first else "last_at DESC, id"
     query = f"SELECT {', '.join(columns)} FROM dead_letters WHERE {condition} ORDER BY {order} LIMIT %s"

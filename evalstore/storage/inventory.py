@@ -46,8 +46,13 @@ def status(conn: Connection, at: Archive | None, now: datetime) -> dict[str, Any
             oldest = min((time for time in (due["oldest"], totals["oldest"]) if time), default=None)
             due = {"contents": due["contents"] + totals["contents"], "bytes": due["bytes"] + totals["bytes"], "oldest": oldest}
         failing = cursor.execute(_FAILING).fetchone() or {"contents": 0}
-        failures = cursor.execute(_FAILURES, [_SHOWN]).fetchall()
-    return {"places": places, "due": due, "failing": failing["contents"], "failures": failures}
+    return {"places": places, "due": due, "failing": failing["contents"], "failures": failures(conn)}
+
+
+def failures(conn: Connection) -> list[dict[str, Any]]:
+    """Return up to a hundred moves that failed, those with the latest next attempt first. Raises DatabaseOutage (retry)."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_FAILURES, [_SHOWN]).fetchall()
 
 
 class Object(NamedTuple):

@@ -277,8 +277,8 @@ class Total(NamedTuple):
     is_estimate: bool
 
 
-def count(conn: Connection, chosen: Filter) -> Total:
-    """Count the evaluations, up to COUNTED. Return an estimate if there are more, or if that takes too long.
+def count(conn: Connection, chosen: Filter, *, up_to: int = COUNTED, patience_s: float = PATIENCE_S) -> Total:
+    """Count the evaluations. Return an estimate if there are more than `up_to`, or if that takes longer than `patience_s`.
 
     Raises DatabaseOutage (retry).
     """
@@ -288,20 +288,20 @@ def count(conn: Connection, chosen: Filter) -> Total:
     where = " OR ".join(f"({one})" for one in wheres)
     values = [value for some in conditions for condition in some for value in condition.values]
     query = f"SELECT count(*) FROM (SELECT 1 FROM evaluations WHERE {where} LIMIT %s) c"
-    counted = _in_time(conn, query, [*values, COUNTED + 1])
-    if counted is not None and counted[0][0] <= COUNTED:
+    counted = _in_time(conn, query, [*values, up_to + 1], patience_s)
+    if counted is not None and counted[0][0] <= up_to:
         return Total(int(counted[0][0]), is_estimate=False)
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         ((plans,),) = cursor.execute(f"EXPLAIN (FORMAT JSON) SELECT FROM evaluations WHERE {where}".encode(), values).fetchall()
     estimate = int(plans[0]["Plan"]["Plan Rows"])
-    return Total(max(estimate, COUNTED) if counted else estimate, is_estimate=True)
+    return Total(max(estimate, up_to) if counted else estimate, is_estimate=True)
 
 
-def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:
-    """Return the rows, or None if the query takes longer than PATIENCE_S."""
+def _in_time(conn: Connection, query: str, values: list[Any], patience_s: float = PATIENCE_S) -> list[tuple[Any, ...]] | None:
+    """Return the rows, or None if the query takes longer than `patience_s`."""
     try:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            cursor.execute(f"SET LOCAL statement_timeout = {int(PATIENCE_S * 1000)}".encode(), binary=False)
+            cursor.execute(f"SET LOCAL statement_timeout = {int(patience_s * 1000)}".encode(), binary=False)
             return cursor.execute(query.encode(), values).fetchall()
     except DatabaseOutage as error:
         if not isinstance(error.__cause__, QueryCanceled):

@@ -1,6 +1,7 @@
 """Record the changes of operators: who, when, why and what. Each row is written in the transaction of its change."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -54,3 +55,26 @@ def latest(conn: Connection, limit: int | None = None) -> list[dict[str, Any]]:
     """Return the newest actions first. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
         return cursor.execute(_LATEST, [limit]).fetchall()
+
+
+class Filter(NamedTuple):
+    """Which actions; None: all."""
+
+    actor: str | None = None
+    verb: str | None = None
+
+
+_PAGE: Final = """
+SELECT id, at, actor, verb, reason, filter, count, redrive, details FROM operator_actions
+WHERE (%(actor)s::text IS NULL OR actor = %(actor)s) AND (%(verb)s::text IS NULL OR verb = %(verb)s)
+    AND (%(at)s::timestamptz IS NULL OR (at, id) < (%(at)s, %(id)s))
+ORDER BY at DESC, id DESC LIMIT %(limit)s
+"""
+
+
+def page(conn: Connection, chosen: Filter, limit: int, before: tuple[datetime, int] | None = None) -> list[dict[str, Any]]:
+    """Return the newest actions first, or those before a position. Raises DatabaseOutage (retry)."""
+    at, action_id = before or (None, None)
+    values = {**chosen._asdict(), "at": at, "id": action_id, "limit": limit}
+    with database.errors(), conn.begin(), database.driver(conn).cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_PAGE, values).fetchall()

@@ -79,6 +79,16 @@ def get(conn: Connection, run_id: str, visibility: Visibility = EVERYTHING) -> d
     return None if row is None else _row(row)
 
 
+def summary(conn: Connection, run_id: str) -> Summary:
+    """Return the sums of a run, with its distributions; empty if there is none. Raises DatabaseOutage (retry)."""
+    found = Summary()
+    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
+        row = cursor.execute(f"SELECT {', '.join(COLUMNS)} FROM runs WHERE run_id = %s".encode(), [run_id]).fetchone()
+    if row is not None:
+        found.add_row(row)
+    return found
+
+
 # Of a filter that matches few, a page looks at so many runs.
 _SCAN: Final = 20_000
 

@@ -144,6 +144,22 @@ class Summary:
         }
 
 
+def histogram(bins: Mapping[int, int], columns: int) -> list[tuple[float, float, int]]:
+    """Return up to `columns` columns of a distribution: lowest value, highest value, count. All columns have as many bins."""
+    counted = {at: n for at, n in bins.items() if n > 0}
+    if not counted:
+        return []
+    first, last = min(counted), max(counted)
+    width = max(1, -(-(last - first + 1) // columns))
+    found = [0] * (-(-(last - first + 1) // width))
+    for at, n in counted.items():
+        found[(at - first) // width] += n
+    return [
+        (_value_of(first + column * width), _value_of(min(last, first + (column + 1) * width - 1)), n)
+        for column, n in enumerate(found)
+    ]
+
+
 def _merge(bins: Counter[int], stored: bytes) -> None:
     found = _DECODER.decode(stored)
     if bins:

@@ -318,6 +318,34 @@ api_keys = Table(
     Column("rate_period_s", Integer),
 )
 
+# Sessions of the console, by the SHA-256 of their cookies.
+console_sessions = Table(
+    "console_sessions",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("used_at", TIME, nullable=False, server_default=NOW),
+    Index("console_sessions_by_use", "used_at"),
+)
+
+# Links that sign in once, by the SHA-256 of their tokens.
+console_links = Table(
+    "console_links",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("expires_at", TIME, nullable=False),
+)
+
+# What the overview of the console showed at a minute, for its curves of the last day.
+overview_samples = Table(
+    "overview_samples",
+    metadata,
+    Column("at", TIME, primary_key=True),
+    Column("numbers", JSONB, nullable=False),
+)
+
 content_grants = Table(
     "content_grants",
     metadata,

@@ -69,6 +69,16 @@ def snapshot(broker: SendingBroker) -> QueueStats:
     )
 
 
+def totals(seen: QueueStats) -> dict[str, float]:
+    """Return the numbers that the overview of the console draws: messages that wait, the oldest, and events stored a second."""
+    return {
+        "waiting": sum(queue.messages[state] for queue in seen.queues for state in ("ready", "inflight", "delayed")),
+        "oldest_age_s": round(max((queue.oldest_age_s for queue in seen.queues), default=0.0), 1),
+        "events_per_s": round(sum(worker.get("events_per_s", 0) for worker in seen.workers.values()), 1),
+        "workers": len(seen.workers),
+    }
+
+
 def _memory(client: Any) -> dict[str, Any]:
     try:
         return dict(client.info("memory"))

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import psycopg
 import pytest
 import redis
@@ -57,6 +58,13 @@ import sys
 from pathlib import Path
 from evalstore.cli.up import serve
 sys.exit(serve(Path(sys.argv[1]), {"worker": [sys.executable, "-c", sys.argv[2]]}, workers=1))
+"""
+
+SERVE_API = """
+import sys
+from pathlib import Path
+from evalstore.cli.up import serve
+sys.exit(serve(Path(sys.argv[1]), {"api": [sys.executable, "-m", "evalstore.api"]}))
 """
 
 
@@ -298,6 +306,22 @@ def test_it_is_ready_when_its_workers_are(tmp_path: Path, eventually: Eventually
     finally:
         up.terminate()
         assert up.wait(timeout=20) == 0
+
+
+def test_it_prints_a_link_that_signs_in_to_the_console_once(tmp_path: Path, eventually: Eventually) -> None:
+    said = tmp_path / "said"
+    with said.open("wb") as out:
+        up = subprocess.Popen([sys.executable, "-c", SERVE_API, str(tmp_path / "data")], cwd=tmp_path, stdout=out, stderr=out)
+    try:
+        eventually(lambda: "Ctrl-C stops" in said.read_text(), within_s=30, what="the start")
+        [link] = re.findall(r"console +(http://\S+)", said.read_text())
+        with httpx.Client() as first, httpx.Client() as second:
+            assert first.get(link).headers["location"] == "/console"
+            assert "scope admin" not in first.get(f"{link.partition('/console')[0]}/console/evaluations").text
+            assert second.get(link).status_code == 403
+    finally:
+        up.send_signal(signal.SIGINT)
+        assert up.wait(timeout=30) == 0
 
 
 def test_log_lines_show_whose_they_are_and_hold_no_terminal_codes(start: Start) -> None:

@@ -1,0 +1,1 @@
+"""The operator's pages at `/console` of the HTTP service."""
