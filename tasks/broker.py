@@ -18,9 +18,9 @@ from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
-from models.settings import Settings, settings, warn_unknown_env
+from models.settings import DEFAULT_REDIS_NAMESPACE, Settings, settings, warn_unknown_env
 from tasks import tracing
-from tasks.connections import DeadlineConnection, deadline, pack, run_script, run_transaction
+from tasks.connections import DeadlineConnection, connect, deadline, pack, run_script, run_transaction
 from tasks.keys import QUEUE, Keys, Names, fence
 from tasks.spool import Spool, folder_of
 from tasks.touch import ObjectToucher
@@ -89,8 +89,9 @@ class SendingBroker(RedisBroker):
         **parameters: Any,
     ) -> None:
         if client is None and url is not None:
-            client = redis.Redis.from_url(
+            client = connect(
                 url,
+                parameters.get("namespace", DEFAULT_REDIS_NAMESPACE),
                 socket_timeout=timeout_s / 2,
                 socket_connect_timeout=timeout_s / 2,
                 health_check_interval=30,
