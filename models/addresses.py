@@ -88,7 +88,9 @@ def parse_redis_url(url: str) -> RedisAddress:
     user, at, hosts = authority_.rpartition("@")
     primary, database = ("", path) if kind == "cluster" else (unquote(path.partition("/")[0]), path.partition("/")[2])
     if kind == "sentinel" and not re.fullmatch(r"[A-Za-z0-9._-]+", primary, re.ASCII):
-        raise ValueError(f"expected the name of the primary after the hosts, like redis+sentinel://h1:26379,h2:26379/NAME/0; {_ESCAPES}")
+        raise ValueError(
+            f"expected the name of the primary after the hosts, like redis+sentinel://h1:26379,h2:26379/NAME/0; {_ESCAPES}"
+        )
     options = parse_qsl(query, keep_blank_values=True)
     if kind == "cluster" and {database or "0", dict(options).get("db", "0")} != {"0"}:
         raise ValueError("expected no database but 0: a cluster has no others")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 import redis
@@ -20,7 +20,7 @@ from uuid_utils import uuid4
 from models.errors import NotDurable, RedisOutage
 from models.settings import DEFAULT_REDIS_NAMESPACE, Settings, settings, warn_unknown_env
 from tasks import tracing
-from tasks.connections import DeadlineConnection, connect, deadline, pack, run_script, run_transaction
+from tasks.connections import DeadlineConnection, as_bytes, connect, deadline, is_located, pack, run_script, run_transaction
 from tasks.keys import QUEUE, Keys, Names, fence
 from tasks.spool import Spool, folder_of
 from tasks.touch import ObjectToucher
@@ -36,7 +36,16 @@ _LARGE_BYTES: Final = 256 * 1024
 # Below this number of messages the script is as fast as a transaction, which has one more round trip.
 _TRANSACTION_MESSAGES: Final = 64
 _MESSAGES_PER_COMMAND: Final = 100
+# How long a primary without replica counts as one that had a replica: the default of repl-backlog-ttl.
+_REPLICA_TTL_S: Final = 3600
 _WITHOUT_RESENT: Final = 2  # keys: the queue and the bodies
+
+
+class _Replication(NamedTuple):
+    """Whether a durable send waits for a replica, and the value of its fence."""
+
+    expects_replica: bool
+    fence: str
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -255,16 +264,19 @@ class SendingBroker(RedisBroker):
     def _send_durably(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
         """Send, then wait on the same connection: these commands cover only the connection's own writes.
 
-        https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
+        Wait for a replica if the primary has one, or lost its last one: then a failover may be near, and drops the primary's
+        file. Else wait for the file. https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
         """
         wait_ms = int(self.timeout_s * 350)  # less than the socket's timeout
+        for_file, for_replica = ("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)
+        replication = self._replication(fence(keys[0]))
         why: object = None
-        for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
+        for wait in (for_replica,) if replication.expects_replica else (for_file, for_replica):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
                 # After a lost reply, the repeated script writes nothing on the new connection, so WAIT would return at once.
                 # This write comes after the write of the messages.
-                pipeline.set(fence(keys[0]), 1, ex=60)
+                pipeline.set(fence(keys[0]), replication.fence, ex=_REPLICA_TTL_S)
                 pipeline.execute_command(*wait)
                 sent, fenced, confirmed = pipeline.execute(raise_on_error=False)
             for reply in (sent, fenced):
@@ -272,8 +284,28 @@ class SendingBroker(RedisBroker):
                     raise reply
             if not isinstance(confirmed, Exception) and (confirmed[0] if isinstance(confirmed, list) else confirmed) >= 1:
                 return
-            why = why or (confirmed if isinstance(confirmed, Exception) else "the append-only file was not on disk in time")
+            unconfirmed = "no replica had it in time" if wait is for_replica else "the append-only file was not on disk in time"
+            why = why or (confirmed if isinstance(confirmed, Exception) else unconfirmed)
         raise NotDurable(f"sent, but not known to be durable: {why}")
+
+    def _replication(self, fence_key: str) -> "_Replication":
+        """Ask whether the primary has or recently had a replica. The fence holds the id of the last history that had one.
+
+        A promoted primary begins a new history: its file alone counts until it has a replica. Where the user may not ask, a
+        primary has a replica if Sentinel or a cluster named it.
+        """
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.get(fence_key)
+            pipeline.info("replication")
+            had, info = pipeline.execute(raise_on_error=False)
+        if isinstance(info, Exception) or isinstance(had, Exception):
+            return _Replication(is_located(self.client), "1")
+        history, had = str(info.get("master_replid")), as_bytes(had or b"").decode()
+        if info.get("connected_slaves"):
+            return _Replication(True, history)
+        was_never_promoted = info.get("second_repl_offset") == -1
+        recently_had = had == history or bool(was_never_promoted and info.get("repl_backlog_active"))
+        return _Replication(recently_had, had or "1")
 
     def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
         """Yield every message that Redis holds for `queue`. A message that moves may come twice. Raises RedisOutage."""

@@ -85,9 +85,14 @@ def connect(url: str, namespace: str, **options: Any) -> redis.Redis:
     address = parse_redis_url(url)
     if address.kind == "server":
         return redis.Redis.from_url(address.url, **options)
-    from tasks.failover import locate  # noqa: PLC0415 - a plain server needs none of it
+    from tasks.failover import locate
 
     return locate(address, namespace, options)
+
+
+def is_located(client: redis.Redis) -> bool:
+    """Return whether Sentinel or a cluster names the server of this client."""
+    return "locator" in client.connection_pool.connection_kwargs
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

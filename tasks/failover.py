@@ -17,7 +17,7 @@ from redis.exceptions import AskError, ClusterDownError, MasterDownError, MovedE
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from models.addresses import RedisAddress
+from models.addresses import RedisAddress, parse_redis_url
 
 Node = tuple[str, int]
 
@@ -133,12 +133,12 @@ class LocatedConnection(AbstractConnection):
         """Connect unless connected. The pool calls this for each use, so no transaction is open."""
         if self._sock and (self.host, self.port) != self._locator.current:
             self.disconnect()  # Another connection found that the server changed. A frozen one would cost another time-out.
-        super().connect()
+        super().connect()  # type: ignore[no-untyped-call]
 
     def _connect(self) -> Any:
         self.host, self.port = self._locator.find()
         try:
-            return super()._connect()  # type: ignore[safe-super]
+            return super()._connect()  # type: ignore[safe-super,no-untyped-call]
         except Exception as error:
             self._locator.distrust(error)
             raise
@@ -149,7 +149,7 @@ class LocatedConnection(AbstractConnection):
         if self._locator.address.kind != "sentinel":
             return  # In a cluster, a replica does not answer.
         try:
-            self.send_command("ROLE", check_health=False)
+            self.send_command("ROLE", check_health=False)  # type: ignore[no-untyped-call]
             role = self.read_response()[0]
         except ResponseError:
             return  # The user may not ask. Then the first write shows it.
@@ -170,7 +170,7 @@ class LocatedConnection(AbstractConnection):
 
     def _leave(self, error: Exception) -> None:
         server = f"{self.host}:{self.port}"
-        self.disconnect()
+        self.disconnect()  # type: ignore[no-untyped-call]
         self._locator.distrust(error)
         raise redis.ConnectionError(f"{server} is not responsible: {type(error).__name__} {error}") from error
 
@@ -191,3 +191,17 @@ def locate(address: RedisAddress, namespace: str, options: dict[str, Any]) -> re
     pool.connection_kwargs["locator"] = Locator(address, namespace, plain, asking)
     pool.connection_class = type("LocatedConnection", (LocatedConnection, plain), {})
     return client
+
+
+def check(url: str, namespace: str) -> None:
+    """Raise Misaddressed if the servers of an address are of another kind, or if no Sentinel watches its primary.
+
+    Other errors may pass. Takes about 1 s at most for each server of the address.
+    """
+    client = locate(parse_redis_url(url), namespace, {})
+    try:
+        client.connection_pool.connection_kwargs["locator"].find()
+    except Misaddressed:
+        raise
+    except redis.RedisError:
+        pass

@@ -12,7 +12,6 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
-import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import Connection
