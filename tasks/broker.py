@@ -14,6 +14,7 @@ import redis
 from dramatiq import Message
 from dramatiq.brokers.redis import RedisBroker
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import NoScriptError
 from redis.retry import Retry
 from uuid_utils import uuid4
 
@@ -230,7 +231,7 @@ class SendingBroker(RedisBroker):
                         self._send_durably(script, keys, arguments)
                     elif attempt > 1 or not is_bulk or not self._send_in_transaction(keys, arguments):
                         run_script(self.client.connection_pool, script, keys, arguments)
-                except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+                except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, NoScriptError) as error:
                     # Try at least twice: the pool's connection may have been closed before.
                     if attempt > 1 and time.monotonic() > give_up_at:
                         raise RedisOutage(str(error)) from error

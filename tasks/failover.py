@@ -79,6 +79,10 @@ class Locator:
             connection.connect()
             connection.send_command(*command)
             reply = connection.read_response()
+        except redis.AuthenticationError:
+            if not is_sentinel:
+                raise
+            raise Misaddressed(f"{node[0]}:{node[1]} refuses the sentinel_password of the address, or asks for one") from None
         except ResponseError as error:
             if any(text in str(error) for text in _UNSUPPORTED):
                 raise Misaddressed(f"{node[0]}:{node[1]} is no {'Sentinel' if is_sentinel else 'node of a cluster'}") from None
