@@ -46,7 +46,7 @@ class _Replication(NamedTuple):
     """Whether a durable send waits for a replica, and the value of its fence."""
 
     expects_replica: bool
-    fence: str
+    fence: str | bytes
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -290,7 +290,7 @@ class SendingBroker(RedisBroker):
         raise NotDurable(f"sent, but not known to be durable: {why}")
 
     def _replication(self, fence_key: str) -> "_Replication":
-        """Ask whether the primary has or recently had a replica. The fence holds the id of the last history that had one.
+        """Ask whether the primary has or recently had a replica. The fence holds the last history that had one, and when.
 
         A promoted primary begins a new history: its file alone counts until it has a replica. Where the user may not ask, a
         primary has a replica if Sentinel or a cluster named it.
@@ -301,12 +301,13 @@ class SendingBroker(RedisBroker):
             had, info = pipeline.execute(raise_on_error=False)
         if isinstance(info, Exception) or isinstance(had, Exception):
             return _Replication(is_located(self.client), "1")
-        history, had = str(info.get("master_replid")), as_bytes(had or b"").decode()
+        history, now = str(info.get("master_replid")), int(time.time())
         if info.get("connected_slaves"):
-            return _Replication(True, history)
+            return _Replication(True, f"{history} {now}")
+        had_history, _, had_at = as_bytes(had or b"").decode().partition(" ")
+        is_recent = had_history == history and now - int(had_at or 0) < _REPLICA_TTL_S
         was_never_promoted = info.get("second_repl_offset") == -1
-        recently_had = had == history or bool(was_never_promoted and info.get("repl_backlog_active"))
-        return _Replication(recently_had, had or "1")
+        return _Replication(is_recent or bool(was_never_promoted and info.get("repl_backlog_active")), had or "1")
 
     def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
         """Yield every message that Redis holds for `queue`. A message that moves may come twice. Raises RedisOutage."""
