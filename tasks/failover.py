@@ -5,7 +5,9 @@ not to own the slot. https://redis.io/docs/latest/develop/reference/sentinel-cli
 https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 """
 
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 import redis
@@ -17,12 +19,16 @@ from redis.exceptions import AskError, ClusterDownError, MasterDownError, MovedE
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
+from models import threads
 from models.addresses import RedisAddress, parse_redis_url
 
 Node = tuple[str, int]
 
 # The longest step of one question: there are other servers to ask.
 _STEP_S: Final = 0.5
+_REFRESH_S: Final = 1.0
+# A frozen server accepts connections and says nothing. It may be replaced by now.
+_HANDSHAKE_S: Final = 1.0
 _RELOCATED: Final = (AskError, MovedError, ClusterDownError, TryAgainError, ReadOnlyError, MasterDownError)
 # BLMOVE and XREADGROUP end with this error in a primary that becomes a replica. redis-py has no class for it.
 _UNBLOCKED: Final = "UNBLOCKED"
@@ -45,9 +51,11 @@ class Locator:
         self._nodes = list(address.nodes)
         self._connection_class, self._options = connection_class, options
         self.current: Node | None = None
+        self._asked_at = 0.0
 
     def find(self) -> Node:
         """Return host and port of the server. Raises redis.ConnectionError (retry), or Misaddressed."""
+        self._asked_at = time.monotonic()
         problems: dict[str, Exception] = {}
         for node in list(self._nodes):
             try:
@@ -63,6 +71,20 @@ class Locator:
         if len(of_settings) == len(problems):
             raise of_settings[0]
         raise redis.ConnectionError("; ".join(f"{node}: {error}" for node, error in problems.items()))
+
+    def refresh(self) -> None:
+        """Ask Sentinel again, in another thread, unless it was asked within _REFRESH_S.
+
+        After `SENTINEL FAILOVER`, and behind a broken network, an old primary accepts writes for ten seconds or longer. These
+        are lost when it becomes a replica. A server of a cluster itself says that it lost a slot.
+        """
+        if self.address.kind == "sentinel" and time.monotonic() - self._asked_at > _REFRESH_S:
+            self._asked_at = time.monotonic()
+            threads.start(self._find_quietly)
+
+    def _find_quietly(self) -> None:
+        with suppress(redis.RedisError):
+            self.find()
 
     def distrust(self, error: Exception) -> None:
         """Ask another server first the next time. If `error` names the owner of the slot, ask that server."""
@@ -135,6 +157,7 @@ class LocatedConnection(AbstractConnection):
 
     def connect(self) -> None:
         """Connect unless connected. The pool calls this for each use, so no transaction is open."""
+        self._locator.refresh()
         if self._sock and (self.host, self.port) != self._locator.current:
             self.disconnect()  # Another connection found that the server changed. A frozen one would cost another time-out.
         super().connect()  # type: ignore[no-untyped-call]
@@ -149,7 +172,15 @@ class LocatedConnection(AbstractConnection):
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
         """Authenticate, and check what Sentinel said: it may not know of a failover yet."""
-        super().on_connect_check_health(check_health)
+        usual_s = self.socket_timeout
+        self.socket_timeout = min(usual_s or _HANDSHAKE_S, _HANDSHAKE_S)
+        try:
+            super().on_connect_check_health(check_health)
+            self._check_role()
+        finally:
+            self.socket_timeout = usual_s
+
+    def _check_role(self) -> None:
         if self._locator.address.kind != "sentinel":
             return  # In a cluster, a replica does not answer.
         try:

@@ -126,10 +126,10 @@ class SentinelGroup:
         [node] = [node for node in self.nodes if {node.port} == found and node.role() == "master"]
         return node
 
-    def fail_over(self) -> None:
-        """Order a failover."""
+    def fail_over(self, *options: str) -> None:
+        """Order a failover. Raises while one is going on."""
         with redis.Redis.from_url(self.sentinels[0].url()) as client:
-            client.execute_command("SENTINEL", "FAILOVER", "main")
+            client.execute_command("SENTINEL", "FAILOVER", "main", *options)
 
 
 class Cluster:
