@@ -6,7 +6,6 @@ https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 """
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -120,15 +119,13 @@ class Locator:
 
     def _owner(self, reply: Any, asked: Node) -> Node:
         nodes = {tuple(map(int, entry[:2])): [_node(part, asked) for part in entry[2:]] for entry in reply}
-        self._learn(node for entry in nodes.values() for node in entry if node)
+        # The nodes of the address may all be replaced while this process runs.
+        known = (node for servers in nodes.values() for node in servers if node)
+        self._nodes = list(dict.fromkeys([asked, *known, *self.address.nodes]))
         for (first, last), servers in nodes.items():
             if first <= self._slot <= last and servers[0]:
                 return servers[0]
         raise redis.ConnectionError(f"no server of the cluster owns slot {self._slot}, that of the namespace")
-
-    def _learn(self, nodes: Iterable[Node]) -> None:
-        """Remember nodes of the cluster: those of the address may all be replaced while this process runs."""
-        self._nodes += [node for node in dict.fromkeys(nodes) if node not in self._nodes]
 
     def _ask_first(self, node: Node) -> None:
         if self._nodes[:1] != [node]:

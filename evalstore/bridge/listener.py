@@ -24,7 +24,7 @@ from evalstore.telemetry.counters import Counters
 from models.errors import InvalidEvent, Outage
 from models.logs import EventLogger
 from models.record import rfc3339
-from tasks import store_evaluation
+from tasks import connections, store_evaluation
 from tasks.actor import ACTOR
 from tasks.broker import broker
 from tasks.keys import QUEUE
@@ -52,9 +52,12 @@ class Heard(NamedTuple):
 
 
 def connect(url: str) -> "redis.Redis":
-    """Return a client that reports a lost connection at once, and makes no new one by itself."""
-    return redis.Redis.from_url(
-        url, socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True, retry=Retry(NoBackoff(), 0)
+    """Return a client that reports a lost connection at once, and makes no new one by itself.
+
+    Any server of a cluster hears all that is published. Raises ValueError for a bad address.
+    """
+    return connections.connect(
+        url, "{bridge}", socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True, retry=Retry(NoBackoff(), 0)
     )
 
 
