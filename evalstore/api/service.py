@@ -84,11 +84,7 @@ class Service:
         self._row_version_conn: Connection | None = None
         self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
         self._objects_paused_until = 0.0
-<<<<<<< HEAD
         names = self.names = Names(settings.redis_namespace)
-=======
-        names = Names(settings.redis_namespace)
->>>>>>> s19a
         self.redis = connect(
             settings.redis_url.get_secret_value(),
             settings.redis_namespace,
