@@ -346,6 +346,21 @@ erasure_key = Table(
     Column("outer_pad", LargeBinary, nullable=False),
 )
 
+# One row: the id that names this evalstore in the lake.
+lake_owner = Table(
+    "lake_owner",
+    metadata,
+    Column(
+        "singleton",
+        SmallInteger,
+        CheckConstraint("singleton = 1"),
+        primary_key=True,
+        autoincrement=False,
+        server_default=text("1"),
+    ),
+    Column("id", Uuid, nullable=False, server_default=text("gen_random_uuid()")),
+)
+
 # Keys of the HTTP service, as SHA-256: a reader of this table cannot use them.
 api_keys = Table(
     "api_keys",
