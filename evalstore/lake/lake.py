@@ -172,10 +172,13 @@ class Lake:
         added: Sequence["DataFile"],
         removed: Sequence["DataFile"],
         cursor: Mapping[str, Any] | None = None,
+        *,
+        keep_files: bool = False,
     ) -> None:
         """Commit a snapshot on top of `found`, with its cursor or a newer one.
 
-        Raises LakeOutage: it may be committed or not. A lost race raises CommitFailedException, and removes `added` unless `keep_files`.
+        Raises LakeOutage: it may be committed or not. A lost race raises CommitFailedException, and removes `added` unless
+        `keep_files`.
         """
         from pyiceberg.exceptions import CommitFailedException  # noqa: PLC0415 - as above
 

@@ -36,6 +36,11 @@ def event(eval_id: str, at: datetime = AT, **fields: Any) -> StoredEvent:
     return StoredEvent(ReplayKey(at, eval_id, at, event_id), given)
 
 
+@pytest.fixture(autouse=True)
+def _planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLARS_ICEBERG_PLANNER", "pyiceberg")  # or Polars warns that it has a quicker one
+
+
 @pytest.fixture
 def lake_settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings.from_environment({"EVALSTORE_DATABASE_URL": database_url, "EVALSTORE_LAKE_URL": f"file://{tmp_path}/lake"})
