@@ -44,7 +44,9 @@ def _erase(lake: Lake, table: LakeTable, eval_ids: Sequence[str]) -> int:
     raise LakeOutage("other programs write the erased evaluations again")
 
 
-def _holding(lake: Lake, table: LakeTable, found: "Table", files: Sequence[LakeFile], eval_ids: Sequence[str]) -> list[LakeFile]:
+def _holding(
+    lake: Lake, table: LakeTable, found: "Table", files: Sequence[LakeFile], eval_ids: Sequence[str]
+) -> list[LakeFile]:
     import pyarrow as pa  # noqa: PLC0415 - only processes with a lake load this
 
     ids = pa.array(eval_ids, pa.string())
@@ -53,7 +55,7 @@ def _holding(lake: Lake, table: LakeTable, found: "Table", files: Sequence[LakeF
 
 
 def _forget(lake: Lake, table: LakeTable, eval_ids: Sequence[str]) -> None:
-    """Expire the snapshots whose files hold these evaluations, and remove the files. No other writer of evalstore is at work."""
+    """Expire the snapshots whose files hold these evaluations, and remove the files. No other writer may be at work."""
     found = lake.load(table)
     current = found.current_snapshot()
     if current is None:

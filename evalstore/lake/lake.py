@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from sqlalchemy import Engine
 
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 CURSOR: Final = "evalstore.cursor"
 _ATTEMPTS: Final = 20
 _LOCK: Final = "SELECT pg_advisory_xact_lock{}(%s)"
+
+
+class HasFields(Protocol):
+    """A StoredEvent, or an event of a sink."""
+
+    @property
+    def fields(self) -> dict[str, Any]: ...
 
 
 class Lake:
@@ -69,7 +76,7 @@ class Lake:
         """Return the cursor of the last `append_events` that had one; None in a new lake. Raises LakeOutage."""
         return cursor_of(self.load(EVENTS))
 
-    def append_events(self, events: Sequence[StoredEvent], cursor: Mapping[str, Any] | None = None) -> int:
+    def append_events(self, events: Sequence[HasFields], cursor: Mapping[str, Any] | None = None) -> int:
         """Append those events that are not there, and set the cursor in the same commit. Returns how many were appended.
 
         Raises LakeOutage, LakeDamaged; it may be repeated.

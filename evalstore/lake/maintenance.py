@@ -115,8 +115,7 @@ def remove_orphans(found: "Table", *, data_grace: timedelta, metadata_grace: tim
         gone = [
             info.path
             for info in catalog.listed(found.io, found.location())
-            if info.path not in named
-            and _modified_at(info) <= now - (data_grace if _OWN.search(info.path) else metadata_grace)
+            if info.path not in named and _modified_at(info) <= now - (data_grace if _OWN.search(info.path) else metadata_grace)
         ]
         scheme, netloc, _ = found.io.parse_location(found.location())
         storage = found.io.fs_by_scheme(scheme, netloc)

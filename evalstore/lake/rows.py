@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _CONTENTS: Final = ("code", "output", "error")
 _TYPES: Final[dict[str, type]] = {"string": str, "int": int, "long": int, "double": float, "boolean": bool, "binary": bytes}
+_INT64: Final = range(-(2**63), 2**63)
 _SPECIAL: Final = {"eval_id", "event_id", "type", "occurred_at", "recorded_at", "metadata", "extra"}
 _PLAIN: Final = {
     column.name: _TYPES[column.type]
@@ -38,7 +39,7 @@ def event_row(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         kind = _PLAIN.get(name)
         if kind is not None:
-            if type(value) is kind and (kind is not int or -(2**63) <= value < 2**63):
+            if type(value) is kind and (kind is not int or value in _INT64):
                 row[name] = value
             else:
                 extra[name] = value
@@ -139,7 +140,7 @@ def ordered(table: LakeTable, rows: "pa.Table") -> "pa.Table":
     return rows.sort_by([(name, "ascending") for name in table.order])
 
 
-def event_rows(events: Sequence[StoredEvent]) -> "pa.Table":
+def event_rows(events: Sequence[Any]) -> "pa.Table":
     """Return events as an Arrow table. Of an event that is there twice, one stays."""
     unique = {(event.fields["eval_id"], event.fields["event_id"]): event for event in events}
     return to_table(EVENTS, [event_row(event.fields) for event in unique.values()])

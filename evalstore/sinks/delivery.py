@@ -51,7 +51,7 @@ class Delivery:
         self.done, self.refused = 0, []
         for is_event, group in groupby(steps, lambda step: step.event is not None):
             run = list(group)
-            for part in [run] if is_event else [[step] for step in run]:
+            for part in [run] if is_event or hasattr(self._sink, "erase_many") else [[step] for step in run]:
                 self._write(part)
 
     def _write(self, steps: Sequence[Step]) -> None:
@@ -75,8 +75,9 @@ class Delivery:
         try:
             if events:
                 self._sink.write(Batch(events, to_json(steps[-1].cursor)))
-            elif steps[0].is_erased:
-                self._sink.erase(steps[0].eval_id)
+            elif erased := [step.eval_id for step in steps if step.is_erased]:
+                erase_many = getattr(self._sink, "erase_many", None)
+                erase_many(erased) if erase_many else self._sink.erase(erased[0])
         except Outage as error:
             raise SinkUnavailable(str(error) or type(error).__name__) from error
 

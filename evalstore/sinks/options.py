@@ -18,6 +18,9 @@ class Options(BaseModel):
     type: str
     batch_events: int = Field(default=4000, ge=1, le=100_000)
     timeout_s: float = Field(default=120, ge=1, le=86_400)
+    # A batch is delivered when its first event has waited for so long, or when it is this large.
+    gather_s: float = Field(default=0, ge=0, le=3600)
+    gather_bytes: int = Field(default=64 * 1024 * 1024, ge=1, le=1024**3)
 
 
 class OwnOptions(Options):

@@ -94,11 +94,11 @@ def main() -> None:
 
 
 def _load_or_exit(settings: Settings) -> list[SinkConfig]:
-    if settings.sinks_file is None:
+    if settings.sinks_file is None and settings.lake_url is None:
         print("EVALSTORE_SINKS_FILE: not set; it names the file with a table for each sink", file=sys.stderr)
         sys.exit(2)
     try:
-        return config.load(settings.sinks_file)
+        return config.load_all(settings)
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)

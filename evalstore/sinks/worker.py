@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ from evalstore.sinks.protocol import KeepsCursor, Sink, SinkEvent
 from evalstore.sinks.source import Source, Step
 from evalstore.storage import dead_letters, redrives, sink_cursors
 from evalstore.storage.database import Watch
+from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
 from models.errors import Outage
@@ -31,6 +33,9 @@ _LETTERS_S: Final = 1.0
 _LETTERS: Final = 100
 _GAP_SHOWN_S: Final = 5.0
 _DATABASE_S: Final = 30.0
+_FIRST: Final = datetime(2000, 1, 1, tzinfo=UTC)  # before the first event of any installation
+# Of an event besides its texts.
+_EVENT_BYTES: Final = 300
 
 
 class SinkWorker(threading.Thread):
@@ -79,6 +84,7 @@ class SinkWorker(threading.Thread):
         try:
             while not self._stopping.is_set():
                 turns.take_one()
+            turns.finish()
         finally:
             self.lease = None
             turns.close()
@@ -109,30 +115,65 @@ class _Turns:
         self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
         self._failing = False
         self._letters_due = self._gap_due = 0.0
+        self._due, self._bytes = 0.0, 0  # of the steps that are gathered
 
     def take_one(self) -> None:
         """Give the next steps to the sink, or wait for some. Raises LeaseLost, DatabaseOutage."""
         try:
             delivery = self._delivery or self._open()
             self._redrive(delivery)
-            if not self._steps:
-                self._steps = self._worker.database(self._conn, self._source.take, self._config.options.batch_events)
-            if self._steps:
+            if self._gather():
                 self._deliver(delivery)
             else:
                 self._wait()
         except SinkUnavailable as error:
             self._back_off(error)
 
+    def finish(self) -> None:
+        """Deliver what was gathered, before a stop."""
+        if self._steps and self._delivery and not self._failing:
+            with suppress(SinkUnavailable):
+                self._deliver(self._delivery)
+
+    def _gather(self) -> bool:
+        """Take the next steps; returns whether to deliver what is there."""
+        options = self._config.options
+        room = options.batch_events - len(self._steps)
+        is_erasure = False
+        if not self._steps or (options.gather_s and room > 0 and self._bytes < options.gather_bytes):
+            taken = self._worker.database(self._conn, self._source.take, room)
+            if not self._steps:
+                self._due, self._bytes = time.monotonic() + options.gather_s, 0
+            self._steps += taken
+            if options.gather_s:
+                self._bytes += sum(_size(step) for step in taken)
+                self._poll_s = _POLL_S[0] if taken else self._poll_s
+                is_erasure = any(step.is_erased for step in taken)
+                room -= len(taken)
+        if not self._steps:
+            return False
+        is_full = room <= 0 or self._bytes >= options.gather_bytes
+        return is_full or is_erasure or time.monotonic() >= self._due
+
     def _open(self) -> Delivery:
         """Make the sink, and begin where it says it is, if it keeps that itself."""
         self._sink = self._call(self._config.create)
         if isinstance(self._sink, KeepsCursor):
-            cursor = source.from_json(self._call(self._sink.cursor), self._lease.cursor)
+            document = self._call(self._sink.cursor)
+            if document is None and getattr(self._sink, "fills_from_log", False):
+                self._fill_from_log()
+            cursor = source.from_json(document, self._lease.cursor)
             self._lease = self._lease._replace(cursor=cursor)
             self._source, self._cursor = Source(self._lease), cursor
         self._delivery = Delivery(self._config.name, self._sink)
         return self._delivery
+
+    def _fill_from_log(self) -> None:
+        """Have the log replayed from its beginning, unless a replay is under way. Raises LeaseLost, DatabaseOutage."""
+        if self._lease.cursor.replay_until is None:
+            intent = Intent("rewind", "evalstore", "the sink is empty", {"sink": self._lease.name})
+            self._worker.database(self._conn, sink_cursors.rewind, self._lease.name, _FIRST, intent)
+            raise LeaseLost(f"sink {self._lease.name}: it is empty, and begins with the whole log")
 
     def _call(self, work: Callable[[], _T]) -> _T:
         """Call the sink. Whatever it raises here is no event's fault."""
@@ -219,6 +260,13 @@ class _Turns:
         if (close := getattr(self._sink, "close", None)) is not None:
             with suppress(Exception):  # it is not used again
                 close()
+
+
+def _size(step: Step) -> int:
+    """Return about how many bytes of JSON an event has."""
+    if step.event is None:
+        return 0
+    return _EVENT_BYTES + sum(len(value) for value in step.event.fields.values() if isinstance(value, str))
 
 
 def _step_of(one: SinkLetter, cursor: Cursor) -> Step:

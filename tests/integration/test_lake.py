@@ -9,12 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import Connection
 
-pytest.importorskip("pyiceberg", reason="the lake needs the extra `lake`: make setup-integrations")
-pl = pytest.importorskip("polars", reason="Polars reads the lake as well: make setup-integrations")
-pq = pytest.importorskip("pyarrow.parquet", reason="the lake needs the extra `lake`: make setup-integrations")
-
 from evalstore.lake import maintenance
-from evalstore.lake.errors import LakeDamaged, LakeMismatch, LakeOutage
 from evalstore.lake.files import Range
 from evalstore.lake.lake import Lake
 from evalstore.lake.schema import EVALUATIONS, EVENTS
@@ -24,6 +19,10 @@ from evalstore.storage.sink_cursors import ReplayKey
 from models.events import parse
 from models.record import rfc3339
 from models.settings import Settings
+
+pytest.importorskip("pyiceberg", reason="the lake needs the extra `lake`: make setup-integrations")
+pl = pytest.importorskip("polars", reason="Polars reads the lake as well: make setup-integrations")
+pq = pytest.importorskip("pyarrow.parquet", reason="the lake needs the extra `lake`: make setup-integrations")
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -128,7 +127,9 @@ def files_of(lake: Lake) -> list[Path]:
 
 def test_a_thousand_appends_become_two_files_a_day(lake: Lake) -> None:
     for number in range(60):
-        lake.append_events([event(f"e{number % 7}-{number}", AT + timedelta(hours=number % 48)) for _ in range(3)], {"n": number})
+        lake.append_events(
+            [event(f"e{number % 7}-{number}", AT + timedelta(hours=number % 48)) for _ in range(3)], {"n": number}
+        )
     kept = lake.load(EVENTS).metadata_location
     done = maintenance.run_once(lake, keep=timedelta(hours=1), grace=timedelta(hours=1))
     assert (done.files_before, done.snapshots_expired) == (60, 0)
