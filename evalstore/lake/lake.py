@@ -43,7 +43,7 @@ class Lake:
     """The tables of one evalstore. For one thread. A process that forks opens its own."""
 
     def __init__(self, settings: Settings, engine: Engine, *, create: bool = True) -> None:
-        self.location = catalog.warehouse(settings)
+        self.settings, self.location = settings, catalog.warehouse(settings)
         self.engine = engine
         self._owner = catalog.evalstore_id(engine)
         self._catalog = catalog.open_catalog(settings, engine)
@@ -58,7 +58,12 @@ class Lake:
         Raises LakeOutage, DatabaseOutage (retry); LakeMismatch for another evalstore's warehouse or a newer release's;
         InvalidSettings without EVALSTORE_LAKE_URL or without the extra `lake`.
         """
-        return cls(settings, database.connect(settings, pool_size=2), create=create)
+        engine = database.connect(settings, pool_size=2)
+        try:
+            return cls(settings, engine, create=create)
+        except BaseException:
+            engine.dispose()
+            raise
 
     def close(self) -> None:
         """Close the connections to the database."""

@@ -1,6 +1,7 @@
 """The lake: each event and record once, readable by evalstore and by others, and gone once erased."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import Connection
 
-from evalstore.lake import maintenance
+from evalstore.lake import maintenance, query, recovery
+from evalstore.lake.errors import LakeDamaged, LakeMismatch, LakeOutage
 from evalstore.lake.files import Range
 from evalstore.lake.lake import Lake
 from evalstore.lake.schema import EVALUATIONS, EVENTS
@@ -167,3 +169,117 @@ def test_erasing_leaves_nothing_in_any_file(lake: Lake) -> None:
             assert "gone" not in path.read_text()
     assert lake.cursor() == {"n": 4}
     assert lake.erase(["gone"]) == 0
+
+
+def refused(lake: Lake, sql: str, limits: query.Limits | None = None) -> str:
+    with pytest.raises(query.QueryRefused) as raised:
+        query.run(lake, sql, limits or query.Limits())
+    return str(raised.value)
+
+
+def test_a_query_reads_events_and_evaluations(lake: Lake) -> None:
+    lake.append_events([event("a", output="x\u20ac"), event("b", AT + timedelta(days=40), output_b64="/w==")], {"n": 1})
+    lake.append_records([record("a", finished_at=AT)])
+    lake.append_events([event("c", AT + timedelta(days=1))])
+    rows = query.run(
+        lake, "SELECT eval_id, output, date_trunc('day', recorded_at) AS day FROM events ORDER BY eval_id", query.Limits()
+    )
+    assert rows == [
+        {"eval_id": "a", "output": "x\u20ac", "day": "2026-01-01T00:00:00Z"},
+        {"eval_id": "b", "output": "/w==", "day": "2026-02-10T00:00:00Z"},
+        {"eval_id": "c", "output": None, "day": "2026-01-02T00:00:00Z"},
+    ]
+    sql = "SELECT count(*) AS n, any_value(metadata->>'a') AS a FROM events JOIN evaluations USING (eval_id)"
+    with pytest.raises(query.QueryRefused, match="metadata"):
+        query.run(lake, sql, query.Limits())
+    assert query.run(lake, sql.replace("metadata", "evaluations.metadata"), query.Limits()) == [{"n": 1, "a": "1"}]
+
+
+def test_a_query_writes_nothing_reads_no_file_and_has_limits(lake: Lake, tmp_path: Path) -> None:
+    lake.append_events([event(f"e{number}") for number in range(50)])
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a,b\n1,2\n")
+    for sql in (
+        f"SELECT * FROM read_csv('{secret}')",
+        f"SELECT * FROM '{secret}'",
+        f"SELECT * FROM read_text('{secret}')",
+        f"SELECT * FROM glob('{tmp_path}/*')",
+    ):
+        assert "disabled" in refused(lake, sql), sql
+    for sql in (
+        f"COPY events TO '{tmp_path}/out.parquet'",
+        "CREATE TABLE t (a int)",
+        "DELETE FROM events",
+        "SET enable_external_access = true",
+        "ATTACH 'x.db'",
+        "INSTALL httpfs",
+        "SELECT 1; SELECT 2",
+        "",
+    ):
+        assert "one SELECT" in refused(lake, sql)
+    assert not list(tmp_path.glob("out*"))
+    assert "--max-rows" in refused(lake, "SELECT eval_id FROM events", query.Limits(rows=10))
+    slow = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b"
+    assert "--timeout" in refused(lake, slow, query.Limits(seconds=0.3))
+    big = "SELECT list(range) FROM range(100000000)"
+    assert "--memory" in refused(lake, big, query.Limits(memory_mb=64))
+
+
+def test_a_damaged_or_missing_file_is_named(lake: Lake) -> None:
+    lake.append_events([event("a", output="x" * 1000)])
+    (path,) = [path for path in files_of(lake) if path.suffix == ".parquet"]
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:200] + b"????" + whole[204:], whole[:100]):
+        path.write_bytes(damaged)
+        with pytest.raises(LakeDamaged, match=path.name), closing(Lake.open(lake.settings)) as again:
+            again.events_of(["a"])
+    path.unlink()
+    with pytest.raises(LakeDamaged, match=path.name), closing(Lake.open(lake.settings)) as again:
+        again.events_of(["a"])
+
+
+def test_another_evalstores_warehouse_is_refused(lake_settings: Settings, lake: Lake, conn: Connection) -> None:
+    lake.append_events([event("a")])
+    with conn.begin():
+        conn.exec_driver_sql("UPDATE lake_owner SET id = gen_random_uuid()")
+    with pytest.raises(LakeMismatch, match="another evalstore"):
+        Lake.open(lake_settings)
+    with conn.begin():
+        conn.exec_driver_sql("DELETE FROM iceberg_tables")
+    with pytest.raises(LakeMismatch, match="another evalstore"):
+        Lake.open(lake_settings)
+
+
+def test_a_newer_schema_is_refused(lake_settings: Settings, lake: Lake) -> None:
+    with lake.load(EVENTS).transaction() as transaction:
+        transaction.set_properties({"evalstore.schema-version": "99"})
+    with pytest.raises(LakeMismatch, match="newer release"):
+        Lake.open(lake_settings)
+
+
+def test_a_lake_that_is_away_is_an_outage(lake_settings: Settings, tmp_path: Path) -> None:
+    blocked = tmp_path / "lake"
+    blocked.write_text("no folder")
+    with pytest.raises(LakeOutage):
+        Lake.open(lake_settings)
+
+
+def test_a_restored_catalog_is_led_to_the_newest_state(lake_settings: Settings, lake: Lake, conn: Connection) -> None:
+    lake.append_events([event("a")], {"n": 1})
+    with conn.begin():
+        before = conn.exec_driver_sql("SELECT table_name, metadata_location FROM iceberg_tables").fetchall()
+    lake.append_events([event("b")], {"n": 2})
+    maintenance.run_once(lake, keep=timedelta(0), grace=timedelta(0))
+    with conn.begin():
+        for name, location in before:
+            conn.exec_driver_sql("UPDATE iceberg_tables SET metadata_location = %s WHERE table_name = %s", (location, name))
+    assert [one.before == one.after for one in recovery.run_once(lake_settings)] == [False, True]
+    with closing(Lake.open(lake_settings)) as again:
+        assert again.events_of(["a", "b"]).keys() == {"a", "b"}
+        assert again.cursor() == {"n": 2}
+    with conn.begin():
+        conn.exec_driver_sql("DELETE FROM iceberg_tables")
+        conn.exec_driver_sql("DELETE FROM iceberg_namespace_properties")
+    recovery.run_once(lake_settings)
+    with closing(Lake.open(lake_settings)) as again:
+        assert again.events_of(["a", "b"]).keys() == {"a", "b"}

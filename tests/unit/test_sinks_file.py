@@ -40,7 +40,7 @@ def test_all_faults_are_told_with_line_and_key(tmp_path: Path) -> None:
     assert faults(tmp_path, text) == [
         "FILE:5: [main] topik: there is no such key; did you mean topic?",
         "FILE:6: [main] batch_events: expected an integer",
-        "FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are kafka, webhook",
+        "FILE:9: [two] type: there is no type of this name; did you mean kafka?; there are kafka, lake, webhook",
         "FILE:11: [a b] a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -",
         "FILE:11: [a b] bootstrap_servers: required",
         "FILE:11: [a b] topic: required",
@@ -74,7 +74,7 @@ def test_what_is_missing_or_no_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="No such file"):
         config.load(tmp_path / "none")
     assert faults(tmp_path, "a = 1\n")[0].endswith("[a] expected a table for each sink, like [kafka-main]")
-    assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are kafka, webhook"]
+    assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are kafka, lake, webhook"]
 
 
 @pytest.mark.parametrize(("fields", "text"), [({"a": "é"}, '{"a":"é"}'.encode()), ({"a": "\ud800"}, b'{"a":"\\ud800"}')])
