@@ -1,9 +1,12 @@
-"""Check the addresses of PostgreSQL, Redis and HTTP hosts. Errors never repeat an address: it may hold a password."""
+"""Check the addresses of PostgreSQL, Redis, object stores and HTTP hosts.
+
+Errors never repeat an address: it may hold a password.
+"""
 
 import ipaddress
 import re
-from typing import Final
-from urllib.parse import parse_qsl, urlsplit
+from typing import Final, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from models.validation_errors import did_you_mean
 
@@ -24,6 +27,7 @@ REDIS_OPTIONS: Final = {"db": _DATABASE, "username": _ANY, "password": _ANY, "cl
 REDIS_TLS_OPTIONS: Final = REDIS_OPTIONS | _TLS
 
 _ESCAPES: Final = "in a password / is written %2F, # %23, ? %3F, @ %40 and % %25"
+_BUCKET: Final = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -94,3 +98,30 @@ def url_of(host: str, port: int | str) -> str:
 def authority(host: str, port: int | str) -> str:
     """Return `host:port` for a URL, with an IPv6 address in brackets (RFC 3986, 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
+    """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
+
+    Raises ValueError, which says what was expected.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"file", "s3"}:
+        raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
+    if "?" in rest or "#" in rest or "\0" in unquote(rest):
+        raise ValueError("expected no ? and no #: in a folder's name write %3F and %23")
+    if scheme == "file":
+        host, slash, _ = rest.partition("/")
+        if host not in {"", "localhost"} or not slash:
+            raise ValueError("expected an absolute path, with three slashes: file:///absolute/folder")
+        folder = unquote(rest.removeprefix("localhost"))
+        if folder.strip("/") == "" or ".." in folder.split("/"):
+            raise ValueError("expected a folder below /, and no .. in its path")
+        return "file", folder, ""
+    bucket, _, prefix = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("expected s3:// and a bucket's name: 3 to 63 of a-z 0-9 . -")
+    prefix = prefix.strip("/")
+    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
+        raise ValueError("expected a prefix without empty parts, . and ..")
+    return "s3", bucket, prefix

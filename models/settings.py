@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from models.addresses import check_database_url, check_host, check_redis_url
+from models.addresses import check_database_url, check_host, check_redis_url, parse_store_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
@@ -32,34 +32,6 @@ _DAY_S: Final = 86_400
 _CENTURY_DAYS: Final = 36_500
 _PEBIBYTE: Final = 1024**5
 _API_PATHS: Final = {"storage", "health", "metrics", "docs", "openapi.json", "console"}
-_BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
-
-
-def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
-    """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
-
-    Raises ValueError, which says what was expected.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in {"file", "s3"}:
-        raise ValueError("expected file:///absolute/folder or s3://bucket/prefix")
-    if "?" in rest or "#" in rest or "\0" in unquote(rest):
-        raise ValueError("expected no ? and no #: in a folder's name write %3F and %23")
-    if scheme == "file":
-        host, slash, _ = rest.partition("/")
-        if host not in {"", "localhost"} or not slash:
-            raise ValueError("expected an absolute path, with three slashes: file:///absolute/folder")
-        folder = unquote(rest.removeprefix("localhost"))
-        if folder.strip("/") == "" or ".." in folder.split("/"):
-            raise ValueError("expected a folder below /, and no .. in its path")
-        return "file", folder, ""
-    bucket, _, prefix = rest.partition("/")
-    if not _BUCKET.fullmatch(bucket):
-        raise ValueError("expected s3:// and a bucket's name: 3 to 63 of a-z 0-9 . -")
-    prefix = prefix.strip("/")
-    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
-        raise ValueError("expected a prefix without empty parts, . and ..")
-    return "s3", bucket, prefix
 
 
 class Settings(BaseModel):

@@ -13,7 +13,7 @@ from evalstore.lake.errors import LakeDamaged, LakeMismatch
 from evalstore.lake.lake import Lake
 from models.settings import settings
 
-app = typer.Typer(help="The lake: Iceberg tables of events and retired evaluations.", no_args_is_help=True)
+app = typer.Typer(help="The lake: what it holds, queries, and maintenance.", no_args_is_help=True)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from evalstore.lake.errors import LakeDamaged, LakeMismatch, LakeOutage
 from evalstore.lake.schema import VERSION, LakeTable, iceberg_schema
 from evalstore.storage import database
+from models.addresses import parse_store_url
 from models.errors import EvalstoreError, InvalidSettings
 from models.extras import how_to_install, is_installed
-from models.settings import Settings, parse_store_url
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog

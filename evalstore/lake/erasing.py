@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 from evalstore.lake import catalog, maintenance
 from evalstore.lake.errors import LakeOutage
 from evalstore.lake.files import Files, LakeFile
-from evalstore.lake.lake import Lake
 from evalstore.lake.schema import TABLES, LakeTable
+from evalstore.lake.tables import LakeTables
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
@@ -21,7 +21,7 @@ _ROUNDS: Final = 10
 _METADATA_GRACE: Final = timedelta(minutes=10)
 
 
-def erase(lake: Lake, eval_ids: Sequence[str]) -> int:
+def erase(lake: LakeTables, eval_ids: Sequence[str]) -> int:
     """Remove all rows of these evaluations, and all files that held them. Returns how many files were rewritten.
 
     Raises LakeOutage, LakeDamaged; repeat it then.
@@ -29,7 +29,7 @@ def erase(lake: Lake, eval_ids: Sequence[str]) -> int:
     return sum(_erase(lake, table, eval_ids) for table in TABLES) if eval_ids else 0
 
 
-def _erase(lake: Lake, table: LakeTable, eval_ids: Sequence[str]) -> int:
+def _erase(lake: LakeTables, table: LakeTable, eval_ids: Sequence[str]) -> int:
     rewritten = 0
     for _ in range(_ROUNDS):
         with lake.writing():
@@ -45,7 +45,7 @@ def _erase(lake: Lake, table: LakeTable, eval_ids: Sequence[str]) -> int:
 
 
 def _holding(
-    lake: Lake, table: LakeTable, found: "Table", files: Sequence[LakeFile], eval_ids: Sequence[str]
+    lake: LakeTables, table: LakeTable, found: "Table", files: Sequence[LakeFile], eval_ids: Sequence[str]
 ) -> list[LakeFile]:
     import pyarrow as pa  # noqa: PLC0415 - only processes with a lake load this
 
@@ -54,7 +54,7 @@ def _holding(
     return [file for file in files if file.may_hold(eval_ids, None) and reader.read(found.io, file, ids) is not None]
 
 
-def _forget(lake: Lake, table: LakeTable, eval_ids: Sequence[str]) -> None:
+def _forget(lake: LakeTables, table: LakeTable, eval_ids: Sequence[str]) -> None:
     """Expire the snapshots whose files hold these evaluations, and remove the files. No other writer may be at work."""
     found = lake.load(table)
     current = found.current_snapshot()

@@ -4,32 +4,19 @@ Every write looks at the current snapshot, leaves out rows that are there, and c
 between. So a write may be repeated after any failure. docs/decisions/0049
 """
 
-import hashlib
-import json
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy import Engine
-
-from evalstore.lake import catalog, files, rows
-from evalstore.lake.catalog import errors
-from evalstore.lake.errors import LakeOutage
-from evalstore.lake.files import Files, LakeFile, Range
-from evalstore.lake.schema import EVALUATIONS, EVENTS, TABLES, LakeTable
-from evalstore.storage import database
+from evalstore.lake import erasing, files, rows
+from evalstore.lake.errors import LakeDamaged, LakeOutage
+from evalstore.lake.files import LakeFile, Range
+from evalstore.lake.schema import EVALUATIONS, EVENTS, LakeTable
+from evalstore.lake.tables import LakeTables, cursor_of
 from evalstore.storage.event_reader import StoredEvent
-from models.settings import Settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table
-
-CURSOR: Final = "evalstore.cursor"
-_ATTEMPTS: Final = 20
-_LOCK: Final = "SELECT pg_advisory_xact_lock{}(%s)"
 
 
 class HasFields(Protocol):
@@ -39,43 +26,8 @@ class HasFields(Protocol):
     def fields(self) -> dict[str, Any]: ...
 
 
-class Lake:
-    """The tables of one evalstore. For one thread. A process that forks opens its own."""
-
-    def __init__(self, settings: Settings, engine: Engine, *, create: bool = True) -> None:
-        self.settings, self.location = settings, catalog.warehouse(settings)
-        self.engine = engine
-        self._owner = catalog.evalstore_id(engine)
-        self._catalog = catalog.open_catalog(settings, engine)
-        self._create = create
-        self.files = {table: Files(table) for table in TABLES}
-        self._tables = {table: self._open(table) for table in TABLES}
-
-    @classmethod
-    def open(cls, settings: Settings, *, create: bool = True) -> Self:
-        """Open the lake at EVALSTORE_LAKE_URL, and create its tables with `create`.
-
-        Raises LakeOutage, DatabaseOutage (retry); LakeMismatch for another evalstore's warehouse or a newer release's;
-        InvalidSettings without EVALSTORE_LAKE_URL or without the extra `lake`.
-        """
-        engine = database.connect(settings, pool_size=2)
-        try:
-            return cls(settings, engine, create=create)
-        except BaseException:
-            engine.dispose()
-            raise
-
-    def close(self) -> None:
-        """Close the connections to the database."""
-        self.engine.dispose()
-
-    def _open(self, table: LakeTable) -> "Table":
-        return catalog.open_table(self._catalog, table, self._owner, self.location, create=self._create)
-
-    def load(self, table: LakeTable) -> "Table":
-        """Return a table with its current snapshot. Raises LakeOutage."""
-        with errors():
-            return self._tables[table].refresh()
+class Lake(LakeTables):
+    """The lake of one evalstore. For one thread. A process that forks opens its own."""
 
     def cursor(self) -> dict[str, Any] | None:
         """Return the cursor of the last `append_events` that had one; None in a new lake. Raises LakeOutage."""
@@ -119,8 +71,6 @@ class Lake:
 
         Raises LakeOutage, LakeDamaged; repeat it then.
         """
-        from evalstore.lake import erasing  # noqa: PLC0415 - which uses this module
-
         return erasing.erase(self, sorted(set(eval_ids)))
 
     def _find(self, table: LakeTable, eval_ids: Iterable[str], within: Range | None) -> "pa.Table | None":
@@ -129,27 +79,21 @@ class Lake:
         wanted = sorted(set(eval_ids))
         if not wanted:
             return None
-        found = self.load(table)
-        ids = pa.array(wanted, pa.string())
-        parts = [
-            part
-            for file in self.files[table].of_snapshot(found)
-            if file.may_hold(wanted, within) and (part := self.files[table].read(found.io, file, ids)) is not None
-        ]
-        return pa.concat_tables(parts) if parts else None
-
-    @contextmanager
-    def writing(self, *, alone: bool = False) -> Iterator[None]:
-        """Hold the lock of writers, or with `alone` the lock that excludes all of them: then no file is yet to be committed.
-
-        Raises DatabaseTimeout (retry).
-        """
-        key = int.from_bytes(hashlib.sha256(f"evalstore:lake:{self._owner}".encode()).digest()[:8], signed=True)
-        with self.engine.connect() as conn, database.errors(), conn.begin():
-            raw = database.driver(conn)
-            raw.execute(_LOCK.format("" if alone else "_shared").encode(), [key])
-            yield
-            raw.execute("SELECT")  # raises if the lock was lost meanwhile
+        ids, files_of = pa.array(wanted, pa.string()), self.files[table]
+        while True:
+            found = self.load(table)
+            snapshot = found.current_snapshot()
+            try:
+                parts = [
+                    part
+                    for file in files_of.of_snapshot(found)
+                    if file.may_hold(wanted, within) and (part := files_of.read(found.io, file, ids)) is not None
+                ]
+            except LakeDamaged:
+                if self.load(table).current_snapshot() == snapshot:
+                    raise
+                continue  # an erasure removed the file meanwhile
+            return pa.concat_tables(parts) if parts else None
 
     def _append(self, table: LakeTable, new: "pa.Table", cursor: Mapping[str, Any] | None) -> int:
         for attempt in self.attempts():
@@ -171,78 +115,6 @@ class Lake:
                 self.commit(found, added, [file.entry for file in replaced], cursor)
                 return int(left.num_rows)
         raise LakeOutage("other writers of the lake came first each time")
-
-    def attempts(self) -> Iterator["Attempt"]:
-        """Yield attempts at a commit; an attempt that lost a race is followed by another one after a moment."""
-        for number in range(_ATTEMPTS):
-            yield Attempt()
-            time.sleep(min(0.05 * 2**number, 2.0))
-
-    def commit(
-        self,
-        found: "Table",
-        added: Sequence["DataFile"],
-        removed: Sequence["DataFile"],
-        cursor: Mapping[str, Any] | None = None,
-        *,
-        keep_files: bool = False,
-    ) -> None:
-        """Commit a snapshot on top of `found`, with its cursor or a newer one.
-
-        Raises LakeOutage: it may be committed or not. A lost race raises CommitFailedException, and removes `added` unless
-        `keep_files`.
-        """
-        from pyiceberg.exceptions import CommitFailedException  # noqa: PLC0415 - as above
-
-        cursor = cursor if cursor is not None else cursor_of(found)
-        summary = {} if cursor is None else {CURSOR: json.dumps(cursor, sort_keys=True)}
-        try:
-            with errors(), found.transaction() as transaction:
-                update = transaction.update_snapshot(snapshot_properties=summary)
-                with update.overwrite() if removed else update.merge_append() if added else update.fast_append() as producer:
-                    for entry in removed:
-                        producer.delete_data_file(entry)
-                    for entry in added:
-                        producer.append_data_file(entry)
-        except CommitFailedException:
-            if not keep_files:
-                files.remove(found.io, [entry.file_path for entry in added])
-            raise
-
-    def replace(self, table: LakeTable, removed: Sequence[LakeFile], added: Sequence["DataFile"]) -> bool:
-        """Commit new files in place of others, which have the same rows or fewer. False if another program was first.
-
-        Raises LakeOutage: it may be committed or not.
-        """
-        gone = {file.path for file in removed}
-        found = self._tables[table]
-        for attempt in self.attempts():
-            with attempt:
-                found = self.load(table)
-                if not gone <= {file.path for file in self.files[table].of_snapshot(found)}:
-                    break
-                self.commit(found, added, [file.entry for file in removed], keep_files=True)
-                return True
-        files.remove(found.io, [entry.file_path for entry in added])
-        return False
-
-    def rewritten(self, found: "Table", table: LakeTable, file: LakeFile, without: Sequence[str]) -> list["DataFile"]:
-        """Write the rows of a file again without some evaluations; nothing if no rows are left."""
-        import pyarrow as pa  # noqa: PLC0415 - as above
-        import pyarrow.compute as pc  # noqa: PLC0415
-
-        ids = pa.array(list(without), pa.string())
-
-        def kept() -> Iterator["pa.Table"]:
-            with files.opened(found.io, file.path) as parquet:
-                for group in range(parquet.num_row_groups):
-                    part = files.aligned(parquet.read_row_group(group, use_threads=False), table)
-                    part = part.filter(pc.invert(pc.is_in(part.column("eval_id"), value_set=ids)))
-                    if part.num_rows:
-                        yield part
-
-        written = files.write(found, table, file.day, kept())
-        return [] if written is None else [written]
 
     def _without_present(self, found: "Table", present: Sequence[LakeFile], new: "pa.Table") -> "pa.Table":
         """Return the rows whose key is not in the snapshot. Files of other times are not opened."""
@@ -285,33 +157,8 @@ class Lake:
         return new.filter(pa.array([eval_id not in same for eval_id in wanted], pa.bool_())), replaced
 
 
-class Attempt:
-    """Suppresses a lost race."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        from pyiceberg.exceptions import CommitFailedException, ValidationException  # noqa: PLC0415 - as above
-
-        return isinstance(error, (CommitFailedException, ValidationException))
-
-
 def overlaps(file: LakeFile, within: Range, low: str, high: str) -> bool:
     """Tell whether the file may hold rows of these times and ids."""
     if within.last < file.times.first or within.first > file.times.last:
         return False
     return file.low <= high and (file.high is None or low <= file.high)
-
-
-def cursor_of(found: "Table") -> dict[str, Any] | None:
-    """Return the cursor of the newest snapshot that has one: another program's snapshots have none."""
-    snapshot = found.current_snapshot()
-    while snapshot is not None:
-        summary = snapshot.summary.additional_properties if snapshot.summary else {}
-        if CURSOR in summary:
-            cursor: dict[str, Any] = json.loads(summary[CURSOR])
-            return cursor
-        parent = snapshot.parent_snapshot_id
-        snapshot = None if parent is None else found.snapshot_by_id(parent)
-    return None

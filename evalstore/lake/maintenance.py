@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from evalstore.lake import catalog, files, merging
 from evalstore.lake.files import LakeFile
-from evalstore.lake.lake import Lake
 from evalstore.lake.schema import TABLES, LakeTable
+from evalstore.lake.tables import LakeTables
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
@@ -36,7 +36,7 @@ class Maintained(NamedTuple):
         return Maintained(*(one + two for one, two in zip(self, other, strict=True)))
 
 
-def run_once(lake: Lake, *, keep: timedelta = KEEP, grace: timedelta = GRACE) -> Maintained:
+def run_once(lake: LakeTables, *, keep: timedelta = KEEP, grace: timedelta = GRACE) -> Maintained:
     """Maintain all tables. Safe beside writers, readers and other runs, and after a crash at any step.
 
     `keep`: snapshots younger than this stay readable. `grace`: files that no snapshot names stay as long.
@@ -48,7 +48,7 @@ def run_once(lake: Lake, *, keep: timedelta = KEEP, grace: timedelta = GRACE) ->
     return done
 
 
-def _maintain(lake: Lake, table: LakeTable, keep: timedelta, grace: timedelta) -> Maintained:
+def _maintain(lake: LakeTables, table: LakeTable, keep: timedelta, grace: timedelta) -> Maintained:
     before = len(lake.files[table].of_snapshot(lake.load(table)))
     partitions = compact(lake, table)
     expired = _expire_older(lake, table, keep)
@@ -59,7 +59,7 @@ def _maintain(lake: Lake, table: LakeTable, keep: timedelta, grace: timedelta) -
     return Maintained(before, after, partitions, expired, removed)
 
 
-def compact(lake: Lake, table: LakeTable) -> int:
+def compact(lake: LakeTables, table: LakeTable) -> int:
     """Merge files, a day at a time, until a day has at most two. Returns how many days were merged."""
     found = lake.load(table)
     days: dict[int, list[LakeFile]] = {}
@@ -83,7 +83,7 @@ def choose(present: Sequence[LakeFile]) -> list[LakeFile]:
     return small if largest.size > _FACTOR * sum(file.size for file in small) else [*small, largest]
 
 
-def _expire_older(lake: Lake, table: LakeTable, keep: timedelta) -> int:
+def _expire_older(lake: LakeTables, table: LakeTable, keep: timedelta) -> int:
     for attempt in lake.attempts():
         with attempt:
             found = lake.load(table)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from evalstore.lake.catalog import errors
-from evalstore.lake.lake import Lake
 from evalstore.lake.schema import TABLES, LakeTable, arrow_schema
+from evalstore.lake.tables import LakeTables
 from models import content
 from models.errors import EvalstoreError, InvalidSettings
 from models.extras import how_to_install, is_installed
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     memory_mb: int = 512
 
 
-def run(lake: Lake, sql: str, limits: Limits) -> list[dict[str, Any]]:
+def run(lake: LakeTables, sql: str, limits: Limits) -> list[dict[str, Any]]:
     """Return the rows of a SELECT from `events` and `evaluations`, with values that JSON has.
 
     Raises QueryRefused, LakeOutage, InvalidSettings without the extra `lake-query`.
@@ -70,7 +70,7 @@ def _load_extension(conn: Any) -> None:
     conn.load_extension(str(next(Path(folder).rglob("icu.duckdb_extension"))))
 
 
-def _dataset(lake: Lake, table: LakeTable) -> Any:
+def _dataset(lake: LakeTables, table: LakeTable) -> Any:
     """Return the current snapshot; the bounds of each file let DuckDB skip files."""
     import pyarrow as pa  # noqa: PLC0415 - as above
     import pyarrow.dataset as ds  # noqa: PLC0415

@@ -4,11 +4,11 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
-from evalstore.lake.lake import Lake
 from evalstore.lake.schema import TABLES
+from evalstore.lake.tables import LakeTables
 
 
-def tables(lake: Lake) -> list[dict[str, Any]]:
+def tables(lake: LakeTables) -> list[dict[str, Any]]:
     """Return for each table its rows, files, bytes and snapshots. Reads no data file. Raises LakeOutage."""
     found = []
     for table in TABLES:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from evalstore.objects.directory import DirectoryStore
 from evalstore.objects.frames import Content, Encoder, Hasher, Index, Listed, State, index_bytes, read_index
+from models.addresses import parse_store_url
 from models.content import FRAME_BYTES, Reference
 from models.errors import InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.extras import how_to_install
-from models.settings import Settings, parse_store_url
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from evalstore.objects.s3 import S3Store

@@ -21,9 +21,10 @@ from sqlalchemy import Connection
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Place, Store
 from evalstore.storage import database
+from models.addresses import parse_store_url
 from models.content import FRAME_BYTES, Reference
 from models.errors import DatabaseOutage, InvalidSettings, ObjectDamaged, ObjectMissing, ObjectStoreOutage, printable
-from models.settings import Settings, parse_store_url
+from models.settings import Settings
 
 Step = Literal["claimed", "uploaded", "verified", "pointed", "moved", "failed"]
 

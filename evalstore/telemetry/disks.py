@@ -8,7 +8,8 @@ from typing import Final
 
 from evalstore.telemetry.backend_stats import CachedProbe
 from evalstore.telemetry.counters import Series
-from models.settings import Settings, parse_store_url
+from models.addresses import parse_store_url
+from models.settings import Settings
 
 _PATIENCE_S: Final = 2.0
 

@@ -21,6 +21,7 @@ from evalstore.storage.sink_cursors import ReplayKey
 from models.events import parse
 from models.record import rfc3339
 from models.settings import Settings
+from tests.seaweedfs import SeaweedFS
 
 pytest.importorskip("pyiceberg", reason="the lake needs the extra `lake`: make setup-integrations")
 pl = pytest.importorskip("polars", reason="Polars reads the lake as well: make setup-integrations")
@@ -283,3 +284,24 @@ def test_a_restored_catalog_is_led_to_the_newest_state(lake_settings: Settings, 
     recovery.run_once(lake_settings)
     with closing(Lake.open(lake_settings)) as again:
         assert again.events_of(["a", "b"]).keys() == {"a", "b"}
+
+
+def test_the_warehouse_may_be_in_s3(database_url: str, s3_url: str, s3_server: SeaweedFS) -> None:
+    given = {"DATABASE_URL": database_url, "LAKE_URL": s3_url, "S3_ENDPOINT_URL": s3_server.endpoint}
+    settings = Settings.from_environment({f"EVALSTORE_{name}": value for name, value in given.items()})
+    with closing(Lake.open(settings)) as lake:
+        for number in range(4):
+            lake.append_events([event("a"), event(f"e{number}")], {"n": number})
+        done = maintenance.run_once(lake, keep=timedelta(0), grace=timedelta(0))
+        assert done.files_removed
+        assert len(lake.events_of(["a"])["a"]) == 4
+        assert query.run(lake, "SELECT count(*) AS n FROM events", query.Limits()) == [{"n": 8}]
+        assert lake.erase(["a"]) == 1
+        assert lake.events_of(["a", "e1"]).keys() == {"e1"}
+        recovered = recovery.run_once(settings)
+        assert [one.before for one in recovered] == [one.after for one in recovered]
+        with (
+            pytest.raises(LakeOutage),
+            closing(Lake.open(settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"}))),
+        ):
+            pass

@@ -2,8 +2,9 @@
 
 import pytest
 
+from models.addresses import parse_store_url
 from models.errors import InvalidSettings
-from models.settings import Settings, parse_store_url
+from models.settings import Settings
 
 
 @pytest.mark.parametrize(
