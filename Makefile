@@ -52,14 +52,15 @@ check: setup
 # Write the parts of the documentation that derive from the code.
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python clients/typescript/generate.py
 
 # Lock names and hashes only. uv.lock contains registry addresses, so it stays out of the repository.
 lock:
 	uv lock
-	uv export --quiet --no-emit-project --all-extras --no-header --format requirements-txt --output-file requirements.lock
+	uv export --quiet --no-emit-project --extra dev --no-header --format requirements-txt --output-file requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate -c requirements.lock tests/environments/integrations.in -o tests/environments/integrations.lock
 	for name in bqemulator inspect; do uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate tests/environments/$$name.in -o tests/environments/$$name.lock; done
-	uv export --quiet --no-emit-project --extra worker --extra api --extra otel --extra kafka --extra webhook --no-header --format requirements-txt --output-file deploy/requirements.lock
+	uv export --quiet --no-emit-project --extra worker --extra api --extra otel --extra kafka --extra clickhouse --extra bigquery --extra webhook --no-header --format requirements-txt --output-file deploy/requirements.lock
 
 clean:
 	rm -rf .venv .bench-venv .evalstore

@@ -1,10 +1,12 @@
-"""Measure how fast a Kafka sink delivers a backlog, beside a plain loop over the same rows with the same client.
+"""Measure how fast a sink delivers a backlog; Kafka beside a plain loop over the same rows with the same client.
 
-    python -m bench.sinks [EVENTS]
+    python -m bench.sinks [EVENTS] [kafka|clickhouse|bigquery]
 
-It starts a PostgreSQL and, from .tools/kafka, a broker of its own. The numbers are those of one run; their ratio is the result.
+It starts a PostgreSQL and the other server: a broker from .tools/kafka, or a stand-in of tests/. The numbers are those of one
+run; the ratio to the plain loop is the result.
 """
 
+import os
 import sys
 import tempfile
 import threading
@@ -19,35 +21,54 @@ from sqlalchemy import Engine
 
 from evalstore.local.servers import Postgres
 from evalstore.sinks import config
-from evalstore.sinks.runner import Runner
+from evalstore.sinks.runner import Runner, rest_the_collector
 from evalstore.storage import database, event_store, migrations, sink_cursors
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.events import parse
 from models.settings import settings
-from tests import kafka
+from tests import bigquery, clickhouse, kafka
+from tests.sinks import table
 
 _BATCH = 2000
 
 
 def main() -> None:
-    """Print events a second of both."""
+    """Print events a second."""
     events = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    with tempfile.TemporaryDirectory() as folder, Postgres(Path(folder, "postgres")) as postgres:
-        broker = kafka.broker(Path(folder, "kafka"))
-        if broker is None:
-            sys.exit("there is no broker: run .ci/run once, which fetches one")
-        with broker:
-            migrations.upgrade(postgres.url())
-            engine = database.engine(postgres.url())
-            with engine.connect() as conn:
-                sink_cursors.create(conn, "main", "kafka")
-            _fill(engine, events)
-            plain = _plain(engine, broker.address)
-            for transactional in ("false", "true"):
-                rate = _sink(engine, broker.address, events, transactional, Path(folder))
-                print(
-                    f"transactional = {transactional}: {rate:,.0f} events/s, {rate / plain:.2f} of a plain loop's {plain:,.0f}"
-                )
+    kind = sys.argv[2] if len(sys.argv) > 2 else "kafka"
+    with tempfile.TemporaryDirectory() as name, Postgres(Path(name, "postgres")) as postgres:
+        migrations.upgrade(postgres.url())
+        engine = database.engine(postgres.url())
+        rest_the_collector()  # for both sides
+        with engine.connect() as conn:
+            sink_cursors.create(conn, "main", kind)
+        _fill(engine, events)
+        {"kafka": _kafka, "clickhouse": _clickhouse, "bigquery": _bigquery}[kind](engine, events, Path(name))
+
+
+def _kafka(engine: Engine, events: int, folder: Path) -> None:
+    broker = kafka.broker(folder / "kafka")
+    if broker is None:
+        sys.exit("there is no broker: run .ci/run once, which fetches one")
+    with broker:
+        plain = _plain(engine, broker.address)
+        for transactional in (False, True):
+            keys = {"bootstrap_servers": broker.address, "topic": f"t-{transactional}", "transactional": transactional}
+            rate = _sink(engine, events, folder, type="kafka", create_topics=True, replication_factor=1, **keys)
+            print(f"transactional = {transactional}: {rate:,.0f} events/s, {rate / plain:.2f} of a plain loop's {plain:,.0f}")
+
+
+def _clickhouse(engine: Engine, events: int, folder: Path) -> None:
+    with clickhouse.ClickHouse(folder / "clickhouse") as server:
+        os.environ["CLICKHOUSE_PASSWORD"] = clickhouse.PASSWORD
+        keys = {"url": server.url, "user": clickhouse.USER, "password_env": "CLICKHOUSE_PASSWORD"}
+        print(f"{_sink(engine, events, folder, type='clickhouse', create=True, **keys):,.0f} events/s")
+
+
+def _bigquery(engine: Engine, events: int, folder: Path) -> None:
+    with bigquery.BigQuery(folder / "bigquery") as server:
+        server.client().create_dataset("d")
+        print(f"{_sink(engine, events, folder, dataset='d', create=True, **server.keys):,.0f} events/s")
 
 
 def _fill(engine: Engine, events: int) -> None:
@@ -92,14 +113,11 @@ SELECT eval_id, to_jsonb(e) - 'output' || jsonb_build_object('output', convert_f
     return sent / (time.perf_counter() - began)
 
 
-def _sink(engine: Engine, address: str, events: int, transactional: str, folder: Path) -> float:
+def _sink(engine: Engine, events: int, folder: Path, **keys: object) -> float:
     with engine.begin() as conn:
         conn.exec_driver_sql("UPDATE sinks SET position = 0, delivered = 0, lease_until = NULL, generation = generation + 1")
     path = folder / "sinks.toml"
-    path.write_text(
-        f'[main]\ntype = "kafka"\nbootstrap_servers = "{address}"\ntopic = "t-{transactional}"\ncreate_topics = true\n'
-        f"replication_factor = 1\ntransactional = {transactional}\n"
-    )
+    path.write_text(table(**keys))
     runner = Runner(config.load(path), engine)
     thread = threading.Thread(target=runner.run, args=(Counters(Schema(counted_by("sinks"), {})),))
     began = time.perf_counter()

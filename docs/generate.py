@@ -102,6 +102,7 @@ def metrics() -> str:
     sections = {
         "worker": "Counted by worker processes",
         "api": "Counted by processes of the HTTP service",
+        "bridge": "Counted by the bridge",
         "any": "Of each process group",
         "servers": "State of the servers",
     }

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalstore.client import StorageClient
-    from tasks import store_evaluation, store_evaluations
+    from tasks import recording, store_evaluation, store_evaluations
     from tasks.confirmations import Confirmations
 
 _MODULES = {
     "Confirmations": "tasks.confirmations",
     "StorageClient": "evalstore.client",
+    "recording": "tasks",
     "store_evaluation": "tasks",
     "store_evaluations": "tasks",
 }
-__all__ = ["Confirmations", "StorageClient", "store_evaluation", "store_evaluations"]
+__all__ = ["Confirmations", "StorageClient", "recording", "store_evaluation", "store_evaluations"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,4 @@
-"""Check the addresses of PostgreSQL, Redis, object stores and HTTP hosts.
-
-Errors never repeat an address: it may hold a password.
-"""
+"""Check the addresses of servers and object stores. Errors never repeat an address: it may hold a password."""
 
 import ipaddress
 import re
@@ -27,7 +24,6 @@ REDIS_OPTIONS: Final = {"db": _DATABASE, "username": _ANY, "password": _ANY, "cl
 REDIS_TLS_OPTIONS: Final = REDIS_OPTIONS | _TLS
 
 _ESCAPES: Final = "in a password / is written %2F, # %23, ? %3F, @ %40 and % %25"
-_BUCKET: Final = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -100,6 +96,9 @@ def authority(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+_BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]", re.ASCII)
+
+
 def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
     """Split the address of an object store: ("file", absolute folder, "") or ("s3", bucket, prefix).
 
@@ -125,3 +124,17 @@ def parse_store_url(url: str) -> tuple[Literal["file", "s3"], str, str]:
     if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
         raise ValueError("expected a prefix without empty parts, . and ..")
     return "s3", bucket, prefix
+
+
+def check_endpoint(url: str) -> str:
+    """Return the address of an HTTP server. Raises ValueError, which says what was expected."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("expected a host, and a port from 0 to 65535") from None
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("expected an address like https://host:port")
+    if parts.username is not None:
+        raise ValueError("expected no user or password in it: credentials come as boto3 finds them")
+    return url

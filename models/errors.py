@@ -34,12 +34,15 @@ EvalstoreError
 ├── LakeDamaged                 evalstore.lake: a file of the lake is missing or cannot be read
 ├── QueryRefused                evalstore.lake: the query writes, is wrong, or exceeds a limit
 ├── LeaseLost                   evalstore.storage: another process works on the sink, or it was moved: read its cursor again
+├── UnreadableState             evalstore.sinks: learn again from the event log
 ├── TooManyWebhooks             evalstore.storage: remove a subscription first
 ├── AlreadyQueued               evalstore.storage: another queued event is stored
 ├── VersionChanged              evalstore.storage: a conditional write met another version
 ├── EvaluationErased            evalstore.storage: the evaluation is erased, and stays so
+├── Hidden                      evalstore.storage: the key may not write these evaluations
+├── ChangesLost                 evalstore.storage: changes may be gone before they were read: begin again
 ├── OtherKey                    evalstore.storage: the object store holds the tombstones of another evalstore
-├── OlderWorkers                evalstore.telemetry: replace the workers of an older release first
+├── OlderProcesses              evalstore.telemetry: replace the processes of an older release first
 ├── Restart                     evalstore.storage: begin the transaction again
 ├── Undecodable                 models.merge_state: rebuild the merge state from the event log
 ├── RegistryUnavailable         evalstore.telemetry: EVALSTORE_RUNTIME_DIR cannot be used

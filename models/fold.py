@@ -23,6 +23,8 @@ def _slice(names: tuple[str, ...]) -> slice:
 
 # The columns of an event's row that go to the record, and their values if there is no such event.
 _QUEUED, _RESULT, _STARTED = map(_slice, (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
+# Faster than the constructor of a named tuple.
+_new = tuple.__new__
 _NO_QUEUED, _NO_RESULT, _NO_STARTED = ((None,) * len(names) for names in (FROM_QUEUED, FROM_RESULT, FROM_STARTED))
 
 
@@ -45,7 +47,7 @@ def fold(before: Folded | None, events: Sequence[EventRow]) -> Folded:
         counted = past.events + list(events)
     else:
         past, version, counted = NOTHING, len(events), list(events)
-    metadata = merge_state.merge_metadata(past, counted)
+    metadata = merge_state.merge_metadata(past.metadata, events)
     winners = _winners(counted)
     new = _record(winners, metadata, version)
     new_endings = [event.attempt for event in events if event.type in ENDINGS]
@@ -104,24 +106,27 @@ def _record(winners: _Winners, metadata: Metadata, version: int) -> RecordRow:
         status = "lost"
     else:
         status = "running" if last_started else "queued"
-    return RecordRow(
-        eval_id,
-        status,
-        attempt,
-        version,
-        *(code[_QUEUED] if code else _NO_QUEUED),
-        # Each field separately: if the result does not name its executor, the last started event's executor stays.
-        result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
-        result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
-        *(first_started[_STARTED] if first_started else _NO_STARTED),
-        *(result[_RESULT] if result else _NO_RESULT),
-        metadata.values,
-        metadata.is_truncated,
-        code.occurred_at if code else None,
-        first_started.occurred_at if first_started else None,
-        result.occurred_at if result else None,
-        code.event_id if code else None,
-        result.event_id if result else None,
+    return _new(
+        RecordRow,
+        (
+            eval_id,
+            status,
+            attempt,
+            version,
+            *(code[_QUEUED] if code else _NO_QUEUED),
+            # Each field separately: if the result does not name its executor, the last started event's executor stays.
+            result.executor_id if result and result.executor_id is not None else last_started and last_started.executor_id,
+            result.container_id if result and result.container_id is not None else last_started and last_started.container_id,
+            *(first_started[_STARTED] if first_started else _NO_STARTED),
+            *(result[_RESULT] if result else _NO_RESULT),
+            metadata.values,
+            metadata.is_truncated,
+            code.occurred_at if code else None,
+            first_started.occurred_at if first_started else None,
+            result.occurred_at if result else None,
+            code.event_id if code else None,
+            result.event_id if result else None,
+        ),
     )
 
 

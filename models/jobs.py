@@ -20,4 +20,5 @@ JOBS: Final = (
     Job("sweep_objects", "*/30 * * * *", "removes objects without references, checking each object once a day"),
     Job("maintain_lake", "40 * * * *", "merges files of the lake, expires its snapshots and removes files that none names"),
     Job("move_dead_letters", "* * * * *", "moves dead letters from Redis to the database"),
+    Job("continue_replays", "* * * * *", "continues replays in the background whose job was lost"),
 )

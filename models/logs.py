@@ -46,6 +46,57 @@ LOGS: Final = (
         "another transaction locks %d evaluations; only their events wait: %.200s",
         ("count", "eval_ids"),
     ),
+    # Recordings, in senders.
+    Entry(
+        "recording_delayed",
+        "warning",
+        "the start of evaluation %.200s is not sent yet; it goes with the ending: %s",
+        ("eval_id", "error"),
+    ),
+    Entry(
+        "recording_unsent",
+        "error",
+        "%d events of evaluation %.200s are not sent, set EVALSTORE_SPOOL_DIR to keep them on disk: %s",
+        ("events", "eval_id", "error"),
+    ),
+    Entry("recording_invalid", "error", "the recording of evaluation %.200s is invalid: %s", ("eval_id", "error")),
+    # Validators and enrichers.
+    Entry(
+        "hook_off",
+        "error",
+        "%s took longer than %.1f s for a batch: switched off for at least %.0f s, and events are stored without it",
+        ("hook", "seconds", "retry_s"),
+    ),
+    Entry("hook_back", "warning", "%s is fast enough again, and is switched on", ("hook",)),
+    Entry(
+        "hook_failed",
+        "warning",
+        "%s failed for %d events, which are stored without it; the last error: %r",
+        ("hook", "events", "error"),
+    ),
+    # The bridge.
+    Entry("bridge_listening", "info", "listens to %s; messages that were published before are lost", ("patterns",)),
+    Entry("bridge_away", "warning", "the source's Redis cannot be used, trying again: %s", ("error",)),
+    Entry(
+        "bridge_gap",
+        "error",
+        "listens to %s again after %.1f s; messages published meanwhile are lost, unless another copy heard them",
+        ("patterns", "seconds"),
+    ),
+    Entry("bridge_waits", "warning", "the queue takes nothing, holding %d messages until it does: %s", ("messages", "error")),
+    Entry(
+        "bridge_bad_message",
+        "warning",
+        "a message of channel %.200s is no event, and becomes a dead letter: %s",
+        ("channel", "error"),
+    ),
+    Entry(
+        "bridge_uncoordinated",
+        "warning",
+        "copies of the bridge cannot agree on the time of messages without one in the source's Redis: %s",
+        ("error",),
+    ),
+    Entry("bridge_left", "error", "%d messages were heard and could not be sent before the end: they are lost", ("messages",)),
     # Sinks.
     Entry("sinks_started", "info", "works on sinks: %s", ("sinks",)),
     Entry("sink_claimed", "info", "sink %s: goes on from row %d of the outbox", ("sink", "position")),
@@ -67,6 +118,15 @@ LOGS: Final = (
     ),
     Entry("sink_events_gone", "warning", "sink %s: %d events of the outbox are in the event log no longer", ("sink", "events")),
     Entry("sink_defect", "critical", "sink %s: unexpected error, trying again: %r", ("sink", "error")),
+    Entry(
+        "anomalies_detected", "warning", "sink %s found %d anomalies; `evalstore anomalies ls` says more", ("sink", "findings")
+    ),
+    Entry(
+        "anomaly_state_rebuilt",
+        "warning",
+        "sink %s learns again from the event log what it knew: its state cannot be read: %s",
+        ("sink", "error"),
+    ),
     Entry(
         "webhook_disabled",
         "error",
@@ -183,6 +243,9 @@ LOGS: Final = (
     Entry("queue_skipped", "warning", "Redis outage; stored events are not compared with queued ones: %s", ("error",)),
     Entry("record_without_content", "warning", "the record of %s is returned without some content: %s", ("eval_id", "error")),
     Entry("cache_paused", "warning", "the cache is not used for %g s: %s", ("seconds", "error")),
+    Entry("rates_unchecked", "warning", "rates of keys are not checked for %g s: %s", ("seconds", "error")),
+    Entry("changes_unreadable", "warning", "cannot read changes; clients that follow them wait: %s", ("error",)),
+    Entry("changes_lost", "warning", "changes may be gone before they were read; clients that follow them start again"),
     Entry("keys_file_unreadable", "warning", "cannot read the keys file; the keys read before stay valid: %s", ("error",)),
     Entry("keys_table_unreadable", "warning", "cannot read the keys table; the keys read before stay valid: %s", ("error",)),
 )

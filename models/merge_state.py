@@ -17,7 +17,7 @@ import msgspec
 
 from models.errors import EvalstoreError
 from models.events import ENDINGS
-from models.fields import FROM_QUEUED, FROM_RESULT, FROM_STARTED, SCALARS
+from models.fields import SCALARS
 from models.record import EventRow, RecordRow
 
 MAX_KEYS: Final = 1024
@@ -71,18 +71,6 @@ class MergeState(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc
     dropped: bool
 
 
-class Past(NamedTuple):
-    """The events that a record and its merge state represent, reduced to what can still affect a later fold."""
-
-    events: list[EventRow]
-    described: list[Described]
-    endings: Sequence[int]
-    dropped: bool
-
-
-NOTHING: Final = Past([], [], (), False)
-
-
 class Metadata(NamedTuple):
     """Merged metadata, with the data for its merge state."""
 
@@ -96,6 +84,18 @@ class Metadata(NamedTuple):
     def is_truncated(self) -> bool:
         """Tell whether a key was dropped or a value omitted."""
         return self.dropped or bool(self.omitted)
+
+
+class Past(NamedTuple):
+    """The events that a record and its merge state represent, reduced to what can still affect a later fold."""
+
+    events: list[EventRow]
+    metadata: Metadata
+    endings: Sequence[int]
+
+
+NO_METADATA: Final = Metadata({}, [], [], [], dropped=False)
+NOTHING: Final = Past([], NO_METADATA, ())
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder(uuid_format="bytes")
@@ -114,128 +114,154 @@ def names_its_event(record: RecordRow) -> bool:
 
 def decode(record: RecordRow, data: bytes) -> Past:
     """Decode `record` and its merge state into the events that they represent. Raises Undecodable."""
-    if data[:1] != _RULE:
-        raise Undecodable("the merge state is of another rule")
     if data == ONLY_EVENT:
         return _only_event(record)
+    if not data.startswith(_RULE):
+        raise Undecodable("the merge state is of another rule")
     try:
-        state = _DECODER.decode(memoryview(data)[1:])
-        described = _described(record.metadata, state)
-    except (msgspec.MsgspecError, ValueError, IndexError) as error:
+        state = _DECODER.decode(data[1:])
+    except (msgspec.MsgspecError, ValueError) as error:
         raise Undecodable(f"the merge state cannot be decoded: {error}") from error
+    metadata = Metadata(record.metadata, state.stamps, state.keys, state.omitted, state.dropped)
+    if not _is_consistent(metadata):
+        raise Undecodable("the merge state is of other metadata")
     if (record.started_at is None) != (state.first_started_id is None) or (record.code_event_id is None) != (
         state.queued_attempt == 0
     ):
         raise Undecodable("the merge state is of another record")
-    return Past(_events(record, state), described, state.endings, state.dropped)
+    return Past(_events(record, state), metadata, state.endings)
+
+
+def _is_consistent(metadata: Metadata) -> bool:
+    """Tell whether the positions in the merge state fit the metadata of the record."""
+    values, stamps, keys, omitted, _ = metadata
+    if not keys and not omitted:
+        return len(stamps) == (1 if values else 0)
+    return (
+        bool(stamps)
+        and len(keys) == (len(values) if len(stamps) > 1 else 0)
+        and (not keys or 0 <= min(keys) <= max(keys) < len(stamps))
+        and (not omitted or 0 <= min(omitted) <= max(omitted) < len(values))
+    )
+
+
+def last_started(record: RecordRow, data: bytes) -> Moment | None:
+    """Return the last started event of the record's attempt. Raises Undecodable."""
+    started = [event for event in decode(record, data).events if PHASES[event.type] == STARTED]
+    return max([(event.occurred_at, event.event_id) for event in started], default=None)
 
 
 def _only_event(record: RecordRow) -> Past:
     if not names_its_event(record):
         raise Undecodable("the merge state is of another record")
-    event_id, at = (
-        (record.result_event_id, record.finished_at) if record.result_event_id else (record.code_event_id, record.queued_at)
+    event_id, at, endings, phase = (
+        (record.result_event_id, record.finished_at, [record.attempt], ENDING)
+        if record.result_event_id
+        else (record.code_event_id, record.queued_at, [], QUEUED)
     )
     if event_id is None or at is None:
         raise Undecodable("the merge state is of another record")
-    event = EventRow(
-        eval_id=record.eval_id,
-        event_id=event_id,
-        type=f"evaluation:{record.status}",
-        attempt=record.attempt,
-        occurred_at=at,
-        metadata=record.metadata or None,
-        **{name: getattr(record, name) for name in SCALARS},
-    )
-    return Past([event], [], [record.attempt] if record.result_event_id else [], dropped=False)
+    event = _event(record, event_id, f"evaluation:{record.status}", record.attempt, at, record[_SCALARS])
+    stamps = [(record.attempt, phase, at, event_id)] if record.metadata else []
+    return Past([event], Metadata(record.metadata, stamps, [], [], dropped=False), endings)
 
 
 def _events(record: RecordRow, state: MergeState) -> list[EventRow]:
-    """Return the queued, started, lost and ending events that still count, without metadata and content."""
+    """Return the queued, started, lost and ending events that still count, without metadata and content.
+
+    Each event has all scalars of the record. A fold takes from an event only the columns that its type of event determines.
+    """
     events: list[EventRow] = []
+    scalars = record[_SCALARS]
     if record.code_event_id and record.queued_at:
         events.append(
-            EventRow(
-                record.eval_id,
-                record.code_event_id,
-                "evaluation:queued",
-                state.queued_attempt,
-                record.queued_at,
-                **{name: getattr(record, name) for name in FROM_QUEUED},
-            )
+            _event(record, record.code_event_id, "evaluation:queued", state.queued_attempt, record.queued_at, scalars)
         )
+    names_executor, names_container = state.result_names_executor, state.result_names_container
     if state.first_started_id and record.started_at:
-        last_at, last_id = state.last_started or (record.started_at, state.first_started_id)
-        last = EventRow(
-            record.eval_id,
-            last_id,
-            "evaluation:started",
-            record.attempt,
-            last_at,
-            executor_id=state.last_executor_id if state.result_names_executor else record.executor_id,
-            container_id=state.last_container_id if state.result_names_container else record.container_id,
-            **{} if state.last_started else {name: getattr(record, name) for name in FROM_STARTED},
-        )
-        events.append(last)
-        if state.last_started:
-            events.append(
-                last._replace(
-                    event_id=state.first_started_id,
-                    occurred_at=record.started_at,
-                    executor_id=None,
-                    container_id=None,
-                    **{name: getattr(record, name) for name in FROM_STARTED},
-                )
+        started = scalars
+        if names_executor or names_container:
+            started = _with_place(
+                scalars,
+                state.last_executor_id if names_executor else record.executor_id,
+                state.last_container_id if names_container else record.container_id,
             )
+        first = state.first_started_id, "evaluation:started", record.attempt, record.started_at
+        if state.last_started:
+            last_at, last_id = state.last_started
+            events.append(_event(record, last_id, "evaluation:started", record.attempt, last_at, started))
+            started = _with_place(scalars, None, None)
+        events.append(_event(record, *first, started))
     if state.last_lost:
         at, event_id = state.last_lost
-        events.append(EventRow(record.eval_id, event_id, "evaluation:lost", record.attempt, at))
+        events.append(_event(record, event_id, "evaluation:lost", record.attempt, at, scalars))
     if record.result_event_id and record.finished_at:
-        events.append(
-            EventRow(
-                record.eval_id,
-                record.result_event_id,
-                f"evaluation:{record.status}",
-                record.attempt,
-                record.finished_at,
-                executor_id=record.executor_id if state.result_names_executor else None,
-                container_id=record.container_id if state.result_names_container else None,
-                **{name: getattr(record, name) for name in FROM_RESULT},
+        if not (names_executor and names_container):
+            scalars = _with_place(
+                scalars, record.executor_id if names_executor else None, record.container_id if names_container else None
             )
-        )
+        type_ = f"evaluation:{record.status}"
+        events.append(_event(record, record.result_event_id, type_, record.attempt, record.finished_at, scalars))
     return events
 
 
-def _described(metadata: dict[str, Any], state: MergeState) -> list[Described]:
-    """Group the merged metadata by source event. Raises ValueError, IndexError."""
-    stamps, keys = state.stamps, state.keys
-    if not metadata and not stamps:
-        return []
-    if len(stamps) == 1 and not keys and not state.omitted:
-        return [(stamps[0], metadata, _NONE)]
-    names = sorted(metadata)
-    omitted = frozenset([names[place] for place in state.omitted])
+def _slice(row: type[EventRow | RecordRow], names: tuple[str, ...]) -> slice:
+    first = row._fields.index(names[0])
+    return slice(first, first + len(names))
+
+
+_SCALARS: Final = _slice(RecordRow, SCALARS)
+_BEFORE_PLACE: Final = SCALARS.index("executor_id")
+_AFTER_PLACE: Final = SCALARS.index("container_id") + 1
+_NO_CONTENT: Final = (None,) * (len(EventRow._fields) - _slice(EventRow, SCALARS).stop)
+# Faster than the constructor of a named tuple.
+_new: Final = tuple.__new__
+
+
+def _with_place(scalars: tuple[Any, ...], executor_id: str | None, container_id: str | None) -> tuple[Any, ...]:
+    return (*scalars[:_BEFORE_PLACE], executor_id, container_id, *scalars[_AFTER_PLACE:])
+
+
+def _event(
+    record: RecordRow, event_id: UUID, type_: str, attempt: int, occurred_at: datetime, scalars: tuple[Any, ...]
+) -> EventRow:
+    return _new(EventRow, (record.eval_id, event_id, type_, attempt, occurred_at, None, *scalars, *_NO_CONTENT))
+
+
+def _described(metadata: Metadata) -> list[Described]:
+    """Group the merged metadata by source event."""
+    merged, stamps, keys, places, _ = metadata
+    if len(stamps) == 1 and not places:
+        return [(stamps[0], merged, _NONE)]
+    names = sorted(merged)
+    omitted = frozenset([names[place] for place in places])
     values: list[dict[str, Any]] = [{} for _ in stamps]
     for name, place in zip(names, keys or [0] * len(names), strict=True):
-        values[place][name] = metadata[name]
+        values[place][name] = merged[name]
     return [(stamp, of_event, omitted & of_event.keys()) for stamp, of_event in zip(stamps, values, strict=True)]
 
 
-def merge_metadata(past: Past, events: Iterable[EventRow]) -> Metadata:
-    """Merge the metadata of `events` into the metadata of `past`."""
-    described = past.described + [_describe(event) for event in events if event.metadata]
-    if not described:
-        return Metadata({}, [], [], [], past.dropped)
+def merge_metadata(past: Metadata, events: Iterable[EventRow]) -> Metadata:
+    """Merge the metadata of `events` into `past`."""
+    new = [_describe(event) for event in events if event.metadata]
+    if not new:
+        return past
+    described = _described(past) + new if past.stamps else new
     if len(described) == 1 and len(described[0][1]) <= MAX_KEYS:
         stamp, values, omitted = described[0]
         return Metadata(values, [stamp], [], _places(sorted(values), omitted) if omitted else [], past.dropped)
     described.sort(key=_stamp)
+    if len(described) == 2:  # The most common case, in a shorter way.
+        (first, before, too_large), (last, after, also_too_large) = described
+        if not too_large and not also_too_large and len(after) < len(values := before | after) <= MAX_KEYS:
+            return Metadata(values, [first, last], [int(name in after) for name in sorted(values)], [], past.dropped)
     merged: dict[str, Any] = {}
     winners: dict[str, int] = {}
     omitted = _NONE
     for number, (_, values, too_large) in enumerate(described):
         merged |= values
-        winners |= dict.fromkeys(values, number)
+        for name in values:
+            winners[name] = number
         if omitted or too_large:
             omitted = (omitted - values.keys()) | too_large
     if dropped := len(merged) > MAX_KEYS:

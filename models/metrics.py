@@ -7,9 +7,11 @@ as they are counted; keep them few.
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
+from models.anomalies import ANOMALY_KINDS, ANOMALY_METRICS
+
 Kind = Literal["counter", "gauge", "histogram"]
 # The source of the value: a group of processes, or Redis and PostgreSQL (`servers`).
-Source = Literal["worker", "api", "sinks", "any", "servers"]
+Source = Literal["worker", "api", "sinks", "bridge", "any", "servers"]
 
 
 class Metric(NamedTuple):
@@ -70,6 +72,30 @@ METRICS: Final = (
         "Records rebuilt from their event log because their merge state was absent, of another version, or undecodable.",
         "any",
         {"reason": get_args(RebuildReason)},
+    ),
+    Metric(
+        "evalstore_hook_duration_seconds",
+        "histogram",
+        "Time of a validator or an enricher for each event, as the mean of a call with a batch.",
+        "any",
+        {"hook": ()},
+        (0.000001, 0.00001, 0.0001, *_SHORT),
+    ),
+    Metric(
+        "evalstore_hook_events_total",
+        "counter",
+        "Events by what a validator or an enricher made of them; failed: it raised an error; "
+        "skipped: it was switched off, or took too long. Both are stored without it.",
+        "any",
+        {"hook": (), "outcome": ("passed", "refused", "failed", "skipped")},
+    ),
+    Metric(
+        "evalstore_hook_off",
+        "gauge",
+        "1 while a process of the group has switched off this validator or enricher, because it took too long.",
+        "any",
+        {"hook": ()},
+        across="max",
     ),
     Metric("evalstore_batch_events", "histogram", "Events in a batch.", "worker", buckets=_SIZES),
     Metric(
@@ -165,15 +191,46 @@ METRICS: Final = (
         "api",
         {"outcome": ("applied", "duplicate", "reused", "erased", "invalid", "accepted")},
     ),
+    Metric(
+        "evalstore_http_rate_checks_total",
+        "counter",
+        "Requests of keys with a rate, by outcome; unchecked: answered without a count, because Redis was away.",
+        "api",
+        {"outcome": ("allowed", "refused", "unchecked")},
+    ),
+    Metric(
+        "evalstore_http_followers",
+        "gauge",
+        "Clients that wait for a change of an evaluation, or stream changes.",
+        "api",
+        {"kind": ("wait", "stream")},
+    ),
     Metric("evalstore_http_threads_busy", "gauge", "Busy threads of the service.", "api"),
     # Each group of processes: a worker's, a scheduler's, a service's.
+    # The bridge.
+    Metric(
+        "evalstore_bridge_messages_total",
+        "counter",
+        "Messages that the bridge heard and put into the queue; bad: no event can be made of it, and it becomes a dead letter.",
+        "bridge",
+        {"outcome": ("sent", "bad")},
+    ),
+    Metric("evalstore_bridge_connected", "gauge", "Copies of the bridge that are subscribed.", "bridge"),
+    Metric("evalstore_bridge_buffered_messages", "gauge", "Messages that were heard, and are not in the queue yet.", "bridge"),
+    Metric(
+        "evalstore_bridge_gaps_total",
+        "counter",
+        "Times that a subscription was lost and made again. Only another copy heard what was published meanwhile.",
+        "bridge",
+    ),
+    Metric("evalstore_bridge_disconnected_seconds_total", "counter", "Length of these gaps.", "bridge"),
     Metric("evalstore_build_info", "gauge", "Always 1; the labels name the release.", "any", {"version": (), "python": ()}),
     Metric(
         "evalstore_processes",
         "gauge",
         "Processes of the group; stuck: a loop missed its deadline.",
         "any",
-        {"role": ("worker", "scheduler", "api", "sinks"), "state": ("live", "stuck")},
+        {"role": ("worker", "scheduler", "api", "sinks", "bridge"), "state": ("live", "stuck")},
     ),
     Metric("evalstore_process_resident_memory_bytes", "gauge", "Resident memory of the group's processes.", "any"),
     Metric(
@@ -311,6 +368,13 @@ METRICS: Final = (
         "Attempts to deliver to the subscriptions that there are, by outcome.",
         "servers",
         {"outcome": ("delivered", "failed")},
+    ),
+    Metric(
+        "evalstore_anomalies_open",
+        "gauge",
+        "Findings of the anomaly detector that nobody has acknowledged, counted up to 100,000.",
+        "servers",
+        {"metric": ANOMALY_METRICS, "kind": ANOMALY_KINDS},
     ),
     Metric(
         "evalstore_evaluations_open",

@@ -100,6 +100,7 @@ class Record(Scalars, _Head):
     finished_at: datetime | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    enrichment: dict[str, Any] | None = None
     code: Any = None
     output: Any = None
     error: Any = None

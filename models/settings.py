@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from models.addresses import check_database_url, check_host, check_redis_url, parse_store_url
+from models.addresses import check_database_url, check_endpoint, check_host, check_redis_url, parse_store_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
+from models.metadata_keys import parse_keys
 from models.networks import parse_networks
 from models.validation_errors import did_you_mean, format_error
 
@@ -64,6 +64,9 @@ class Settings(BaseModel):
         float,
         Field(gt=0, le=_DAY_S, description="seconds after which `send` reports that Redis is unreachable; read by senders"),
     ] = 2
+    inspect: Annotated[
+        Literal["on", "off"], Field(description="whether Inspect AI's evals send their samples; read by senders")
+    ] = "off"
     batch_events: Annotated[
         int, Field(ge=1, le=65536, description="maximum number of events in one transaction; read by workers")
     ] = 2000
@@ -83,6 +86,16 @@ class Settings(BaseModel):
             description="number of processes that a message may crash before it becomes a dead letter; read by workers",
         ),
     ] = 5
+    hook_timeout_s: Annotated[
+        float,
+        Field(gt=0, le=10, description="seconds that a validator or enricher has for a batch of events; read by workers, API"),
+    ] = 2
+    hook_retry_s: Annotated[
+        float,
+        Field(
+            gt=0, le=_DAY_S, description="seconds for which a validator or enricher that is slow is off; read by workers, API"
+        ),
+    ] = 60
     breaker_messages: Annotated[
         int,
         Field(
@@ -191,13 +204,20 @@ class Settings(BaseModel):
         int, Field(ge=1, le=_PEBIBYTE, description="maximum size of EVALSTORE_SPOOL_DIR in bytes; read by senders")
     ] = 1024**3
 
-    @field_validator("spool_dir", "runtime_dir", "sinks_file")
+    @field_validator("spool_dir", "runtime_dir", "sinks_file", "bridge_file")
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
             raise ValueError("expected a path that begins with /")
         return value
 
+    bridge_file: Annotated[
+        Path | None,
+        Field(description="TOML file with the source, channels and fields of `evalstore bridge`; read by the bridge"),
+    ] = None
+    bridge_metrics_port: Annotated[
+        int, Field(ge=0, le=65535, description="port of metrics and health of the bridge, 0 for none; read by the bridge")
+    ] = 9194
     sinks_file: Annotated[
         Path | None, Field(description="TOML file with a table for each sink; read by sinks, and by `evalstore up`")
     ] = None
@@ -238,6 +258,20 @@ class Settings(BaseModel):
     lake_catalog_token: Annotated[
         SecretStr | None, Field(description="bearer token for a REST catalog; read by sinks, worker, API, CLI")
     ] = None
+
+    indexed_metadata: Annotated[
+        str | None,
+        Field(
+            description="keys of the metadata, separated by commas, that lists filter by with an index; `evalstore migrate` "
+            "builds and drops the indexes; read by CLI"
+        ),
+    ] = None
+
+    @field_validator("indexed_metadata")
+    @classmethod
+    def _names_keys(cls, value: str | None) -> str | None:
+        parse_keys(value)
+        return value
 
     webhook_allow: Annotated[
         str | None,
@@ -345,18 +379,7 @@ class Settings(BaseModel):
     @field_validator("s3_endpoint_url")
     @classmethod
     def _is_an_endpoint(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            _ = parts.port
-        except ValueError:
-            raise ValueError("expected a host, and a port from 0 to 65535") from None
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("expected an address like https://host:port")
-        if parts.username is not None:
-            raise ValueError("expected no user or password in it: credentials come as boto3 finds them")
-        return value
+        return None if value is None else check_endpoint(value)
 
     @field_validator("s3_storage_class")
     @classmethod

@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from models.confirmations import CONFIRMATIONS
 from models.errors import Fault, InvalidEvent, printable
 from models.events import identity
 from models.networks import Network, is_allowed
 
-CONFIRMATIONS: Final = ("storage:evaluation:created", "storage:evaluation:updated", "storage:evaluation:erased")
 EVENT_TYPES: Final = tuple(
     f"evaluation:{name}" for name in ("queued", "started", "completed", "failed", "timed_out", "cancelled", "lost")
 )

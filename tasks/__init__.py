@@ -6,5 +6,6 @@ store_evaluation.send({"type": "evaluation:queued", "eval_id": "run-1", "code": 
 """
 
 from tasks.actor import store_evaluation, store_evaluations
+from tasks.recording import recording
 
-__all__ = ["store_evaluation", "store_evaluations"]
+__all__ = ["recording", "store_evaluation", "store_evaluations"]

@@ -1,10 +1,13 @@
 """Read confirmations, the notices of committed changes.
 
     for confirmation in Confirmations("billing"):
-        handle(confirmation["eval_id"], confirmation["version"], confirmation["status"])
+        if confirmation["type"].startswith("storage:evaluation:"):
+            handle(confirmation["eval_id"], confirmation["version"], confirmation["status"])
 
 Each service reads as a consumer group with its own name, and Redis keeps the group's position. Asking for the next confirmation
 acknowledges the one before. If handling is interrupted, the confirmation comes again. Repeats and older versions are skipped.
+
+Confirmations of runs (`storage:run:finished`, `storage:run:updated`) have a `run_id` instead, and may be repeated.
 """
 
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import redis
 
+from models.confirmations import CREATED, UPDATED
 from models.errors import RedisOutage
 from tasks import tracing
 from tasks.broker import broker
@@ -21,8 +25,8 @@ from tasks.keys import Names
 
 # Longer than the time in which a confirmation can be relayed again.
 _SEEN_VERSION_TTL_S: Final = 3600
-# The record changed at the same version, or is gone.
-_ALWAYS_NEW: Final = {"storage:evaluation:erased", "storage:evaluation:repaired"}
+# A record ignores versions that it had before, but for these: it changed at the same version, or is gone.
+_VERSIONED: Final = {CREATED, UPDATED}
 
 
 class Confirmations:
@@ -71,20 +75,22 @@ class Confirmations:
 
     def _unseen(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[dict[str, Any]]:
         confirmations = [msgspec.json.decode(fields[b"confirmation"]) if fields else None for _, fields in entries]
-        keys = [self._key(confirmation) if confirmation else "" for confirmation in confirmations]  # MGET of "" gives None
+        keys = [self._key(confirmation or {}) for confirmation in confirmations]  # MGET of "" gives None
         seen = dict(zip(keys, self._client.mget(keys), strict=True))
         for (entry_id, fields), key, confirmation in zip(entries, keys, confirmations, strict=True):
             with self._client.pipeline(transaction=True) as pipeline:
-                if confirmation and (confirmation["type"] in _ALWAYS_NEW or int(seen[key] or 0) < confirmation["version"]):
+                if confirmation and (confirmation["type"] not in _VERSIONED or int(seen[key] or 0) < confirmation["version"]):
                     with tracing.receiving(self._names.stream, self.group, fields, confirmation):
                         yield confirmation
-                    seen[key] = confirmation["version"]
-                    pipeline.set(key, confirmation["version"], ex=_SEEN_VERSION_TTL_S)
+                    if key:
+                        seen[key] = confirmation["version"]
+                        pipeline.set(key, confirmation["version"], ex=_SEEN_VERSION_TTL_S)
                 pipeline.xack(self._names.stream, self.group, entry_id)
                 pipeline.execute()
 
     def _key(self, confirmation: dict[str, Any]) -> str:
-        return self._names.seen_version(self.group, confirmation["eval_id"])
+        """The key of the version seen last; empty for a confirmation that is about no evaluation."""
+        return self._names.seen_version(self.group, confirmation["eval_id"]) if "version" in confirmation else ""
 
 
 def _entries(reply: Any) -> list[tuple[Any, dict[bytes, bytes]]]:

@@ -84,6 +84,11 @@ class Names(NamedTuple):
         return f"{self.prefix}evalstore:given:{eval_id}:{event_id}"
 
     @property
+    def rates(self) -> str:
+        """The prefix of the keys that count the requests of the HTTP service's keys."""
+        return f"{self.prefix}evalstore:rates"
+
+    @property
     def last_successes(self) -> str:
         """The hash with the time of each job's last success, in seconds since 1970."""
         return f"evalstore:{self.namespace}:jobs:last_successes"

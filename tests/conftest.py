@@ -23,7 +23,9 @@ from tests import kafka
 from tests.polling import looks
 
 if TYPE_CHECKING:
+    from tests.bigquery import BigQuery
     from tests.chaos.world import World
+    from tests.clickhouse import ClickHouse
     from tests.seaweedfs import SeaweedFS
 
 # Only a crash of the machine may lose data. So these settings suit tests that kill the server too.
@@ -259,6 +261,28 @@ def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka.Kaf
     if server is None:
         pytest.skip("neither Apache Kafka nor Tansu is here")
     with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def clickhouse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ClickHouse"]:
+    """One for all tests, which take tables of their own."""
+    from tests import clickhouse  # noqa: PLC0415  most runs need none
+
+    if not clickhouse.is_installed():
+        pytest.skip("chdb is not installed: make setup-integrations")
+    with clickhouse.ClickHouse(tmp_path_factory.mktemp("clickhouse")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bigquery_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["BigQuery"]:
+    """One for all tests, which take datasets of their own."""
+    from tests import bigquery  # noqa: PLC0415
+
+    if not bigquery.is_installed():
+        pytest.skip("bqemulator is not installed: make setup-integrations")
+    with bigquery.BigQuery(tmp_path_factory.mktemp("bigquery")) as server:
         yield server
 
 

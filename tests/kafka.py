@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import trustme
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
 from evalstore.local import processes
 from evalstore.local.servers import Server, ServerError, ServerState, free_port
 
@@ -45,13 +48,17 @@ class Kafka(Server):
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    def more_listeners(self) -> list[str]:
+        """Listeners besides that of `address`."""
+        return []
+
     def _spawn(self) -> subprocess.Popen[bytes]:
         controller = free_port()
-        listeners = f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}"
+        listeners = ",".join([f"PLAINTEXT://127.0.0.1:{self.port}", *self.more_listeners()])
         settings = {
             **self.settings,
-            "listeners": listeners,
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "listeners": f"{listeners},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": listeners,
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
             "log.dirs": str(self.data),
         }
@@ -86,6 +93,38 @@ class Kafka(Server):
         with socket.socket() as probe:
             probe.settimeout(1)
             return "ready" if probe.connect_ex(("127.0.0.1", self.port)) == 0 else "silent"
+
+
+class SecureKafka(Kafka):
+    """It also listens with TLS, and with TLS and a password. `certificate` is that of its authority."""
+
+    sasl_user, sasl_password = "evalstore", "secret-of-kafka"
+    defaults: ClassVar = {
+        **Kafka.defaults,
+        "ssl.keystore.type": "PEM",
+        "ssl.endpoint.identification.algorithm": "",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL,SASL_SSL:SASL_SSL",
+        "listener.name.sasl_ssl.plain.sasl.jaas.config": (
+            f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{sasl_user}="{sasl_password}";'
+        ),
+    }
+
+    def more_listeners(self) -> list[str]:
+        self.tls_port, self.sasl_port = free_port(), free_port()
+        if not self.certificate.exists():
+            authority = trustme.CA()
+            authority.cert_pem.write_to_path(self.certificate)
+            issued = authority.issue_cert("127.0.0.1")
+            key = load_pem_private_key(issued.private_key_pem.bytes(), None)  # Kafka takes PKCS 8 alone
+            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            (self.folder / "keystore.pem").write_bytes(pem + b"".join(one.bytes() for one in issued.cert_chain_pems))
+        self.settings["ssl.keystore.location"] = str(self.folder / "keystore.pem")
+        return [f"SSL://127.0.0.1:{self.tls_port}", f"SASL_SSL://127.0.0.1:{self.sasl_port}"]
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "authority.pem"
 
 
 class Tansu(Kafka):

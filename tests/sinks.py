@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psycopg
 
 from evalstore.local import processes
 
 ROOT = Path(__file__).parents[1]
-# FILE.away: it is away; FILE.hangs: it does not come back; FILE.refused: ids of events that it refuses.
+# FILE.away: it is away; FILE.hangs: it does not come back, and makes FILE.hung; FILE.refused: ids of events that it refuses.
 _STEERED = """
 import json, os, pathlib, time
 from evalstore.sinks import BadMessage, Outage
@@ -25,6 +29,7 @@ class Steered:
 
     def write(self, batch):
         while self.is_told("hangs"):
+            pathlib.Path(f"{self.path}.hung").touch()
             time.sleep(0.05)
         if self.is_told("away"):
             raise Outage("it is away")
@@ -119,3 +124,33 @@ def versions(lines: list[dict[str, Any]]) -> dict[str, list[int]]:
     for line in firsts(lines):
         found.setdefault(line["eval_id"], []).append(line["version"])
     return found
+
+
+# It holds up the cursor after a batch, as long as somebody has the advisory lock 15.
+HOLD_CURSOR = """
+CREATE FUNCTION hold_cursor() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_advisory_xact_lock(15); RETURN NEW; END $$;
+CREATE TRIGGER hold_cursor BEFORE UPDATE ON sinks FOR EACH ROW
+    WHEN (OLD.batch_limit IS NOT NULL AND NEW.batch_limit IS NULL) EXECUTE FUNCTION hold_cursor()
+"""
+
+
+@contextmanager
+def cursor_held(database_url: str) -> Iterator[Callable[[], bool]]:
+    """Let no cursor advance. The function that this gives says whether a sink has written a batch and waits."""
+    waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 15 AND NOT granted"
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        conn.execute("SELECT pg_advisory_lock(15)")
+        yield lambda: conn.execute(waiting).rowcount > 0
+
+
+def documented_query(containing: str) -> str:
+    """The SQL of the page about sinks that contains this text."""
+    page = (ROOT / "docs/how-to/pass-events-on.md").read_text()
+    (found,) = [text for text in re.findall(r"```sql\n(.*?)```", page, re.DOTALL) if containing in text]
+    return str(found)
+
+
+def table(**keys: object) -> str:
+    """The table of a sink `main` with these keys."""
+    return "[main]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items())

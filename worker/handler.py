@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from dramatiq.errors import ActorNotFound
 from sqlalchemy import Connection
 
+from evalstore.hooks import Hooks
 from evalstore.objects.existence_cache import ExistenceCache
 from evalstore.objects.object_store import Stores
 from evalstore.storage import event_store
@@ -35,6 +36,8 @@ from worker.outage_wait import OutageWait
 from worker.verified_database import VerifiedDatabase
 
 log = EventLogger("evalstore.worker")
+Enrichments = dict[bytes, dict[str, Any]]
+
 _CONNECT_S: Final = 12.0
 _STOP_GRACE_S: Final = 2.0
 _PAGE_S: Final = 10.0  # Time to read a page of a log during a rebuild.
@@ -43,9 +46,17 @@ _PAGE_S: Final = 10.0  # Time to read a page of a log during a rebuild.
 class Handler:
     """Stores batches of events, from any number of threads."""
 
-    def __init__(self, connections: VerifiedDatabase, settings: Settings, in_flight: InFlight, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self,
+        connections: VerifiedDatabase,
+        settings: Settings,
+        in_flight: InFlight,
+        metrics: WorkerMetrics,
+        hooks: Hooks | None = None,
+    ) -> None:
         self._connections, self._settings = connections, settings
         self._in_flight, self._metrics, self._counters = in_flight, metrics, metrics.counters
+        self._hooks = hooks
         self._watch = Watch()
         self._breaker = Breaker(BreakerLimits.of(settings), metrics.counters)
         self._locks = LockedEvaluations()
@@ -114,7 +125,7 @@ class Handler:
     def _process(self, deliveries: list[Delivery]) -> BatchOutcome:
         """Decode and store messages. A part that cannot be stored is bisected until the bad message is alone."""
         outcome = BatchOutcome()
-        ready, referring = self._decode(deliveries, outcome)
+        ready, referring, enrichments = self._run_hooks(*self._decode(deliveries, outcome), outcome)
         parts = [ready]
         while parts or referring:
             if not parts:  # Last, because the object store may be slow.
@@ -127,7 +138,7 @@ class Handler:
                 continue
             began = time.monotonic()
             try:
-                stored = self._store(part)
+                stored = self._store(part, enrichments)
             except _Stopping:
                 left = {delivery.redis_id for events in (part, *parts, referring) for delivery, _ in events}
                 outcome.requeue += [delivery.redis_id for delivery in deliveries if delivery.redis_id in left]
@@ -164,6 +175,22 @@ class Handler:
         self._observe("decode", started)
         return ready, referring
 
+    def _run_hooks(
+        self, ready: list[Pair], referring: list[Pair], outcome: BatchOutcome
+    ) -> tuple[list[Pair], list[Pair], Enrichments]:
+        """Return the events that validators let pass, and the enrichments. Add refused events to `outcome`."""
+        if not self._hooks:
+            return ready, referring, {}
+        self._counters.set_deadline(WORK_S + self._hooks.longest_s)
+        pairs = [*ready, *referring]
+        refused, enriched = self._hooks.run([event for _, event in pairs])
+        outcome.dead |= {pairs[at][0].redis_id: cause(error) for at, error in refused.items()}
+        enrichments = {pairs[at][0].redis_id: enrichment for at, enrichment in enriched.items()}
+        if refused:
+            ready = [pair for pair in ready if pair[0].redis_id not in outcome.dead]
+            referring = [pair for pair in referring if pair[0].redis_id not in outcome.dead]
+        return ready, referring, enrichments
+
     def _without_locked(self, events: list[Pair], outcome: BatchOutcome) -> list[Pair]:
         """Return the events that need no locked record. Add the others to `outcome`, for a retry."""
         possibly_locked = self._locks.possibly_locked(events)
@@ -173,13 +200,15 @@ class Handler:
         outcome.retry_ms |= retry_ms
         return free
 
-    def _store(self, events: list[Pair]) -> event_store.Stored:
+    def _store(self, events: list[Pair], enrichments: Enrichments) -> event_store.Stored:
         """Store events in one transaction. Retry while the database is unavailable or its schema does not fit.
 
         Raises DatabaseOutage if the events cause it, _EvaluationsLocked, _Stopping, and other errors of PostgreSQL unchanged.
         """
         limit_s = 10 + sum(len(delivery.body) for delivery, _ in events) / 2e6
         classifier = BatchFailureClassifier(self._connections, self._watch)
+        ids = [delivery.redis_id for delivery, _ in events] if enrichments else []
+        enriched = {at: enrichments[redis_id] for at, redis_id in enumerate(ids) if redis_id in enrichments}
         with OutageWait(self._in_flight, self._metrics, len(events)) as outage:
             try:
                 while True:
@@ -188,7 +217,7 @@ class Handler:
                         classifier.begin()
                         with self._transaction(events, limit_s * 2**classifier.blamed) as (conn, connected_at):
                             rows, traces = [event for _, event in events], tracing.traces_of(events)
-                            stored = event_store.store(conn, rows, traces, self._extend)
+                            stored = event_store.store(conn, rows, traces, self._extend, enrichments=enriched)
                     except PASSING as error:
                         if self._in_flight.stopping:
                             raise _Stopping from error

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from evalstore import hooks
 from evalstore.storage.event_store import Stored
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.jobs import JOBS
@@ -17,7 +18,7 @@ from models.metrics import QUEUES, TYPES
 from models.record import EventRow
 from worker.batches import Delivery
 
-LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS]})
+LAYOUT: Final = Schema(counted_by("worker"), {"job_name": [job.name for job in JOBS], "hook": hooks.names()})
 # A thread without progress for this time is stuck. A longer wait for a server sets its own deadline.
 LOOP_S: Final = 20.0
 WORK_S: Final = 25.0

@@ -20,7 +20,7 @@ from models.jobs import JOBS, QUEUE
 from models.logs import EventLogger
 from models.settings import Settings
 from tasks.broker import SendingBroker, encode
-from worker import archive_jobs, confirmation_relay, dead_letter_mover, lake_job, lost, redrive_job
+from worker import archive_jobs, confirmation_relay, dead_letter_mover, lake_job, lost, redrive_job, replay_job
 from worker.broker import Broker
 from worker.metrics import WorkerMetrics
 from worker.time_budget import time_budget
@@ -28,7 +28,7 @@ from worker.verified_database import VerifiedDatabase
 
 # Less than WORK_S, with the time to connect.
 _LONGEST_S: Final = 15.0
-# Longer than other turns, because each search for stalled evaluations reads all open evaluations. Less than _LONGEST_S.
+# Longer than other turns, because each search for stalled evaluations reads all running evaluations. Less than _LONGEST_S.
 _LOST_TURN_S: Final = 10.0
 
 log = EventLogger("evalstore.worker")
@@ -86,6 +86,7 @@ def declare(
         actor: Any = declared(_record_run(broker, broker.metrics, broker.process, job.name, getattr(jobs, job.name)))
         actor.on_tick = on_tick
     redrive_job.declare(broker, connections, broker.lua, broker.in_flight)
+    replay_job.declare(broker, connections, broker.in_flight, archive_jobs.Progress(connections, broker.metrics))
 
 
 class _Jobs:
@@ -125,6 +126,10 @@ class _Jobs:
         with self._connections.connect(_LONGEST_S) as conn:
             moved = dead_letter_mover.move(conn, self._broker, self._scripts, go_on=time_budget())
             return {"moved": moved, **redrive_job.sweep(conn, self._broker, self._settings.max_content_bytes)}
+
+    def continue_replays(self) -> dict[str, int]:
+        with self._connections.connect(_LONGEST_S) as conn:
+            return replay_job.run_once(conn, self._broker)
 
     @cached_property
     def _archive(self) -> Archive | None:

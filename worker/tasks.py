@@ -7,7 +7,7 @@ require("worker")
 import dramatiq
 from dramatiq.middleware import Retries
 
-from evalstore import startup
+from evalstore import hooks, startup
 from evalstore.telemetry import log_setup
 from models.settings import warn_unknown_env
 from tasks.actor import store_evaluation
@@ -31,7 +31,8 @@ broker = Broker(
 )
 dramatiq.set_broker(broker)
 connections = VerifiedDatabase.of(settings)
-store = Handler(connections, settings, broker.in_flight, broker.metrics)
+called = hooks.load_or_exit(settings, broker.metrics.counters)
+store = Handler(connections, settings, broker.in_flight, broker.metrics, called)
 broker.add_middleware(BackgroundMiddleware(store, lambda: Background(connections, broker, broker.lua, broker.metrics)))
 broker.declare_batch_actor(store_evaluation, store)
 broker.add_middleware(metrics_endpoint.MetricsMiddleware(settings))

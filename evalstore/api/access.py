@@ -14,7 +14,9 @@ from typing import Final, Literal, NamedTuple
 from starlette.requests import Request
 
 from evalstore.api.problems import Problem, unavailable
-from evalstore.storage.api_keys import Key, digest, including
+from evalstore.api.rate_limit import RateLimiter
+from evalstore.storage.api_keys import Key, Rate, digest, including
+from evalstore.storage.visibility import EVERYTHING, Visibility
 from models.errors import Outage
 from models.logs import EventLogger
 from models.settings import Settings
@@ -28,10 +30,12 @@ FRESH_S: Final = 1.0
 
 
 class Caller(NamedTuple):
-    """The id of the key of a request, and its scopes."""
+    """The id of the key of a request, its scopes, the evaluations that it may see and write, and its rate."""
 
     key_id: str
     scopes: frozenset[str]
+    visibility: Visibility = EVERYTHING
+    rate: Rate | None = None
 
 
 class _KeyFile:
@@ -65,7 +69,7 @@ def _split(text: str) -> tuple[str, ...]:
 class Access:
     """The valid keys. `load` reads the keys of the table and raises Outage."""
 
-    def __init__(self, settings: Settings, load: Callable[[], Awaitable[list[Key]]]) -> None:
+    def __init__(self, settings: Settings, load: Callable[[], Awaitable[list[Key]]], limiter: RateLimiter) -> None:
         self._settings_keys: dict[Permission, tuple[str, ...]] = {
             "read": _split(settings.read_api_keys.get_secret_value()),
             "write": _split(settings.write_api_keys.get_secret_value()),
@@ -77,23 +81,34 @@ class Access:
             "admin": settings.admin_api_keys_file,
         }
         self._files: dict[Permission, _KeyFile] = {scope: _KeyFile(path) for scope, path in paths.items() if path}
-        self._load = load
+        self._load, self._limiter = load, limiter
         self._configured: dict[bytes, Caller] = {}
         self._configured_at = self._table_at = -FRESH_S
         self._table: dict[str, Key] | None = None
         self._loading: asyncio.Task[None] | None = None
 
     async def authorize(self, request: Request, permission: Permission) -> Caller:
-        """Return the caller of a request. Raises Problem: 401 for a missing or invalid key, 403 without the scope, 503."""
+        """Return the caller of a request, and count the request if the key has a rate.
+
+        Raises Problem: 401 for a missing or invalid key, 403 without the scope, 429 above the rate, 503.
+        """
+        caller = await self._identify(request)
+        request.state.key_id = caller.key_id
+        if caller.rate is not None:
+            request.state.rate_headers = await self._limiter.spend(caller.key_id, caller.rate)
+        return _permitted(caller, permission)
+
+    async def authorize_again(self, request: Request, permission: Permission) -> Caller:
+        """Return the caller of a request that still runs. Count nothing. Raises Problem: 401, 403, 503."""
+        return _permitted(await self._identify(request), permission)
+
+    async def _identify(self, request: Request) -> Caller:
         key = _presented(request.headers)
         if key is None:
             raise _unauthorized("a key is required: Authorization: Bearer KEY, or X-API-Key: KEY")
         caller = self._find_configured(key) or await self._find_in_table(key)
         if caller is None:
             raise _unauthorized("the key is unknown, expired or revoked")
-        request.state.key_id = caller.key_id
-        if permission not in caller.scopes:
-            raise Problem(403, "forbidden", f"this request needs a key with the scope {permission}")
         return caller
 
     def _find_configured(self, key: str) -> Caller | None:
@@ -137,7 +152,10 @@ class Access:
             return None
         if stored.expires_at is not None and stored.expires_at <= datetime.now(UTC):
             return None
-        return Caller(stored.key_id, including(stored.scopes))
+        scopes = including(stored.scopes)
+        if stored.visibility.is_restricted:  # Requests of the scope admin concern everything.
+            scopes -= {"admin"}
+        return Caller(stored.key_id, scopes, stored.visibility, stored.rate)
 
     async def _refresh_table(self) -> None:
         try:
@@ -146,6 +164,12 @@ class Access:
             # Without the database no key can be revoked either, so the last known keys stay valid.
             log.warning("keys_table_unreadable", error=error)
         self._table_at = time.monotonic()
+
+
+def _permitted(caller: Caller, permission: Permission) -> Caller:
+    if permission not in caller.scopes:
+        raise Problem(403, "forbidden", f"this request needs a key with the scope {permission}")
+    return caller
 
 
 def _presented(headers: Mapping[str, str]) -> str | None:

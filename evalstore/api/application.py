@@ -12,7 +12,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Scope
 
+from evalstore import hooks
 from evalstore.api import (
+    anomaly_routes,
     content_routes,
     docs_page,
     event_routes,
@@ -20,6 +22,9 @@ from evalstore.api import (
     list_routes,
     problems,
     record_routes,
+    run_routes,
+    stats_routes,
+    stream_routes,
     upload_routes,
     webhook_routes,
 )
@@ -42,7 +47,19 @@ log = EventLogger("evalstore.api")
 
 ROUTERS: Final = tuple(
     module.router
-    for module in (record_routes, list_routes, event_routes, content_routes, upload_routes, webhook_routes, health_routes)
+    for module in (
+        record_routes,
+        list_routes,
+        run_routes,
+        stats_routes,
+        stream_routes,
+        event_routes,
+        content_routes,
+        upload_routes,
+        webhook_routes,
+        anomaly_routes,
+        health_routes,
+    )
 )
 _DESCRIPTION: Final = (
     "Evaluations and their results. Every request needs a key in `Authorization: Bearer KEY` or `X-API-Key`, except those for "
@@ -57,21 +74,26 @@ def build(settings: Settings) -> ASGIApp:
     routes = (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     metrics = ApiMetrics(settings, ((method, route.path) for route in routes for method in route.methods or ()))
 
+    called = hooks.load_or_exit(settings, metrics.counters)
+
     @asynccontextmanager
-    async def lifespan(app: DocumentedApp) -> AsyncIterator[None]:
+    async def lifespan(app: DocumentedApp) -> AsyncIterator[dict[str, Any]]:
         log_setup.set_up("uvicorn", "uvicorn.access")
         warn_unknown_env()
         if "evalstore.api.protocol" not in sys.modules:
             log.warning("request_head_unbounded")
         traces = tracing.start(SERVICE)
         metrics.share()
-        service = app.state.service = Service(settings, metrics)
+        service = app.state.service = Service(settings, metrics, called)
         background = [asyncio.create_task(_report_progress(service)), asyncio.create_task(_warn_not_durable(service))]
         try:
-            yield
+            yield {"stop_following": service.feed.stop}
         finally:
             for task in background:
                 task.cancel()
+            service.feed.stop()
+            await service.feed.close()
+            await service.rates.close()
             metrics.counters.disable_deadlines()
             service.close()
             tracing.flush(traces)
@@ -117,8 +139,8 @@ def documented_app(**options: Any) -> DocumentedApp:
 
 
 def _observe(metrics: ApiMetrics, scope: Scope, status: int, seconds: float) -> None:
-    """Count a request. Log requests that write, and refused requests."""
-    metrics.request(scope, status, seconds)
+    """Count a request, without the time for which it waited for changes. Log requests that write, and refused requests."""
+    metrics.request(scope, status, seconds - scope.get("state", {}).get("waited_s", 0.0))
     if scope["method"] in {"GET", "HEAD"} and status not in {401, 403}:
         return
     state = scope.get("state", {})
@@ -137,7 +159,7 @@ async def _report_progress(service: Service) -> None:
     """Show, until cancelled, that the event loop makes progress."""
     service.metrics.counters.watch_thread("event loop")
     while True:
-        service.metrics.heartbeat(service.connections, service.busy)
+        service.metrics.heartbeat(service.connections, service.busy, waiting=service.feed.waiting, streams=service.feed.streams)
         await asyncio.sleep(_HEARTBEAT_S)
 
 

@@ -4,6 +4,7 @@ from typing import Final
 
 from starlette.responses import Response
 
+from evalstore.api.access import Caller
 from evalstore.api.rendering import json_response, path_of
 from evalstore.api.service import Service
 from evalstore.storage.conditional import WriteRequest
@@ -12,9 +13,14 @@ from tasks import store_evaluation
 APPLIED: Final = {"Preference-Applied": "respond-async"}
 
 
-def is_preferred(prefer: str | None) -> bool:
-    """Tell whether a Prefer header asks for respond-async."""
-    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in (prefer or "").split(","))
+def is_preferred(prefer: str | None, caller: Caller) -> bool:
+    """Tell whether to answer as a Prefer header with respond-async asks.
+
+    A restricted caller's events are checked when they are stored, so that caller waits for it. A preference is no command.
+    """
+    return not caller.visibility.is_restricted and any(
+        preference.partition(";")[0].strip().lower() == "respond-async" for preference in (prefer or "").split(",")
+    )
 
 
 async def send(service: Service, request: WriteRequest) -> Response:

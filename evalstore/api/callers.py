@@ -13,6 +13,9 @@ async def reader(request: Request) -> Caller:
     return await service_of(request).access.authorize(request, "read")
 
 
+Reader = Annotated[Caller, Depends(reader)]
+
+
 async def writer(request: Request) -> Caller:
     """Return the caller of a request that writes. Raises Problem: 401, 403, 503."""
     return await service_of(request).access.authorize(request, "write")

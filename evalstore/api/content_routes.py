@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import IO, Annotated, Final, NamedTuple, TypeVar
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from evalstore.api import openapi
-from evalstore.api.callers import reader
+from evalstore.api import following, openapi
+from evalstore.api.callers import Reader
 from evalstore.api.openapi import EvalId, IfNoneMatch
 from evalstore.api.preconditions import matches_etag
 from evalstore.api.problems import Problem, not_found
@@ -80,10 +80,10 @@ def _add_route(kind: Kind) -> None:
             **openapi.problems(304, 404, 416),
         },
         response_class=Response,
-        dependencies=[Depends(reader)],
     )
     async def read(
         request: Request,
+        caller: Reader,
         eval_id: EvalId,
         event_id: Annotated[UUID | None, Query(description="Of this event, instead of the record.")] = None,
         range_: Annotated[str | None, Header(alias="Range", description="`bytes=FIRST-LAST`, one range.")] = None,
@@ -92,7 +92,7 @@ def _add_route(kind: Kind) -> None:
     ) -> Response:
         """The bytes as they were sent, as an attachment, so that no browser shows them as a page."""
         service = service_of(request)
-        if identity({"eval_id": eval_id})[0] is None:
+        if identity({"eval_id": eval_id})[0] is None or not await following.can_see(service, caller, eval_id):
             raise not_found(eval_id)
         content = await service.run(lambda conn: content_reader.find(conn, eval_id, kind, event_id))
         if content is None:

@@ -7,20 +7,22 @@ from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from evalstore.api import async_writes, openapi, references, write_requests
+from evalstore.api import async_writes, following, openapi, references, write_requests
 from evalstore.api.access import Caller
-from evalstore.api.callers import Writer, reader
+from evalstore.api.callers import Reader, Writer
 from evalstore.api.openapi import EvalId, IdempotencyKey, Prefer, json_body, success
-from evalstore.api.problems import invalid, not_found
+from evalstore.api.problems import FOREIGN, invalid, not_found
 from evalstore.api.rendering import event_fields, json_response, to_json
 from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.api.write_requests import Line
 from evalstore.storage import conditional, records
 from evalstore.storage.conditional import EvaluationErased
+from evalstore.storage.event_store import Outcome, Stored
+from evalstore.storage.visibility import Hidden
 from models.errors import EventIdReused, Fault
 from models.events import decode, identity
 from tasks import store_evaluations
@@ -67,11 +69,14 @@ async def send(
     write = line.request
     if write is None:
         raise invalid(line.faults)
-    if async_writes.is_preferred(prefer):
+    if async_writes.is_preferred(prefer, caller):
         return await async_writes.send(service, write)
-    (outcome,), stored = await service.thread(
-        lambda: service.write(1, lambda conn, trace: conditional.store(conn, [write], trace))
-    )
+
+    def store() -> tuple[list[Outcome], Stored]:
+        seen = write._replace(enrichment=service.hooks.check(write.event)) if service.hooks else write
+        return service.write(1, lambda conn, trace: conditional.store(conn, [seen], trace, caller.visibility))
+
+    (outcome,), stored = await service.thread(store)
     service.metrics.events(outcome)
     service.metrics.stored(stored)
     if outcome == "reused":
@@ -102,13 +107,18 @@ async def send_batch(
 async def _batch(request: Request, caller: Caller, eval_id: str | None, key: str | None, prefer: str | None) -> Response:
     service = service_of(request)
     write_requests.check_idempotency_key(key)
-    is_async = async_writes.is_preferred(prefer)
+    is_async = async_writes.is_preferred(prefer, caller)
     async with service.body(request) as body:
 
         def work() -> list[dict[str, Any]]:
             lines = write_requests.lines(body, eval_id, key, service.settings.max_content_bytes, fast=not is_async)
             lines = _check_references(service, caller, lines)
-            outcomes = _queue(service, lines) if is_async else _store(service, lines)
+            if service.hooks and not is_async:
+                lines = _seen_by_hooks(service, lines)
+            if not is_async:
+                lines, outcomes = _store(service, caller, lines)
+            else:
+                outcomes = _queue(service, lines)
             return [_describe(line, outcome) for line, outcome in zip(lines, outcomes, strict=True)]
 
         described = await service.thread(work)
@@ -126,14 +136,43 @@ def _check_references(service: Service, caller: Caller, lines: Sequence[Line]) -
     return [line._replace(request=None, faults=wrong) if wrong else line for line, wrong in pairs]
 
 
-def _store(service: Service, lines: Sequence[Line]) -> list[str]:
+def _seen_by_hooks(service: Service, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines with what enrichers give; those that a validator refuses become invalid."""
+    valid = [at for at, line in enumerate(lines) if line.request]
+    refused, enrichments = service.hooks.run([line.request.event for line in lines if line.request])
+    seen = [*lines]
+    for number, at in enumerate(valid):
+        request = seen[at].request
+        if error := refused.get(number):
+            seen[at] = seen[at]._replace(request=None, faults=error.faults)
+        elif request and number in enrichments:
+            seen[at] = seen[at]._replace(request=request._replace(enrichment=enrichments[number]))
+    return seen
+
+
+def _store(service: Service, caller: Caller, lines: list[Line]) -> tuple[list[Line], list[str]]:
+    """Store the valid lines. Return the lines and their outcomes; those that the caller may not write become invalid."""
     writes = service.event_times.for_database([line.request for line in lines if line.request])
     if not writes:
-        return ["invalid"] * len(lines)
-    stored_outcomes, stored = service.write(len(writes), lambda conn, trace: conditional.store(conn, writes, trace))
+        return lines, ["invalid"] * len(lines)
+    try:
+        stored_outcomes, stored = service.write(
+            len(writes), lambda conn, trace: conditional.store(conn, writes, trace, caller.visibility)
+        )
+    except Hidden as hidden:
+        return _store(service, caller, [_without_hidden(line, hidden) for line in lines])
     service.metrics.stored(stored)
     outcomes = iter(stored_outcomes)
-    return [next(outcomes) if line.request else "invalid" for line in lines]
+    return lines, [next(outcomes) if line.request else "invalid" for line in lines]
+
+
+def _without_hidden(line: Line, hidden: Hidden) -> Line:
+    """Return the line, without its request if the caller may not write its evaluation."""
+    if line.request is None or line.eval_id not in hidden.eval_ids:
+        return line
+    if line.eval_id in hidden.foreign:
+        return line._replace(request=None, faults=(Fault("submitter", FOREIGN),))
+    return line._replace(request=None, faults=(Fault("eval_id", "there is no such evaluation"),))
 
 
 def _queue(service: Service, lines: Sequence[Line]) -> list[str]:
@@ -157,25 +196,25 @@ def _describe(line: Line, outcome: str) -> dict[str, Any]:
     operation_id="get_events",
     summary="Read an event log",
     responses={200: success("Log"), **openapi.problems(404)},
-    dependencies=[Depends(reader)],
 )
 async def read(
     request: Request,
+    caller: Reader,
     eval_id: EvalId,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
 ) -> Response:
     """The events of an evaluation by (`occurred_at`, `event_id`), with content up to 4 KiB."""
     service = service_of(request)
-    if identity({"eval_id": eval_id})[0] is None:
+    if identity({"eval_id": eval_id})[0] is None or not await following.can_see(service, caller, eval_id):
         raise not_found(eval_id)
     after = _position(cursor) if cursor else None
     rows = await service.run(lambda conn: records.log(conn, eval_id, limit=limit + 1, after=after))
     if not rows and after is None:
         raise not_found(eval_id)
     events = [event_fields(eval_id, row, request.scope.get("root_path", "")) for row in rows[:limit]]
-    following = _cursor(rows[limit - 1].fields) if len(rows) > limit else None
-    return json_response({"events": events, "next": following})
+    last = _cursor(rows[limit - 1].fields) if len(rows) > limit else None
+    return json_response({"events": events, "next": last})
 
 
 def _cursor(event: dict[str, Any]) -> str:

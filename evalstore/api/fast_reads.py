@@ -16,6 +16,9 @@ from evalstore.api.service import service_of
 _PATH: Final = re.compile(r"/storage/evaluations/([A-Za-z0-9._~:@+=-]{1,200})", re.ASCII)
 
 
+_WAIT: Final = re.compile(rb"wait=([1-5]?\d|60)")
+
+
 class _Route(NamedTuple):
     """The path template that metrics and spans name."""
 
@@ -31,12 +34,14 @@ class FastReadMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_get = scope["type"] == "http" and scope["method"] == "GET"
-        match = _PATH.fullmatch(scope["path"]) if is_get and not scope["query_string"] else None
+        waiting = _WAIT.fullmatch(scope["query_string"]) if is_get and scope["query_string"] else None
+        match = _PATH.fullmatch(scope["path"]) if is_get and (waiting or not scope["query_string"]) else None
         if match is None:
             await self._app(scope, receive, send)
             return
         scope["app"], scope["route"] = self._app, self._route
-        request = Request(scope)
-        await service_of(request).access.authorize(request, "read")
-        answer = await record_routes.answer(request, match[1], request.headers.get("if-none-match"))
+        request = Request(scope, receive)
+        caller = await service_of(request).access.authorize(request, "read")
+        wait_s = float(waiting[1]) if waiting else None
+        answer = await record_routes.answer(request, caller, match[1], request.headers.get("if-none-match"), wait_s)
         await answer(scope, receive, send)

@@ -5,6 +5,7 @@ from typing import Final
 
 from starlette.types import Scope
 
+from evalstore import hooks
 from evalstore.storage.event_store import Stored
 from evalstore.telemetry import process_registry
 from evalstore.telemetry.counters import Counters, Schema, Series, counted_by
@@ -36,6 +37,7 @@ class ApiMetrics:
             "method": [*_METHODS, "other"],
             "route": [*sorted({path for _, path in known}), "unknown"],
             "status": [*map(str, _STATUSES), "other"],
+            "hook": hooks.names(),
         }
         self._values = {name: frozenset(each) for name, each in values.items()}
         self.layout = Schema(counted_by("api"), values)
@@ -60,12 +62,14 @@ class ApiMetrics:
             log.warning("metrics_local_only", error=error)
         self._exposition = self._expose(self.group)
 
-    def heartbeat(self, connections: Mapping[str, int], busy_threads: int) -> None:
+    def heartbeat(self, connections: Mapping[str, int], busy_threads: int, *, waiting: int, streams: int) -> None:
         """Set the gauges. Without a call for _STUCK_S, /health/live calls the event loop stuck."""
         self.counters.set_deadline(_STUCK_S)
         for state, count in connections.items():
             self.counters.set("evalstore_database_connections", state, to=count)
         self.counters.set("evalstore_http_threads_busy", to=busy_threads)
+        self.counters.set("evalstore_http_followers", "wait", to=waiting)
+        self.counters.set("evalstore_http_followers", "stream", to=streams)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
         """Count an answered request."""
@@ -80,6 +84,10 @@ class ApiMetrics:
     def read(self, source: str) -> None:
         """Count a record read from `memory`, `redis` or the `database`."""
         self.counters.add("evalstore_http_record_reads_total", source)
+
+    def rate_check(self, outcome: str) -> None:
+        """Count a request of a key with a rate: `allowed`, `refused` or `unchecked`."""
+        self.counters.add("evalstore_http_rate_checks_total", outcome)
 
     def events(self, outcome: str, count: int = 1) -> None:
         """Count events that were `applied`, `duplicate`, `reused`, `invalid` or `accepted`."""

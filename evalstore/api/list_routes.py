@@ -1,34 +1,32 @@
 """`GET /storage/evaluations`: lists of records, by page or as one stream."""
 
 import asyncio
-import base64
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from evalstore.api import openapi
-from evalstore.api.callers import reader
-from evalstore.api.parameters import Time
+from evalstore.api import cursors, openapi
+from evalstore.api.callers import Reader
+from evalstore.api.parameters import Status, Time
 from evalstore.api.problems import invalid, unavailable
 from evalstore.api.rendering import ClosingStream, json_response, to_json
 from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.storage import database, listing
-from evalstore.storage.listing import Filter, Page, Position
+from evalstore.storage.listing import Filter, Page, RunTooLarge, Sort, Total
 from models.errors import Fault
-from models.events import decode, identity
 
 router = APIRouter(prefix="/storage", tags=["evaluations"], responses=openapi.ALWAYS)
 
-Status = Literal["queued", "running", "completed", "failed", "timed_out", "cancelled", "lost"]
 _PAGING: Final = (
     "By `cursor` (empty for the first page, then `next`) the time for a page does not depend on the number of evaluations. "
-    "With filters such a page may hold fewer than `limit`, even none, although there is a `next`. By `offset` pages are full. "
+    "Filters by `run_id`, `submitter`, `executor_id`, `eval_id_prefix`, statuses other than `completed`, and metadata keys in "
+    "EVALSTORE_INDEXED_METADATA use an index. With other filters, or with several, a page may hold fewer than `limit`, even "
+    "none, although there is a `next`. A cursor belongs to its filters and order. By `offset` pages are full. "
     "If a filter matches so few that this takes more than 5 s, the page holds the matches among the first 200,000, and `next` "
     "goes on."
 )
@@ -48,8 +46,8 @@ _METADATA: Final = {
 }
 _MOST_KEYS: Final = 20
 _PARAMETERS: Final = {
-    *("status", "language", "submitter", "executor", "since", "until", "order"),
-    *("limit", "offset", "cursor", "total", "format"),
+    *("status", "language", "submitter", "executor", "executor_id", "run_id", "eval_id_prefix", "since", "until", "order"),
+    *("sort", "limit", "offset", "cursor", "total", "format"),
 }
 _PAGE: Final = {
     "description": "A page, or all matches.",
@@ -58,6 +56,11 @@ _PAGE: Final = {
         "application/x-ndjson": {"schema": {"type": "string", "description": "A Listed a line."}},
     },
 }
+_SORTING: Final = (
+    "By default `created_at`, or `eval_id` with `eval_id_prefix`. Within a run also `duration_ms`, `memory_bytes` or `score`; "
+    "evaluations without the value come last."
+)
+_PREFIX: Final = Query(pattern="^[A-Za-z0-9._~:@+=-]{1,200}$", description="The beginning of `eval_id`.")
 _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
 
 
@@ -68,21 +71,25 @@ _TEXT: Final = Query(max_length=1000, pattern="^[^\\x00]*$")
     responses={200: _PAGE},
     description=f"Records without content, by `created_at`, newest first. {_PAGING}",
     openapi_extra={"parameters": [_METADATA]},
-    dependencies=[Depends(reader)],
 )
 async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
     request: Request,
+    caller: Reader,
     status: Annotated[list[Status] | None, Query(description="May be repeated.")] = None,
     language: Annotated[str | None, _TEXT] = None,
     submitter: Annotated[str | None, _TEXT] = None,
-    executor: Annotated[str | None, _TEXT] = None,
+    executor_id: Annotated[str | None, _TEXT] = None,
+    executor: Annotated[str | None, Query(max_length=1000, pattern="^[^\\x00]*$", deprecated=True)] = None,
+    run_id: Annotated[str | None, _TEXT] = None,
+    eval_id_prefix: Annotated[str | None, _PREFIX] = None,
     since: Annotated[Time | None, Query(description="Created at this time or later.")] = None,
     until: Annotated[Time | None, Query(description="Created before this time.")] = None,
-    order: Annotated[Literal["newest", "oldest"], Query()] = "newest",
+    order: Annotated[Literal["newest", "oldest"], Query(description="`newest`: descending; `oldest`: ascending.")] = "newest",
+    sort: Annotated[Sort | None, Query(description=_SORTING)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int | None, Query(ge=0, le=100_000)] = None,
     cursor: Annotated[str | None, Query(max_length=600)] = None,
-    total: Annotated[bool, Query(description="Count the matches, up to 1,000,000, for up to 5 s.")] = False,
+    total: Annotated[bool, Query(description="Count the matches. More than 1,000,000 are estimated.")] = False,
     format: Annotated[Literal["json", "ndjson"], Query(description="`ndjson`: all matches, streamed.")] = "json",  # noqa: A002
 ) -> Response:
     service = service_of(request)
@@ -90,29 +97,43 @@ async def read(  # noqa: PLR0913, PLR0917 - a parameter for each in the query
         statuses=tuple(status or ()),
         language=language,
         submitter=submitter,
-        executor_id=executor,
+        executor_id=executor if executor_id is None else executor_id,
+        run_id=run_id,
+        eval_id_prefix=eval_id_prefix,
+        sort=sort,
         since=since,
         until=until,
         metadata=_metadata_filters(request),
         oldest_first=order == "oldest",
+        visibility=caller.visibility,
     )
+    if sort in listing.BY_VALUE and run_id is None:
+        raise invalid([Fault("sort", f"{sort} sorts within a run: give run_id")])
+    if eval_id_prefix is not None and sort == "created_at":
+        raise invalid([Fault("sort", "a list by eval_id_prefix is sorted by eval_id")])
     if format == "ndjson" or request.headers.get("accept", "").startswith("application/x-ndjson"):
         return await _export(service, chosen)
     if cursor is not None and offset is not None:
         raise invalid([Fault("offset", "cannot be combined with cursor")])
 
-    def work(conn: Connection) -> tuple[Page | None, int | None]:
+    after = cursors.decode(cursor, chosen) if cursor else None
+
+    def work(conn: Connection) -> tuple[Page | None, Total | None]:
         if cursor is None:
             page = listing.numbered_page(conn, chosen, limit=limit, offset=offset or 0)
         else:
-            page = listing.page(conn, chosen, limit=limit, after=_position(cursor) if cursor else None)
+            page = listing.page(conn, chosen, limit=limit, after=after)
         return page, listing.count(conn, chosen) if total and page else None
 
-    page, count = await service.run(work)
+    try:
+        page, count = await service.run(work)
+    except RunTooLarge:
+        raise invalid([Fault("sort", "the run is too large to sort it by a value: filter it, or list it by time")]) from None
     if page is None:
         raise invalid([Fault("offset", "too few evaluations match: read on by cursor, from the `next` of a page")])
-    body: dict[str, Any] = {"evaluations": page.rows, "next": _cursor(page.following) if page.following else None}
-    return json_response({**body, "total": count} if total else body)
+    following = cursors.encode(page.following, chosen) if page.following else None
+    body: dict[str, Any] = {"evaluations": page.rows, "next": following}
+    return json_response({**body, "total": count.evaluations, "total_is_estimate": count.is_estimate} if count else body)
 
 
 def _metadata_filters(request: Request) -> dict[str, str]:
@@ -136,21 +157,6 @@ def _metadata_filters(request: Request) -> dict[str, str]:
     if faults:
         raise invalid(faults)
     return filters
-
-
-def _cursor(position: Position) -> str:
-    return base64.urlsafe_b64encode(to_json([*position])).decode().rstrip("=")
-
-
-def _position(cursor: str) -> Position:
-    try:
-        created_at, eval_id = decode(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=="))
-        position = Position(datetime.fromisoformat(created_at), eval_id)
-    except (ValueError, TypeError):
-        position = None
-    if position is None or position.created_at.utcoffset() is None or identity({"eval_id": position.eval_id})[0] is None:
-        raise invalid([Fault("cursor", "expected the `next` of another page, or an empty value")])
-    return position
 
 
 async def _export(service: Service, chosen: Filter) -> Response:

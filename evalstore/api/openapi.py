@@ -28,6 +28,8 @@ _HEADERS: Final = {
     "Location": "The path of the record.",
     "Preference-Applied": "`respond-async`",
     "Retry-After": "Seconds to wait before the next attempt.",
+    "RateLimit": "Requests that the key may still send, and the seconds until it may send more.",
+    "RateLimit-Policy": "The rate of the key: `q` requests in `w` seconds.",
     "WWW-Authenticate": "How to give a key.",
     "Accept-Ranges": "`bytes`",
     "Content-Disposition": "A file name, as an attachment.",
@@ -51,6 +53,7 @@ _PROBLEMS: Final[dict[int, tuple[str, tuple[str, ...]]]] = {
     415: ("The body is compressed or a form. Send it raw.", ()),
     416: ("The content has no such range.", ("Content-Range",)),
     422: ("The request is invalid. `faults` names every wrong field.", ()),
+    429: ("The key has sent too many requests, or has too many streams.", ("Retry-After", "RateLimit", "RateLimit-Policy")),
     500: ("A fault of the service.", ()),
     501: ("The service has no object store.", ()),
     503: ("A server that the service needs cannot be reached, or the service is busy. Try again.", ("Retry-After",)),
@@ -88,7 +91,7 @@ def json_body(schema: str) -> dict[str, Any]:
     return body({"application/json": {"schema": ref(schema), "example": example}})
 
 
-ALWAYS: Final = problems(401, 403, 422, 500, 503)
+ALWAYS: Final = problems(401, 403, 422, 429, 500, 503)
 LINES: Final = {"application/x-ndjson": {"schema": {"type": "string", "description": "One Event a line, up to 10,000."}}}
 
 

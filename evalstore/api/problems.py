@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
 from evalstore.storage.conditional import AlreadyQueued, EvaluationErased, VersionChanged
+from evalstore.storage.visibility import Hidden
 from models.errors import EventIdReused, Fault, InvalidEvent, ObjectDamaged, ObjectMissing, Outage
 from models.logs import EventLogger
 from models.validation_errors import format_error
@@ -91,6 +92,16 @@ def response(problem: Problem, request_id: str) -> Response:
     return Response(text, problem.status, headers={"Cache-Control": "no-store", **problem.headers}, media_type=MEDIA_TYPE)
 
 
+FOREIGN: Final = "the key stores only evaluations of its submitter and of its runs: give them in the queued event"
+
+
+def _hidden(error: Hidden) -> Problem:
+    """Return 403 for a queued event of another submitter or run, and 404 for what does not exist for the key."""
+    if error.foreign:
+        return Problem(403, "forbidden", FOREIGN)
+    return not_found(min(error.eval_ids))
+
+
 _ROUTING: Final = {
     404: ("no-such-path", "the service has no such path: /docs lists them"),
     405: ("method-not-allowed", "the path does not have this method: the header Allow lists its methods"),
@@ -104,6 +115,7 @@ _OURS: Final = (
     VersionChanged,
     ObjectMissing,
     ObjectDamaged,
+    Hidden,
     Outage,
 )
 
@@ -111,8 +123,8 @@ _OURS: Final = (
 def of(error: Exception) -> Problem:
     """Translate an error into a problem. Log an unexpected error, and answer 500 without its text."""
     match error:
-        case Problem():
-            return error
+        case Problem() | Hidden():
+            return _hidden(error) if isinstance(error, Hidden) else error
         case InvalidEvent():
             return invalid(error.faults)
         case EventIdReused() | AlreadyQueued() | EvaluationErased() | VersionChanged() | ObjectMissing() | ObjectDamaged():

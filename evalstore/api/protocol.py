@@ -41,6 +41,12 @@ class Protocol(H11Protocol):
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
 
+    def shutdown(self) -> None:
+        """Begin a graceful shutdown. Requests that wait for changes, which may last for ever, end now."""
+        super().shutdown()
+        if stop_following := self.app_state.get("stop_following"):
+            stop_following()
+
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()

@@ -9,11 +9,13 @@ Two caches: the memory of this process, and Redis for all processes. An outage o
 
 import asyncio
 import hashlib
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import redis
 
 from models.logs import EventLogger
@@ -31,12 +33,34 @@ _GATHER_S: Final = 0.001
 _PAUSE_AFTER_FAILURE_S: Final = 5.0
 
 
+class RecordHead(msgspec.Struct):
+    """Some fields of a rendered record."""
+
+    eval_id: str
+    version: int
+    status: str
+    attempt: int
+    run_id: str | None = None
+    submitter: str | None = None
+
+
+_HEAD: Final = msgspec.json.Decoder(RecordHead)
+
+
 class Rendered(NamedTuple):
     """A record as JSON. `is_partial`: some content could not be read, so the record must not be cached."""
 
     row_version: str
     body: bytes
     is_partial: bool = False
+
+    @property
+    def head(self) -> RecordHead:
+        """The fields that decide on an answer."""
+        try:
+            return _HEAD.decode(self.body)
+        except msgspec.DecodeError:  # Content may hold lone surrogates, which the fast decoder refuses.
+            return msgspec.convert(json.loads(self.body), RecordHead)
 
     @property
     def tag(self) -> str:

@@ -3,24 +3,23 @@
 from datetime import datetime
 from typing import Annotated, Final
 
-import msgspec
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from evalstore.api import async_writes, openapi, references, write_requests
+from evalstore.api import async_writes, following, openapi, references, write_requests
 from evalstore.api.access import Caller
-from evalstore.api.callers import Admin, Writer, reader
+from evalstore.api.callers import Admin, Reader, Writer
 from evalstore.api.openapi import EvalId, IdempotencyKey, IfNoneMatch, Prefer, json_body, success
 from evalstore.api.parameters import Time
 from evalstore.api.preconditions import allowed_versions, matches_etag
-from evalstore.api.problems import not_found
+from evalstore.api.problems import invalid, not_found
 from evalstore.api.record_cache import Rendered
 from evalstore.api.rendering import json_response, path_of, render, render_past, with_prefix
 from evalstore.api.service import Service, service_of
 from evalstore.storage import conditional
 from evalstore.storage.conditional import EvaluationErased, WriteRequest
 from evalstore.storage.event_store import Outcome, Stored
-from models.errors import EventIdReused, InvalidEvent
+from models.errors import EventIdReused, Fault, InvalidEvent
 from models.events import Event, identity
 from models.record import EventRow
 
@@ -36,23 +35,41 @@ _ACCEPTED: Final = success("Accepted", headers=("Location", "Preference-Applied"
     operation_id="get_evaluation",
     summary="Read a record",
     responses={200: success("Record", headers=("ETag",)), **openapi.problems(304, 404)},
-    dependencies=[Depends(reader)],
 )
 async def read(
     request: Request,
+    caller: Reader,
     eval_id: EvalId,
     if_none_match: IfNoneMatch = None,
     as_of: Annotated[Time | None, Query(description="The record as it was then, by when events were stored.")] = None,
+    wait: Annotated[
+        float | None,
+        Query(
+            ge=0,
+            le=60,
+            allow_inf_nan=False,
+            description="Seconds to wait until the evaluation is finished or, with If-None-Match, until it changes.",
+        ),
+    ] = None,
 ) -> Response:
     """The record as it is now. Content up to 64 KiB is in it; of larger content its size, beginning and address.
 
-    With `as_of` it is the record as it was: `provisional: true` says that a commit under way may still change the answer."""
-    return await answer(request, eval_id, if_none_match) if as_of is None else await _answer_past(request, eval_id, as_of)
+    With `as_of` it is the record as it was: `provisional: true` says that a commit under way may still change the answer.
+
+    With `wait` the answer comes after that time at the latest: the record as it is then, or 304. An evaluation may be created
+    in that time."""
+    if as_of is None:
+        return await answer(request, caller, eval_id, if_none_match, wait)
+    if wait is not None:
+        raise invalid([Fault("wait", "cannot be combined with as_of")])
+    return await _answer_past(request, caller, eval_id, as_of)
 
 
-async def _answer_past(request: Request, eval_id: str, at: datetime) -> Response:
+async def _answer_past(request: Request, caller: Caller, eval_id: str, at: datetime) -> Response:
     service = service_of(request)
-    past = await service.thread(lambda: service.load_past(eval_id, at)) if identity({"eval_id": eval_id})[0] else None
+    past = None
+    if identity({"eval_id": eval_id})[0] and await following.can_see(service, caller, eval_id):
+        past = await service.thread(lambda: service.load_past(eval_id, at))
     if past is None:
         raise not_found(eval_id)
     response = Response(with_prefix(request.scope.get("root_path", ""), render_past(past)), media_type="application/json")
@@ -60,11 +77,25 @@ async def _answer_past(request: Request, eval_id: str, at: datetime) -> Response
     return response
 
 
-async def answer(request: Request, eval_id: str, if_none_match: str | None) -> Response:
-    """Return the record, or 304, to an authorized caller. Raises Problem, Outage."""
+async def answer(
+    request: Request, caller: Caller, eval_id: str, if_none_match: str | None, wait_s: float | None = None
+) -> Response:
+    """Return the record, or 304, to an authorized caller, after `wait_s` at the latest. Raises Problem, Outage."""
     service = service_of(request)
-    record = await service.records.get(eval_id) if identity({"eval_id": eval_id})[0] else None
-    if record is None:
+
+    def is_done(record: Rendered | None) -> bool:
+        if record is None or not following.is_visible(caller, record):
+            return False
+        return following.is_finished(record) if if_none_match is None else not matches_etag(if_none_match, _etag(record))
+
+    if identity({"eval_id": eval_id})[0] is None:
+        raise not_found(eval_id)
+    if wait_s:
+        record = await following.until(request, service, eval_id, is_done, wait_s)
+        caller = await service.access.authorize_again(request, "read")
+    else:
+        record = await service.records.get(eval_id)
+    if record is None or not following.is_visible(caller, record):
         raise not_found(eval_id)
     etag = _etag(record)
     is_same = matches_etag(if_none_match, etag)
@@ -96,12 +127,13 @@ async def create(request: Request, caller: Writer, idempotency_key: IdempotencyK
             _check_references(service, caller, write.event)
             return write
 
-        if async_writes.is_preferred(prefer):
+        if async_writes.is_preferred(prefer, caller):
             return await async_writes.send(service, await service.thread(parse))
 
         def store() -> tuple[Event | EventRow, Outcome]:
-            (write,) = service.event_times.for_database([parse()])
-            return write.event, service.write(1, lambda conn, trace: conditional.create(conn, write, trace))
+            write = _seen_by_hooks(service, parse())
+            (write,) = service.event_times.for_database([write])
+            return write.event, service.write(1, lambda conn, trace: conditional.create(conn, write, trace, caller.visibility))
 
         event, outcome = await service.thread(store)
     return await _written(request, caller, event, outcome, 201)
@@ -142,15 +174,20 @@ async def update(
             return change
 
         change = await service.thread(parse)
-        if async_writes.is_preferred(prefer) and versions is None:
+        if async_writes.is_preferred(prefer, caller) and versions is None:
             attempt = change.attempt or await _attempt(service, eval_id)
             return await async_writes.send(service, await service.thread(lambda: change.make(attempt)))
 
-        def make(attempt: int) -> WriteRequest:
-            return service.event_times.for_database([change.make(attempt)])[0]
-
         def store() -> tuple[WriteRequest, Outcome, Stored]:
-            return service.write(1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace))
+            # Before the transaction, in which the record is locked. There the attempt may become that of the record.
+            enrichment = _seen_by_hooks(service, change.make(change.attempt or 1)).enrichment if service.hooks else None
+
+            def make(attempt: int) -> WriteRequest:
+                return service.event_times.for_database([change.make(attempt)])[0]._replace(enrichment=enrichment)
+
+            return service.write(
+                1, lambda conn, trace: conditional.update(conn, eval_id, make, versions, trace, caller.visibility)
+            )
 
         write, outcome, stored = await service.thread(store)
         service.metrics.stored(stored)
@@ -188,9 +225,14 @@ def _check_references(service: Service, caller: Caller, event: Event | EventRow)
         raise InvalidEvent(faults)
 
 
+def _seen_by_hooks(service: Service, write: WriteRequest) -> WriteRequest:
+    """Return the request with what enrichers give. Raises InvalidEvent if a validator refuses the event."""
+    return write._replace(enrichment=service.hooks.check(write.event)) if service.hooks else write
+
+
 async def _attempt(service: Service, eval_id: str) -> int:
     record = await service.records.get(eval_id)
-    return 1 if record is None else int(msgspec.json.decode(record.body)["attempt"])
+    return 1 if record is None else record.head.attempt
 
 
 async def _written(request: Request, caller: Caller, event: Event | EventRow, outcome: Outcome, status: int) -> Response:

@@ -73,7 +73,12 @@ def with_prefix(prefix: str, body: bytes) -> bytes:
     """Add `prefix` to the addresses in a rendered record. Services with different prefixes share the cache, so it has none."""
     if not prefix or b'_url":"/storage/' not in body:
         return body
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:  # Content may hold lone surrogates, which this decoder refuses.
+        found = json.loads(body)
+        addresses = {name: prefix + found[name] for kind in CONTENTS if (name := f"{kind}_url") in found}
+        return to_json(found | addresses)
     for kind in CONTENTS:
         if (address := fields.get(f"{kind}_url")) is not None:
             fields[f"{kind}_url"] = msgspec.Raw(b'"' + prefix.encode() + bytes(address)[1:])

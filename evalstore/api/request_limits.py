@@ -119,6 +119,7 @@ class _Exchange:
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode()),
                 (b"x-content-type-options", b"nosniff"),
+                *((name.lower().encode(), value.encode()) for name, value in self._rate_headers().items()),
             ]
             await self._send(message)
             return
@@ -136,6 +137,11 @@ class _Exchange:
         else:
             self._answered = True
             await self._send(message)  # Small: the socket's buffer takes it without a time-out.
+
+    def _rate_headers(self) -> dict[str, str]:
+        """Return the fields that tell the rate of the caller's key. An answer 429 has its own."""
+        found: dict[str, str] = self.scope["state"].get("rate_headers", {})
+        return found
 
     def _has_unread_body(self) -> bool:
         """Tell whether the client sends more than was read.

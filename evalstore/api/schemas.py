@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from typing import Any, Final
 
+from models.anomalies import ANOMALY_DIMENSIONS, ANOMALY_KINDS, ANOMALY_METRICS
+from models.confirmations import CONFIRMATIONS
 from models.content import MAX_CONTENT_BYTES
 from models.fields import CONTENTS, FIELDS, SCALARS
-from models.webhooks import CONFIRMATIONS, EVENT_TYPES
+from models.webhooks import EVENT_TYPES
 
 Schema = dict[str, Any]
 
@@ -62,6 +64,9 @@ _STATE: Final[dict[str, Schema]] = {
 
 _TRUNCATED: Final[dict[str, Schema]] = {
     "metadata_truncated": {"const": True, "description": "Where `metadata` is less than its events gave."}
+}
+_ENRICHMENT: Final[dict[str, Schema]] = {
+    "enrichment": {"type": "object", "description": "Where enrichers are installed: what they returned for its events."}
 }
 _PROVISIONAL: Final[dict[str, Schema]] = {
     "provisional": {"const": True, "description": "With `as_of`: where a commit under way may still change the answer."}
@@ -127,6 +132,27 @@ _DELIVERY: Final[dict[str, Schema]] = {
 }
 
 
+_ANOMALY: Final[dict[str, Schema]] = {
+    "id": _UUID,
+    "sink": {"type": "string"},
+    "kind": {"type": "string", "enum": list(ANOMALY_KINDS)},
+    "dimension": {"type": "string", "enum": list(ANOMALY_DIMENSIONS)},
+    "value": {"type": "string", "description": "The language, submitter or executor."},
+    "metric": {"type": "string", "enum": list(ANOMALY_METRICS)},
+    "expected": {"type": "number", "description": "The level before; of an outlier the mean."},
+    "observed": {"type": "number", "description": "The latest level or outlier."},
+    "occurrences": {**_COUNT, "description": "How often it was seen."},
+    "eval_ids": {"type": "array", "items": EVAL_ID, "description": "The first and the last evaluations that show it."},
+    "detected_at": _TIME,
+    "first_at": _TIME,
+    "last_at": _TIME,
+    "state": {"type": "string", "enum": ["open", "acknowledged"]},
+    "acknowledged_by": _nullable({"type": "string"}),
+    "acknowledged_at": _nullable(_TIME),
+    "reason": _nullable({"type": "string"}),
+}
+
+
 def _object(properties: dict[str, Schema], required: Iterable[str] | None = None, **more: Any) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties if required is None else required), **more}
 
@@ -153,6 +179,84 @@ WEBHOOKS: Final[dict[str, Schema]] = {
     "Rotated": _object({"id": _UUID, "secret": _SECRET, "previous_valid_until": _TIME}),
     "Delivery": _object(_DELIVERY),
     "Deliveries": _object({"deliveries": {"type": "array", "items": ref("Delivery")}}),
+}
+
+ANOMALIES: Final[dict[str, Schema]] = {
+    "Anomaly": _object(_ANOMALY),
+    "Anomalies": _object(
+        {
+            "anomalies": {"type": "array", "items": ref("Anomaly")},
+            "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
+        }
+    ),
+    "Acknowledgement": _object(
+        {"reason": _nullable({"type": "string", "maxLength": 1000})},
+        [],
+        additionalProperties=False,
+        examples=[{"reason": "executor-7 was throttled; replaced"}],
+    ),
+}
+_QUANTILES: Final = _object({name: _nullable({"type": "number"}) for name in ("p50", "p95", "p99")})
+_SUMS: Final[dict[str, Schema]] = {
+    "evaluations": _COUNT,
+    "by_status": _object(dict.fromkeys(STATUSES, _COUNT)),
+    "pass_rate": _nullable(
+        {
+            "type": "number",
+            "description": "Completed with exit code 0, divided by completed, failed, timed out and lost; null for none.",
+        }
+    ),
+    "mean_score": _nullable({"type": "number"}),
+    "duration_ms": {**_QUANTILES, "description": "Within 1 %."},
+    "memory_bytes": {**_QUANTILES, "description": "Within 1 %."},
+}
+_RUN: Final[dict[str, Schema]] = {
+    "run_id": EVAL_ID,
+    "state": {"type": "string", "enum": ["open", "finished"]},
+    **_SUMS,
+    "unfinished": {**_COUNT, "description": "Queued or running."},
+    "expected": _nullable(_COUNT),
+    "closed": {"type": "boolean"},
+    "first_at": {**_TIME, "description": "When its first evaluation was stored, or the run declared."},
+    "last_at": {**_TIME, "description": "When one of its evaluations last changed."},
+    "finished_at": _nullable({**_TIME, "description": "When its end was announced."}),
+}
+RUNS: Final[dict[str, Schema]] = {
+    "Run": _object(_RUN),
+    "RunPage": _object(
+        {
+            "runs": {"type": "array", "items": ref("Run")},
+            "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
+        }
+    ),
+    "RunDeclaration": _object(
+        {"expected": _nullable(_COUNT), "closed": {"type": "boolean"}},
+        [],
+        additionalProperties=False,
+        examples=[{"expected": 164}],
+    ),
+    "Statistics": _object(
+        {
+            "since": _TIME,
+            "until": _TIME,
+            "bucket": {"type": "string", "enum": ["hour", "day", "month", "all"]},
+            "group_by": _nullable({"type": "string"}),
+            "rows": {
+                "type": "array",
+                "items": _object(
+                    {
+                        "bucket": _nullable({**_TIME, "description": "Its start; null with bucket=all."}),
+                        **{
+                            name: _nullable({"type": "string"})
+                            for name in ("status", "language", "submitter", "executor", "run")
+                        },
+                        **_SUMS,
+                    },
+                    ["bucket", *_SUMS],
+                ),
+            },
+        }
+    ),
 }
 
 SCHEMAS: Final[dict[str, Schema]] = {
@@ -215,7 +319,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     },
     "Record": {
         "type": "object",
-        "properties": {**_STATE, **_TRUNCATED, **_PROVISIONAL, **_CONTENTS},
+        "properties": {**_STATE, **_ENRICHMENT, **_TRUNCATED, **_PROVISIONAL, **_CONTENTS},
         "required": [*_STATE, "code", "output", "error"],
         "examples": [{"eval_id": "run-1", "status": "completed", "attempt": 1, "version": 3, "exit_code": 0, "output": "1\n"}],
     },
@@ -246,12 +350,11 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "properties": {
             "evaluations": {"type": "array", "items": ref("Listed")},
             "next": _nullable({"type": "string", "description": "The cursor of the next page; null at the end."}),
-            "total": _nullable(
-                {
-                    "type": "integer",
-                    "description": "With total=true: the number of matches, up to 1,000,000; null if that takes too long.",
-                }
-            ),
+            "total": {"type": "integer", "description": "With total=true: the number of matches."},
+            "total_is_estimate": {
+                "type": "boolean",
+                "description": "Whether `total` is estimated: above 1,000,000, or where counting takes more than 5 s.",
+            },
         },
         "required": ["evaluations", "next"],
     },
@@ -289,7 +392,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "required": ["line", "outcome"],
         "examples": [{"line": 1, "outcome": "applied", "eval_id": "run-1", "event_id": "0190a2f5-7a4c-7000-8000-000000000000"}],
     },
+    **RUNS,
     **WEBHOOKS,
+    **ANOMALIES,
     "Fault": {
         "type": "object",
         "properties": {"field": {"type": "string"}, "problem": {"type": "string"}},

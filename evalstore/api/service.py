@@ -19,11 +19,14 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from evalstore.api.access import Access
+from evalstore.api.change_feed import ChangeFeed, StreamCounts
 from evalstore.api.event_times import EventTimes
 from evalstore.api.http_metrics import ApiMetrics
 from evalstore.api.problems import Problem, refuse_compressed, unavailable
+from evalstore.api.rate_limit import RateLimiter
 from evalstore.api.record_cache import RecordCache, Rendered, SharedCache
 from evalstore.api.rendering import render
+from evalstore.hooks import Hooks
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store, Stores
 from evalstore.storage import api_keys, as_of, database, erasure, records
@@ -32,7 +35,7 @@ from evalstore.storage.erasure import Erased
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.records import RecordView
 from evalstore.telemetry import erasing
-from evalstore.telemetry.erasing import OlderWorkers
+from evalstore.telemetry.erasing import OlderProcesses
 from models.errors import DatabaseOutage, ObjectDamaged, ObjectMissing, ObjectStoreOutage
 from models.logs import EventLogger
 from models.settings import Settings
@@ -63,8 +66,8 @@ log = EventLogger("evalstore.api")
 class Service:
     """One for each process. Its async methods belong to one event loop."""
 
-    def __init__(self, settings: Settings, metrics: ApiMetrics) -> None:
-        self.settings, self.metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: ApiMetrics, hooks: Hooks) -> None:
+        self.settings, self.metrics, self.hooks = settings, metrics, hooks
         self.had_schema = False
         self._engine = database.connect(settings, pool_size=THREADS, statement_timeout_s=WORK_S)
         self.export_engine = database.connect(settings, pool_size=EXPORTS, statement_timeout_s=WORK_S)
@@ -90,7 +93,10 @@ class Service:
         )
         self.event_times = EventTimes(self.redis, names, lambda: self._connection(_TIMES_S))
         self._shared_cache = SharedCache(self.redis, names, settings.cache_ttl_s)
-        self.access = Access(settings, lambda: self.run(api_keys.usable))
+        self.rates = RateLimiter(settings.redis_url.get_secret_value(), names, metrics.rate_check)
+        self.access = Access(settings, lambda: self.run(api_keys.usable), self.rates)
+        self.feed = ChangeFeed(self._open_connection, self._watch.bounded)
+        self.streams = StreamCounts()
         self.records = RecordCache(
             row_versions=self._row_versions, load=self._load_cached, count=metrics.read, ttl_s=settings.cache_ttl_s
         )
@@ -120,6 +126,10 @@ class Service:
         """Connect in autocommit if there is no pooler. Autocommit saves two round trips for each query."""
         conn = self._engine.connect()
         return conn if database.is_pooled(conn) else conn.execution_options(isolation_level="AUTOCOMMIT")
+
+    def _open_connection(self) -> Connection:
+        with database.errors():
+            return self._engine.connect()
 
     async def _load_cached(self, eval_id: str, row_version: str) -> Rendered | None:
         return await self.thread(lambda: self._load(eval_id, row_version))
@@ -189,8 +199,8 @@ class Service:
             if not erasure.known(conn, [eval_id]):
                 return None
             try:
-                erasing.refuse_older_workers(broker())
-            except OlderWorkers as error:
+                erasing.refuse_older_processes(conn, broker())
+            except OlderProcesses as error:
                 raise Problem(409, "older-workers", str(error)) from error
             around = erasing.surroundings(self.settings, broker())
             try:

@@ -27,6 +27,12 @@ COMMANDS: Final = {
     "get": Command(
         "evalstore.cli.send_get:get", "Show the record of an evaluation, or write its output, code or error to standard output."
     ),
+    "ls": Command("evalstore.cli.ls:ls", "List evaluations without their content, the newest first. Exits 3 if none matches."),
+    "stats": Command(
+        "evalstore.cli.stats:stats",
+        "Show counts, pass rates, scores, durations and memory of finished evaluations, by time.",
+    ),
+    "watch": Command("evalstore.cli.watch:watch", "Show each change of an evaluation until it is finished."),
     "audit": Command(
         "evalstore.cli.audit:audit", "Show for each event of a file whether it is applied, in flight, dead, erased or missing."
     ),
@@ -50,6 +56,11 @@ COMMANDS: Final = {
         "evalstore.cli.erase:erase",
         "Erase evaluations: records, events, content, dead letters and objects. Late events of theirs are not stored again.",
     ),
+    "bridge": Command(
+        "evalstore.cli.bridge:bridge",
+        "Listen to an old platform's pub/sub, and send what it publishes as events, until SIGTERM or Ctrl-C.",
+    ),
+    "runs": Command("evalstore.cli.runs:app", "Show runs: sets of evaluations that belong together."),
     "archive": Command("evalstore.cli.archive:app", "Content in the object store and the archive."),
     "cron": Command("evalstore.cli.cron:app", "The periodic jobs."),
     "dlq": Command(
@@ -63,6 +74,7 @@ COMMANDS: Final = {
     "sinks": Command("evalstore.cli.sinks:app", "Run, list, pause, resume and rewind sinks: systems that get all events."),
     "lake": Command("evalstore.cli.lake:app", "The lake: what it holds, queries, and maintenance.", extra="lake"),
     "webhooks": Command("evalstore.cli.webhooks:app", "Subscribe HTTP receivers to confirmations, and see what they got."),
+    "anomalies": Command("evalstore.cli.anomalies:app", "See what the anomaly detector found, and acknowledge it."),
     "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),
 }
 

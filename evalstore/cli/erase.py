@@ -33,7 +33,7 @@ def erase(  # noqa: PLR0913 - options
 
     An object that something else may still name goes with the sweep. It may be repeated, such as after a crash.
 
-    Exit status 3 if nothing matches, 4 if some ids never were, 1 while a worker of an older release runs.
+    Exit status 3 if nothing matches, 4 if some ids never were, 1 while a process of an older release runs.
     """
     if sum(map(bool, [eval_ids, submitter is not None or run_id is not None, reapply])) != 1:
         raise typer.BadParameter("name evaluations, or say --submitter or --run-id, or --reapply")
@@ -57,7 +57,7 @@ def erase(  # noqa: PLR0913 - options
             show([{"eval_id": eval_id} for eval_id in chosen], ["eval_id"], output_format)
             notice(f"{len(chosen):,} evaluations would be erased")
         else:
-            erasing.refuse_older_workers(broker())
+            erasing.refuse_older_processes(conn, broker())
             confirm(f"Erase {len(chosen):,} evaluations for good", len(chosen), yes=yes)
             given = {"eval_ids": eval_ids, "submitter": submitter, "run_id": run_id}
             words = {name: value for name, value in given.items() if value}
@@ -77,7 +77,7 @@ def _erase(conn: Connection, chosen: list[str], intent: Intent, around: Surround
 
 
 def _reapply(conn: Connection, intent: Intent, around: Surroundings, output_format: Format) -> None:
-    erasing.refuse_older_workers(broker())
+    erasing.refuse_older_processes(conn, broker())
     total, done = erasure.reapply(conn, intent, around)
     _tell(done, around, output_format, tombstones=total)
 

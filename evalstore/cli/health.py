@@ -17,7 +17,9 @@ def health(
     ready: Annotated[
         bool, typer.Option("--ready", help="Check that Redis and PostgreSQL answer, with the right tables.")
     ] = False,
-    of: Annotated[str | None, typer.Option(help="Only one group: worker, scheduler or api.", metavar="GROUP")] = None,
+    of: Annotated[
+        str | None, typer.Option(help="Only one group: worker, scheduler, api, sinks or bridge.", metavar="GROUP")
+    ] = None,
     output_format: OutputOption = Format.table,
 ) -> None:
     """Check processes and servers. --live checks only the processes on this machine or in this container.
@@ -27,7 +29,7 @@ def health(
     if live == ready:
         raise typer.BadParameter("expected one of --live and --ready")
     if of is not None and of not in ROLES:
-        raise typer.BadParameter(f"expected worker, scheduler or api, not {of!r}", param_hint="--of")
+        raise typer.BadParameter(f"expected one of {', '.join(ROLES)}, not {of!r}", param_hint="--of")
     if live:
         _report_live(of, output_format)
     else:

@@ -2,6 +2,7 @@
 
 from evalstore.cli.output import notice
 from evalstore.storage import database, durability, migrations
+from models.metadata_keys import parse_keys
 from models.settings import settings
 
 
@@ -9,7 +10,9 @@ def migrate() -> None:
     """Migrate the database to this release. Safe while workers run, and from several processes at once."""
     loaded = settings()
     url, schema = loaded.database_url.get_secret_value(), loaded.database_schema
-    before, after = migrations.upgrade(url, tell=lambda why: notice(why, "yellow"), schema=schema)
+    before, after = migrations.upgrade(
+        url, lambda why: notice(why, "yellow"), schema=schema, indexed_metadata=parse_keys(loaded.indexed_metadata)
+    )
     engine = database.connect(loaded)
     with engine.connect() as conn:
         for doubt in durability.doubts(conn):

@@ -2,19 +2,18 @@
 
 import time
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
+from evalstore.cli import output, replay_jobs
 from evalstore.cli.dlq_options import ActorOption, ReasonOption, connect, operator, parse_time
-from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, progress_bar, show, write_json
+from evalstore.cli.output import Format, OutputOption, escaped, failed, notice, progress_bar, write_json
 from evalstore.storage import replay as replaying
 from evalstore.storage.operator_actions import Intent
-from evalstore.storage.replay import Difference, Selection
+from evalstore.storage.replay import MAX_DIFFERENCES, Difference, Selection
 from models.errors import Outage
 from models.settings import settings
-
-MAX_DIFFERENCES: Final = 1000
 
 
 def replay(  # noqa: PLR0913 - options
@@ -30,7 +29,17 @@ def replay(  # noqa: PLR0913 - options
     all_: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
     write: Annotated[bool, typer.Option("--write/--check", help="Repair the records that differ, or only compare.")] = False,
     after: Annotated[str, typer.Option(help="Only those after this eval_id: go on where another run ended.")] = "",
-    rate: Annotated[float | None, typer.Option(min=0.1, help="At most so many evaluations a second.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help=f"At most so many evaluations a second; in the background {replay_jobs.DEFAULT_RATE:g} by default."
+        ),
+    ] = None,
+    background: Annotated[bool, typer.Option("--background", help="Let the workers do it, and do not wait.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, max=16, help="Jobs of --background that run at a time.")] = 2,
+    show: Annotated[str, typer.Option(help="Show a replay of the background: its id, or how the id begins.")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="List the replays of the background.")] = False,
+    cancel: Annotated[str, typer.Option(help="End a replay of the background.")] = "",
     reason: ReasonOption = None,
     actor: ActorOption = "",
     output_format: OutputOption = Format.table,
@@ -39,15 +48,23 @@ def replay(  # noqa: PLR0913 - options
 
     A record that --write repairs keeps its version, gets a new ETag, and is confirmed as storage:evaluation:repaired.
 
+    With --background, jobs of the workers do so. The same command again shows how far they came, and so does --show.
+
     Exit status of --check: 1 if any record differs. Of --write: 0 if all are repaired, else 1. 3 if nothing matches.
     """
+    if list_ or show or cancel:
+        _on_background(show, list_=list_, cancel=cancel, intent=(operator(actor), reason), output_format=output_format)
+        return
     chosen = Selection(tuple(eval_ids) if eval_ids else None, run_id, since, until)
     if all_ == any(value is not None for value in chosen):
         raise typer.BadParameter("name evaluations by id or by a filter, or say --all")
-    words = {name: value for name, value in chosen._asdict().items() if value is not None} | ({"all": True} if all_ else {})
-    words = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in words.items()}
-    intent = Intent("replay", operator(actor), reason, words) if write else None
-    replayed = _Replay(chosen, intent, after)
+    intent = Intent("replay", operator(actor), reason, chosen.words())
+    if background:
+        if after:
+            raise typer.BadParameter("--after is for the foreground: a replay in the background goes on by itself")
+        replay_jobs.start(chosen, intent, output_format, write=write, rate=rate, parallel=parallel)
+        return
+    replayed = _Replay(chosen, intent if write else None, after)
     try:
         replayed.run(rate, shown=output_format is Format.table)
     except (Outage, KeyboardInterrupt):
@@ -61,6 +78,17 @@ def replay(  # noqa: PLR0913 - options
         notice(f"{len(replayed.unrepairable):,} have no event in the log, and are left as they are: {names}", "red")
     if replayed.unrepairable if write else replayed.different:
         raise typer.Exit(1)
+
+
+def _on_background(show: str, *, list_: bool, cancel: str, intent: tuple[str, str | None], output_format: Format) -> None:
+    if list_ + bool(show) + bool(cancel) > 1:
+        raise typer.BadParameter("say only one of --list, --show and --cancel")
+    if list_:
+        replay_jobs.list_all(output_format)
+    elif show:
+        replay_jobs.show_one(show, output_format)
+    else:
+        replay_jobs.cancel(cancel, *intent)
 
 
 class _Replay:
@@ -78,8 +106,9 @@ class _Replay:
         started, limit = time.monotonic(), max(1, min(500, int(rate or 500)))
         with connect(settings()) as conn:
             total = replaying.count(conn, self._chosen, self.after)
+            chosen = self._chosen._replace(last=replaying.last_id(conn))
             with progress_bar("replaying", total, shown=shown) as advance:
-                while compared := replaying.compare(conn, self._chosen, self.after, limit):
+                while compared := replaying.compare(conn, chosen, self.after, limit):
                     for eval_id, differences in compared.different.items():
                         if self._intent and replaying.repair(conn, eval_id, self._intent) is None:
                             self.unrepairable.append(eval_id)
@@ -104,5 +133,5 @@ def _show(replayed: _Replay, output_format: Format) -> None:
             }
         )
     elif differences or output_format is Format.jsonl:
-        show(differences, ["eval_id", "field", "stored", "replayed"], output_format)
+        output.show(differences, ["eval_id", "field", "stored", "replayed"], output_format)
     notice(f"{replayed.evaluations:,} evaluations, {replayed.different:,} different", "red" if replayed.different else "green")

@@ -26,9 +26,10 @@ def _connect() -> Connection:
 
 @app.command()
 def run() -> None:
-    """Pass events on to the sinks of EVALSTORE_SINKS_FILE, until SIGTERM or Ctrl-C. Any number of copies may run.
+    """Keep runs and statistics, and pass events on to the sinks of EVALSTORE_SINKS_FILE, until SIGTERM or Ctrl-C.
 
-    Each sink is worked on by one of them at a time; another one takes over within 15 seconds when that one ends.
+    Any number of copies may run. Each sink is worked on by one of them at a time; another one takes over within 15 seconds when
+    that one ends.
     """
     from evalstore.sinks import runner  # noqa: PLC0415 - the other verbs need neither sinks nor what they load
 
@@ -37,10 +38,10 @@ def run() -> None:
 
 @app.command()
 def ls(output_format: OutputOption = Format.table) -> None:
-    """List the sinks: state, position, lag, what was delivered, and the last error."""
+    """List the sinks: state, position, lag, what was delivered, and the last error. `statistics` keeps runs and statistics."""
     with _connect() as conn:
         rows = [_row(sink) for sink in sink_cursors.statuses(conn)]
-    nothing = "there are no sinks: set EVALSTORE_SINKS_FILE and start `evalstore sinks run`"
+    nothing = "there are no sinks: start `evalstore sinks run`, with EVALSTORE_SINKS_FILE for sinks of your own"
     show(rows, _COLUMNS, output_format, wrapped="last_error", nothing=nothing)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evalstore.cli.output import Format, OutputOption, age, ago, escaped, write_json
-from evalstore.storage import dead_letters, event_store
+from evalstore.storage import dead_letters, event_store, replay_jobs
 from evalstore.storage.dead_letters import Selection
 from evalstore.storage.table_stats import Numbers
 from evalstore.telemetry.backend_stats import BackendStats
@@ -72,6 +72,7 @@ class _StatusProbe:
         self._stats = BackendStats(loaded, patience_s=_TIMEOUT_S)
         self._errors: dict[str, EvalstoreError] = {}
         self._evaluations = self._stats.probe(event_store.count_by_status)
+        self._replays = self._stats.probe(replay_jobs.running)
         self._groups = self._stats.probe(lambda conn: dead_letters.groups(conn, Selection()))
 
     def snapshot(self) -> Snapshot:
@@ -99,6 +100,10 @@ class _StatusProbe:
             "oldest_age_s": round(numbers["evalstore_confirmations_oldest_age_seconds",], 1),
         }
         snapshot["redrives_running"] = int(numbers["evalstore_redrives_running",])
+        snapshot["replays_running"] = [
+            {name: row[name] for name in ("id", "evaluations", "total", "different", "write")}
+            for row in self._replays.get() or []
+        ]
         snapshot["evaluations"] = self._evaluations.get()
         groups = self._groups.get()
         if groups is not None:
@@ -230,6 +235,9 @@ def _lines(snapshot: Snapshot) -> list[tuple[str, str]]:
         lines.append(("confirmations", f"{waiting['pending']:,} pending, the oldest for {age(waiting['oldest_age_s'])}"))
     if snapshot.get("redrives_running"):
         lines.append(("redrives", f"{snapshot['redrives_running']:,} running"))
+    for replay in snapshot.get("replays_running", []):
+        counts = f"{replay['evaluations']:,} of about {replay['total']:,} evaluations, {replay['different']:,} different"
+        lines.append(("replay", f"{str(replay['id'])[:8]}: {counts}"))
     if snapshot.get("evaluations") is not None:
         lines.append(
             ("evaluations", ", ".join(f"{count:,} {name}" for name, count in sorted(snapshot["evaluations"].items())) or "none")

@@ -5,17 +5,19 @@
         storage.update_evaluation("run-1", "completed", exit_code=0, output="1\\n")
         print(storage.get_evaluation("run-1").status)
 
-Every write is repeatable: the same call is stored once. So the client retries whatever is not answered.
+Every write is repeatable: the same call is stored once. So the client retries whatever is not answered, at the next address
+if there are several.
 """
 
 import base64
 import hashlib
 import io
 import json
+import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
@@ -25,7 +27,18 @@ from uuid import uuid4
 
 import httpx
 
-from evalstore.client.responses import Conflict, Evaluation, NotFound, Outcome, ServiceError, ServiceOutage, VersionChanged
+from evalstore.client.event_stream import parse
+from evalstore.client.responses import (
+    Change,
+    Conflict,
+    Evaluation,
+    NotFound,
+    Outcome,
+    Run,
+    ServiceError,
+    ServiceOutage,
+    VersionChanged,
+)
 from models.errors import Fault, ObjectDamaged
 from models.events import decode
 
@@ -34,10 +47,15 @@ _BATCH: Final = 5_000
 _BATCH_BYTES: Final = 16 * 1024 * 1024
 _PIECE_BYTES: Final = 256 * 1024
 _LONGEST_WAIT_S: Final = 5.0
+_LONGEST_POLL_S: Final = 30.0  # of one request that waits; proxies often end requests after a minute
+_SILENCE_S: Final = 40.0  # of a stream, whose heartbeats come every 15 s
+_UNFINISHED: Final = frozenset({"queued", "running"})
 
 
 class StorageClient:
     """A connection pool to one service. Threads may share it.
+
+    `url` may name several processes of the service: after a failure the next one is asked.
 
     Every call raises ServiceError for a refused request, and ServiceOutage if the service cannot be reached for `retry_s`
     seconds. `timeout_s` bounds each step of one attempt. Raises ValueError for an invalid address or key.
@@ -45,21 +63,23 @@ class StorageClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         key: str,
         *,
         timeout_s: float = 30.0,
         retry_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        url, key = url.strip(), key.strip()
-        if not re.fullmatch(r"https?://[^/?#\s][^?#\s]*", url):
+        self._urls = [each.strip().rstrip("/") for each in ([url] if isinstance(url, str) else url)]
+        self._asked = 0  # the number of the address to ask, counted on at each failure
+        self._timeout_s, key = timeout_s, key.strip()
+        if not self._urls or not all(re.fullmatch(r"https?://[^/?#\s][^?#\s]*", each) for each in self._urls):
             raise ValueError("expected an address like http://host:8086 or https://host/path")
         if not re.fullmatch(r"[!-~]+", key, re.ASCII):
             raise ValueError("expected a key of printable ASCII without spaces")
         self._retry_s = retry_s
         headers = {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport)
+        self._http = httpx.Client(headers=headers, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +115,56 @@ class StorageClient:
         """Return the current record. Raises NotFound."""
         return _evaluation(self._request("GET", _path(eval_id)).content)
 
+    def wait(self, eval_id: str, *, timeout_s: float | None = None) -> Evaluation:
+        """Return the record as soon as the evaluation is finished or lost. It may be created meanwhile.
+
+        Raises TimeoutError if it is not finished after `timeout_s`, and NotFound if it does not even exist then.
+        """
+        give_up = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = min(_LONGEST_POLL_S, max(0.0, give_up - time.monotonic()))
+            timeout = httpx.Timeout(self._timeout_s, read=left_s + self._timeout_s)
+            missing: NotFound | None = None
+            try:
+                answer = self._request("GET", _path(eval_id), params={"wait": f"{left_s:.3f}"}, timeout=timeout)
+                if (found := _evaluation(answer.content)).status not in _UNFINISHED:
+                    return found
+            except NotFound as error:
+                missing = error
+            if time.monotonic() >= give_up:
+                raise missing or TimeoutError(f"evaluation {eval_id!r} is not finished after {timeout_s} s")
+
+    def stream(
+        self,
+        *,
+        eval_id: str | None = None,
+        run_id: str | None = None,
+        status: str | Iterable[str] | None = None,
+        last_event_id: str | None = None,
+    ) -> Iterator[Change]:
+        """Yield changes as they are committed, without end. Resume a broken stream without a gap, also at another process.
+
+        The stream begins with the first iteration, or after the change `last_event_id`. A change may come twice. Where the
+        service does not have all changes after a pause any more, a Change of type `snapshot` comes: read the evaluations again.
+        """
+        query: dict[str, Any] = {"eval_id": eval_id, "run_id": run_id, "status": status}
+        query = {name: value for name, value in query.items() if value is not None}
+        timeout = httpx.Timeout(self._timeout_s, read=max(self._timeout_s, _SILENCE_S))
+        while True:
+            headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
+            answer = self._request("GET", "/storage/stream", stream=True, params=query, headers=headers, timeout=timeout)
+            try:
+                for message in parse(answer.iter_bytes()):
+                    last_event_id = message.last_id or last_event_id
+                    if message.data:
+                        yield Change.model_validate({**decode(message.data.encode()), "event_id": last_event_id})
+            except httpx.TransportError:
+                pass
+            finally:
+                answer.close()
+            self._ask_next()
+            _pause(0.1)
+
     def list_evaluations(
         self,
         *,
@@ -105,7 +175,8 @@ class StorageClient:
     ) -> Iterator[Evaluation]:
         """Yield all matching records without content, newest first. Reads a page at a time while you iterate.
 
-        `filters`: `language`, `submitter`, `executor`, `since`, `until`, `order="oldest"`.
+        `filters`: `run_id`, `language`, `submitter`, `executor_id`, `eval_id_prefix`, `since`, `until`, `sort`,
+        `order="oldest"`.
         """
         query: dict[str, Any] = {"limit": page_size, "cursor": ""}
         query |= {name: _to_text(value) for name, value in filters.items() if value is not None}
@@ -118,6 +189,37 @@ class StorageClient:
             if page["next"] is None:
                 return
             query["cursor"] = page["next"]
+
+    def get_run(self, run_id: str) -> Run:
+        """Return a run with the sums of its evaluations, which are late by some seconds. Raises NotFound."""
+        return Run.model_validate(decode(self._request("GET", _run_path(run_id)).content))
+
+    def list_runs(self, *, page_size: int = 100, **filters: Any) -> Iterator[Run]:
+        """Yield all matching runs, the newest first. Reads a page at a time while you iterate.
+
+        `filters`: `run_id_prefix`, `submitter`, `since`, `until`.
+        """
+        query: dict[str, Any] = {"limit": page_size, "cursor": ""}
+        query |= {name: _to_text(value) for name, value in filters.items() if value is not None}
+        while query["cursor"] is not None:
+            page = decode(self._request("GET", "/storage/runs", params=query).content)
+            yield from map(Run.model_validate, page["runs"])
+            query["cursor"] = page["next"]
+
+    def declare_run(self, run_id: str, *, expected: int | None = None, closed: bool | None = None) -> Run:
+        """Declare how many evaluations a run has, or that it gets no more. It then finishes when none is unfinished."""
+        body = _body({"expected": expected, "closed": closed})
+        return Run.model_validate(decode(self._request("PUT", _run_path(run_id), content=body).content))
+
+    def get_statistics(self, **query: Any) -> list[dict[str, Any]]:
+        """Return rows of statistics of finished evaluations.
+
+        `query`: `group_by` (`status`, `language`, `submitter`, `executor`, `run`), `value`, `bucket` (`hour`, `day`, `month`,
+        `all`), `since`, `until`.
+        """
+        params = {name: _to_text(value) for name, value in query.items() if value is not None}
+        rows: list[dict[str, Any]] = decode(self._request("GET", "/storage/stats", params=params).content)["rows"]
+        return rows
 
     def put_content(self, content: bytes | BinaryIO) -> dict[str, Any]:
         """Upload content, and return its reference. Send it within days as an event's `output_ref`, `code_ref` or `error_ref`.
@@ -132,7 +234,7 @@ class StorageClient:
             nonlocal hasher
             source.seek(start)
             hasher = hashlib.sha256()
-            return self._http.build_request("POST", "/storage/content", content=_pieces(source, hasher))
+            return self._build("POST", "/storage/content", content=_pieces(source, hasher))
 
         reference: dict[str, Any] = decode(self._send(build).content)
         if reference["sha256"] != hasher.hexdigest():
@@ -209,7 +311,14 @@ class StorageClient:
             yield Outcome.model_validate(outcome)
 
     def _request(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
-        return self._send(lambda: self._http.build_request(method, path, **options), stream=stream)
+        return self._send(lambda: self._build(method, path, **options), stream=stream)
+
+    def _build(self, method: str, path: str, **options: Any) -> httpx.Request:
+        return self._http.build_request(method, self._urls[self._asked % len(self._urls)] + path, **options)
+
+    def _ask_next(self) -> None:
+        """Ask the next address from now on. Threads that fail at once may skip one; the next failure comes back to it."""
+        self._asked += 1
 
     def _send(self, build: Callable[[], httpx.Request], *, stream: bool = False) -> httpx.Response:
         """Send a request, built again for each attempt, until an answer is no outage."""
@@ -218,6 +327,7 @@ class StorageClient:
             try:
                 answer = self._http.send(build(), stream=stream)
             except httpx.TransportError as error:
+                self._ask_next()
                 wait_s = _wait(wait_s, give_up, error)
                 continue
             if answer.is_success:
@@ -226,16 +336,27 @@ class StorageClient:
             refusal = _refusal(answer)
             if answer.status_code not in {408, 429, 502, 503, 504}:
                 raise refusal
-            wait_s = _wait(wait_s, give_up, refusal)
+            if answer.status_code != 429:  # A rate is that of all processes.
+                self._ask_next()
+            wait_s = _wait(_asked_wait_s(answer, wait_s), give_up, refusal)
 
 
 def _wait(wait_s: float, give_up: float, error: Exception) -> float:
     """Wait before the next attempt, and return the wait after it. Raises ServiceOutage after `give_up`."""
-    pause_s = wait_s * random.uniform(0.5, 1)  # noqa: S311 - spreads clients, needs no secrecy
-    if time.monotonic() + pause_s > give_up:
+    if time.monotonic() + wait_s > give_up:
         raise ServiceOutage(str(error) or type(error).__name__) from error
-    time.sleep(pause_s)
+    _pause(wait_s)
     return min(_LONGEST_WAIT_S, wait_s * 2)
+
+
+def _pause(longest_s: float) -> None:
+    time.sleep(longest_s * random.uniform(0.5, 1))  # noqa: S311 - spreads clients, needs no secrecy
+
+
+def _asked_wait_s(answer: httpx.Response, wait_s: float) -> float:
+    """Return the wait before the next attempt: at least that of Retry-After for a rate that is exceeded."""
+    asked = answer.headers.get("retry-after", "")
+    return max(wait_s, min(60.0, float(asked)) * 2) if answer.status_code == 429 and asked.isdigit() else wait_s
 
 
 def _check_etag(before: str, etag: str) -> str:
@@ -263,6 +384,10 @@ def _pieces(source: BinaryIO, hasher: Any) -> Iterator[bytes]:
 
 def _path(eval_id: str) -> str:
     return f"/storage/evaluations/{quote(eval_id, safe=':@+=~')}"
+
+
+def _run_path(run_id: str) -> str:
+    return f"/storage/runs/{quote(run_id, safe=':@+=~')}"
 
 
 def _now() -> str:

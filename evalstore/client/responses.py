@@ -52,6 +52,7 @@ class Evaluation(Scalars, _Head):
 
     metadata: dict[str, Any] = {}
     metadata_truncated: bool = False
+    enrichment: dict[str, Any] | None = None
     queued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -63,6 +64,48 @@ class Evaluation(Scalars, _Head):
     code_size: int | None = None
     output_size: int | None = None
     error_size: int | None = None
+
+
+class Run(BaseModel):
+    """A run with the sums of its evaluations. Quantiles (`p50`, `p95`, `p99`) are within 1 %.
+
+    `pass_rate`: completed with exit code 0, divided by those that ended, cancelled ones left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run_id: str
+    state: str
+    evaluations: int
+    unfinished: int
+    by_status: dict[str, int]
+    pass_rate: float | None
+    mean_score: float | None
+    duration_ms: dict[str, float | None]
+    memory_bytes: dict[str, float | None]
+    expected: int | None
+    closed: bool
+    first_at: datetime
+    last_at: datetime
+    finished_at: datetime | None
+
+
+class Change(BaseModel):
+    """A committed change: `type` is that of the confirmation, or `snapshot`: changes before it may have been missed.
+
+    `evaluations` of a snapshot is the state of the evaluation that the stream is of, if it is of one. `event_id` is the place
+    to resume at.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+    eval_id: str | None = None
+    version: int | None = None
+    status: str | None = None
+    run_id: str | None = None
+    evaluations: list[dict[str, Any]] | None = None
+    event_id: str | None = None
 
 
 class Outcome(BaseModel):

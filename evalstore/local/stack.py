@@ -41,12 +41,11 @@ def commands(worker_processes: int, worker_threads: int) -> dict[str, list[str]]
     """Return the commands of the processes. periodiq has no `python -m`, and its script may not be on the path."""
     python = sys.executable
     size = ["--processes", str(worker_processes), "--threads", str(worker_threads)]
-    sinks = {"sinks": [python, "-m", "evalstore.cli.app", "sinks", "run"]} if os.environ.get("EVALSTORE_SINKS_FILE") else {}
     return {
         "worker": [python, "-m", "dramatiq", "worker.tasks", *size],
         "scheduler": [python, "-c", "from periodiq import entrypoint; entrypoint()", "worker.tasks"],
         "api": [python, "-m", "evalstore.api"],
-        **sinks,
+        "sinks": [python, "-m", "evalstore.cli.app", "sinks", "run"],
     }
 
 

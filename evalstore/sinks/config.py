@@ -9,10 +9,14 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import kafka, lake, webhook
+from evalstore.sinks import anomaly, bigquery, clickhouse, kafka, lake, webhook
+from evalstore.sinks.anomaly_options import AnomalyOptions
+from evalstore.sinks.bigquery_options import BigQueryOptions
+from evalstore.sinks.clickhouse_options import ClickHouseOptions
 from evalstore.sinks.options import Options, OwnOptions
 from evalstore.sinks.protocol import Sink
 from evalstore.sinks.webhook_options import WebhookOptions
+from evalstore.storage import rollups
 from models.errors import InvalidSettings
 from models.extras import how_to_install, is_installed
 from models.settings import Settings
@@ -33,14 +37,17 @@ class Kind(NamedTuple):
 
 
 class SinkConfig(NamedTuple):
-    """A sink as the file names it."""
+    """A sink as the file names it. `create` makes it under the name of one of its ranges."""
 
     name: str
     options: Options
-    create: Callable[[], Sink]
+    create: Callable[[str], Sink]
 
 
 _BUILTIN: Final = {
+    "anomaly": Kind(AnomalyOptions, anomaly.create, "anomaly"),
+    "bigquery": Kind(BigQueryOptions, bigquery.create, "bigquery"),
+    "clickhouse": Kind(ClickHouseOptions, clickhouse.create, "clickhouse"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
     "lake": Kind(lake.LakeOptions, lake.create, "lake"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
@@ -88,7 +95,7 @@ def load_all(settings: Settings) -> list[SinkConfig]:
         raise InvalidSettings(f"{settings.sinks_file}: the table [{lake.NAME}], and no other one, has the type lake")
     if not lakes:
         options = lake.LakeOptions()
-        found.append(SinkConfig(lake.NAME, options, lambda: lake.create(lake.NAME, options)))
+        found.append(SinkConfig(lake.NAME, options, lambda range_: lake.create(range_, options)))
     return found
 
 
@@ -101,6 +108,8 @@ def _sink(name: str, table: Any) -> SinkConfig:
     if not isinstance(table, dict):
         raise _Faults(("", "expected a table for each sink, like [kafka-main]"))
     faults = [] if _NAME.fullmatch(name) else [("", "a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -")]
+    if name == rollups.NAME:
+        faults.append(("", "the name of the part that keeps statistics: give the sink another one"))
     builtin, others = _kinds()
     type_ = table.get("type")
     if not isinstance(type_, str) or type_ not in {*builtin, *others}:
@@ -118,7 +127,7 @@ def _sink(name: str, table: Any) -> SinkConfig:
     faults += [(key, "a password stands in no file") for key, value in table.items() if _PASSWORD.search(str(value))]
     if faults:
         raise _Faults(*faults)
-    return SinkConfig(name, options, lambda: kind.create(name, options))
+    return SinkConfig(name, options, lambda range_: kind.create(range_, options))
 
 
 def _fault(options: type[Options], fault: Any) -> tuple[str, str]:

@@ -131,8 +131,12 @@ class KafkaSink:
 
     def _produce(self, producer: "Producer", messages: list[tuple[str, bytes | None, Any]]) -> None:
         self._errors.clear()
+        topic, produce = self._options.topic, producer.produce
         for key, value, headers in messages:
-            self._send(producer, self._options.topic, key, value, headers)
+            try:
+                produce(topic, value, key, headers=headers)
+            except BufferError:  # the queue is full
+                self._send(producer, topic, key, value, headers)
 
     def _send(self, producer: "Producer", topic: str, key: str, value: bytes | None, headers: Any) -> None:
         give_up = time.monotonic() + _TIMEOUT_S
@@ -308,14 +312,19 @@ def _read_last(consumer: "Consumer", topic: str, low: int, high: int, key: str) 
 def _headers(event: SinkEvent) -> list[tuple[str, bytes]]:
     """CloudEvents 1.0, Kafka protocol binding, binary content mode."""
     return [
-        ("ce_specversion", b"1.0"),
+        _VERSION,
         ("ce_id", event.event_id.encode()),
-        ("ce_source", b"evalstore"),
+        _SOURCE,
         ("ce_type", event.type.encode()),
         ("ce_subject", event.eval_id.encode()),
         ("ce_time", str(event.fields["occurred_at"]).encode()),
-        ("content-type", b"application/json"),
+        _CONTENT_TYPE,
     ]
+
+
+_VERSION: Final = ("ce_specversion", b"1.0")
+_SOURCE: Final = ("ce_source", b"evalstore")
+_CONTENT_TYPE: Final = ("content-type", b"application/json")
 
 
 def _errors() -> type[Exception]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic import Field
@@ -21,16 +21,17 @@ class LakeOptions(Options):
     """The keys of the table `[lake]` with `type = "lake"`."""
 
     type: str = NAME
-    batch_events: int = Field(default=100_000, ge=1, le=1_000_000)
-    gather_s: float = Field(default=60, ge=0, le=3600)
-    gather_bytes: int = Field(default=64 * 1024 * 1024, ge=1, le=64 * 1024 * 1024)
+    hash_ranges: int = Field(default=1, ge=1, le=1)
+    batch_events: int = Field(default=100_000, ge=1, le=100_000)
+    batch_bytes: int | None = Field(default=40_000_000, ge=1000, le=64_000_000)
+    batch_s: float = Field(default=60, ge=0, le=60)
     timeout_s: float = Field(default=900, ge=1, le=86_400)
 
 
 class LakeSink:
     """See `Sink` and `KeepsCursor`. A new lake is filled from the event log."""
 
-    fills_from_log: Literal[True] = True
+    fills_from_log = True
 
     def __init__(self, given: Settings) -> None:
         self._settings = given

@@ -11,16 +11,19 @@ _SECRET: Final = re.compile(r"(^|_)(password|secret|token|passphrase|api_key|acc
 
 
 class Options(BaseModel):
-    """The options that every kind of sink takes. A kind adds its own options in a subclass."""
+    """The options that every kind of sink takes. A kind adds its own options in a subclass.
+
+    A batch is written when it has `batch_events` events or `batch_bytes` bytes of JSON, or when `batch_s` have passed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     type: str
+    hash_ranges: int = Field(default=1, ge=1, le=64)
     batch_events: int = Field(default=4000, ge=1, le=100_000)
+    batch_bytes: int | None = Field(default=None, ge=1000)
+    batch_s: float = Field(default=0, ge=0, le=60)
     timeout_s: float = Field(default=120, ge=1, le=86_400)
-    # A batch is delivered when its first event has waited for so long, or when it is this large.
-    gather_s: float = Field(default=0, ge=0, le=3600)
-    gather_bytes: int = Field(default=64 * 1024 * 1024, ge=1, le=1024**3)
 
 
 class OwnOptions(Options):

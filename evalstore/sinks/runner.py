@@ -1,5 +1,6 @@
-"""`evalstore sinks run`: a thread for each sink, and one that keeps their leases."""
+"""`evalstore sinks run`: a thread for each sink, one for statistics, and one that keeps their leases."""
 
+import gc
 import os
 import signal
 import socket
@@ -15,9 +16,11 @@ from sqlalchemy import Engine
 
 from evalstore.sinks import config
 from evalstore.sinks.config import SinkConfig
+from evalstore.sinks.statistics import StatisticsWorker
 from evalstore.sinks.worker import SinkWorker
 from evalstore.startup import load_or_exit
-from evalstore.storage import database, sink_cursors
+from evalstore.storage import database, rollups, sink_cursors
+from evalstore.storage.sink_ranges import Range
 from evalstore.telemetry import exposition, log_setup, process_registry
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.errors import InvalidSettings, Outage
@@ -39,7 +42,15 @@ class Runner:
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self._stopping = threading.Event()
         self._engine = engine
-        self._workers = [SinkWorker(sink, engine, owner, self._stopping) for sink in sinks]
+        ranges = [
+            (sink, Range(sink.name, number, sink.options.hash_ranges))
+            for sink in sinks
+            for number in range(sink.options.hash_ranges)
+        ]
+        self._workers = [
+            StatisticsWorker(engine, owner, self._stopping),
+            *(SinkWorker(sink, range_, engine, owner, self._stopping) for sink, range_ in ranges),
+        ]
         self._hung = set[str]()
 
     def run(self, counters: Counters) -> None:
@@ -82,21 +93,25 @@ def main() -> None:
     settings = load_or_exit()
     sinks = _load_or_exit(settings)
     log_setup.set_up()
-    engine = database.connect(settings, pool_size=len(sinks) + 1)
+    rest_the_collector()
+    engine = database.connect(settings, pool_size=sum(sink.options.hash_ranges for sink in sinks) + 2)
     runner = Runner(sinks, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
     counters = _serve_metrics(settings)
-    log.info("sinks_started", sinks=", ".join(sink.name for sink in sinks))
+    log.info("sinks_started", sinks=", ".join([rollups.NAME, *(sink.name for sink in sinks)]))
     runner.run(counters)
     sys.stdout.flush()
     os._exit(0)  # a sink that hangs, in a thread or in a library of its own, holds up the end no longer
 
 
+def rest_the_collector() -> None:
+    """Have garbage collected less often: events create no reference cycles, and a batch has many objects."""
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
+
+
 def _load_or_exit(settings: Settings) -> list[SinkConfig]:
-    if settings.sinks_file is None and settings.lake_url is None:
-        print("EVALSTORE_SINKS_FILE: not set; it names the file with a table for each sink", file=sys.stderr)
-        sys.exit(2)
     try:
         return config.load_all(settings)
     except InvalidSettings as error:

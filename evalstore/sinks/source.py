@@ -1,7 +1,7 @@
 """Read what is to be passed on next: events of the log while it is replayed, then events and erasures of the outbox."""
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
@@ -16,14 +16,15 @@ from models.logs import EventLogger
 log = EventLogger("evalstore.sinks")
 
 
-class Step(NamedTuple):
-    """An event, or the erasure of an evaluation, or nothing but a new place, behind `start` at `mark`."""
+class Step(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """An event, the erasure of an evaluation, another confirmation, or nothing but a new place, behind `start` at `mark`."""
 
     eval_id: str
     event: SinkEvent | None
     start: Cursor
     mark: Place | ReplayKey
     is_erased: bool = False
+    confirmation: dict[str, Any] | None = None
 
     @property
     def cursor(self) -> Cursor:
@@ -78,7 +79,10 @@ class Source:
                 return [self._finish_replay()]
             self._events.extend(page)
         taken = [self._events.popleft() for _ in range(min(most, len(self._events)))]
-        return [_step(event, cursor, event.key) for event in taken]
+        return [
+            Step(key.eval_id, SinkEvent(key.eval_id, key.event_id, fields["type"], fields), cursor, key)
+            for key, fields in ((event.key, event.fields) for event in taken)
+        ]
 
     def _finish_replay(self) -> Step:
         cursor = self.lease.cursor
@@ -91,21 +95,15 @@ class Source:
         items = self._outbox.take(conn, most)
         if not items:
             return []
-        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if not item.is_erased])
+        found = event_reader.by_key(conn, [(item.eval_id, item.event_id) for item in items if item.event_id])
         steps = [self._of(item, found.get((item.eval_id, item.event_id))) for item in items]
-        if gone := sum(step.event is None and not step.is_erased for step in steps):
+        if gone := sum(bool(item.event_id) and step.event is None for item, step in zip(items, steps, strict=True)):
             log.warning("sink_events_gone", sink=self.lease.name, events=gone)
         return steps
 
-    def _of(self, item: Item, event: StoredEvent | None) -> Step:
-        if event is None:
-            return Step(item.eval_id, None, self.lease.cursor, item.place, item.is_erased)
-        event.fields["version"] = item.version
-        return _step(event, self.lease.cursor, item.place, item.status)
-
-
-def _step(event: StoredEvent, start: Cursor, mark: Place | ReplayKey, status: str | None = None) -> Step:
-    fields = event.fields
-    return Step(
-        event.key.eval_id, SinkEvent(event.key.eval_id, event.key.event_id, fields["type"], fields, status), start, mark
-    )
+    def _of(self, item: Item, fields: dict[str, Any] | None) -> Step:
+        eval_id, cursor = item.eval_id, self.lease.cursor
+        if fields is None:
+            return Step(eval_id, None, cursor, item.place, item.is_erased, item.confirmation)
+        fields["version"] = item.version
+        return Step(eval_id, SinkEvent(eval_id, item.event_id, fields["type"], fields, item.status), cursor, item.place)

@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Engine
 
@@ -53,6 +54,12 @@ class WebhookSink:
         """Forget the deliveries of an evaluation, and send that it is erased. Raises DatabaseOutage."""
         with self._engine.connect() as conn:
             webhook_deliveries.erase(conn, eval_id, self._clock())
+        self._sender.wake()
+
+    def confirm(self, confirmation: dict[str, Any]) -> None:
+        """Raises DatabaseOutage."""
+        with self._engine.connect() as conn:
+            webhook_deliveries.notify(conn, confirmation, self._clock())
         self._sender.wake()
 
     def close(self) -> None:

@@ -5,21 +5,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine
 
 from evalstore.sinks import source
+from evalstore.sinks.batches import Batches
 from evalstore.sinks.config import SinkConfig
 from evalstore.sinks.delivery import Delivery, SinkUnavailable, letter, queue_of
-from evalstore.sinks.protocol import KeepsCursor, Sink, SinkEvent
+from evalstore.sinks.protocol import FillsFromLog, KeepsCursor, RepeatsBatches, Sink, SinkEvent
 from evalstore.sinks.source import Source, Step
-from evalstore.storage import dead_letters, redrives, sink_cursors
+from evalstore.storage import dead_letters, redrives, sink_cursors, sink_ranges
 from evalstore.storage.database import Watch
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
+from evalstore.storage.sink_ranges import Range
+from models.confirmations import ERASED
 from models.errors import Outage
 from models.logs import EventLogger
 
@@ -34,16 +37,24 @@ _LETTERS: Final = 100
 _GAP_SHOWN_S: Final = 5.0
 _DATABASE_S: Final = 30.0
 _FIRST: Final = datetime(2000, 1, 1, tzinfo=UTC)  # before the first event of any installation
-# Of an event besides its texts.
-_EVENT_BYTES: Final = 300
+
+
+class Turns(Protocol):
+    """The work under one lease."""
+
+    def take_one(self) -> None:
+        """Do the next piece, or wait for one. Raises LeaseLost, DatabaseOutage."""
+
+    def close(self) -> None:
+        """Give up what is open."""
 
 
 class SinkWorker(threading.Thread):
-    """Claims its sink, works on it until the lease is lost, and begins again, until `stopping`."""
+    """Claims a range of its sink, works on it until the lease is lost, and begins again, until `stopping`."""
 
-    def __init__(self, config: SinkConfig, engine: Engine, owner: str, stopping: threading.Event) -> None:
-        super().__init__(name=f"sink {config.name}", daemon=True)
-        self.config = config
+    def __init__(self, config: SinkConfig, range_: Range, engine: Engine, owner: str, stopping: threading.Event) -> None:
+        super().__init__(name=f"sink {range_.name}", daemon=True)
+        self.config, self.range = config, range_
         self.lease: Lease | None = None
         self.called_at: float | None = None  # since when the sink has been at work on what it was given
         self._engine, self._owner, self._stopping = engine, owner, stopping
@@ -70,9 +81,11 @@ class SinkWorker(threading.Thread):
                 self._stopping.wait(_BACKOFF_S[1])
 
     def _claim_and_work(self, conn: Connection) -> None:
-        name = self.config.name
+        name = self.range.name
         if not self._created:
-            self.database(conn, sink_cursors.create, name, self.config.options.type)
+            if not self.create(conn):
+                self._stopping.wait(_CLAIM_S)
+                return
             self._created = True
         lease = self.database(conn, sink_cursors.claim, name, self._owner)
         if lease is None:
@@ -80,16 +93,26 @@ class SinkWorker(threading.Thread):
             return
         log.info("sink_claimed", sink=name, position=lease.cursor.place.id)
         self.lease = lease
-        turns = _Turns(self, conn, lease)
+        turns = self.open_turns(conn, lease)
         try:
             while not self._stopping.is_set():
                 turns.take_one()
-            turns.finish()
         finally:
             self.lease = None
             turns.close()
             with suppress(Outage):
                 self.database(conn, sink_cursors.release, lease)
+
+    def create(self, conn: Connection) -> bool:
+        """Make sure that the range has a cursor. Return False while a process works on another number of ranges."""
+        if not self.database(conn, sink_ranges.repartition, self.range.sink, self.range.total):
+            return False
+        self.database(conn, sink_cursors.create, self.range.name, self.config.options.type)
+        return True
+
+    def open_turns(self, conn: Connection, lease: Lease) -> "Turns":
+        """Return the work under a lease."""
+        return _Turns(self, conn, lease)
 
     def database(self, conn: Connection, work: Callable[..., _T], *arguments: Any) -> _T:
         """Call `work` with a connection that breaks where the server does not answer."""
@@ -110,62 +133,44 @@ class _Turns:
         self._sink: Sink | None = None
         self._delivery: Delivery | None = None
         self._source = Source(lease)
+        self._batches = Batches(self._source, self._config.options)
         self._steps: list[Step] = []
+        self._may_repeat = False
         self._cursor = lease.cursor
         self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
         self._failing = False
         self._letters_due = self._gap_due = 0.0
-        self._due, self._bytes = 0.0, 0  # of the steps that are gathered
 
     def take_one(self) -> None:
         """Give the next steps to the sink, or wait for some. Raises LeaseLost, DatabaseOutage."""
         try:
             delivery = self._delivery or self._open()
             self._redrive(delivery)
-            if self._gather():
+            if not self._steps:
+                self._take()
+            if self._steps:
                 self._deliver(delivery)
             else:
                 self._wait()
         except SinkUnavailable as error:
             self._back_off(error)
 
-    def finish(self) -> None:
-        """Deliver what was gathered, before a stop."""
-        if self._steps and self._delivery and not self._failing:
-            with suppress(SinkUnavailable):
-                self._deliver(self._delivery)
-
-    def _gather(self) -> bool:
-        """Take the next steps; returns whether to deliver what is there."""
-        options = self._config.options
-        room = options.batch_events - len(self._steps)
-        is_erasure = False
-        if not self._steps or (options.gather_s and room > 0 and self._bytes < options.gather_bytes):
-            taken = self._worker.database(self._conn, self._source.take, room)
-            if not self._steps:
-                self._due, self._bytes = time.monotonic() + options.gather_s, 0
-            self._steps += taken
-            if options.gather_s:
-                self._bytes += sum(_size(step) for step in taken)
-                self._poll_s = _POLL_S[0] if taken else self._poll_s
-                is_erasure = any(step.is_erased for step in taken)
-                room -= len(taken)
-        if not self._steps:
-            return False
-        is_full = room <= 0 or self._bytes >= options.gather_bytes
-        return is_full or is_erasure or time.monotonic() >= self._due
-
     def _open(self) -> Delivery:
         """Make the sink, and begin where it says it is, if it keeps that itself."""
-        self._sink = self._call(self._config.create)
+        self._sink = self._call(lambda: self._config.create(self._worker.range.name))
         if isinstance(self._sink, KeepsCursor):
             document = self._call(self._sink.cursor)
-            if document is None and getattr(self._sink, "fills_from_log", False):
+            if document is None and isinstance(self._sink, FillsFromLog):
                 self._fill_from_log()
             cursor = source.from_json(document, self._lease.cursor)
             self._lease = self._lease._replace(cursor=cursor)
             self._source, self._cursor = Source(self._lease), cursor
-        self._delivery = Delivery(self._config.name, self._sink)
+            self._batches = Batches(self._source, self._config.options)
+        if isinstance(self._sink, RepeatsBatches):
+            resume, state = self._sink.resume, self._lease.state
+            self._lease = self._lease._replace(state=self._call(lambda: resume(state)))
+            self._worker.database(self._conn, sink_cursors.keep_state, self._lease)
+        self._delivery = Delivery(self._config.name, self._sink, self._worker.range.name)
         return self._delivery
 
     def _fill_from_log(self) -> None:
@@ -174,6 +179,21 @@ class _Turns:
             intent = Intent("rewind", "evalstore", "the sink is empty", {"sink": self._lease.name})
             self._worker.database(self._conn, sink_cursors.rewind, self._lease.name, _FIRST, intent)
             raise LeaseLost(f"sink {self._lease.name}: it is empty, and begins with the whole log")
+
+    def _take(self) -> None:
+        """Take the next batch, and store where it ends before a sink that needs it to be repeated gets it."""
+        repeats = self._batches.repeats
+        steps = self._worker.database(self._conn, self._batches.take)
+        if steps and isinstance(self._sink, RepeatsBatches):
+            self._may_repeat = repeats or self._is_replayed(steps)
+            self._worker.database(self._conn, sink_cursors.begin_batch, self._lease, source.to_json(steps[-1].cursor))
+        self._steps = steps
+
+    def _is_replayed(self, steps: list[Step]) -> bool:
+        """Whether an event was stored before the end of a replay, which passes on events again."""
+        until = self._lease.replayed_until
+        times = (step.event.fields["recorded_at"] for step in steps if step.event)
+        return until is not None and any(datetime.fromisoformat(at) <= until for at in times)
 
     def _call(self, work: Callable[[], _T]) -> _T:
         """Call the sink. Whatever it raises here is no event's fault."""
@@ -197,9 +217,10 @@ class _Turns:
     def _deliver(self, delivery: Delivery) -> None:
         steps = self._steps
         try:
-            self._call(lambda: delivery.run(steps))
+            self._call(lambda: delivery.run(steps, may_repeat=self._may_repeat))
         finally:
-            if delivery.done:
+            # Part of a batch is not confirmed to a sink that knows whole batches.
+            if delivery.done == len(steps) or (delivery.done and not isinstance(self._sink, RepeatsBatches)):
                 self._confirm(delivery, steps[: delivery.done])
         self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
         if self._failing:
@@ -229,6 +250,10 @@ class _Turns:
         if not self._failing:
             log.warning("sink_away", sink=self._config.name, error=error)
         self._failing = True
+        if isinstance(self._sink, RepeatsBatches):
+            self.close()
+            self._sink = self._delivery = None
+            self._may_repeat = True
         self._worker.database(self._conn, sink_cursors.note_failure, self._lease, str(error))
         self._worker.wait(self._backoff_s)
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
@@ -236,14 +261,14 @@ class _Turns:
 
     def _redrive(self, delivery: Delivery) -> None:
         """Give letters again that an operator redrives, each by itself."""
-        if time.monotonic() < self._letters_due:
+        if time.monotonic() < self._letters_due or self._worker.range.number:  # one range redrives for all
             return
         found = self._worker.database(self._conn, redrives.to_sink, queue_of(self._config.name), _LETTERS)
         for one in found:
             step = _step_of(one, self._cursor)
             try:
                 with self._timed():
-                    delivery.call([step])
+                    delivery.call([step], one.id)
             except SinkUnavailable:
                 raise
             except Exception as error:  # noqa: BLE001 - as at the first time
@@ -262,14 +287,9 @@ class _Turns:
                 close()
 
 
-def _size(step: Step) -> int:
-    """Return about how many bytes of JSON an event has."""
-    if step.event is None:
-        return 0
-    return _EVENT_BYTES + sum(len(value) for value in step.event.fields.values() if isinstance(value, str))
-
-
 def _step_of(one: SinkLetter, cursor: Cursor) -> Step:
     fields = msgspec.json.decode(one.message)
     event = None if one.event_id is None else SinkEvent(one.eval_id, str(one.event_id), fields["type"], fields)
-    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place)
+    is_erased = fields["type"] == ERASED
+    other = None if event or is_erased else fields
+    return Step(one.eval_id, event, cursor, cursor.replay_at or cursor.place, is_erased, other)

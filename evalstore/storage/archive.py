@@ -284,9 +284,10 @@ def _pieces(cursor: psycopg.Cursor[Any], row: Row) -> Iterator[bytes]:
         del piece
 
 
+# An array of times by the number of failures: Citus refuses to add an interval of a column to a time.
 _FAILED: Final = """
 UPDATE contents SET failures = least(failures, %s) + 1, failure = %s,
-    retry_at = %s + least(interval '1 minute' * 2 ^ least(failures, 10), %s)
+    retry_at = (%s::timestamptz[])[1 + least(failures, 10)]
 WHERE eval_id = %s AND event_id = %s AND kind = %s AND store IS NOT DISTINCT FROM %s
 """
 
@@ -294,7 +295,8 @@ WHERE eval_id = %s AND event_id = %s AND kind = %s AND store IS NOT DISTINCT FRO
 def _note_failure(conn: Connection, row: Row, error: Exception, now: datetime) -> None:
     why = printable(f"{type(error).__name__}: {error}")[:1000].replace("\0", "\\x00")
     with database.errors(), conn.begin():
-        parameters = [_MOST_FAILURES, why, now, _LONGEST_WAIT, *row[:3], row.store]
+        retries = [now + min(timedelta(minutes=2**failures), _LONGEST_WAIT) for failures in range(11)]
+        parameters = [_MOST_FAILURES, why, retries, *row[:3], row.store]
         database.driver(conn).execute(_FAILED, parameters)
 
 

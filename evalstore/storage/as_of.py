@@ -7,9 +7,9 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from evalstore.storage import database, records
-from evalstore.storage.event_writer import columns
 from evalstore.storage.rebuild import PAGE, READ, event_row
 from evalstore.storage.records import RecordView
+from evalstore.storage.row_statements import columns
 from models.fold import Folded, fold
 
 # `recorded_at` is the time at which a storing transaction begins; it is seen when that commits, up to so much later.

@@ -15,19 +15,22 @@ from sqlalchemy import Connection
 from evalstore.storage import database, event_store, tombstones
 from evalstore.storage.event_store import Outcome
 from evalstore.storage.event_writer import Restart
+from evalstore.storage.visibility import EVERYTHING, Hidden, Visibility
 from models.errors import DatabaseOutage, EvalstoreError
 from models.events import Event
 from models.record import EventRow
 
 
 class WriteRequest(NamedTuple):
-    """An event to store. `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time.
+    """An event to store, and what enrichers gave for it.
 
-    The time is explicit if the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
+    `has_explicit_time`: keep its `occurred_at` even if the event is already stored with another time. The time is explicit if
+    the sender gave it, or if nobody can send the event again. Otherwise the first stored time counts.
     """
 
     event: Event | EventRow
     has_explicit_time: bool
+    enrichment: dict[str, Any] | None = None
 
 
 class AlreadyQueued(EvalstoreError):
@@ -56,21 +59,31 @@ JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.e
 
 
 def store(
-    conn: Connection, requests: Sequence[WriteRequest], traceparent: str | None = None
+    conn: Connection,
+    requests: Sequence[WriteRequest],
+    traceparent: str | None = None,
+    visibility: Visibility = EVERYTHING,
 ) -> tuple[list[Outcome], event_store.Stored]:
     """Store events in one transaction. Their confirmations continue the trace of `traceparent`. Commit.
 
-    Raises DatabaseOutage (retry).
+    Raises Hidden (nothing is stored), DatabaseOutage (retry).
     """
-    stored = event_store.store(conn, [request.event for request in requests], _traces_of(traceparent))
+    events = [request.event for request in requests]
+    stored = event_store.store(conn, events, _traces_of(traceparent), visibility=visibility, enrichments=_enrichments(requests))
     return _at_first_times(conn, requests, stored.outcomes), stored
 
 
-def _store_once(conn: Connection, request: WriteRequest, traceparent: str | None) -> tuple[Outcome, event_store.Stored]:
-    """Do as `store` does for one event, in a transaction that has begun. Raises Restart after a rollback."""
-    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent))
+def _store_once(
+    conn: Connection, request: WriteRequest, traceparent: str | None, visibility: Visibility
+) -> tuple[Outcome, event_store.Stored]:
+    """Do as `store` does for one event, in a transaction that has begun. Raises Restart, Hidden after a rollback."""
+    stored = event_store.store_once(conn, [request.event], _traces_of(traceparent), visibility, _enrichments([request]))
     (outcome,) = _at_first_times(conn, [request], stored.outcomes)
     return outcome, stored
+
+
+def _enrichments(requests: Sequence[WriteRequest]) -> dict[int, dict[str, Any]]:
+    return {at: request.enrichment for at, request in enumerate(requests) if request.enrichment}
 
 
 def _traces_of(traceparent: str | None) -> Callable[[Sequence[int]], list[str]]:
@@ -115,10 +128,15 @@ SELECT EXISTS (SELECT FROM evaluations WHERE eval_id = %(eval_id)s AND code_even
 """
 
 
-def create(conn: Connection, request: WriteRequest, traceparent: str | None = None) -> Outcome:
+_OWNER: Final = "SELECT submitter, run_id FROM evaluations WHERE eval_id = %s"
+
+
+def create(
+    conn: Connection, request: WriteRequest, traceparent: str | None = None, visibility: Visibility = EVERYTHING
+) -> Outcome:
     """Store a queued event unless another queued event of its evaluation is stored. Commit.
 
-    Of several concurrent callers, one succeeds. Raises AlreadyQueued (nothing is stored), DatabaseOutage (retry).
+    Of several concurrent callers, one succeeds. Raises AlreadyQueued, Hidden (nothing is stored), DatabaseOutage (retry).
     """
     event = request.event
     for _ in range(event_store.TRIES):
@@ -127,20 +145,28 @@ def create(conn: Connection, request: WriteRequest, traceparent: str | None = No
             raw.execute(_ONE_AT_A_TIME, [_lock_key(event.eval_id)])
             ((is_queued,),) = raw.execute(_QUEUED, {"eval_id": event.eval_id, "event_id": event.event_id}).fetchall()
             if is_queued:
+                owner = raw.execute(_OWNER, [event.eval_id]).fetchone() or (None, None)
                 raw.rollback()
+                _check_visible(event.eval_id, owner, visibility)
                 raise AlreadyQueued(f"evaluation {event.eval_id!r} was created before, by another event")
         try:
-            return _store_once(conn, request, traceparent)[0]
+            return _store_once(conn, request, traceparent, visibility)[0]
         except Restart as restart:
             event_store.after_restart(conn, restart)
     raise DatabaseOutage(event_store.RESTARTED_TOO_OFTEN)
+
+
+def _check_visible(eval_id: str, owner: Sequence[Any], visibility: Visibility) -> None:
+    """Raise Hidden if an evaluation with this submitter and run is not visible."""
+    if not visibility.allows(*owner):
+        raise Hidden(frozenset({eval_id}))
 
 
 def _lock_key(eval_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"evalstore:create:{eval_id}".encode()).digest()[:8], signed=True)
 
 
-_LOCK: Final = "SELECT version, attempt FROM evaluations WHERE eval_id = %s FOR NO KEY UPDATE"
+_LOCK: Final = "SELECT version, attempt, submitter, run_id FROM evaluations WHERE eval_id = %s FOR NO KEY UPDATE"
 _ATTEMPT: Final = "SELECT attempt FROM evaluation_events WHERE eval_id = %s AND event_id = %s"
 
 
@@ -150,18 +176,19 @@ def update(
     make: Callable[[int], WriteRequest],
     versions: Sequence[int] | None,
     traceparent: str | None = None,
+    visibility: Visibility = EVERYTHING,
 ) -> tuple[WriteRequest, Outcome, event_store.Stored]:
     """Store the event that `make` builds for the record's attempt, if the record is at one of `versions`. Commit.
 
     The attempt is 1 if there is no record. An event that is already stored is a duplicate at any version, because its sender
     may have missed the reply. Return the event and its outcome.
 
-    Raises VersionChanged, EvaluationErased (nothing is stored), DatabaseOutage (retry), and the errors of `make`.
+    Raises VersionChanged, EvaluationErased, Hidden (nothing is stored), DatabaseOutage (retry), and the errors of `make`.
     """
     for _ in range(event_store.TRIES):
-        request = _checked(conn, eval_id, make, versions)
+        request = _checked(conn, eval_id, make, versions, visibility)
         try:
-            outcome, stored = _store_once(conn, request, traceparent)
+            outcome, stored = _store_once(conn, request, traceparent, visibility)
         except Restart as restart:
             event_store.after_restart(conn, restart)
         else:
@@ -170,17 +197,23 @@ def update(
 
 
 def _checked(
-    conn: Connection, eval_id: str, make: Callable[[int], WriteRequest], versions: Sequence[int] | None
+    conn: Connection,
+    eval_id: str,
+    make: Callable[[int], WriteRequest],
+    versions: Sequence[int] | None,
+    visibility: Visibility,
 ) -> WriteRequest:
     """Build the event to store, in a transaction that holds the record's lock.
 
-    Raises VersionChanged and the errors of `make`.
+    Raises VersionChanged, Hidden, and the errors of `make`.
     """
     with database.errors():
         raw = database.driver(conn)
         row = raw.execute(_LOCK, [eval_id]).fetchone()
-        version, attempt = row or (None, 1)
+        version, attempt, *owner = row or (None, 1, None, None)
         try:
+            if row is not None or versions is not None:
+                _check_visible(eval_id, owner, visibility)
             request = make(attempt)
             holds = versions is None or (version is not None and version in versions)
             if (attempt > 1 or not holds) and (first := _attempt_of(raw, eval_id, request.event.event_id)):

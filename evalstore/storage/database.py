@@ -11,19 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
-import msgspec
 import psycopg
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.types.json import set_json_dumps, set_json_loads
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from evalstore.storage.sessions import Session, set_up, split_options
+from evalstore.storage.revisions import revisions
+from evalstore.storage.sessions import Session, register_types, set_up, split_options
 from models.errors import DatabaseMisconfigured, DatabaseOutage, DatabaseTimeout, InvalidSettings
-from models.record import jsonb
 from models.settings import Settings
 
 # These errors pass by themselves or after an operator repairs the server. No message causes them.
@@ -43,6 +41,8 @@ _MISTAKE: Final = re.compile(
     r"FATAL:  (database \".*\" does not exist|role \".*\" (does not exist|is not permitted to log in)|no pg_hba\.conf entry"
     r"|.*authentication failed|no such (database|user))|no password supplied"
 )
+# The first word of the name that connections tell the server. The second is the newest revision of the tables that they know.
+CLIENT: Final = "evalstore"
 _PING_S: Final = 5.0
 _MOST_ANSWERS: Final = 1000  # More than the number of statements in any pipeline.
 _NOT_MIGRATED = (pg.UndefinedTable, pg.UndefinedColumn)
@@ -98,7 +98,7 @@ def engine(
                 keepalives_idle=5,
                 keepalives_interval=1,
                 keepalives_count=3,
-                application_name="evalstore",
+                application_name=f"{CLIENT} {revisions()[-1]}",
                 client_encoding="utf8",  # Overrides the environment and the database.
                 options=own_options,
                 prepare_threshold=None if _shares_sessions.is_set() else 5,
@@ -109,8 +109,7 @@ def engine(
             except BaseException:
                 conn.close()
                 raise
-        set_json_dumps(jsonb, conn)
-        set_json_loads(msgspec.json.decode, conn)
+        register_types(conn)
         conn.add_notice_handler(_note_end)
         return conn
 

@@ -13,7 +13,16 @@ from sqlalchemy import Connection
 
 from evalstore.objects.frames import Listed
 from evalstore.objects.object_store import Store
-from evalstore.storage import database, dead_letters, event_store, event_writer, garbage_collect, operator_actions, tombstones
+from evalstore.storage import (
+    anomalies,
+    database,
+    dead_letters,
+    event_store,
+    event_writer,
+    garbage_collect,
+    operator_actions,
+    tombstones,
+)
 from evalstore.storage.garbage_collect import Target
 from evalstore.storage.operator_actions import Intent
 from models.errors import ObjectMissing, ObjectUnavailable
@@ -72,12 +81,14 @@ class Erased:
 class Surroundings(NamedTuple):
     """The services that erasing needs besides the database.
 
-    `needed` gives the objects that waiting messages name, and the age of the oldest message in seconds. `forget` removes what
+    `needed` gives the objects that waiting messages name, and the age of the oldest message in seconds. `forget_dead_letters`
+    removes the dead letters in Redis, and returns how many and the objects that they named. `forget` removes all else that
     Redis holds of an evaluation and its events. `grace` is that of the sweep.
     """
 
     targets: Sequence[Target]
     needed: Callable[[], tuple[set[bytes], float]]
+    forget_dead_letters: Callable[[str], tuple[int, set[bytes]]]
     forget: Callable[[str, Iterable[str]], object]
     grace: timedelta
 
@@ -99,10 +110,14 @@ def erase(conn: Connection, eval_id: str, intent: Intent, around: Surroundings) 
     # Committed before anything is deleted: from now on nobody creates the evaluation anew.
     tombstones.add(conn, [digest])
     event_ids = _event_ids(conn, eval_id)
-    letters, objects = dead_letters.erase(conn, eval_id)
-    done, of_rows = _delete(conn, eval_id, letters, intent)
+    in_redis, objects = around.forget_dead_letters(eval_id)
+    in_table, of_table = dead_letters.erase(conn, eval_id)
+    # Before the rows, which name the keys: a repetition after a crash could not find them.
     around.forget(eval_id, event_ids)
-    objects |= of_rows
+    done, of_rows = _delete(conn, eval_id, in_redis + in_table, intent)
+    # After the rows as well: a reader may have filled the cache again.
+    around.forget(eval_id, ())
+    objects |= of_table | of_rows
     if objects:
         done.objects, done.objects_left = _delete_objects(conn, objects, around)
     return done
@@ -137,6 +152,7 @@ def _delete(conn: Connection, eval_id: str, letters: int, intent: Intent) -> tup
             table: raw.execute(f"DELETE FROM {table} WHERE eval_id = %s".encode(), [eval_id]).rowcount
             for table in ("contents", "evaluation_events", "evaluations")
         }
+        anomalies.erase(raw, eval_id)
         if not is_new:
             event_store.confirm_change(raw, "storage:evaluation:erased", record)
         done = Erased(0 if is_new and not letters else 1, counts["evaluation_events"], letters)
@@ -156,7 +172,8 @@ _GRANTED: Final = "SELECT sha256 FROM content_grants WHERE sha256 = ANY(%s)"
 
 def _delete_objects(conn: Connection, objects: set[bytes], around: Surroundings) -> tuple[int, int]:
     """Delete the objects that nothing else may name; returns how many, and how many are left to the sweep."""
-    before = datetime.now(UTC) - around.grace / 2
+    # A sender touches an object that it finds, if it is older than half the grace. The rest is its time to send the event.
+    before = datetime.now(UTC) - around.grace * 3 / 4
     there = [(target, listed) for target in around.targets for sha256 in objects for listed in _listed(target.store, sha256)]
     free = [
         (target, one)

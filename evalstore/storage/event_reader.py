@@ -4,14 +4,14 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, sink_ranges
 from evalstore.storage.sink_cursors import Lease, LeaseLost, ReplayKey
 from evalstore.storage.tables import evaluation_events
 from models import content
@@ -29,60 +29,86 @@ _FIELDS: Final = [
     for column in evaluation_events.columns
     if column.name not in {*CONTENTS, "event_id", "occurred_at", "extra", "metadata", "recorded_at"}
 ]
-_CONTENT: Final = """CASE WHEN {0}.size <= %(inline)s THEN coalesce(e.{0}, {0}.data) ELSE e.{0} END,
-    {0}.size, {0}.sha256, {0}.encoding"""
-_SELECT: Final = f"""
-SELECT {", ".join(f"e.{name}" for name in _FIELDS)}, e.recorded_at, e.occurred_at, e.event_id::text, e.metadata::text, e.extra,
-    {", ".join(_CONTENT.format(kind) for kind in CONTENTS)}
-"""
-_JOINS: Final = " ".join(
-    f"LEFT JOIN contents {kind} ON {kind}.eval_id = e.eval_id AND {kind}.event_id = e.event_id AND {kind}.kind = '{kind}'"
-    for kind in CONTENTS
-)
+_COLUMNS: Final = (*_FIELDS, "recorded_at", "occurred_at", "event_id::text", "metadata::text", "extra", *CONTENTS)
+_SELECT: Final = f"SELECT {', '.join(f'e.{name}' for name in _COLUMNS)}"
+_EVAL_ID: Final = _FIELDS.index("eval_id")
+_AFTER_FIELDS: Final = len(_FIELDS)
 
 
-_CONTENTS_AT: Final = len(_FIELDS) + 5
-
-
-class StoredEvent(NamedTuple):
+class StoredEvent(msgspec.Struct, gc=False):
     """An event as a JSON object, without `version`, and its place in the order of a replay."""
 
     key: ReplayKey
     fields: dict[str, Any]
 
 
+_WANTED: Final = "unnest(%s::text[], %s::uuid[]) AS wanted (eval_id, event_id)"
 _BY_KEY: Final = f"""
-{_SELECT} FROM unnest(%(eval_ids)s::text[], %(event_ids)s::uuid[]) AS wanted (eval_id, event_id)
-JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id {_JOINS}
+{_SELECT} FROM {_WANTED} JOIN evaluation_events e ON e.eval_id = wanted.eval_id AND e.event_id = wanted.event_id
+"""
+# Few events have content that is not in their row. One look-up for each event finds all kinds.
+_CONTENTS_OF: Final = f"""
+SELECT c.eval_id, c.event_id::text, c.kind, CASE WHEN c.size <= {INLINE_BYTES} THEN c.data END, c.size, c.sha256, c.encoding
+FROM {_WANTED} JOIN contents c ON c.eval_id = wanted.eval_id AND c.event_id = wanted.event_id
 """
 
 
-def by_key(conn: Connection, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], StoredEvent]:
-    """Those of these events that are in the log. Raises DatabaseOutage (retry)."""
-    values = {"eval_ids": [key[0] for key in keys], "event_ids": [key[1] for key in keys], "inline": INLINE_BYTES}
-    with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        found = [_stored(row) for row in cursor.execute(_BY_KEY.encode(), values)]
-    return {(event.key.eval_id, event.key.event_id): event for event in found}
+def by_key(conn: Connection, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return those of these events that are in the log, by (eval_id, event_id), without `version`.
+
+    Raises DatabaseOutage (retry).
+    """
+    raw, wanted = database.driver(conn), _arrays(keys)
+    with database.errors(), conn.begin(), database.pipelined(raw):
+        rows = raw.cursor(binary=True).execute(_BY_KEY.encode(), wanted)
+        contents = raw.cursor(binary=True).execute(_CONTENTS_OF.encode(), wanted)
+        found = {(row[_EVAL_ID], row[_AFTER_FIELDS + 2]): _fields(row) for row in rows.fetchall()}
+        _add_contents(found, contents.fetchall())
+    return found
 
 
-def _stored(row: tuple[Any, ...]) -> StoredEvent:
-    recorded_at, occurred_at, event_id, metadata, extra = row[len(_FIELDS) : _CONTENTS_AT]
+def _arrays(keys: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the keys as the texts of two arrays. Ids hold no quotes or backslashes. psycopg converts a list more slowly."""
+    return [
+        '{"' + '","'.join([key[0] for key in keys]) + '"}' if keys else "{}",
+        "{" + ",".join([key[1] for key in keys]) + "}",
+    ]
+
+
+def _fields(row: tuple[Any, ...]) -> dict[str, Any]:
+    recorded_at, occurred_at, event_id, metadata, extra, *contents = row[_AFTER_FIELDS:]
     fields: dict[str, Any] = {name: value for name, value in zip(_FIELDS, row, strict=False) if value is not None}
-    key = ReplayKey(recorded_at, fields["eval_id"], occurred_at, event_id)
     fields["event_id"], fields["occurred_at"], fields["recorded_at"] = event_id, rfc3339(occurred_at), rfc3339(recorded_at)
     if metadata is not None:
         fields["metadata"] = msgspec.json.decode(metadata)
-    for at, kind in enumerate(CONTENTS):
-        data, size, sha256, encoding = row[_CONTENTS_AT + at * 4 : _CONTENTS_AT + at * 4 + 4]
-        if data is not None or size is not None:
-            fields |= _content(kind, data, size, sha256, encoding)
-    return StoredEvent(key, {**msgspec.json.decode(extra), **fields} if extra else fields)
+    for kind, data in zip(CONTENTS, contents, strict=True):
+        if data is not None:
+            fields |= content_fields(kind, data)
+    return {**msgspec.json.decode(extra), **fields} if extra else fields
+
+
+def _add_contents(events: dict[tuple[str, str], dict[str, Any]], contents: Iterable[tuple[Any, ...]]) -> None:
+    """Add content that is not in the rows of its events."""
+    for eval_id, event_id, kind, *columns in contents:
+        fields = events.get((eval_id, event_id))
+        if fields is not None and kind not in fields and f"{kind}_b64" not in fields:
+            fields |= _content(kind, *columns)
+
+
+def _stored(row: tuple[Any, ...]) -> StoredEvent:
+    recorded_at, occurred_at, event_id = row[_AFTER_FIELDS : _AFTER_FIELDS + 3]
+    return StoredEvent(ReplayKey(recorded_at, row[_EVAL_ID], occurred_at, event_id), _fields(row))
+
+
+def content_fields(kind: str, data: bytes) -> dict[str, Any]:
+    """Return content as the field of an event's JSON object: text, or base64."""
+    value = content.from_bytes(data)
+    return {kind: value} if isinstance(value, str) else {f"{kind}_b64": base64.b64encode(value).decode()}
 
 
 def _content(kind: str, data: bytes | None, size: int | None, sha256: bytes | None, encoding: str | None) -> dict[str, Any]:
     if data is not None:
-        value = content.from_bytes(data)
-        return {kind: value} if isinstance(value, str) else {f"{kind}_b64": base64.b64encode(value).decode()}
+        return content_fields(kind, data)
     if size is None or sha256 is None:
         return {}
     return {f"{kind}_ref": {"sha256": sha256.hex(), "size": size, "encoding": encoding or "identity"}}
@@ -92,7 +118,7 @@ _COUNT: Final = (
     "SELECT count(*) FROM (SELECT FROM evaluation_events WHERE recorded_at >= %s AND recorded_at < %s LIMIT %s) counted"
 )
 _BETWEEN: Final = f"""
-{_SELECT} FROM evaluation_events e {_JOINS}
+{_SELECT} FROM evaluation_events e
 WHERE e.recorded_at >= %(start)s AND e.recorded_at < %(stop)s
     AND (e.recorded_at, e.eval_id, e.occurred_at, e.event_id) > (%(start)s, %(eval_id)s, %(occurred_at)s, %(event_id)s::uuid)
 ORDER BY e.recorded_at, e.eval_id, e.occurred_at, e.event_id LIMIT %(limit)s
@@ -117,6 +143,7 @@ class LogReader:
 
     def __init__(self, lease: Lease, start: ReplayKey, stop: datetime) -> None:
         self._lease, self._key, self._stop = lease, start, stop
+        self._range = sink_ranges.of_row(lease.name)
         self._from = start.recorded_at
         self._span = timedelta(seconds=1)
 
@@ -136,16 +163,20 @@ class LogReader:
 
     def _page(self, raw: psycopg.Connection[Any]) -> list[StoredEvent]:
         stop = self._shortened(raw)
-        values = {**self._key._asdict(), "start": self._from, "stop": stop, "inline": INLINE_BYTES, "limit": _PAGE}
+        values = {**self._key._asdict(), "start": self._from, "stop": stop, "limit": _PAGE}
         if self._from != self._key.recorded_at:
             values |= {"eval_id": "", "occurred_at": datetime.min.replace(tzinfo=UTC), "event_id": str(UUID(int=0))}
         with raw.cursor(binary=True) as cursor:
-            events = [_stored(row) for row in cursor.execute(_BETWEEN.encode(), values)]
+            events = [_stored(row) for row in cursor.execute(_BETWEEN.encode(), values).fetchall()]
+            count, last = len(events), events[-1].key if events else self._key
+            events = [event for event in events if self._range.holds(event.key.eval_id)]
+            by_id = {(event.key.eval_id, event.key.event_id): event.fields for event in events}
+            _add_contents(by_id, cursor.execute(_CONTENTS_OF.encode(), _arrays([*by_id])).fetchall())
         if events:
             self._number(raw, events)
-            self._key = events[-1].key
-        self._from = self._key.recorded_at if len(events) == _PAGE else stop
-        if len(events) < _PAGE // 2:
+        self._key = last
+        self._from = self._key.recorded_at if count == _PAGE else stop
+        if count < _PAGE // 2:
             self._span = min(self._span * 2, _LONGEST)
         return events
 

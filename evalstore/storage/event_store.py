@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
@@ -14,9 +14,11 @@ import psycopg
 from sqlalchemy import Connection
 
 from evalstore.objects.object_store import Stores
-from evalstore.storage import content_reader, database, event_writer, rebuild
+from evalstore.storage import content_reader, database, event_writer, rebuild, sessions
 from evalstore.storage.content_reader import Content
-from evalstore.storage.event_writer import Restart, StoredRecord
+from evalstore.storage.event_writer import BeginResult, Restart, StoredRecord
+from evalstore.storage.row_statements import columns
+from evalstore.storage.visibility import EVERYTHING, Hidden, Visibility
 from models.content import Reference
 from models.errors import DatabaseOutage
 from models.events import Event
@@ -83,6 +85,8 @@ def store(
     events: Sequence[Event | EventRow],
     traces_of: Callable[[Sequence[int]], list[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
+    visibility: Visibility = EVERYTHING,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
     """Write `events` to the log, the records and the outbox, in one transaction. Commit.
 
@@ -92,14 +96,17 @@ def store(
     so they cannot deadlock.
 
     `traces_of` maps positions of events to their `traceparent`s, empty for none. A confirmation continues the trace of the last
-    event that it confirms. `progress` is called while a record is rebuilt from a long log.
+    event that it confirms. `progress` is called while a record is rebuilt from a long log. `visibility` is that of the caller:
+    each record has to be visible before the change and after it. `enrichments` maps positions of events to objects, which are
+    kept beside the records if the events are applied.
 
-    Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call again.
+    Raises Hidden (nothing is stored). Raises DatabaseOutage: nothing is stored, or everything if only the reply was lost. Call
+    again.
     """
     rebuilt = Counter[RebuildReason]()
     for _ in range(TRIES):
         try:
-            stored = store_once(conn, events, traces_of)
+            stored = store_once(conn, events, traces_of, visibility, enrichments)
         except Restart as restart:
             rebuilt += after_restart(conn, restart, progress)
         else:
@@ -116,9 +123,13 @@ def after_restart(conn: Connection, restart: Restart, progress: Callable[[], obj
 
 
 def store_once(
-    conn: Connection, events: Sequence[Event | EventRow], traces_of: Callable[[Sequence[int]], list[str]] | None = None
+    conn: Connection,
+    events: Sequence[Event | EventRow],
+    traces_of: Callable[[Sequence[int]], list[str]] | None = None,
+    visibility: Visibility = EVERYTHING,
+    enrichments: Mapping[int, dict[str, Any]] | None = None,
 ) -> Stored:
-    """Do as `store` does, once. The caller may have begun the transaction. Raises Restart after a rollback."""
+    """Do as `store` does, once. The caller may have begun the transaction. Raises Restart, Hidden after a rollback."""
     if not events:
         return Stored([])
     rows = [event if isinstance(event, EventRow) else to_row(event) for event in events]
@@ -129,22 +140,42 @@ def store_once(
         conn.begin(),
         event_writer.open_writer(database.driver(conn), conn.connection.info, rows) as writer,
     ):
-        result = _write(writer, rows)
-        confirmations = _confirmations(rows, result, writer.recorded_at())
+        plan = _begin(writer, rows, visibility)
+        if enrichments:
+            _enrich(writer, plan, enrichments)
+        confirmations = _confirmations(rows, plan, writer.recorded_at())
         if confirmations:
             body = _ENCODER.encode_lines(confirmations)[:-1].decode()
-            writer.confirm([len(confirmations), body, traces_of and _traces(result, traces_of)])
+            contents: list[tuple[Any, ...]] = []
+            logged = [_without_large(rows[at], contents) for positions in plan.new.values() for at in positions]
+            writer.write(logged, contents, plan.changed, [len(confirmations), body, traces_of and _traces(plan, traces_of)])
+        reused = _reused(writer, rows, plan.repeated) if plan.repeated else []
         written_at = time.perf_counter()
     writer.after_commit()
-    for positions in result.new.values():
+    for positions in plan.new.values():
         for position in positions:
             outcomes[position] = "applied"
-    for position in result.reused:
+    for position in reused:
         outcomes[position] = "reused"
-    if result.erased:
-        outcomes = ["erased" if row.eval_id in result.erased else outcome for row, outcome in zip(rows, outcomes, strict=True)]
-    conflicting_results = sum([folded.conflicting_results for folded in result.records.values()])
-    return Stored(outcomes, confirmations, conflicting_results, result.rebuilt, written_at)
+    if plan.erased:
+        outcomes = ["erased" if row.eval_id in plan.erased else outcome for row, outcome in zip(rows, outcomes, strict=True)]
+    conflicting_results = sum([folded.conflicting_results for folded in plan.records.values()])
+    return Stored(outcomes, confirmations, conflicting_results, plan.rebuilt, written_at)
+
+
+def _enrich(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter",
+    plan: "_Plan",
+    enrichments: Mapping[int, dict[str, Any]],
+) -> None:
+    """Keep the enrichments of new events beside their records. Those of repeats are dropped."""
+    added: dict[str, dict[str, Any]] = {}
+    for eval_id, positions in plan.new.items():
+        for position in positions:
+            if enrichment := enrichments.get(position):
+                added[eval_id] = added.get(eval_id, {}) | enrichment
+    if added:
+        writer.enrich(added)
 
 
 @contextmanager
@@ -159,24 +190,36 @@ def _restart_after_deadlock() -> Iterator[None]:
         raise Restart("PostgreSQL ended a deadlock") from error
 
 
-class _WriteResult(NamedTuple):
-    """The result of a write: the positions of new events by evaluation, those of reused events, and the changed records."""
+class _Plan(NamedTuple):
+    """The work of a transaction: the positions of new events by evaluation, those of repeats, and the records to write.
+
+    `records` are all created and changed records. `erased` are evaluations whose events are not stored.
+    """
 
     new: dict[str, list[int]]
-    reused: list[int]
+    repeated: set[int]
     created: Collection[str]
+    changed: Collection[Folded]
     records: dict[str, Folded]
     rebuilt: Counter[RebuildReason]
     erased: set[str]
 
 
-def _write(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow]) -> _WriteResult:
-    """Write `rows` to the log and the records. Of rows with the same event_id keep the first, unless one is already stored."""
+def _begin(
+    writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows: list[EventRow], visibility: Visibility
+) -> _Plan:
+    """Lock and create records, and find the work for `rows`. Raises Hidden.
+
+    Of rows with the same event_id keep the first, unless one is already stored. None of the new events is in the log: new
+    evaluations have no events, and the writer looked up the others under their locks.
+    """
     by_id: dict[str, dict[UUID, int]] = {}
     for position, row in enumerate(rows):
         by_id.setdefault(row.eval_id, {}).setdefault(row.event_id, position)
     new = {eval_id: list(by_id[eval_id].values()) for eval_id in sorted(by_id)}
     begin_result = writer.begin({eval_id: [rows[at] for at in positions] for eval_id, positions in new.items()})
+    if visibility.is_restricted:
+        _refuse_hidden(begin_result, rows, visibility)
     for eval_id in begin_result.erased:
         del new[eval_id]
     for eval_id in {eval_id for eval_id, _ in begin_result.logged}:
@@ -185,20 +228,36 @@ def _write(writer: "event_writer.PipelineWriter | event_writer.CopyWriter", rows
             del new[eval_id]
     added = {eval_id: [rows[at] for at in new[eval_id]] for eval_id in begin_result.existing if eval_id in new}
     changed, rebuilt = _fold(writer.conn, begin_result.existing, added)
-    applied = [position for positions in new.values() for position in positions]
-    # None of these events is in the log. New evaluations have no events, and `begin` looked up the others under their locks.
-    if applied:
-        contents: list[tuple[Any, ...]] = []
-        writer.log([_without_large(rows[position], contents) for position in applied], contents)
-    if changed:
-        writer.update(list(changed.values()))
-    repeated = set(range(len(rows))).difference(applied) if len(applied) < len(rows) else set()
+    applied = sum(map(len, new.values()))
+    repeated = set(range(len(rows))).difference(*new.values()) if applied < len(rows) else set()
     repeated -= {position for position in repeated if rows[position].eval_id in begin_result.erased}
-    reused = _reused(writer, rows, repeated) if repeated else []
     records = begin_result.created | changed
-    return _WriteResult(
-        new, reused, begin_result.created, {eval_id: records[eval_id] for eval_id in new}, rebuilt, begin_result.erased
+    return _Plan(
+        new,
+        repeated,
+        begin_result.created,
+        changed.values(),
+        {eval_id: records[eval_id] for eval_id in new},
+        rebuilt,
+        begin_result.erased,
     )
+
+
+def _refuse_hidden(begun: BeginResult, rows: list[EventRow], visibility: Visibility) -> None:
+    """Raise Hidden if an evaluation is not visible, was erased, or would be created or moved so that it is not visible.
+
+    The caller holds the locks of all of them, so no other transaction changes what is visible before the commit.
+    """
+    existing = {eval_id: stored.record for eval_id, stored in begun.existing.items()}
+    created = {eval_id: folded.record for eval_id, folded in begun.created.items()}
+    hidden = begun.erased | {
+        eval_id for eval_id, record in (existing | created).items() if not visibility.allows(record.submitter, record.run_id)
+    }
+    foreign = {
+        row.eval_id for row in rows if row.type == "evaluation:queued" and not visibility.allows(row.submitter, row.run_id)
+    }
+    if hidden or foreign:
+        raise Hidden(frozenset(hidden | foreign), frozenset(foreign - begun.erased - (existing.keys() & hidden)))
 
 
 def _fold(
@@ -225,16 +284,23 @@ def _fold(
 
 def _without_large(row: EventRow, contents: list[tuple[Any, ...]]) -> EventRow:
     """Return `row` without content that is large or in an object. Append rows for that content to `contents`."""
-    large = [
-        (kind, data)
-        for kind, data in zip(event_writer.CONTENTS, _contents(row), strict=True)
-        if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
-    ]
-    if not large:
+    for data in row[_CONTENTS]:
+        if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES):
+            break
+    else:
         return row
-    contents += [(*row[:2], kind, row.occurred_at, *_where(data)) for kind, data in large]
-    empty: dict[str, Any] = dict.fromkeys(kind for kind, _ in large)
+    large = {
+        kind: data
+        for kind, data in zip(event_writer.CONTENTS, row[_CONTENTS], strict=True)
+        if data is not None and (isinstance(data, Reference) or len(data) > ROW_LIMIT_BYTES)
+    }
+    contents += [(*row[:2], kind, row.occurred_at, *_where(data)) for kind, data in large.items()]
+    empty: dict[str, Any] = dict.fromkeys(large)
     return row._replace(**empty)
+
+
+_FIRST_CONTENT: Final = EventRow._fields.index(event_writer.CONTENTS[0])
+_CONTENTS: Final = slice(_FIRST_CONTENT, _FIRST_CONTENT + len(event_writer.CONTENTS))
 
 
 def _where(data: bytes | Reference) -> tuple[Any, ...]:
@@ -249,7 +315,7 @@ def _reused(
 ) -> list[int]:
     """Return those of the positions `repeated` whose body differs from the body stored under the same event_id."""
     small = {position: _without_large(rows[position], []) for position in repeated}
-    same = {position: [True, *map(_digest, _contents(rows[position]))] for position in repeated}
+    same = {position: [True, *map(_digest, rows[position][_CONTENTS])] for position in repeated}
     stored = writer.compare(small)
     different = [position for position in repeated if stored[position][:-1] != same[position]]
     # An older worker stored fields that it does not know in `extra`: compare with the event as that worker stores it.
@@ -260,10 +326,6 @@ def _reused(
     return different
 
 
-def _contents(row: EventRow) -> tuple[bytes | Reference | None, ...]:
-    return row.code, row.output, row.error
-
-
 def _digest(data: bytes | Reference | None) -> bytes | None:
     """Return the SHA-256 of content, which is the same inline and in an object."""
     if isinstance(data, Reference):
@@ -271,25 +333,25 @@ def _digest(data: bytes | Reference | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
-def _confirmations(rows: list[EventRow], result: _WriteResult, recorded_at: str) -> list[Confirmation]:
+def _confirmations(rows: list[EventRow], plan: _Plan, recorded_at: str) -> list[Confirmation]:
     """Build a confirmation for each changed evaluation."""
     return [
         Confirmation(
-            "storage:evaluation:created" if eval_id in result.created else "storage:evaluation:updated",
+            "storage:evaluation:created" if eval_id in plan.created else "storage:evaluation:updated",
             eval_id,
-            folded.record.version,
-            folded.record.status,
-            msgspec.UNSET if folded.record.run_id is None else folded.record.run_id,
-            [rows[position].event_id for position in result.new[eval_id]],
+            record.version,
+            record.status,
+            msgspec.UNSET if record.run_id is None else record.run_id,
+            [rows[position].event_id for position in plan.new[eval_id]],
             recorded_at,
         )
-        for eval_id, folded in result.records.items()
+        for eval_id, (record, *_) in plan.records.items()
     ]
 
 
-def _traces(result: _WriteResult, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
+def _traces(plan: _Plan, traces_of: Callable[[Sequence[int]], list[str]]) -> str | None:
     """Return the traces that the confirmations continue, one line each, or None if there are none."""
-    traces = traces_of([result.new[eval_id][-1] for eval_id in result.records])
+    traces = traces_of([plan.new[eval_id][-1] for eval_id in plan.records])
     return "\n".join(traces) if any(traces) else None
 
 
@@ -304,9 +366,9 @@ LEFT JOIN contents error ON error.eval_id = e.eval_id AND error.event_id = e.res
 """
 WITH_CONTENT: Final = f"FROM evaluations e {CONTENT_JOINS} WHERE e.eval_id = %s"
 _GET: Final = f"""
-SELECT {event_writer.columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at,
+SELECT {columns(RecordRow._fields, "e.{}")}, e.created_at, e.updated_at, e.enrichment,
     coalesce(queued.code, code.data), coalesce(ending.output, output.data), coalesce(ending.error, error.data),
-    {event_writer.columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
+    {columns(event_writer.CONTENTS, "{0}.size, {0}.sha256, {0}.store, {0}.encoding")}
 {WITH_CONTENT}
 """
 
@@ -320,9 +382,12 @@ def get(conn: Connection, eval_id: str, stores: Stores | None = None) -> Record 
         row = cursor.execute(_GET, [eval_id]).fetchone()
     if row is None:
         return None
-    state, (created_at, updated_at, *data) = RecordRow(*row[: len(RecordRow._fields)]), row[len(RecordRow._fields) : -12]
+    state, (created_at, updated_at, enrichment, *data) = (
+        RecordRow(*row[: len(RecordRow._fields)]),
+        row[len(RecordRow._fields) : -12],
+    )
     view = record(state, *(_whole(conn, state, stores, at, data[at], row[at * 4 - 12 :]) for at in range(3)))
-    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at})
+    return view.model_copy(update={"created_at": created_at, "updated_at": updated_at, "enrichment": enrichment})
 
 
 def _whole(
@@ -350,6 +415,7 @@ def applied(conn: Connection, keys: Sequence[tuple[str, UUID]]) -> set[tuple[str
 
 
 _EXISTING: Final = "SELECT eval_id FROM evaluations WHERE eval_id = ANY(%s::text[])"
+_UNLOCKED: Final = f"{_EXISTING} FOR NO KEY UPDATE SKIP LOCKED"
 
 
 def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
@@ -359,7 +425,9 @@ def locked(conn: Connection, eval_ids: Sequence[str]) -> set[str]:
     """
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
         existing = {eval_id for (eval_id,) in cursor.execute(_EXISTING, [eval_ids])}
-        return existing - {eval_id for (eval_id,) in cursor.execute(_EXISTING + " FOR NO KEY UPDATE SKIP LOCKED", [eval_ids])}
+        # Citus refuses to lock several rows in one statement.
+        groups = [[eval_id] for eval_id in existing] if sessions.has_citus(database.driver(conn)) else [[*existing]]
+        return existing - {eval_id for of in groups for (eval_id,) in cursor.execute(_UNLOCKED, [of])}
 
 
 _COUNT: Final = "SELECT status, count(*) FROM evaluations GROUP BY status"

@@ -1,23 +1,27 @@
-"""List evaluations: filtered, in order of creation, by page or all at once.
+"""List evaluations: filtered and sorted, by page or all at once.
 
-All lists use one index on `created_at`. Records of one commit share that time and are sorted by `eval_id` at reading. Another
-index would make each stored event dearer, and lists are rare.
+A list by run, submitter, executor, status other than `completed`, indexed metadata, or prefix of `eval_id` reads its own index,
+in the order of the list. All other filters are applied to what that index gives, or the index on `created_at`. Records of one
+commit share `created_at` and are sorted by `eval_id` at reading. list_indexes.py
 
 A page read by cursor examines at most SCAN evaluations. So it may hold fewer evaluations than requested, even none, and still
 have a next cursor. Its duration does not depend on the filter or on the size of the table. A page read by number examines as
-many evaluations as needed, for at most PATIENCE_S: a filter without matches cannot keep the database busy.
+many evaluations as needed, for at most PATIENCE_S: a filter without matches cannot keep the database busy. So does a page that
+is sorted by a value, which reads its whole run.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection
 
-from evalstore.storage import database
+from evalstore.storage import database, list_indexes
+from evalstore.storage.list_indexes import PREFIX_CHARACTERS
 from evalstore.storage.records import readable
+from evalstore.storage.visibility import EVERYTHING, Visibility
 from models.errors import DatabaseOutage
 from models.record import RecordRow
 
@@ -30,17 +34,25 @@ _CHUNK: Final = 1_000
 COLUMNS: Final = (*(name for name in RecordRow._fields if not name.endswith("_event_id")), "created_at", "updated_at")
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM evaluations"
 
+Sort = Literal["created_at", "eval_id", "duration_ms", "memory_bytes", "score"]
+# Sorted by these, evaluations without the value come last.
+BY_VALUE: Final = ("duration_ms", "memory_bytes", "score")
+
 
 class Position(NamedTuple):
-    """The evaluation after which a list goes on."""
+    """The evaluation after which a list goes on. `key` is what the list is sorted by, None if that is `eval_id` alone."""
 
-    created_at: datetime
+    key: datetime | float | None
     eval_id: str
+
+
+class RunTooLarge(Exception):
+    """Sorting the run by a value takes too long."""
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A filter for lists. `since` is inclusive, `until` exclusive; both apply to `created_at`."""
+    """A filter for lists, and their order. `since` is inclusive, `until` exclusive; both apply to `created_at`."""
 
     statuses: Sequence[str] = ()
     language: str | None = None
@@ -50,11 +62,15 @@ class Filter:
     until: datetime | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     oldest_first: bool = False
+    run_id: str | None = None
+    eval_id_prefix: str | None = None
+    sort: Sort | None = None
+    visibility: Visibility = EVERYTHING
 
     @property
-    def is_selective(self) -> bool:
-        """Tell whether the filter may skip any number of evaluations between two matches."""
-        return bool(self.statuses or self.language or self.submitter or self.executor_id or self.metadata)
+    def sorted_by(self) -> Sort:
+        """What the list is sorted by: without `sort` by time, or by `eval_id` if it is filtered by that."""
+        return self.sort or ("created_at" if self.eval_id_prefix is None else "eval_id")
 
 
 class Page(NamedTuple):
@@ -64,84 +80,221 @@ class Page(NamedTuple):
     following: Position | None
 
 
-def _where(chosen: Filter, after: Position | None = None, up_to: Position | None = None) -> tuple[str, list[Any]]:
-    beyond, within = (">", "<=") if chosen.oldest_first else ("<", ">=")
-    conditions: list[str] = []
-    values: list[Any] = []
+class _Condition(NamedTuple):
+    sql: str
+    values: tuple[Any, ...]
 
-    def add(condition: str, *parameters: Any) -> None:
-        conditions.append(condition)
-        values.extend(parameters)
 
-    if chosen.statuses:
-        add("status = ANY(%s)", list(chosen.statuses))
-    for column in ("language", "submitter", "executor_id"):
-        if (value := getattr(chosen, column)) is not None:
-            add(f"{column} = %s", value)
+class _Plan(NamedTuple):
+    """How to read a list: the parts that together hold the candidates, in order by an index each, and the other conditions."""
+
+    parts: list[list[_Condition]]
+    rest: list[_Condition]
+
+
+def _long(column: str, value: str) -> list[_Condition]:
+    """Return conditions for text that the index holds the beginning of."""
+    beginning = value[:PREFIX_CHARACTERS]
+    return [_Condition(f"left({column}, {PREFIX_CHARACTERS}) = %s", (beginning,)), _Condition(f"{column} = %s", (value,))]
+
+
+def _metadata(key: str, value: str) -> list[_Condition]:
+    expression = list_indexes.metadata_expression(key).as_string().replace("%", "%%")
+    whole = _Condition("metadata ->> %s = %s", (key, value))
+    return [_Condition(f"{expression} = %s", (value[:PREFIX_CHARACTERS],)), whole]
+
+
+def _range(chosen: Filter) -> list[_Condition]:
+    """Return the conditions that the index on `created_at` answers as well as the others."""
+    found = [_Condition("created_at >= %s", (chosen.since,))] if chosen.since is not None else []
+    return [*found, _Condition("created_at < %s", (chosen.until,))] if chosen.until is not None else found
+
+
+def _plan(chosen: Filter, indexes: Collection[str]) -> _Plan:
+    filters: dict[str, list[_Condition]] = {}
+    if (run_id := chosen.run_id) is not None:
+        filters["evaluations_by_run"] = [_Condition("run_id = %s", (run_id,))]
+    if (submitter := chosen.submitter if chosen.submitter is not None else chosen.visibility.submitter) is not None:
+        filters["evaluations_by_submitter"] = _long("submitter", submitter)
+    if chosen.executor_id is not None:
+        filters["evaluations_by_executor"] = _long("executor_id", chosen.executor_id)
     for key, value in chosen.metadata.items():
-        add("metadata ->> %s = %s", key, value)
-    if chosen.since is not None:
-        add("created_at >= %s", chosen.since)
-    if chosen.until is not None:
-        add("created_at < %s", chosen.until)
-    if after is not None:
-        add(f"(created_at, eval_id) {beyond} (%s, %s)", *after)
-    if up_to is not None:
-        add(f"(created_at, eval_id) {within} (%s, %s)", *up_to)
-    return (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
+        filters[list_indexes.metadata_index(key)] = _metadata(key, value)
+    statuses = [_Condition("status = ANY(%s)", (list(chosen.statuses),))] if chosen.statuses else []
+    others = [_Condition("language = %s", (chosen.language,))] if chosen.language is not None else []
+    conditions, values = chosen.visibility.conditions()
+    others += [_Condition(condition, (value,)) for condition, value in zip(conditions, values, strict=True)]
+    times = _range(chosen)
+    if (prefix := chosen.eval_id_prefix) is not None:
+        prefixed = [_Condition("eval_id >= %s AND eval_id < %s", (prefix, f"{prefix}\x7f"))]
+        if chosen.sorted_by == "eval_id":
+            return _Plan([prefixed], [*statuses, *others, *times, *(one for some in filters.values() for one in some)])
+        others += prefixed
+    if chosen.sorted_by == "eval_id":
+        return _Plan([[]], [*statuses, *others, *times, *(one for some in filters.values() for one in some)])
+    best = next((name for name in filters if name in indexes), None)
+    if best is not None:
+        first = filters.pop(best)
+        return _Plan([[*first, *times]], [*statuses, *others, *(one for some in filters.values() for one in some)])
+    rest = [*others, *(one for some in filters.values() for one in some)]
+    is_few = chosen.statuses and "completed" not in chosen.statuses and chosen.sorted_by == "created_at"
+    if is_few and "evaluations_by_status" in indexes:
+        # A literal, so that the planner sees that the partial index holds all of them.
+        return _Plan([[_Condition(f"status = '{status}'", ()), *times] for status in sorted({*chosen.statuses})], rest)
+    return _Plan([times], [*statuses, *rest])
 
 
-def _order(chosen: Filter) -> str:
+def _key(chosen: Filter) -> str | None:
+    if chosen.sorted_by in BY_VALUE:
+        last = "Infinity" if chosen.oldest_first else "-Infinity"
+        return f"coalesce({chosen.sorted_by}::float8, '{last}')"
+    return None if chosen.sorted_by == "eval_id" else "created_at"
+
+
+def _order(chosen: Filter, key: str | None) -> str:
     direction = "ASC" if chosen.oldest_first else "DESC"
-    return f" ORDER BY created_at {direction}, eval_id {direction}"
+    return f" ORDER BY {f'{key} {direction}, ' if key else ''}eval_id {direction}"
 
 
-# Read by the index on the order, also if the planner's estimate for a filter suggests another plan.
-_BEGIN: Final = (
-    "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0"
+def _compare(chosen: Filter, operator: str, position: Position) -> _Condition:
+    key = _key(chosen)
+    if key is None:
+        return _Condition(f"eval_id {operator} %s", (position.eval_id,))
+    return _Condition(f"({key}, eval_id) {operator} (%s, %s)", (position.key, position.eval_id))
+
+
+def _query(
+    select: str, chosen: Filter, parts: Sequence[Sequence[_Condition]], rest: Sequence[_Condition], most: int | None
+) -> tuple[str, list[Any]]:
+    """Return a statement that reads at most so many rows of each part, and puts them in order."""
+    key = _key(chosen)
+    queries, values = list[str](), list[Any]()
+    for part in parts:
+        conditions = [*part, *rest]
+        where = f" WHERE {' AND '.join(condition.sql for condition in conditions)}" if conditions else ""
+        limit = "" if most is None else " LIMIT %s"
+        queries.append(f"{select.format(key=key or 'NULL::timestamptz')}{where}{_order(chosen, key)}{limit}")
+        values += [value for condition in conditions for value in condition.values]
+        values += [] if most is None else [most]
+    if len(queries) == 1:
+        return queries[0], values
+    joined = " UNION ALL ".join(f"({query})" for query in queries)
+    return f"SELECT * FROM ({joined}) parts{_order(chosen, key and 'created_at')}", values
+
+
+# The parts are read by their indexes, also if the planner's estimate suggests another plan: without the cost of pages, only the
+# number of rows counts, and an index that holds just the matches reads the fewest.
+BEGIN: Final = (
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0;"
+    " SET LOCAL random_page_cost = 0; SET LOCAL seq_page_cost = 0"
 )
 
 
 def page(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None, scan: int | None = None) -> Page:
-    """Return matching evaluations among the next `scan` (default SCAN) after a position. Raises DatabaseOutage (retry)."""
+    """Return matching evaluations among the next `scan` (default SCAN) after a position.
+
+    Raises RunTooLarge, DatabaseOutage (retry).
+    """
+    if chosen.sorted_by in BY_VALUE:
+        return _sorted_page(conn, chosen, limit, after)
     with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-        cursor.execute(_BEGIN, binary=False)
+        cursor.execute(BEGIN, binary=False)
+        plan = _plan(chosen, list_indexes.existing_in(cursor))
         scanned: Position | None = None
-        if chosen.is_selective:
-            span = Filter(since=chosen.since, until=chosen.until, oldest_first=chosen.oldest_first)
-            where, values = _where(span, after)
-            query = f"SELECT created_at, eval_id FROM evaluations{where}{_order(chosen)} OFFSET %s LIMIT 1"
-            cursor.execute(query.encode(), [*values, (scan or SCAN) - 1])
+        if plan.rest:
+            most = scan or SCAN
+            further = _beyond(chosen, after)
+            query, values = _query("SELECT {key} AS created_at, eval_id FROM evaluations", chosen, plan.parts, further, most)
+            cursor.execute(f"SELECT * FROM ({query}) candidates OFFSET %s LIMIT 1".encode(), [*values, most - 1])
             bound = cursor.fetchone()
             scanned = Position(*bound) if bound else None
-        where, values = _where(chosen, after, scanned)
-        cursor.execute(f"{_SELECT}{where}{_order(chosen)} LIMIT %s".encode(), [*values, limit + 1])
-        rows = [readable(dict(zip(COLUMNS, row, strict=True))) for row in cursor]
-    if len(rows) > limit:
-        rows = rows[:limit]
-        return Page(rows, Position(rows[-1]["created_at"], rows[-1]["eval_id"]))
-    return Page(rows, scanned)
+        query, values = _statement(chosen, plan, limit, after, scanned)
+        rows = cursor.execute(query.encode(), values).fetchall()
+    return _page(chosen, rows, limit, scanned)
+
+
+def _beyond(chosen: Filter, after: Position | None) -> list[_Condition]:
+    return [] if after is None else [_compare(chosen, ">" if chosen.oldest_first else "<", after)]
+
+
+def _statement(
+    chosen: Filter, plan: _Plan, limit: int, after: Position | None, scanned: Position | None = None
+) -> tuple[str, list[Any]]:
+    further = _beyond(chosen, after)
+    if scanned is not None:
+        further.append(_compare(chosen, "<=" if chosen.oldest_first else ">=", scanned))
+    query, values = _query(_SELECT, chosen, plan.parts, [*plan.rest, *further], limit + 1)
+    return f"SELECT * FROM ({query}) page LIMIT %s", [*values, limit + 1]
+
+
+def explain(conn: Connection, chosen: Filter, *, limit: int, after: Position | None = None) -> dict[str, Any]:
+    """Run the statement of a page, and return PostgreSQL's plan of it with the rows and blocks that it read."""
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        cursor.execute(BEGIN)
+        query, values = _statement(chosen, _plan(chosen, list_indexes.existing_in(cursor)), limit, after)
+        ((found,),) = cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}".encode(), values).fetchall()
+    plan: dict[str, Any] = found[0]["Plan"]
+    return plan
+
+
+def _page(chosen: Filter, rows: Sequence[tuple[Any, ...]], limit: int, scanned: Position | None = None) -> Page:
+    records = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
+    return Page(records, _position(chosen, records[-1]) if len(rows) > limit else scanned)
+
+
+def _position(chosen: Filter, record: Mapping[str, Any]) -> Position:
+    if chosen.sorted_by in BY_VALUE:
+        value = record[chosen.sorted_by]
+        last = float("inf") if chosen.oldest_first else float("-inf")
+        return Position(last if value is None else float(value), record["eval_id"])
+    return Position(None if chosen.sorted_by == "eval_id" else record["created_at"], record["eval_id"])
+
+
+def _sorted_page(conn: Connection, chosen: Filter, limit: int, after: Position | None) -> Page:
+    rows = _in_time(conn, *_statement(chosen, _plan(chosen, list_indexes.existing(conn)), limit, after))
+    if rows is None:
+        raise RunTooLarge
+    return _page(chosen, rows, limit)
 
 
 def numbered_page(conn: Connection, chosen: Filter, *, limit: int, offset: int) -> Page | None:
     """Return the page that starts at `offset`. If the search takes too long, search only the first LOOKED evaluations.
 
-    In that case return None for an `offset` above zero. Raises DatabaseOutage (retry).
+    In that case return None for an `offset` above zero. Raises RunTooLarge, DatabaseOutage (retry).
     """
-    where, values = _where(chosen)
-    rows = _in_time(conn, f"{_SELECT}{where}{_order(chosen)} LIMIT %s OFFSET %s", [*values, limit + 1, offset])
+    plan = _plan(chosen, list_indexes.existing(conn))
+    query, values = _query(_SELECT, chosen, plan.parts, plan.rest, offset + limit + 1)
+    rows = _in_time(conn, f"SELECT * FROM ({query}) page OFFSET %s LIMIT %s", [*values, offset, limit + 1])
     if rows is None:
         return None if offset else page(conn, chosen, limit=limit, scan=LOOKED)
-    records = [readable(dict(zip(COLUMNS, row, strict=True))) for row in rows[:limit]]
-    return Page(records, Position(records[-1]["created_at"], records[-1]["eval_id"]) if len(rows) > limit else None)
+    return _page(chosen, rows, limit)
 
 
-def count(conn: Connection, chosen: Filter) -> int | None:
-    """Count the evaluations, up to COUNTED. Return None if that takes too long. Raises DatabaseOutage (retry)."""
-    where, values = _where(chosen)
-    query = f"SELECT count(*) FROM (SELECT FROM evaluations{where} LIMIT %s) AS counted"
-    counted = _in_time(conn, query, [*values, COUNTED])
-    return None if counted is None else int(counted[0][0])
+class Total(NamedTuple):
+    """The number of matches, or the planner's estimate of it."""
+
+    evaluations: int
+    is_estimate: bool
+
+
+def count(conn: Connection, chosen: Filter) -> Total:
+    """Count the evaluations, up to COUNTED. Return an estimate if there are more, or if that takes too long.
+
+    Raises DatabaseOutage (retry).
+    """
+    plan = _plan(chosen, list_indexes.existing(conn))
+    conditions = [[*part, *plan.rest] for part in plan.parts]
+    wheres = [" AND ".join(condition.sql for condition in some) or "true" for some in conditions]
+    where = " OR ".join(f"({one})" for one in wheres)
+    values = [value for some in conditions for condition in some for value in condition.values]
+    query = f"SELECT count(*) FROM (SELECT 1 FROM evaluations WHERE {where} LIMIT %s) c"
+    counted = _in_time(conn, query, [*values, COUNTED + 1])
+    if counted is not None and counted[0][0] <= COUNTED:
+        return Total(int(counted[0][0]), is_estimate=False)
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        ((plans,),) = cursor.execute(f"EXPLAIN (FORMAT JSON) SELECT FROM evaluations WHERE {where}".encode(), values).fetchall()
+    estimate = int(plans[0]["Plan"]["Plan Rows"])
+    return Total(max(estimate, COUNTED) if counted else estimate, is_estimate=True)
 
 
 def _in_time(conn: Connection, query: str, values: list[Any]) -> list[tuple[Any, ...]] | None:
@@ -161,8 +314,8 @@ def export(conn: Connection, chosen: Filter) -> Generator[list[dict[str, Any]]]:
 
     Holds the connection until the generator is exhausted or closed. Raises DatabaseOutage (start again).
     """
-    where, values = _where(chosen)
-    query = f"{_SELECT}{where}{_order(chosen)}"
+    plan = _plan(chosen, list_indexes.existing(conn))
+    query, values = _query(_SELECT, chosen, plan.parts, plan.rest, None)
     with database.errors(), conn.begin():
         raw = database.driver(conn)
         raw.execute("SET LOCAL cursor_tuple_fraction = 1.0")

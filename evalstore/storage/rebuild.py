@@ -10,8 +10,9 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import database, event_writer
-from evalstore.storage.event_writer import CONTENTS, columns
+from evalstore.storage import database, event_writer, sessions
+from evalstore.storage.event_writer import CONTENTS
+from evalstore.storage.row_statements import columns
 from models.fold import Folded, fold
 from models.metrics import RebuildReason
 from models.record import EventRow, promote
@@ -28,6 +29,9 @@ SELECT {columns(READ, "logged.{}")} FROM unnest(%s::text[], %s::uuid[]) AS wante
     SELECT {columns(READ, "e.{}")} FROM evaluation_events e
     WHERE e.eval_id = wanted.eval_id AND e.event_id >= wanted.event_id ORDER BY e.event_id LIMIT %s
 ) logged
+"""
+_ONE_PAGE: Final = f"""
+SELECT {columns(READ)} FROM evaluation_events WHERE eval_id = %s::text AND event_id >= %s::uuid ORDER BY event_id LIMIT %s
 """
 
 
@@ -48,9 +52,8 @@ def fold_logs(
     for eval_ids in _groups(versions):
         after = dict.fromkeys(eval_ids, UUID(int=0))
         while after:
-            cursor = conn.cursor(binary=True).execute(_PAGES, [[*after], [*after.values()], PAGE])
             pages: dict[str, list[EventRow]] = {}
-            for row in cursor:
+            for row in _pages(conn, after):
                 pages.setdefault(row[0], []).append(event_row(row))
             for eval_id, page in pages.items():
                 folded[eval_id] = fold(folded.get(eval_id), page)
@@ -61,6 +64,15 @@ def fold_logs(
             }
             progress()
     return folded
+
+
+def _pages(conn: psycopg.Connection[Any], after: Mapping[str, UUID]) -> Iterable[Sequence[Any]]:
+    """Return the next events of each evaluation, from the event id that `after` gives. Citus refuses them in one statement."""
+    if not sessions.has_citus(conn):
+        return conn.cursor(binary=True).execute(_PAGES, [[*after], [*after.values()], PAGE])
+    with event_writer.in_pipeline(conn):
+        cursors = [conn.cursor(binary=True).execute(_ONE_PAGE, [*first, PAGE]) for first in after.items()]
+        return [row for cursor in cursors for row in cursor.fetchall()]
 
 
 def _groups(versions: Mapping[str, int]) -> Iterable[list[str]]:

@@ -70,7 +70,7 @@ def _content(kind: str, event: str) -> str:
 
 _CONTENTS: Final = ", ".join([_content("code", "queued"), _content("output", "ending"), _content("error", "ending")])
 _LOAD: Final = f"""
-SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at, {_CONTENTS}
+SELECT {_ROW_VERSION}, {", ".join(f"e.{name}" for name in _FIELDS)}, e.created_at, e.updated_at, e.enrichment, {_CONTENTS}
 {WITH_CONTENT}
 """
 _CONTENTS_OF: Final = f"""
@@ -79,9 +79,11 @@ SELECT {_CONTENTS} FROM (SELECT %s::text AS eval_id, %s::uuid AS code_event_id, 
 
 
 def readable(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove `metadata_truncated` from the fields of a record if it is false."""
+    """Remove `metadata_truncated` from the fields of a record if it is false, and `enrichment` if it is None."""
     if not fields["metadata_truncated"]:
         del fields["metadata_truncated"]
+    if fields.get("enrichment", ...) is None:
+        del fields["enrichment"]
     return fields
 
 
@@ -91,7 +93,7 @@ def load(conn: Connection, eval_id: str) -> RecordView | None:
         row = cursor.execute(_LOAD, [eval_id]).fetchone()
     if row is None:
         return None
-    fields = readable(dict(zip([*_FIELDS, "created_at", "updated_at"], row[1:-18], strict=True)))
+    fields = readable(dict(zip([*_FIELDS, "created_at", "updated_at", "enrichment"], row[1:-18], strict=True)))
     return RecordView(row[0], fields, _content_views(eval_id, row[-18:]))
 
 

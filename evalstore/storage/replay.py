@@ -1,31 +1,54 @@
 """Records computed again from the event log: compared with what is stored, and repaired where they differ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
+import psycopg
 from psycopg import Cursor
 from sqlalchemy import Connection
 
 from evalstore.storage import database, event_store, event_writer, operator_actions, rebuild
-from evalstore.storage.event_writer import RECORD, StoredRecord, columns
+from evalstore.storage.event_writer import StoredRecord
 from evalstore.storage.operator_actions import Intent
+from evalstore.storage.row_statements import RECORD, columns
 from models.fold import Folded
 from models.record import RecordRow
 
-_CHUNK: Final = 500
+CHUNK: Final = 500
+MAX_DIFFERENCES: Final = 1000
 # Of metadata as it is stored, which may be compressed.
 _CHUNK_BYTES: Final = 4 * 1024 * 1024
+# A snapshot that lives long keeps VACUUM from removing rows.
+_CHUNK_EVENTS: Final = 50_000
 
 
 class Selection(NamedTuple):
-    """Which records: those that fulfil all that is not None. `since` and `until` are about `created_at`."""
+    """A choice of records: they fulfil all conditions that are not None. `since` and `until` are about `created_at`.
+
+    `last` is the greatest `eval_id`.
+    """
 
     eval_ids: tuple[str, ...] | None = None
     run_id: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    last: str | None = None
+
+    def words(self) -> dict[str, Any]:
+        """Return the conditions as an operator gave them, for JSON; `{"all": True}` without conditions."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return {
+            name: value.isoformat() if isinstance(value, datetime) else list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+        } or {"all": True}
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> "Selection":
+        """Return the selection with these `words`."""
+        since, until = (datetime.fromisoformat(words[name]) if name in words else None for name in ("since", "until"))
+        return cls(tuple(words["eval_ids"]) if "eval_ids" in words else None, words.get("run_id"), since, until)
 
 
 class Difference(NamedTuple):
@@ -50,6 +73,7 @@ _TESTS: Final = {
     "run_id": "run_id = %s",
     "since": "created_at >= %s",
     "until": "created_at < %s",
+    "last": "eval_id <= %s",
 }
 
 
@@ -69,16 +93,32 @@ def count(conn: Connection, chosen: Selection, after: str = "") -> int:
         return int(cursor.execute(f"SELECT count(*) FROM evaluations WHERE {condition}", [after, *values]).fetchall()[0][0])
 
 
-def compare(conn: Connection, chosen: Selection, after: str = "", limit: int = _CHUNK) -> Compared | None:
-    """Compare the next of the chosen records after the `eval_id` `after`; None where there is none.
+def last_id(conn: Connection) -> str:
+    """Return the greatest `eval_id`: a replay of all records must not follow the records that are created meanwhile.
 
-    One snapshot shows records and logs of the same moment, so no lock is needed. Raises DatabaseOutage (retry).
+    Raises DatabaseOutage (retry).
+    """
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        return str(cursor.execute("SELECT coalesce(max(eval_id), '') FROM evaluations").fetchall()[0][0])
+
+
+def compare(
+    conn: Connection,
+    chosen: Selection,
+    after: str = "",
+    limit: int = CHUNK,
+    progress: Callable[[], object] = lambda: None,
+) -> Compared | None:
+    """Compare the next of the chosen records after the `eval_id` `after`. Return None if there is none.
+
+    One snapshot shows records and logs of the same moment, so no lock is needed. `progress` is called after each page of the
+    log. Raises DatabaseOutage (retry).
     """
     with database.snapshot(conn) as raw, raw.cursor(binary=True) as cursor:
-        found = _next(cursor, chosen, after, min(limit, _CHUNK))
+        found = _next(cursor, chosen, after, min(limit, CHUNK))
         if not found:
             return None
-        logs = rebuild.fold_logs(raw, {eval_id: one.record.version for eval_id, one in found.items()})
+        logs = rebuild.fold_logs(raw, {eval_id: one.record.version for eval_id, one in found.items()}, progress)
     differences = {eval_id: _differences(one, logs.get(eval_id)) for eval_id, one in found.items()}
     return Compared(len(found), max(found), {eval_id: some for eval_id, some in differences.items() if some})
 
@@ -87,11 +127,12 @@ def _next(cursor: Cursor[Any], chosen: Selection, after: str, limit: int) -> dic
     condition, values = _where(chosen)
     query = f"""
 SELECT {columns(RECORD)} FROM (
-    SELECT {columns(RECORD)}, sum(pg_column_size(metadata)) OVER (ORDER BY eval_id) - pg_column_size(metadata) AS before
+    SELECT {columns(RECORD)}, sum(pg_column_size(metadata)) OVER (ORDER BY eval_id) - pg_column_size(metadata) AS bytes_before,
+        sum(version::bigint) OVER (ORDER BY eval_id) - version AS events_before
     FROM (SELECT {columns(RECORD)} FROM evaluations WHERE {condition} ORDER BY eval_id LIMIT %s) chosen
-) sized WHERE before < {_CHUNK_BYTES}
+) sized WHERE bytes_before < {_CHUNK_BYTES} AND events_before < {_CHUNK_EVENTS}
 """
-    return event_writer.records(cursor.execute(query.encode(), [after, *values, limit]))
+    return event_writer.records([cursor.execute(query.encode(), [after, *values, limit])])
 
 
 def _differences(stored: StoredRecord, replayed: Folded | None) -> list[Difference]:
@@ -126,12 +167,17 @@ def _hex(data: bytes | None) -> str | None:
 
 
 def repair(
-    conn: Connection, eval_id: str, intent: Intent, progress: Callable[[], object] = lambda: None
+    conn: Connection,
+    eval_id: str,
+    intent: Intent,
+    in_transaction: Callable[[psycopg.Connection[Any], Sequence[Difference]], object] = lambda *_: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Sequence[Difference] | None:
-    """Make a record what its events give, in a transaction that is committed when this returns; holds the record's lock.
+    """Repair a record from its events, under the record's lock. Commit.
 
-    Writes a confirmation and an operator's action. Returns what differed, nothing where that was not so any more, and None
-    where the log holds no event of the evaluation. Raises DatabaseOutage (retry).
+    Write a confirmation and an operator's action. `in_transaction` is called with a repaired record's differences, before the
+    commit, and `progress` after each page of the log. Return the differences, which may be gone since the comparison. Return
+    None if the log holds no event of the evaluation. Raises DatabaseOutage (retry).
     """
     with database.errors(), conn.begin():
         raw = database.driver(conn)
@@ -149,4 +195,5 @@ def repair(
             details = {"eval_id": eval_id, "fields": [one.field for one in differences]}
             with raw.cursor() as cursor:
                 operator_actions.write(cursor, intent, 1, details=details)
+            in_transaction(raw, differences)
         return differences

@@ -8,9 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+import msgspec
 import psycopg
 from psycopg import generators, pq, sql
 from psycopg.abc import PQGen
+from psycopg.adapt import Dumper
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg.types.string import BytesBinaryDumper
+
+from models.record import jsonb
 
 # The environment (PGDATESTYLE, PGTZ), `ALTER ROLE` or `ALTER DATABASE … SET` may have changed these settings.
 _SETTINGS: Final = {
@@ -40,10 +46,14 @@ DURABLE: Final = (
 )
 
 
+_HAS_CITUS: Final = "EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'citus')"
+
+
 class Session(psycopg.Connection[tuple[Any, ...]]):
     """A connection that runs the statement `per_transaction`, if it is set, at the start of each transaction."""
 
     per_transaction = b""
+    has_citus = False
 
     def _start_query(self) -> PQGen[None]:
         # Overrides psycopg's method, to send a second statement in the same message or pipeline.
@@ -77,6 +87,7 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
     fixed = first if schema is None else sql.SQL("quote_ident({})").format(schema)
     columns = [
         is_pooled,
+        sql.SQL(_HAS_CITUS),
         *(_set(name, value, is_pooled) for name, value in {**_SOCKET, **settings}.items()),
         sql.SQL(DURABLE).format(is_pooled),
         *([] if path is None else [_set("search_path", path, is_pooled)]),
@@ -84,7 +95,7 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
     ]
     raw.autocommit = True
     query = sql.SQL("SELECT {}").format(sql.SQL(", ").join(columns))
-    ((pooled, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
+    ((pooled, raw.has_citus, *_, search_path),) = raw.execute(query, prepare=False).fetchall()
     raw.autocommit = False
     # default_transaction_isolation cannot help behind a pooler: a transaction cannot change its isolation after its first
     # statement.
@@ -94,6 +105,28 @@ def set_up(raw: Session, wanted: Mapping[str, str], schema: str | None = None) -
         each = [_set(name, value, local) for name, value in {**settings, "search_path": search_path}.items()]
         query = sql.SQL("SELECT {}").format(sql.SQL(", ").join([*each, sql.SQL(DURABLE).format(local)]))
         raw.per_transaction = query.as_bytes(raw)
+
+
+def has_citus(conn: psycopg.Connection[Any]) -> bool:
+    """Tell whether the tables may be distributed by Citus. This is found out once for each connection."""
+    return isinstance(conn, Session) and conn.has_citus
+
+
+class _JsonbDumper(Dumper):
+    format = pq.Format.BINARY
+    oid = psycopg.adapters.types["jsonb"].oid
+
+    def dump(self, obj: dict[str, Any]) -> bytes:
+        return b"\x01" + jsonb(obj)
+
+
+def register_types(raw: psycopg.Connection[Any]) -> None:
+    """Convert jsonb and bytea as the stored events need it."""
+    set_json_dumps(jsonb, raw)
+    set_json_loads(msgspec.json.decode, raw)
+    # COPY chooses a dumper for each column. The default ones of these types look for a wrapper around each value.
+    raw.adapters.register_dumper(None, BytesBinaryDumper)
+    raw.adapters.register_dumper(None, _JsonbDumper)
 
 
 def _set(name: str, value: str, is_local: sql.SQL | sql.Composed) -> sql.Composed:

@@ -6,8 +6,9 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import Connection
 
-from evalstore.storage import archive, database, sink_cursors, webhooks
+from evalstore.storage import anomalies, archive, database, sink_cursors, webhooks
 from evalstore.storage.archive import Archive
+from models.anomalies import ANOMALY_KINDS, ANOMALY_METRICS
 
 Numbers = dict[tuple[str, ...], float]
 
@@ -80,6 +81,16 @@ def webhook_numbers(conn: Connection) -> Numbers:
         ("evalstore_webhook_oldest_due_age_seconds",): found.oldest_due_s,
         ("evalstore_webhook_attempts_total", "delivered"): found.delivered,
         ("evalstore_webhook_attempts_total", "failed"): found.failed,
+    }
+
+
+def anomaly_numbers(conn: Connection) -> Numbers:
+    """Open findings. Raises DatabaseOutage."""
+    found = anomalies.count_open(conn)
+    return {
+        ("evalstore_anomalies_open", metric, kind): found.get((metric, kind), 0)
+        for metric in ANOMALY_METRICS
+        for kind in ANOMALY_KINDS
     }
 
 

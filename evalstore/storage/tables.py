@@ -13,14 +13,13 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
-    DateTime,
     Double,
     Identity,
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     SmallInteger,
+    String,
     Table,
     Text,
     Uuid,
@@ -28,13 +27,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from evalstore.storage import follower_tables  # noqa: F401 - adds its tables to the metadata
+from evalstore.storage.table_types import EVAL_ID, METADATA, NOW, TIME
 from models.fields import CONTENTS, EVENT_COLUMNS, SCALARS
 
-metadata = MetaData()
-
-_EVAL_ID = Text(collation="C")
-_TIME = DateTime(timezone=True)
-_NOW = text("now()")
+metadata = METADATA
 _SQLALCHEMY = {"text": Text, "int4": Integer, "int8": BigInteger, "float8": Double, "bytea": LargeBinary}
 
 
@@ -46,17 +43,17 @@ def _columns(names: Iterable[str]) -> list[Column[Any]]:
 evaluations = Table(
     "evaluations",
     metadata,
-    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("eval_id", EVAL_ID, primary_key=True),
     Column("status", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("version", Integer, nullable=False),
     *_columns(SCALARS),
     Column("metadata", JSONB, nullable=False),
-    Column("queued_at", _TIME),
-    Column("started_at", _TIME),
-    Column("finished_at", _TIME),
-    Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    Column("updated_at", _TIME, nullable=False, server_default=_NOW),
+    Column("queued_at", TIME),
+    Column("started_at", TIME),
+    Column("finished_at", TIME),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("updated_at", TIME, nullable=False, server_default=NOW),
     # The events that hold the evaluation's code, and its output and error.
     Column("code_event_id", Uuid),
     Column("result_event_id", Uuid),
@@ -67,11 +64,25 @@ evaluations = Table(
     Column("merge_version", Integer),
     # The number of repairs by a replay. Each repair changes the ETag.
     Column("repairs", Integer, nullable=False, server_default=text("0")),
-    # For stalled evaluations: few rows at any time. Records stored with their result never enter this index.
-    Index("evaluations_open", "updated_at", postgresql_where=text("status IN ('queued', 'running')")),
+    # What enrichers returned for its events, merged. Not computed from events, so a replay leaves it as it is.
+    Column("enrichment", JSONB),
     # The order of all lists. Records of one commit share their time and therefore one entry, at the end of the index. See
     # listing.py.
     Index("evaluations_by_time", "created_at"),
+    # `evalstore migrate` builds these CONCURRENTLY: list_indexes.py. No index has a column that changes with each event, so an
+    # event that leaves the status as it is changes no index. A text may be longer than an entry of an index can be.
+    Index("evaluations_by_run", "run_id", "created_at", postgresql_where=text("run_id IS NOT NULL")),
+    Index(
+        "evaluations_by_submitter", text("left(submitter, 200)"), "created_at", postgresql_where=text("submitter IS NOT NULL")
+    ),
+    Index(
+        "evaluations_by_executor",
+        text("left(executor_id, 200)"),
+        "created_at",
+        postgresql_where=text("executor_id IS NOT NULL"),
+    ),
+    # Records that are stored with their result never enter this index, unless they failed.
+    Index("evaluations_by_status", "status", "created_at", postgresql_where=text("status <> 'completed'")),
     postgresql_with={"fillfactor": "85"},
 )
 
@@ -79,13 +90,13 @@ evaluations = Table(
 evaluation_events = Table(
     "evaluation_events",
     metadata,
-    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("eval_id", EVAL_ID, primary_key=True),
     Column("event_id", Uuid, primary_key=True),
     Column("type", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
-    Column("occurred_at", _TIME, nullable=False),
+    Column("occurred_at", TIME, nullable=False),
     # When the statement began that stored the event, with the evaluation locked: ascends in commit order.
-    Column("recorded_at", _TIME, nullable=False, server_default=text("statement_timestamp()")),
+    Column("recorded_at", TIME, nullable=False, server_default=text("statement_timestamp()")),
     Column("metadata", JSONB),
     *_columns(SCALARS),
     # Content up to evalstore.storage.event_store.ROW_LIMIT_BYTES. Larger content has a row in `contents`.
@@ -105,7 +116,7 @@ evaluation_events = Table(
 contents = Table(
     "contents",
     metadata,
-    Column("eval_id", _EVAL_ID, primary_key=True),
+    Column("eval_id", EVAL_ID, primary_key=True),
     Column("event_id", Uuid, primary_key=True),
     Column("kind", Text, primary_key=True),
     Column("size", BigInteger, nullable=False),
@@ -113,13 +124,13 @@ contents = Table(
     Column("data", LargeBinary),
     Column("store", Text, CheckConstraint("store IN ('objects', 'archive')")),
     Column("encoding", Text, CheckConstraint("encoding IN ('identity', 'zstd')")),
-    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    Column("recorded_at", TIME, nullable=False, server_default=NOW),
     # Failed moves to the archive: their number, the last error, and the time of the next attempt.
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("failure", Text),
-    Column("retry_at", _TIME),
+    Column("retry_at", TIME),
     # The time of the event, which decides when content is old enough to move.
-    Column("occurred_at", _TIME, nullable=False, server_default=_NOW),
+    Column("occurred_at", TIME, nullable=False, server_default=NOW),
     Index("contents_by_size", "store", "size"),
     Index("contents_by_time", "store", "occurred_at", postgresql_where=text("store IS NULL OR store = 'objects'")),
     Index("contents_by_object", "sha256", postgresql_where=text("store IS NOT NULL")),
@@ -131,13 +142,13 @@ confirmations = Table(
     "confirmations",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
-    Column("recorded_at", _TIME, nullable=False, server_default=_NOW),
+    Column("recorded_at", TIME, nullable=False, server_default=NOW),
     Column("count", Integer, nullable=False),
     Column("body", Text, nullable=False),
     # One line for each confirmation, empty if it continues no trace.
     Column("traceparents", Text),
     # When they were relayed, and the last entry of the Redis stream at that time.
-    Column("relayed_at", _TIME),
+    Column("relayed_at", TIME),
     Column("stream_ms", BigInteger),
     Column("stream_seq", BigInteger),
     Index("confirmations_pending", "id", postgresql_where=text("relayed_at IS NULL")),
@@ -152,104 +163,6 @@ confirmation_position = Table(
     Column("stream_seq", BigInteger, nullable=False, server_default=text("0")),
 )
 
-# The position of each sink in the outbox, its lease and its state. evalstore/storage/sink_cursors.py
-sinks = Table(
-    "sinks",
-    metadata,
-    Column("name", Text, primary_key=True),
-    Column("type", Text, nullable=False),
-    Column("state", Text, CheckConstraint("state IN ('running', 'paused')"), nullable=False, server_default=text("'running'")),
-    # Every row up to `position` is done, and so many events of the row after it; when the row at `position` was stored.
-    Column("position", BigInteger, nullable=False),
-    Column("position_offset", Integer, nullable=False, server_default=text("0")),
-    Column("recorded_at", _TIME, nullable=False),
-    Column("timeline", BigInteger, nullable=False),
-    # The number of times that the cursor was set to another place.
-    Column("generation", BigInteger, nullable=False, server_default=text("0")),
-    # While the log is replayed: until when, and the last event that was passed on.
-    Column("replay_until", _TIME),
-    Column("replay_at", _TIME),
-    Column("replay_eval_id", _EVAL_ID),
-    Column("replay_occurred_at", _TIME),
-    Column("replay_event_id", Uuid),
-    Column("lease_owner", Text),
-    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
-    Column("lease_until", _TIME),
-    Column("delivered", BigInteger, nullable=False, server_default=text("0")),
-    Column("dead", BigInteger, nullable=False, server_default=text("0")),
-    # Confirmations that left the outbox before the sink read them: their events are replayed from the log.
-    Column("missed", BigInteger, nullable=False, server_default=text("0")),
-    Column("last_error", Text),
-    Column("failing_since", _TIME),
-    Column("gap_since", _TIME),
-    Column("delivered_at", _TIME),
-    Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    postgresql_with={"fillfactor": "50"},
-)
-
-# Who is sent confirmations over HTTP. `secret` signs them, so it is kept as it is. evalstore/storage/webhooks.py
-webhooks = Table(
-    "webhooks",
-    metadata,
-    Column("id", Uuid, primary_key=True),
-    Column("url", Text, nullable=False),
-    Column("event_types", ARRAY(Text), nullable=False),
-    Column("statuses", ARRAY(Text), nullable=False),
-    Column("run_id", Text),
-    Column("submitter", Text),
-    Column("secret", Text, nullable=False),
-    Column("previous_secret", Text),
-    Column("previous_valid_until", _TIME),
-    Column("state", Text, CheckConstraint("state IN ('active', 'disabled')"), nullable=False, server_default=text("'active'")),
-    Column("disabled_at", _TIME),
-    # Since the first failure after the last success: how long, how many in a row, and when the next try is due.
-    Column("failing_since", _TIME),
-    Column("failures", Integer, nullable=False, server_default=text("0")),
-    Column("next_at", _TIME, nullable=False),
-    Column("last_error", Text),
-    Column("delivered", BigInteger, nullable=False, server_default=text("0")),
-    Column("failed", BigInteger, nullable=False, server_default=text("0")),
-    Column("delivered_at", _TIME),
-    Column("created_by", Text, nullable=False),
-    Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    postgresql_with={"fillfactor": "50"},
-)
-
-# The pending and the recent deliveries of each subscription. `eval_id` is empty for a test.
-webhook_deliveries = Table(
-    "webhook_deliveries",
-    metadata,
-    Column("eval_id", _EVAL_ID, primary_key=True),
-    Column("id", Uuid, primary_key=True),
-    Column("webhook_id", Uuid, nullable=False),
-    Column("seq", BigInteger, Identity(always=True), nullable=False),
-    Column("type", Text, nullable=False),
-    Column("version", Integer, nullable=False),
-    Column("body", LargeBinary, nullable=False),
-    Column(
-        "state",
-        Text,
-        CheckConstraint("state IN ('pending', 'delivered', 'failed')"),
-        nullable=False,
-        server_default=text("'pending'"),
-    ),
-    # The first pending one of its subscription and evaluation: the others wait for it.
-    Column("is_next", Boolean, nullable=False, server_default=text("false")),
-    # While one is being sent, this is when its process is taken for gone.
-    Column("next_at", _TIME, nullable=False),
-    Column("attempts", Integer, nullable=False, server_default=text("0")),
-    Column("first_attempt_at", _TIME),
-    Column("status_code", Integer),
-    Column("error", Text),
-    Column("created_at", _TIME, nullable=False),
-    Column("finished_at", _TIME),
-    Index("webhook_deliveries_ready", "webhook_id", "next_at", "seq", postgresql_where=text("state = 'pending' AND is_next")),
-    Index("webhook_deliveries_in_order", "webhook_id", "eval_id", "seq", postgresql_where=text("state = 'pending'")),
-    Index("webhook_deliveries_by_webhook", "webhook_id", "seq"),
-    Index("webhook_deliveries_by_age", "created_at"),
-    postgresql_with={"fillfactor": "70"},
-)
-
 # Messages that will not be stored unless an operator acts, as received, each with its error.
 dead_letters = Table(
     "dead_letters",
@@ -258,7 +171,7 @@ dead_letters = Table(
     Column("state", Text, nullable=False, server_default=text("'dead'")),
     Column("queue", Text, nullable=False),
     Column("actor", Text),
-    Column("eval_id", _EVAL_ID),
+    Column("eval_id", EVAL_ID),
     Column("event_id", Uuid),
     Column("message", LargeBinary, nullable=False),
     Column("error_class", Text, nullable=False),
@@ -267,14 +180,14 @@ dead_letters = Table(
     Column("signature", Text, nullable=False),
     Column("deliveries", Integer, nullable=False),
     Column("attempts", Integer, nullable=False),
-    Column("first_at", _TIME, nullable=False),
-    Column("last_at", _TIME, nullable=False),
+    Column("first_at", TIME, nullable=False),
+    Column("last_at", TIME, nullable=False),
     Column("host", Text),
     Column("release", Text),
     Column("redrives", Integer, nullable=False, server_default=text("0")),
     Column("redrive", Uuid),
     # When the redrive put the letter in Redis. NULL if the worker died before it could set the time.
-    Column("sent_at", _TIME),
+    Column("sent_at", TIME),
     # The SHA-256 of each object that the message needs. The sweep keeps these objects.
     Column("objects", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
     Index("dead_letters_by_time", "last_at"),
@@ -286,14 +199,14 @@ dead_letters = Table(
     Index("dead_letters_unsent", "redrive", "first_at", "id", postgresql_where=text("state = 'redriving' AND sent_at IS NULL")),
 )
 
-probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", _TIME, nullable=False))
+probes = Table("probes", metadata, Column("name", Text, primary_key=True), Column("at", TIME, nullable=False))
 
 # Of `total` letters, `stored`, `died` (again) and `returned` (unchanged) are settled.
 redrives = Table(
     "redrives",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("asked_at", _TIME, nullable=False, server_default=_NOW),
+    Column("asked_at", TIME, nullable=False, server_default=NOW),
     Column("actor", Text, nullable=False),
     Column("reason", Text),
     Column("filter", JSONB, nullable=False),
@@ -306,18 +219,60 @@ redrives = Table(
     Column("stored", Integer, nullable=False, server_default=text("0")),
     Column("died", Integer, nullable=False, server_default=text("0")),
     Column("returned", Integer, nullable=False, server_default=text("0")),
-    Column("started_at", _TIME),
-    Column("paced_until", _TIME),
-    Column("finished_at", _TIME),
+    Column("started_at", TIME),
+    Column("paced_until", TIME),
+    Column("finished_at", TIME),
     Index("redrives_by_time", "asked_at"),
     Index("redrives_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+)
+
+# Replays that jobs of the workers do.
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("asked_at", TIME, nullable=False, server_default=NOW),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text),
+    Column("filter", JSONB, nullable=False),
+    Column("write", Boolean, nullable=False),
+    Column("rate", Double),
+    Column(
+        "state",
+        Text,
+        CheckConstraint("state IN ('running', 'done', 'cancelled', 'failed')"),
+        nullable=False,
+        server_default=text("'running'"),
+    ),
+    Column("error", Text),
+    Column("total", BigInteger, nullable=False),
+    Column("paced_until", TIME),
+    Column("started_at", TIME),
+    Column("finished_at", TIME),
+    Index("replays_by_time", "asked_at"),
+    Index("replays_running", "id", postgresql_where=text("state = 'running'")),
+)
+
+# One job works through each range: the ids after `position` up to `last`, or to the end without it.
+replay_ranges = Table(
+    "replay_ranges",
+    metadata,
+    Column("replay", Uuid, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("position", EVAL_ID, nullable=False),
+    Column("last", EVAL_ID),
+    Column("is_done", Boolean, nullable=False, server_default=text("false")),
+    Column("evaluations", BigInteger, nullable=False, server_default=text("0")),
+    Column("different", BigInteger, nullable=False, server_default=text("0")),
+    Column("unrepairable", BigInteger, nullable=False, server_default=text("0")),
+    Column("differences", JSONB, nullable=False, server_default=text("'[]'")),
 )
 
 operator_actions = Table(
     "operator_actions",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
-    Column("at", _TIME, nullable=False, server_default=_NOW),
+    Column("at", TIME, nullable=False, server_default=NOW),
     Column("actor", Text, nullable=False),
     Column("verb", Text, nullable=False),
     Column("reason", Text),
@@ -333,7 +288,7 @@ tombstones = Table(
     "tombstones",
     metadata,
     Column("digest", LargeBinary, primary_key=True),
-    Column("erased_at", _TIME, nullable=False, server_default=_NOW),
+    Column("erased_at", TIME, nullable=False, server_default=NOW),
 )
 
 # One row: the key, and the two blocks of HMAC that are made of it.
@@ -361,6 +316,21 @@ lake_owner = Table(
     Column("id", Uuid, nullable=False, server_default=text("gen_random_uuid()")),
 )
 
+# The catalog of the lake, as pyiceberg defines it.
+iceberg_tables = Table(
+    "iceberg_tables",
+    metadata,
+    *(Column(name, String(255), primary_key=True) for name in ("catalog_name", "table_namespace", "table_name")),
+    *(Column(name, String(1000)) for name in ("metadata_location", "previous_metadata_location")),
+    Column("iceberg_type", String(5)),
+)
+iceberg_namespace_properties = Table(
+    "iceberg_namespace_properties",
+    metadata,
+    *(Column(name, String(255), primary_key=True) for name in ("catalog_name", "namespace", "property_key")),
+    Column("property_value", String(1000), nullable=False),
+)
+
 # Keys of the HTTP service, as SHA-256: a reader of this table cannot use them.
 api_keys = Table(
     "api_keys",
@@ -369,9 +339,14 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("digest", LargeBinary, nullable=False),
     Column("scopes", ARRAY(Text), nullable=False),
-    Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    Column("expires_at", _TIME),
-    Column("revoked_at", _TIME),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("expires_at", TIME),
+    Column("revoked_at", TIME),
+    Column("restricted_scopes", ARRAY(Text)),
+    Column("submitter", Text),
+    Column("run_prefix", Text),
+    Column("rate_requests", Integer),
+    Column("rate_period_s", Integer),
 )
 
 content_grants = Table(
@@ -381,6 +356,6 @@ content_grants = Table(
     Column("sha256", LargeBinary, primary_key=True),
     Column("size", BigInteger, nullable=False),
     Column("encoding", Text, nullable=False),
-    Column("granted_at", _TIME, nullable=False, server_default=_NOW),
+    Column("granted_at", TIME, nullable=False, server_default=NOW),
     Index("content_grants_by_age", "granted_at"),
 )

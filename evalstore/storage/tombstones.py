@@ -4,7 +4,7 @@ The hash is HMAC-SHA256. PostgreSQL computes it where a statement needs many: no
 """
 
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from typing import Any, Final
 
@@ -32,19 +32,27 @@ def pads(key: bytes) -> tuple[bytes, bytes]:
 
 
 # Without any tombstone nothing is hashed.
-_ERASED: Final = """
+ERASED: Final = """
 SELECT wanted.eval_id FROM erasure_key k, unnest(%s::text[]) AS wanted (eval_id)
 WHERE EXISTS (SELECT FROM tombstones) AND EXISTS (SELECT FROM tombstones t
     WHERE t.digest = sha256(k.outer_pad || sha256(k.inner_pad || convert_to(wanted.eval_id, 'UTF8'))))
 """
 
 
-def ask(conn: psycopg.Connection[Any], eval_ids: Iterable[str]) -> psycopg.Cursor[Any]:
+def text_array(texts: Collection[str]) -> str:
+    """Return texts as the text of a PostgreSQL array. psycopg converts a list more slowly."""
+    joined = "".join(texts)
+    if '"' in joined or "\\" in joined:
+        texts = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return '{"' + '","'.join(texts) + '"}' if texts else "{}"
+
+
+def ask(conn: psycopg.Connection[Any], eval_ids: Collection[str]) -> psycopg.Cursor[Any]:
     """Look up which of these were erased, in the transaction of `conn`."""
-    return conn.cursor(binary=True).execute(_ERASED, [list(eval_ids)])
+    return conn.cursor(binary=True).execute(ERASED, [text_array(eval_ids)])
 
 
-def erased(conn: Connection, eval_ids: Iterable[str]) -> set[str]:
+def erased(conn: Connection, eval_ids: Collection[str]) -> set[str]:
     """Return those of `eval_ids` that were erased. Raises DatabaseOutage (retry)."""
     with database.errors(), conn.begin():
         return {eval_id for (eval_id,) in ask(database.driver(conn), eval_ids).fetchall()}

@@ -15,10 +15,10 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database, operator_actions
 from evalstore.storage.operator_actions import Intent
+from models.confirmations import CREATED, ERASED, UPDATED
 from models.record import rfc3339
 from models.webhooks import TEST, Subscription, body
 
-_ERASED: Final = "storage:evaluation:erased"
 # Above so many failures in a row the subscription's backoff decides when to try, no longer that of each delivery.
 _RECEIVER_FAILURES: Final = 3
 _PRUNED: Final = 5000
@@ -85,6 +85,8 @@ class Retries(NamedTuple):
 
 
 _SUBSCRIPTIONS: Final = "SELECT id, url, event_types, statuses, run_id, submitter FROM webhooks WHERE state = 'active'"
+# Stands in place of `eval_id` before the name of a run or an anomaly. No `eval_id` begins like this.
+_SUBJECT: Final = "/"
 _RECORDS: Final = "SELECT eval_id, status, run_id, submitter FROM evaluations WHERE eval_id = ANY(%s::text[])"
 _LOCK: Final = "SELECT id FROM webhooks WHERE id = ANY(%s) AND state = 'active' ORDER BY id FOR NO KEY UPDATE"
 _INSERT: Final = """
@@ -131,6 +133,38 @@ def persist(conn: Connection, confirmations: Sequence[Confirmation], now: dateti
         return _insert(cursor, rows)
 
 
+def notify(conn: Connection, confirmation: Mapping[str, Any], now: datetime) -> int:
+    """Queue a confirmation that holds no event for every subscription that it matches; return how many deliveries that makes.
+
+    The same confirmation makes one delivery, however often it comes. Commits. Raises DatabaseOutage (retry).
+    """
+    type_, eval_id, at = confirmation["type"], confirmation.get("eval_id"), confirmation.get("recorded_at") or rfc3339(now)
+    with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
+        subscriptions = _subscriptions(cursor)
+        if not subscriptions:
+            return 0
+        (record,) = cursor.execute(_RECORDS, [[eval_id]]).fetchall()[:1] or [(eval_id, None, None, None)]
+        _, status, run_id, submitter = record
+        if confirmation.get("dimension") == "submitter":
+            submitter = confirmation["value"]
+        message = body(type_, at, confirmation)
+        rows = [
+            {
+                "eval_id": eval_id or _SUBJECT + str(confirmation.get("run_id") or confirmation.get("anomaly_id")),
+                "id": uuid5(NAMESPACE_URL, f"evalstore:webhook:{webhook_id}:{message.decode()}"),
+                "webhook_id": webhook_id,
+                "type": type_,
+                "version": confirmation.get("version", 0),
+                "body": message,
+                "next_at": now,
+                "now": now,
+            }
+            for webhook_id, one in subscriptions.items()
+            if one.matches((type_,), confirmation.get("status", status), confirmation.get("run_id", run_id), submitter)
+        ]
+        return _insert(cursor, rows)
+
+
 def _subscriptions(cursor: psycopg.Cursor[Any]) -> dict[UUID, Subscription]:
     return {
         webhook_id: Subscription(url, tuple(types), tuple(statuses), run_id, submitter)
@@ -142,7 +176,7 @@ def _described(one: Confirmation, record: Sequence[Any] | None) -> tuple[str, st
     """The type of a confirmation, and the evaluation's status, run and submitter."""
     status, run_id, submitter = record or (None, None, None)
     is_created = one.version == len(one.event_ids)
-    return f"storage:evaluation:{'created' if is_created else 'updated'}", one.status or status, run_id, submitter
+    return CREATED if is_created else UPDATED, one.status or status, run_id, submitter
 
 
 def _row(
@@ -200,8 +234,8 @@ def erase(conn: Connection, eval_id: str, now: datetime) -> int:
     Subscriptions that filter by status, run or submitter get it where they were to get anything of the evaluation lately:
     the record that would tell is gone. Commits. Raises DatabaseOutage (retry).
     """
-    data = {"type": _ERASED, "eval_id": eval_id, "recorded_at": rfc3339(now)}
-    message = body(_ERASED, rfc3339(now), data)
+    data = {"type": ERASED, "eval_id": eval_id, "recorded_at": rfc3339(now)}
+    message = body(ERASED, rfc3339(now), data)
     with database.errors(), conn.begin(), database.driver(conn).cursor() as cursor:
         subscriptions = _subscriptions(cursor)
         cursor.execute(_LOCK, [list(subscriptions)])
@@ -211,14 +245,14 @@ def erase(conn: Connection, eval_id: str, now: datetime) -> int:
                 "eval_id": eval_id,
                 "id": uuid4(),
                 "webhook_id": webhook_id,
-                "type": _ERASED,
+                "type": ERASED,
                 "version": 0,
                 "body": message,
                 "next_at": now,
                 "now": now,
             }
             for webhook_id, one in subscriptions.items()
-            if not one.event_types or _ERASED in one.event_types
+            if not one.event_types or ERASED in one.event_types
             if webhook_id in had or (one.run_id, one.submitter, one.statuses) == (None, None, ())
         ]
         return _insert(cursor, rows)
@@ -342,7 +376,9 @@ def prune(conn: Connection, before: datetime) -> int:
 
 
 _HISTORY: Final = """
-SELECT id, webhook_id, type, nullif(eval_id, '') AS eval_id, version, state, attempts, status_code, error, created_at,
+SELECT id, webhook_id, type,
+    CASE WHEN eval_id <> '' AND NOT starts_with(eval_id, '/') THEN eval_id END AS eval_id,
+    version, state, attempts, status_code, error, created_at,
     CASE WHEN state = 'pending' THEN greatest(next_at, created_at) END AS next_at, finished_at
 FROM webhook_deliveries
 WHERE webhook_id = %(webhook_id)s AND (%(state)s::text IS NULL OR state = %(state)s::text)

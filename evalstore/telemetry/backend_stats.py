@@ -144,6 +144,7 @@ class BackendStats:
             return error, {}
         self._had_schema = True
         found = stored.server(conn) | stored.sinks(conn, self._settings.outbox_max_age_s) | stored.webhook_numbers(conn)
+        found |= stored.anomaly_numbers(conn)
         return None, found
 
     def _all_contents(self, conn: Connection) -> stored.Numbers:

@@ -26,7 +26,14 @@ _HEAD_BYTES: Final = 64
 
 
 _COUNTED_BY_ALL: Final = frozenset(
-    {"evalstore_conflicting_results_total", "evalstore_merge_states_rebuilt_total", "evalstore_database_connections"}
+    {
+        "evalstore_conflicting_results_total",
+        "evalstore_merge_states_rebuilt_total",
+        "evalstore_database_connections",
+        "evalstore_hook_duration_seconds",
+        "evalstore_hook_events_total",
+        "evalstore_hook_off",
+    }
 )
 
 
@@ -44,7 +51,7 @@ class Schema:
         self.is_gauge, self.is_largest = bytearray(), bytearray()
         self.size = 0
         for metric in self.metrics.values():
-            for labels in product(*(known or values[label] for label, known in metric.labels.items())):
+            for labels in product(*(known or values.get(label, ()) for label, known in metric.labels.items())):
                 self.offsets[metric.name, labels] = self.size
                 # A histogram has a count for each bucket, one above the last bucket, and the sum.
                 width = len(metric.buckets) + 2 if metric.kind == "histogram" else 1

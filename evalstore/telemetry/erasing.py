@@ -3,25 +3,31 @@
 from datetime import timedelta
 from typing import Final
 
-from evalstore.storage import garbage_collect
+from sqlalchemy import Connection
+
+from evalstore.storage import clients, garbage_collect
 from evalstore.storage.erasure import Surroundings
 from evalstore.telemetry import backlog, queues
 from models.errors import EvalstoreError
 from models.settings import Settings
 from tasks.broker import SendingBroker
 
-# Workers that know tables of this revision store no event of an evaluation that has a tombstone.
+# Processes that know tables of this revision store no event of an evaluation that has a tombstone.
 _REVISION: Final = "0012"
 
 
-class OlderWorkers(EvalstoreError):
-    """A worker of an older release runs, which would store events of an erased evaluation anew."""
+class OlderProcesses(EvalstoreError):
+    """A process of an older release runs. It would store events of an erased evaluation anew."""
 
 
-def refuse_older_workers(broker: SendingBroker) -> None:
-    """Raises OlderWorkers, RedisOutage (retry)."""
-    if older := queues.older_workers(broker, _REVISION):
-        raise OlderWorkers(f"workers of an older release run, and would store late events anew: {', '.join(older[:10])}")
+def refuse_older_processes(conn: Connection, broker: SendingBroker) -> None:
+    """Raise OlderProcesses if a process of an older release runs: workers by their heartbeats, others by their connections.
+
+    Raises RedisOutage, DatabaseOutage (retry).
+    """
+    older = queues.older_workers(broker, _REVISION) or clients.older(conn, _REVISION)
+    if older:
+        raise OlderProcesses(f"processes of an older release run, and would store late events anew: {', '.join(older[:10])}")
 
 
 def surroundings(settings: Settings, broker: SendingBroker) -> Surroundings:
@@ -31,6 +37,7 @@ def surroundings(settings: Settings, broker: SendingBroker) -> Surroundings:
     return Surroundings(
         garbage_collect.targets(settings),
         lambda: backlog.snapshot(broker, broker.spool, longest_s=longest_s),
+        lambda eval_id: queues.forget_dead_letters(broker, eval_id),
         lambda eval_id, event_ids: queues.forget_evaluation(broker, eval_id, event_ids),
         grace,
     )

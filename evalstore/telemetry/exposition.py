@@ -180,12 +180,20 @@ class _Server(ThreadingHTTPServer):
 class Endpoint:
     """Serves `/metrics`, `/health/live` and `/health/ready`."""
 
-    def __init__(self, role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
-        standing = BackendStats(settings)
+    def __init__(
+        self,
+        role: str,
+        group: Group,
+        layout: Schema,
+        settings: Settings,
+        port: int,
+        is_ready: Callable[[], Answer] | None = None,
+    ) -> None:
+        standing = None if is_ready else BackendStats(settings)
         text = Exposition(role, layout, lambda: group.totals(layout), group, settings, standing).text
         answers: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: live(group),
-            "/health/ready": lambda: ready(standing),
+            "/health/ready": is_ready or (lambda: ready(standing or BackendStats(settings))),
         }
 
         class Handler(BaseHTTPRequestHandler):
@@ -215,14 +223,19 @@ class Endpoint:
         self.server = _Server(settings.metrics_host, port, Handler)
 
 
-def start(role: str, group: Group, layout: Schema, settings: Settings, port: int) -> None:
-    """Serve from a thread. If it cannot listen, warn once and retry: a process of the last release may still use the port."""
+def start(
+    role: str, group: Group, layout: Schema, settings: Settings, port: int, is_ready: Callable[[], Answer] | None = None
+) -> None:
+    """Serve from a thread. If it cannot listen, warn once and retry: a process of the last release may still use the port.
+
+    `is_ready` answers `/health/ready` of a process that does not need both Redis and PostgreSQL.
+    """
 
     def serve() -> None:
         warned = False
         while True:
             try:
-                server = Endpoint(role, group, layout, settings, port).server
+                server = Endpoint(role, group, layout, settings, port, is_ready).server
             except OSError as error:
                 if not warned:
                     log.warning("metrics_not_served", address=authority(settings.metrics_host, port), error=error.strerror)

@@ -20,8 +20,8 @@ from evalstore.objects import permissions
 from evalstore.telemetry.counters import Counters, Schema, loops
 from models.errors import EvalstoreError
 
-Role = Literal["worker", "scheduler", "api", "sinks"]
-ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api", "sinks")
+Role = Literal["worker", "scheduler", "api", "sinks", "bridge"]
+ROLES: Final[tuple[Role, ...]] = ("worker", "scheduler", "api", "sinks", "bridge")
 _TOTAL: Final = "total"
 _PAST: Final = "past;"
 _FORGOTTEN_AFTER_S: Final = 60.0

@@ -1,4 +1,4 @@
-"""The queues and the workers, as Redis holds them. Nothing here writes."""
+"""The queues and the workers, as Redis holds them. Only erasing writes here."""
 
 import time
 from collections.abc import Iterable
@@ -7,9 +7,12 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import redis
 
-from models.errors import RedisOutage
+from models.content import objects_named
+from models.errors import InvalidEvent, RedisOutage
+from models.events import decode, identified, identity
 from models.metrics import QUEUES
 from tasks.broker import SendingBroker
+from tasks.keys import QUEUE
 from tasks.redrives import REDRIVEN
 
 # A worker writes a heartbeat every two seconds (worker/heartbeat.py).
@@ -90,6 +93,7 @@ def older_workers(broker: SendingBroker, revision: str) -> list[str]:
 
 
 _DELETED_AT_ONCE: Final = 1000
+_SCANNED_AT_ONCE: Final = 20
 
 
 def forget_evaluation(broker: SendingBroker, eval_id: str, event_ids: Iterable[str]) -> None:
@@ -100,6 +104,37 @@ def forget_evaluation(broker: SendingBroker, eval_id: str, event_ids: Iterable[s
             broker.client.unlink(*keys[start : start + _DELETED_AT_ONCE])
     except redis.RedisError as error:
         raise RedisOutage(str(error)) from error
+
+
+def forget_dead_letters(broker: SendingBroker, eval_id: str) -> tuple[int, set[bytes]]:
+    """Delete the dead letters of an evaluation that no worker has moved to the database yet.
+
+    Return their number, and the SHA-256 of the objects that they named. Reads all dead letters in Redis: these are few, because
+    workers move them within seconds. Raises RedisOutage (retry).
+    """
+    keys, deleted = broker.keys(QUEUE), 0
+    objects: set[bytes] = set()
+    try:
+        for redis_id, body in broker.client.hscan_iter(keys.dead_bodies, count=_SCANNED_AT_ONCE):
+            if _eval_id(body) != eval_id:
+                continue
+            with broker.client.pipeline(transaction=True) as pipeline:
+                pipeline.zrem(keys.dead, redis_id)
+                pipeline.hdel(keys.dead_bodies, redis_id)
+                pipeline.hdel(keys.causes, redis_id)
+                deleted += pipeline.execute()[1]
+            objects |= objects_named(body)
+    except redis.RedisError as error:
+        raise RedisOutage(str(error)) from error
+    return deleted, objects
+
+
+def _eval_id(body: bytes) -> str | None:
+    try:
+        message = decode(body)
+        return identity(identified(message["args"][0], message["message_id"], message["message_timestamp"]))[0]
+    except (InvalidEvent, LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def oldest_age_s(broker: SendingBroker, queue: str) -> float:

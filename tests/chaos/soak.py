@@ -161,7 +161,7 @@ class Soak:
     def _connections(self, world: World) -> dict[str, int]:
         with psycopg.connect(world.database_url) as conn:
             [(postgres,)] = conn.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'evalstore'"
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'evalstore%'"
             ).fetchall()
         return {"postgres": postgres, "redis": len(world.client.client_list())}
 

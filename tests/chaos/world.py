@@ -70,6 +70,7 @@ class Workers:
         self.folder, self.env, self.module, self.size, self.threads = folder, env, module, processes_, threads
         self.log = folder / f"worker-{uuid4().hex[:6]}.log"
         self.prefix: list[str] = []  # A command prefix, to run commands elsewhere.
+        self.cwd = ROOT  # The folder of the release that runs.
         self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
@@ -78,7 +79,7 @@ class Workers:
         command = [*self.prefix, sys.executable, "-m", "dramatiq", self.module, "-p", str(self.size), "-t", str(self.threads)]
         with self.log.open("ab") as output:
             self._guard = processes.start(
-                command, mark=self.folder, output=output, grace_s=60, cwd=ROOT, env={**os.environ, **self.env}
+                command, mark=self.folder, output=output, grace_s=60, cwd=self.cwd, env={**os.environ, **self.env}
             )
         if wait:
             wait_until(lambda: self.log.read_bytes().count(_READY) >= so_far + self.size, what="the workers are ready")

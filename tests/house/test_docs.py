@@ -73,6 +73,12 @@ def test_what_is_made_from_the_code_is_fresh() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+def test_the_types_of_the_typescript_client_are_those_of_the_document() -> None:
+    generate = ROOT / "clients" / "typescript" / "generate.py"
+    done = subprocess.run([sys.executable, generate, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     steps = _steps((DOCS / "tutorial.md").read_text())
     install, start, *rest = steps

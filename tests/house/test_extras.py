@@ -63,6 +63,8 @@ def run(folder: Path, hidden: set[str], *words: str, **environment: str) -> subp
 
 def test_the_table_of_extras_is_that_of_the_project() -> None:
     for extra, (modules, behind) in EXTRAS.items():
+        if extra == "bigquery" and not is_installed(extra):
+            continue  # make setup-integrations
         assert all(any(module.startswith(name) for name in packages(extra)) for module in modules), extra
         assert len(modules) == len(distributions(extra)), extra
         if behind:

@@ -10,7 +10,7 @@ import pytest
 
 import evalstore
 from evalstore.client import StorageClient
-from tasks import store_evaluation, store_evaluations
+from tasks import recording, store_evaluation, store_evaluations
 from tasks.confirmations import Confirmations
 
 IMPORT = """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("evalstore", "models", "tasks", "worker")
 # Pairs of modules that still import each other, with any others between them. Remove a pair once its circle is gone.
 CIRCLES: set[tuple[str, str]] = set()
-OURS = "from tasks import store_evaluation, store_evaluations"
+OURS = "from tasks import recording, store_evaluation, store_evaluations"
 
 
 def imported(what: str = OURS) -> tuple[float, set[str]]:
@@ -75,9 +75,11 @@ def test_importing_evalstore_offers_each_public_name_and_loads_none_of_them() ->
     assert {name: getattr(evalstore, name) for name in evalstore.__all__} == {
         "Confirmations": Confirmations,
         "StorageClient": StorageClient,
+        "recording": recording,
         "store_evaluation": store_evaluation,
         "store_evaluations": store_evaluations,
     }
+    assert dir(evalstore) == evalstore.__all__
     with pytest.raises(AttributeError, match="no attribute 'store_event'"):
         evalstore.store_event  # noqa: B018
 
@@ -86,6 +88,12 @@ def test_sending_by_way_of_evalstore_loads_no_server_side_package() -> None:
     _, modules = imported("from evalstore import store_evaluation, store_evaluations")
     assert "tasks.actor" in modules
     assert not modules & {"sqlalchemy", "psycopg", "boto3", "httpx", "evalstore.storage", "evalstore.telemetry", "worker"}
+
+
+def test_adapters_load_no_library_that_they_adapt() -> None:
+    _, modules = imported("import tasks.middleware, tasks.celery_signals, evalstore.inspect_hooks")
+    assert {"tasks.celery_signals", "evalstore.inspect_hooks"} <= modules
+    assert not modules & {"celery", "inspect_ai", "redis", "boto3", "sqlalchemy", "psycopg"}
 
 
 def module_name(path: Path) -> str:

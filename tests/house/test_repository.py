@@ -126,7 +126,7 @@ def test_the_tests_begin_with_style_types_and_layers() -> None:
 
 
 def test_every_room_is_typed_layered_and_shipped(project: dict[str, Any]) -> None:
-    beside = {"tests", "bench", "docs", "examples", "deploy"}
+    beside = {"tests", "bench", "docs", "examples", "deploy", "clients"}
     rooms = {
         path.relative_to(ROOT).parts[0]
         for path in files()
@@ -163,7 +163,7 @@ def test_ci_runs_make_test_and_ends_as_it_ends(tmp_path: Path, status: int) -> N
     done = subprocess.run(
         ["bash", ROOT / ".ci/run"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (status, f"make test in {ROOT}\n")
+    assert (done.returncode, done.stdout) == (status, f"make setup-integrations in {ROOT}\nmake test in {ROOT}\n")
 
 
 def test_a_commit_is_checked_as_the_tests_check(project: dict[str, Any]) -> None:

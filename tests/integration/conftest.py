@@ -143,6 +143,17 @@ class Api:
         if self._process is not None:
             self._process.send_signal(SIGTERM)
 
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            processes.kill_now(self._process)
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        if self._process is not None:
+            self._process.wait(timeout=40)
+
     def stop(self) -> None:
         self._close_clients()
         if self._process is not None:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from evalstore.storage import database, event_store, rebuild
 from evalstore.storage.event_store import Confirmation, Stored
-from evalstore.storage.event_writer import PipelineWriter
+from evalstore.storage.event_writer import CopyWriter
 from models import Event
 from models.fold import Folded, fold
 from models.record import EventRow, RecordRow, to_row
@@ -52,7 +52,7 @@ def store_as_before(conn: Connection, events: list[Event]) -> Stored:
                 }
                 contents: list[Any] = []
                 rows = [event_store._without_large(one, contents) for of_one in new.values() for one in of_one]
-                PipelineWriter(raw, {}).log(rows, contents)
+                CopyWriter(raw, {}).log(rows, contents)
                 for eval_id, of_one in new.items():
                     folded = fold(logged.get(eval_id), of_one)
                     conflicts += folded.conflicting_results

@@ -179,6 +179,17 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(database_url: str,
     assert row["state"] == "revoked"
     assert run_evalstore("keys", "revoke", "absent", status=3).stdout == ""
     assert "--scope" in run_evalstore("keys", "create", "ci", status=2).stderr
+    made = run_evalstore(
+        "keys", "create", "t", "--scope", "read", "--submitter", "ann", "--run-prefix", "t-", "--rate", "9/m", "-o", "json"
+    )
+    told = {"scopes": "read", "submitter": "ann", "run_prefix": "t-", "rate": "9/m", "state": "usable"}
+    assert json.loads(made.stdout).items() >= told.items()
+    assert json.loads(run_evalstore("keys", "list", "-o", "json").stdout)[-1].items() >= told.items()
+    table = " ".join(run_evalstore("keys", "list").stdout.split())
+    assert all(part in table for part in ("(ann,", "t-*,", "9/m)", "usable"))
+    for wrong in (["--run-prefix", ""], ["--run-prefix", "a/"], ["--submitter", ""], ["--rate", "9"], ["--rate", "0/s"]):
+        assert wrong[0] in run_evalstore("keys", "create", "t", "--scope", "read", *wrong, status=2).stderr
+    assert "admin" in run_evalstore("keys", "create", "t", "--scope", "admin", "--submitter", "ann", status=2).stderr
     assert "90d" in run_evalstore("keys", "create", "ci", "--scope", "read", "--expires-in", "soon", status=2).stderr
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
+from evalstore.api.rendering import with_prefix
 from evalstore.client.http import StorageClient
 from models import InvalidSettings
 from models.settings import Settings
@@ -137,3 +138,8 @@ def test_a_prefix_may_end_in_a_slash() -> None:
 def test_a_client_refuses_an_address_that_can_be_none(url: str) -> None:
     with pytest.raises(ValueError, match="expected an address"):
         StorageClient(url, "key")
+
+
+def test_the_address_of_large_content_has_the_prefix_beside_content_with_lone_surrogates() -> None:
+    body = b'{"code":"\\ud800","output_url":"/storage/evaluations/e/output"}'
+    assert with_prefix("/p", body) == b'{"code":"\\ud800","output_url":"/p/storage/evaluations/e/output"}'

@@ -12,7 +12,8 @@ from redis.client import PubSub
 from sqlalchemy import Connection, text
 
 from evalstore.local.servers import Valkey
-from evalstore.storage import event_store, outbox
+from evalstore.sinks.statistics import catch_up
+from evalstore.storage import event_store, outbox, runs
 from models.errors import RedisOutage
 from models.events import parse
 from models.settings import settings
@@ -78,6 +79,21 @@ def test_each_evaluation_and_commit_is_confirmed_with_what_it_holds(conn: Connec
     assert (second["eval_id"], second["version"], second["status"]) == ("a", 3, "running")
     assert second["recorded_at"].endswith("Z")
     assert pending(conn) == 0
+
+
+def test_the_end_of_a_run_is_relayed_published_and_read(conn: Connection, broker: Broker) -> None:
+    with broker.client.pubsub() as listener:
+        listener.subscribe("storage:run:finished")
+        store(conn, "a", 1)
+        runs.declare(conn, "r", {"closed": True})
+        catch_up(conn)
+        assert confirmation_relay.relay(conn, broker.names, broker.lua, broker.metrics.counters) == 2
+        _, published = (listener.get_message(timeout=5) for _ in range(2))
+    assert published is not None
+    assert b'"run_id":"r"' in published["data"]
+    of_evaluation, of_run = read(broker.client)
+    assert (of_evaluation["eval_id"], of_run["type"], of_run["run_id"]) == ("a", "storage:run:finished", "r")
+    assert read(broker.client) == []
 
 
 def test_a_backlog_is_relayed_in_turns_of_which_none_is_broken_off(

@@ -15,19 +15,23 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import redis
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
+from evalstore.local.servers import Postgres
 from evalstore.objects import object_store
 from evalstore.objects.object_store import Store
-from evalstore.storage import event_store, event_writer, tombstones
+from evalstore.storage import database, event_store, event_writer, tombstones
 from models import Event
 from models.content import Reference
 from models.events import parse
 from models.settings import Settings
 from tasks.keys import Names
+from tasks.uploads import Uploader
 from tests.chaos.relay import ROOT
-from tests.chaos.world import World
+from tests.chaos.world import World, wait_until
+from tests.conftest import new_database
 from tests.integration.shell import KEYS, Done, Operator, bury
 
 Json = dict[str, Any]
@@ -50,7 +54,8 @@ main()
 """
 STEPS = [
     *("evalstore.storage.tombstones:keep", "evalstore.storage.tombstones:add", "evalstore.storage.dead_letters:erase"),
-    *("evalstore.storage.erasure:_delete", "evalstore.telemetry.queues:forget_evaluation"),
+    *("evalstore.telemetry.queues:forget_dead_letters", "evalstore.storage.erasure:_delete"),
+    "evalstore.telemetry.queues:forget_evaluation",
     "evalstore.storage.erasure:_delete_objects",
 ]
 
@@ -239,6 +244,74 @@ def test_it_refuses_while_a_worker_of_an_older_release_runs(
     assert erase(operator, "e").status == 0
 
 
+@pytest.mark.parametrize(("name", "status"), [("evalstore", 1), ("evalstore 0011", 1), ("evalstore 0012", 0), ("psql", 0)])
+def test_it_refuses_while_any_other_process_of_an_older_release_is_connected(
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], database_url: str, name: str, status: int
+) -> None:
+    """An API process sends no heartbeat. Its connections tell which tables it knows."""
+    put(engine, [event("queued", 1)])
+    with psycopg.connect(database_url, application_name=name):
+        done = erase(operator, "e")
+    assert (done.status, "older release" in done.err) == (status, bool(status))
+    assert bool(left(plain)) == bool(status)
+
+
+def test_dead_letters_that_still_lie_in_redis_go_as_well(
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], world: World
+) -> None:
+    put(engine, [event("queued", 1)])
+    for redis_id, eval_id in (("a", "e"), ("b", "other"), ("c", "e")):
+        _die_in_redis(world, redis_id, fields("completed", 5, eval_id=eval_id))
+    world.client.hset(KEYS.dead_bodies, "d", b"no message")
+    done = erase(operator, "e")
+    assert (done.status, done.json["dead_letters"]) == (0, 2)
+    assert set(world.client.hkeys(KEYS.dead_bodies)) == {b"b", b"d"}
+    assert [world.client.zrange(KEYS.dead, 0, -1), world.client.hkeys(KEYS.causes)] == [[b"b"], [b"b"]]
+    # A letter that died meanwhile is not moved to the table.
+    _die_in_redis(world, "late", fields("completed", 6))
+    world.client.hdel(KEYS.dead_bodies, "d")
+    world.workers().start()
+    wait_until(lambda: not world.client.hlen(KEYS.dead_bodies), what="the letters are moved")
+    assert left(plain) == {}
+    assert left(plain, "other") == {"dead_letters": 1}
+
+
+def _die_in_redis(world: World, redis_id: str, given: Json) -> None:
+    world.client.hset(KEYS.dead_bodies, redis_id, world.message(given).encode())
+    world.client.hset(KEYS.causes, redis_id, json.dumps({"error_class": "InvalidEvent"}))
+    world.client.zadd(KEYS.dead, {redis_id: datetime.now(UTC).timestamp() * 1000})
+
+
+@pytest.mark.parametrize("age", [0.49, 30.0], ids=["younger than half the grace", "old"])
+def test_an_object_that_a_sender_has_just_found_stays_and_its_event_is_whole(
+    operator: Operator, engine: Engine, world: World, tmp_path: Path, eventually: Callable[..., None], age: float
+) -> None:
+    """The sender has not sent its event yet when the only evaluation that names the object is erased."""
+    url, content = f"file://{tmp_path}/objects", "x" * 100_000
+    operator.env["EVALSTORE_OBJECT_STORE_URL"] = url
+    made = object_store.open_store(url, Settings())
+    reference, given = referring(made, content.encode())
+    put(engine, [event("completed", 1, output_ref=given)])
+    [path] = (tmp_path / "objects").rglob(f"{reference.sha256}*")
+
+    def grow_older(by: float) -> None:
+        then = path.stat().st_mtime - by * Settings().sweep_grace_days * 86_400
+        os.utime(path, (then, then))
+
+    grow_older(age)
+    found = fields("completed", 2, eval_id="later", output=content)
+    Uploader(Settings(object_store_url=url)).offload([found])
+    assert found["output_ref"] == given
+    grow_older(0.1)
+    done = erase(operator, "e")
+    assert (done.json["objects"], done.json["objects_left"]) == (0, 1)
+    world.workers(EVALSTORE_OBJECT_STORE_URL=url).start()
+    world.send([found])
+    eventually(lambda: operator.evalstore("get", "later").status == 0, within_s=30, what="the event is stored")
+    assert operator.evalstore("get", "later", "--output").out == content
+    assert operator.evalstore("archive", "verify").status == 0
+
+
 def test_after_a_restore_the_tombstones_are_applied_again(
     operator: Operator, engine: Engine, plain: psycopg.Connection[Json], store: Store
 ) -> None:
@@ -259,15 +332,48 @@ def test_after_a_restore_the_tombstones_are_applied_again(
     assert left(plain, "f")
 
 
+def test_a_restored_backup_holds_nothing_erased_once_the_tombstones_are_applied(
+    operator: Operator, engine: Engine, shared_postgres: Postgres, database_url: str, store: Store
+) -> None:
+    own, own_ref = referring(store, os.urandom(5000))
+    put(engine, [event("completed", 1, output_ref=own_ref), event("queued", 1, eval_id="f"), event("queued", 1, eval_id="g")])
+    assert erase(operator, "f").status == 0
+    engine.dispose()  # PostgreSQL copies only a database without connections.
+    with new_database(shared_postgres, str(conninfo_to_dict(database_url)["dbname"])) as restored_url:
+        assert erase(operator, "e").status == 0
+        operator.env["EVALSTORE_DATABASE_URL"] = restored_url
+        assert operator.evalstore("get", "e").status == 0
+        done = operator.evalstore("erase", "--reapply", "-o", "json")
+        assert (done.status, done.json["evaluations"], done.json["tombstones"]) == (0, 1, 2)
+        assert operator.evalstore("erase", "--reapply", "-o", "json").json["evaluations"] == 0
+        assert [operator.evalstore("get", eval_id).status for eval_id in "efg"] == [3, 3, 0]
+        restored = database.engine(restored_url)
+        assert put(restored, [event("queued", 5), event("queued", 5, eval_id="f")]) == ["erased", "erased"]
+        restored.dispose()
+        with psycopg.connect(restored_url, row_factory=dict_row) as conn:
+            assert left(conn) == {}
+        # The object goes with the sweep: somebody touched it lately.
+        operator.env["EVALSTORE_SWEEP_GRACE_DAYS"] = "0.00000001"
+        assert operator.evalstore("archive", "sweep", "--yes").status == 0
+        assert own.key not in keys_of(store)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_any_step_under_load_it_ends_when_repeated(
-    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], tmp_path: Path, redis_url: str, step: str, when: str
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], tmp_path: Path, world: World, step: str, when: str
 ) -> None:
     operator.env |= {"EVALSTORE_OBJECT_STORE_URL": f"file://{tmp_path}/objects", "EVALSTORE_SWEEP_GRACE_DAYS": "0.00000001"}
     made = object_store.open_store(operator.env["EVALSTORE_OBJECT_STORE_URL"], Settings())
     _, given = referring(made, os.urandom(5000))
-    put(engine, [event("completed", 1, output_ref=given)])
+    shared, shared_ref = referring(made, os.urandom(5000))
+    put(engine, [event("completed", 1, output_ref=given, error_ref=shared_ref, metadata={"a": "x" * 5000})])
+    put(engine, [event("completed", 1, eval_id="sharing", output_ref=shared_ref)])
+    bury(engine, world, 1, events=[fields("queued", 9)])
+    _die_in_redis(world, "dead", fields("queued", 8))
+    redis_keys = [NAMES.cached_record("e"), NAMES.given_time("e", str(UUID(int=1)))]
+    for key in redis_keys:
+        world.client.set(key, "kept")
     stop, outcomes, failures = threading.Event(), [""], list[BaseException]()
 
     def go_on() -> None:
@@ -294,9 +400,12 @@ def test_killed_at_any_step_under_load_it_ends_when_repeated(
     assert failures == []
     assert outcomes == ["erased"]
     assert left(plain) == {}
-    assert not redis.Redis.from_url(redis_url).exists(NAMES.cached_record("e"))
+    assert not world.client.exists(*redis_keys, KEYS.dead, KEYS.dead_bodies, KEYS.causes)
     operator.evalstore("archive", "sweep", "--yes")
-    assert keys_of(made) == set()
+    assert keys_of(made) == {shared.key}
+    assert operator.evalstore("archive", "verify").status == 0
+    told = plain.execute("SELECT body FROM confirmations WHERE body LIKE '%%:erased%%'").fetchall()
+    assert [json.loads(one["body"])["eval_id"] for one in told] == ["e"]
     assert left(plain, "other")
 
 

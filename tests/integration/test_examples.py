@@ -119,10 +119,10 @@ def test_an_event_of_each_gateway_is_stored(
     assert (record.status, record.version, record.code, record.language) == ("queued", 1, PROGRAM, "python")
 
 
-def blocks(language: str) -> list[str]:
-    """What the how-to shows in that language."""
-    text = (ROOT / "docs" / "how-to" / "wire-a-gateway.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+def blocks(language: str, page: str = "docs/how-to/wire-a-gateway.md") -> list[str]:
+    """What a page shows in that language, except what a comment marks as not run."""
+    text = (ROOT / page).read_text()
+    return re.findall(rf"(?<!<!-- not run -->\n)```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))
@@ -132,6 +132,24 @@ def test_the_python_of_the_how_to_sends_an_event_that_is_stored(
     sent = python("-c", snippet, redis_url=redis_url)
     assert (sent.returncode, sent.stderr) == (0, "")
     eventually(lambda: stored(database_url, "run-1") is not None, within_s=20)
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [*blocks("python", "docs/how-to/record-evaluations.md"), *blocks("python", "README.md")],
+    ids=["7", "8", "9", "2"],
+)
+def test_a_recording_of_the_how_to_is_stored_as_completed(
+    snippet: str, worker: None, database_url: str, redis_url: str, eventually: Eventually
+) -> None:
+    recorded = python("-c", snippet, redis_url=redis_url)
+    assert (recorded.returncode, recorded.stderr) == (0, "")
+    [eval_id] = re.findall(r'"(run-\d(?::\d)?)"(?=[,)])', snippet)[:1]
+    eventually(lambda: (record := stored(database_url, eval_id)) and record.status == "completed", within_s=20)
+    record = stored(database_url, eval_id)
+    assert record is not None
+    assert record.output in ("42\n", "1\n")
+    assert record.exit_code == 0
 
 
 def test_the_message_of_the_how_to_is_stored(worker: None, database_url: str, redis_url: str, eventually: Eventually) -> None:

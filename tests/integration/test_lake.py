@@ -60,7 +60,12 @@ def stored(conn: Connection, *events: dict[str, Any]) -> list[StoredEvent]:
     parsed = [parse({"event_id": str(uuid4()), "occurred_at": "2026-01-01T00:00:00Z", **one}) for one in events]
     event_store.store(conn, parsed)
     found = event_reader.by_key(conn, [(str(one.eval_id), str(one.event_id)) for one in parsed])
-    return list(found.values())
+    return [as_event(fields) for fields in found.values()]
+
+
+def as_event(fields: dict[str, Any]) -> StoredEvent:
+    times = [datetime.fromisoformat(fields[name]) for name in ("recorded_at", "occurred_at")]
+    return StoredEvent(ReplayKey(times[0], fields["eval_id"], times[1], fields["event_id"]), fields)
 
 
 def test_events_come_back_as_postgresql_gives_them(lake: Lake, conn: Connection) -> None:

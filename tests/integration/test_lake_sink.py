@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -18,10 +19,16 @@ from evalstore.storage import event_reader, event_store
 from models.events import parse
 from models.settings import Settings
 from tests.integration.shell import Operator
-from tests.polling import looks
 from tests.sinks import Runner
 
 pytest.importorskip("pyiceberg", reason="the lake needs the extra `lake`: make setup-integrations")
+
+
+class Logged(NamedTuple):
+    """An event of the log."""
+
+    fields: dict[str, Any]
+
 
 _RANDOM = random.Random()  # noqa: S311 - moments of kills
 Eventually = Callable[..., None]
@@ -43,7 +50,7 @@ def runner(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Runner
         "EVALSTORE_REDIS_URL": redis_url,
         "EVALSTORE_LAKE_URL": f"file://{tmp_path}/lake",
     }
-    found = Runner(folder, environment, '[lake]\ntype = "lake"\ngather_s = 0.1\n')
+    found = Runner(folder, environment, '[lake]\ntype = "lake"\nbatch_s = 0.1\n')
     yield found
     found.kill()
     print(found.log.read_text()[-4000:] if found.log.exists() else "")
@@ -97,7 +104,7 @@ def test_each_event_is_there_once_through_kills_a_second_writer_and_maintenance(
         with engine.connect() as own:
             while not stop.wait(0.05):
                 found = event_reader.by_key(own, _RANDOM.sample(keys, min(20, len(keys))))
-                lake.append_events(list(found.values()))
+                lake.append_events([Logged(fields) for fields in found.values()])
                 if _RANDOM.random() < 0.2:
                     maintenance.run_once(lake)
         lake.close()
@@ -130,15 +137,3 @@ def test_a_rewound_sink_adds_nothing_twice_and_an_erasure_reaches_the_lake(
     keys += store(conn, ["last"])
     wanted = Counter(key for key in keys if key[0] != "e7")
     eventually(lambda: counted(lake_settings) == wanted, within_s=30)
-
-
-def test_what_was_gathered_is_appended_at_a_stop(runner: Runner, conn: Connection, lake_settings: Settings) -> None:
-    runner.file.write_text('[lake]\ntype = "lake"\ngather_s = 3600\n')
-    keys = store(conn, ["a", "b"])
-    for number, _ in enumerate(looks(60)):
-        runner.start()
-        time.sleep(2 + number)  # until it has gathered something, which nothing shows
-        assert runner.stop() == 0
-        if counted(lake_settings) == Counter(keys):
-            return
-    pytest.fail("nothing was appended")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from dramatiq import Message
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 
-from evalstore.storage import event_store
+from evalstore.storage import event_store, stalled
 from evalstore.telemetry import backlog, queues
 from models.events import parse
 from models.settings import Settings
@@ -27,8 +27,9 @@ def event(kind: str, **fields: Any) -> dict[str, Any]:
 def stored(conn: Connection, *events: dict[str, Any], recorded_s_ago: float) -> None:
     """Store these as if that long ago."""
     event_store.store(conn, [parse(one) for one in events])
+    times = ("evaluation_events", "recorded_at"), ("evaluations", "created_at"), ("evaluations", "updated_at")
     with conn.begin():
-        for table, column in (("evaluation_events", "recorded_at"), ("evaluations", "updated_at")):
+        for table, column in times:
             conn.execute(text(f"UPDATE {table} SET {column} = now() - make_interval(secs => :ago)"), {"ago": recorded_s_ago})
 
 
@@ -67,8 +68,6 @@ def test_a_started_event_postpones_lost(conn: Connection, broker: Broker) -> Non
 
 
 def test_two_processes_make_the_same_lost_event(conn: Connection, broker: Broker) -> None:
-    from evalstore.storage import stalled  # noqa: PLC0415
-
     stored(conn, event("started", timeout_s=1), recorded_s_ago=1000)
     limits = {"grace_s": 60, "queued_limit_s": 7200, "running_limit_s": 3600}
     first, second = stalled.find(conn, **limits), stalled.find(conn, **limits)
@@ -103,6 +102,37 @@ def test_an_evaluation_that_can_never_be_lost_does_not_block_others(
 
     assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
     assert status(conn) == "lost"
+
+
+def test_the_search_for_stalled_evaluations_reads_no_event_log(conn: Connection, engine: Engine, broker: Broker) -> None:
+    stored(conn, event("queued", code=""), event("started", timeout_s=1), event("started", timeout_s=1), recorded_s_ago=1000)
+
+    with engine.connect() as other, other.begin():
+        other.execute(text("LOCK TABLE evaluation_events IN ACCESS EXCLUSIVE MODE"))
+        [found] = stalled.find(conn, grace_s=60, queued_limit_s=7200, running_limit_s=3600)
+
+    assert event_store.store(conn, [found]).outcomes == ["applied"]
+    assert status(conn) == "lost"
+
+
+def test_evaluations_changed_by_an_older_release_are_lost_too(conn: Connection, broker: Broker) -> None:
+    stored(conn, event("started", timeout_s=1, occurred_at="2999-01-01T00:00:00Z"), recorded_s_ago=1000)
+    with conn.begin():
+        conn.execute(text("UPDATE evaluations SET merge_state = NULL, merge_version = NULL"))
+
+    assert lost.run_once(conn, broker, LIMITS, broker.metrics) == {"lost": 1}
+    assert status(conn) == "lost"
+
+
+def test_evaluations_that_can_never_be_lost_do_not_fill_the_search(conn: Connection) -> None:
+    odd = {"timeout_s": 1, "occurred_at": "9999-12-31T23:59:59.999999Z"}
+    stored(
+        conn, *(event("started", eval_id=f"a{n}", **odd) for n in range(5)), event("started", timeout_s=1), recorded_s_ago=1000
+    )
+
+    found = stalled.find(conn, grace_s=60, queued_limit_s=7200, running_limit_s=3600, limit=2)
+
+    assert [one.eval_id for one in found] == ["e"]
 
 
 @pytest.mark.parametrize("kind", ["completed", "started"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -362,3 +363,41 @@ def test_what_a_client_says_of_its_encoding_changes_nothing(database_url: str, m
         with closing(made.connect()) as conn:
             assert conn.execute(text("SELECT :text"), {"text": "\N{SNOWMAN}"}).scalar_one() == "\N{SNOWMAN}"
         made.dispose()
+
+
+def _has_log_index(url: str) -> bool:
+    query = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('evaluation_events_by_recorded_at')"
+    with psycopg.connect(url) as conn:
+        return conn.execute(query).fetchall() == [(True,)]
+
+
+@pytest.mark.parametrize("state", ["missing", "invalid"])
+def test_the_index_of_a_long_log_is_built_while_events_are_stored(
+    database_url: str, eventually: Eventually, state: str
+) -> None:
+    """An insert that is held open delays the build, and the build delays no insert."""
+    insert = (
+        "INSERT INTO evaluation_events (eval_id, event_id, type, attempt, occurred_at)"
+        " VALUES (%s, gen_random_uuid(), 'evaluation:started', 1, now())"
+    )
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        conn.execute(insert, ["before"])
+        if state == "missing":
+            conn.execute("DROP INDEX evaluation_events_by_recorded_at")
+        else:
+            index = "'evaluation_events_by_recorded_at'::regclass"
+            conn.execute(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = {index}".encode())
+        told: list[str] = []
+        migrating = Thread(target=migrations.upgrade, args=(database_url, told.append))
+        with psycopg.connect(database_url) as holder:
+            holder.execute(insert, ["held"])
+            migrating.start()
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'"
+            eventually(lambda: conn.execute(waits.encode()).fetchone() != (0,), within_s=30)
+            conn.execute("SET lock_timeout = '1s'")
+            for number in range(100):
+                conn.execute(insert, [f"meanwhile{number}"])
+            assert not _has_log_index(database_url)
+        migrating.join(30)
+    assert _has_log_index(database_url)
+    assert told == ["builds the index evaluation_events_by_recorded_at; storing goes on meanwhile"]

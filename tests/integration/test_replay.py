@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import Engine
 
 from evalstore.storage import event_store, replay
-from evalstore.storage.event_writer import RECORD
+from evalstore.storage.row_statements import RECORD
 from models import Event
 from models.events import parse
 from tasks.confirmations import Confirmations
@@ -135,18 +135,62 @@ def test_a_consumer_is_given_a_repair_of_a_version_that_it_has_seen(redis_url: s
     assert seen == ["created", "repaired", "erased"]
 
 
-def test_records_without_a_merge_state_of_their_version_are_no_difference(
-    operator: Operator, engine: Engine, plain: psycopg.Connection[Json]
+# Each leads to a wrong record, now or when a worker of an earlier release counts another event.
+WRONG = {
+    "the state is gone": "merge_state = NULL",
+    "the version is gone": "merge_version = NULL",
+    "empty": "merge_state = '\\x'",
+    "cut": "merge_state = substr(merge_state, 1, length(merge_state) - 1)",
+    "longer": "merge_state = merge_state || '\\x00'",
+    "first bit": "merge_state = set_bit(merge_state, 0, 1 - get_bit(merge_state, 0))",
+    "last bit": "merge_state = overlay(merge_state PLACING '\\xfe' FROM length(merge_state))",
+    "of another": "merge_state = (SELECT merge_state FROM evaluations WHERE eval_id = 'other')",
+    "a later version": "merge_version = version + 1",
+    "version 0": "merge_version = 0",
+    "both": "merge_state = '\\xff', merge_version = version + 7",
+}
+# The next event rebuilds the record from the log. Workers of releases before merge states leave such records.
+REBUILT = {
+    "both are gone": "merge_state = NULL, merge_version = NULL",
+    "an earlier version": "merge_version = version - 1",
+    "an earlier version of another": "merge_state = '\\x01', merge_version = 1",
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_merge_state_that_is_corrupted_in_any_way_is_found_and_repaired(
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], change: str
 ) -> None:
-    """Workers of releases before merge states leave such records."""
-    for number in range(3):
-        store(engine, events_of(f"e{number}", number))
-    plain.execute("UPDATE evaluations SET merge_state = NULL, merge_version = NULL WHERE eval_id = 'e0'")
-    plain.execute("UPDATE evaluations SET merge_state = '\\x01', merge_version = 1 WHERE eval_id = 'e1'")
-    assert operator.evalstore("replay", "--all").status == 0
-    plain.execute("UPDATE evaluations SET merge_state = NULL WHERE eval_id = 'e2'")
-    found = operator.evalstore("replay", "--all", "-o", "json").json["differences"]
-    assert [(one["eval_id"], one["field"], one["stored"]) for one in found] == [("e2", "merge_state", None)]
+    store(engine, [*events_of("e", 0), *events_of("f", 1), *events_of("other", 0)[:2]])
+    before = plain.execute("SELECT merge_state, merge_version FROM evaluations ORDER BY eval_id").fetchall()
+    assert plain.execute(f"UPDATE evaluations SET {change} WHERE eval_id = 'e'".encode()).rowcount == 1
+    assert plain.execute("SELECT merge_state, merge_version FROM evaluations ORDER BY eval_id").fetchall() != before
+    with engine.connect() as conn:
+        compared = replay.compare(conn, replay.Selection())
+    assert compared is not None
+    assert list(compared.different) == ["e"]
+    assert {one.field for one in compared.different["e"]} <= {"merge_state", "merge_version"}
+    assert operator.evalstore("replay", "--all", "--write").status == 0
+    assert plain.execute("SELECT merge_state, merge_version FROM evaluations ORDER BY eval_id").fetchall() == before
+
+
+@pytest.mark.parametrize("change", REBUILT.values(), ids=REBUILT)
+def test_a_merge_state_that_the_next_event_rebuilds_is_no_difference(
+    engine: Engine, plain: psycopg.Connection[Json], change: str
+) -> None:
+    """It changes nothing that is stored later, even if it was no worker of an earlier release that left it."""
+    columns = ", ".join(name for name in RECORD if name != "eval_id")
+    for eval_id in ("e", "same"):
+        store(engine, events_of(eval_id, 0)[1:])
+    plain.execute(f"UPDATE evaluations SET {change} WHERE eval_id = 'e'".encode())
+    with engine.connect() as conn:
+        compared = replay.compare(conn, replay.Selection())
+    assert compared is not None
+    assert compared.different == {}
+    for eval_id in ("e", "same"):
+        store(engine, events_of(eval_id, 0)[:1])
+    rows = plain.execute(f"SELECT {columns} FROM evaluations".encode()).fetchall()
+    assert rows[0] == rows[1]
 
 
 def test_filters_choose_records_and_another_run_goes_on_after_the_last(
@@ -170,6 +214,45 @@ def test_filters_choose_records_and_another_run_goes_on_after_the_last(
     assert operator.evalstore("replay").status == 2
     assert operator.evalstore("replay", "--all", "e1").status == 2
     assert operator.evalstore("replay", "--since", "yesterday").status == 2
+
+
+def test_among_5000_records_exactly_the_corrupted_ones_are_found_while_events_are_stored(
+    operator: Operator, engine: Engine, plain: psycopg.Connection[Json], eventually: Callable[..., None]
+) -> None:
+    columns = [*COLUMNS, "merge_state", "merge_version"]
+    ids = [f"e{number:04}" for number in range(5000)]
+    for start in range(0, 5000, 500):
+        store(engine, [one for at in range(start, start + 500) for one in events_of(ids[at], at)])
+    corrupted = {ids[at * 50]: columns[at % len(columns)] for at in range(100)}
+    for eval_id, column in corrupted.items():
+        corrupt(plain, eval_id, column)
+    stop, stored = threading.Event(), [0]
+
+    def go_on() -> None:
+        while not stop.is_set():
+            stored[0] += 1
+            new = events_of(f"d{stored[0]:06}", stored[0])
+            later = [
+                parse({"type": "evaluation:started", "eval_id": ids[at * 50 + 1], "event_id": UUID(int=1000 + stored[0]),
+                       "occurred_at": START + timedelta(seconds=stored[0])})
+                for at in range(100)
+            ]  # fmt: skip
+            store(engine, [*new, *later])
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        eventually(lambda: stored[0] > 2, what="events are stored")
+        found = operator.evalstore("replay", "--all", "-o", "json")
+        assert (found.status, found.json["different"]) == (1, 100)
+        assert {one["eval_id"]: one["field"] for one in found.json["differences"]} == corrupted
+        assert operator.evalstore("replay", "--all", "--write").status == 0
+        before = stored[0]
+        assert operator.evalstore("replay", "--all", "-o", "json").json["different"] == 0
+        assert stored[0] > before
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_record_whose_events_are_gone_is_told_and_left_as_it_is(

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from evalstore.local.servers import free_port
 from tests.integration.shell import Operator
 from tests.integration.test_sinks import AT, sinks, store
-from tests.kafka import Kafka, Tansu
+from tests.kafka import Kafka, SecureKafka, Tansu, broker, described
 from tests.sinks import Runner, installed
 
 Eventually = Callable[..., None]
@@ -175,3 +175,58 @@ def test_a_missing_topic_and_an_absent_broker_say_what_to_do(
     start(bootstrap_servers=f'"127.0.0.1:{free_port()}"')
     eventually(lambda: "Connection refused" in str(sinks(shell)["main"]["last_error"]), within_s=40)
     assert sinks(shell)["main"]["lag_events"] == 1
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    if type(broker(tmp_path_factory.mktemp("probe"))) is not Kafka:
+        pytest.skip(f"TLS needs Apache Kafka: {described()}")
+    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
+        yield server
+
+
+def test_events_pass_over_tls_alone_to_a_broker_whose_certificate_is_known(
+    start: Callable[..., Runner], conn: Connection, secure: SecureKafka, topic: str, eventually: Eventually, shell: Operator
+) -> None:
+    keys = {"bootstrap_servers": f'"127.0.0.1:{secure.tls_port}"', "security_protocol": '"ssl"'}
+    unknown = start(**keys)
+    store(conn, "e")
+    eventually(lambda: "certificate verify failed" in str(sinks(shell)["main"]["last_error"]), within_s=60)
+    assert sinks(shell)["main"]["delivered"] == 0
+    unknown.kill()
+
+    start(**keys, ssl_ca_file=f'"{secure.certificate}"')
+    eventually(lambda: sinks(shell)["main"]["delivered"] == 1, within_s=60)
+    assert [key for key, _, _ in consumed(secure, topic)] == ["e"]
+
+
+def test_events_pass_with_a_password_and_a_wrong_one_is_told(
+    start: Callable[..., Runner],
+    conn: Connection,
+    secure: SecureKafka,
+    topic: str,
+    eventually: Eventually,
+    shell: Operator,
+    tmp_path: Path,
+) -> None:
+    secret = tmp_path / "password"
+    keys = {
+        "bootstrap_servers": f'"127.0.0.1:{secure.sasl_port}"',
+        "security_protocol": '"sasl_ssl"',
+        "sasl_mechanism": '"PLAIN"',
+        "sasl_username": f'"{secure.sasl_user}"',
+        "sasl_password_file": f'"{secret}"',
+        "ssl_ca_file": f'"{secure.certificate}"',
+        "transactional": "true",
+    }
+    secret.write_text("wrong-password\n")
+    refused = start(**keys)
+    store(conn, "e")
+    eventually(lambda: "uthentication" in str(sinks(shell)["main"]["last_error"]), within_s=60)
+    refused.kill()
+    assert "wrong-password" not in refused.log.read_text() + str(sinks(shell)["main"])
+
+    secret.write_text(f"{secure.sasl_password}\n")
+    start(**keys)
+    eventually(lambda: sinks(shell)["main"]["delivered"] == 1, within_s=60)
+    assert [key for key, _, _ in consumed(secure, topic)] == ["e"]

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from evalstore.local.servers import free_port
 from evalstore.storage import event_store, outbox, redrives, sink_cursors
@@ -208,11 +208,26 @@ def test_a_sink_that_hangs_or_is_away_delays_no_other(
     assert runner.stop() == 0
 
 
-def test_a_runner_with_a_hanging_sink_stops_in_time(start: Start, conn: Connection, tmp_path: Path) -> None:
+def test_confirmations_that_are_not_passed_on_leave_no_lag(
+    start: Start, conn: Connection, tmp_path: Path, eventually: Eventually, shell: Operator
+) -> None:
+    start("one")
+    store(conn, "e")
+    with conn.begin():
+        body = '{"type":"storage:run:finished","run_id":"r"}'
+        conn.execute(text("INSERT INTO confirmations (count, body) VALUES (1, :body)"), {"body": body})
+    eventually(lambda: len(received(tmp_path / "one")) == 1, within_s=30)
+    eventually(lambda: sinks(shell)["one"]["lag_events"] == 0, within_s=20)
+    assert len(received(tmp_path / "one")) == 1
+
+
+def test_a_runner_with_a_hanging_sink_stops_in_time(
+    start: Start, conn: Connection, tmp_path: Path, eventually: Eventually
+) -> None:
     (tmp_path / "one.hangs").touch()
     runner = start("one")
     store(conn, "e")
-    time.sleep(2)
+    eventually((tmp_path / "one.hung").exists, within_s=30)
     began = time.monotonic()
     assert runner.stop() == 0
     assert time.monotonic() - began < 10
@@ -322,7 +337,7 @@ def test_a_paused_sink_is_filled_from_the_log_when_the_outbox_forgot_its_rows(
     shell.evalstore("sinks", "pause", "one")
     stored += [event_id for number in range(20) for event_id in store(conn, f"e-{number}", "e")]
     eventually(lambda: len(received(tmp_path / "two")) == 41)
-    eventually(lambda: sinks(shell)["two"]["lag_events"] == 0)
+    eventually(lambda: all(sinks(shell)[name]["lag_events"] == 0 for name in ("two", "statistics")), within_s=30)
     with conn.begin():
         conn.exec_driver_sql("UPDATE confirmations SET relayed_at = now() - interval '1 hour'")
     assert outbox.forget(conn) == 21
@@ -410,3 +425,59 @@ def test_the_example_package_is_a_sink(start: Start, conn: Connection, tmp_path:
     start("lines", type_="jsonl", options="max_line_bytes = 1000")
     stored = store(conn, "e", "f")
     eventually(lambda: [line["event_id"] for line in received(tmp_path / "lines")] == stored)
+
+
+def test_ranges_of_a_sink_are_worked_on_apart_and_keep_the_order_of_an_evaluation(
+    start: Start, conn: Connection, tmp_path: Path, eventually: Eventually, shell: Operator
+) -> None:
+    runner = start("one", options="hash_ranges = 4")
+    eventually(lambda: runner.log.read_text().count("sink one#") == 4, within_s=30)
+    for number in range(40):
+        store(conn, *(f"e{which}" for which in range(number % 7, 25)))
+    total = sum(25 - number % 7 for number in range(40))
+    eventually(lambda: len(firsts(received(tmp_path / "one"))) == total, within_s=30)
+
+    assert all(found == sorted(found) for found in versions(received(tmp_path / "one")).values())
+    eventually(lambda: sinks(shell)["one"]["lag_events"] == 0, within_s=10)
+    assert sinks(shell).keys() == {"one", "statistics"}
+    assert sinks(shell)["one"]["delivered"] == total
+    with conn.begin():
+        ends = conn.exec_driver_sql(
+            "SELECT count(*), count(DISTINCT position), min(delivered) FROM sinks WHERE type <> 'statistics'"
+        ).one()
+    assert ends[:2] == (4, 1)  # also ranges that hold nothing at the end come to the end
+    assert ends[2] > 0
+    shell.evalstore("sinks", "pause", "one", "--reason", "r")
+    assert sinks(shell)["one"]["state"] == "paused"
+    shell.evalstore("sinks", "rewind", "one", "--to", "start", "--reason", "r")
+    shell.evalstore("sinks", "resume", "one", "--reason", "r")
+    eventually(lambda: len(received(tmp_path / "one")) == 2 * total, within_s=30)
+    replayed = received(tmp_path / "one")[total:]
+    assert all(found == sorted(found) for found in versions(replayed).values())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+def test_another_number_of_ranges_begins_at_the_least_cursor(
+    start: Start, conn: Connection, tmp_path: Path, eventually: Eventually, shell: Operator, before: int, after: int
+) -> None:
+    first = start("one", options=f"hash_ranges = {before}")
+    ids = store(conn, *(f"e{number}" for number in range(20)))
+    eventually(lambda: len(received(tmp_path / "one")) == 20)
+    second = start("one", options=f"hash_ranges = {after}")
+    ids += store(conn, *(f"e{number}" for number in range(20)))
+    eventually(lambda: len(firsts(received(tmp_path / "one"))) == 40)
+    with conn.begin():
+        # One range, if there are several, has come less far than the others.
+        conn.exec_driver_sql(
+            "UPDATE sinks SET position = position - 1, generation = generation + 1"
+            " WHERE name = (SELECT min(name) FROM sinks WHERE type <> 'statistics')"
+        )
+    assert first.stop() == 0
+    ids += store(conn, *(f"e{number}" for number in range(20)))
+    eventually(lambda: second.log.read_text().count("sink one") >= after, within_s=30)
+    eventually(lambda: len(firsts(received(tmp_path / "one"))) == 60, within_s=30)
+    assert {line["event_id"] for line in received(tmp_path / "one")} == set(ids)
+    assert all(found == sorted(found) for found in versions(received(tmp_path / "one")).values())
+    with conn.begin():
+        assert conn.exec_driver_sql("SELECT count(*) FROM sinks WHERE type <> 'statistics'").scalar() == after
+    eventually(lambda: sinks(shell)["one"]["lag_events"] == 0, within_s=10)

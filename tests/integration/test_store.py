@@ -386,12 +386,18 @@ def test_storing_nothing_does_nothing(engine: Engine, plain: psycopg.Connection[
 def test_numbers_come_out_of_the_database_as_they_went_in(engine: Engine) -> None:
     floats = [1e16, 1e300, 5e-324, 1.7976931348623157e308, 2.0**53, 1e22, 123456789012345680.0, 0.1, 1e15, -1e16, 0.0]
     exact: Json = {"floats": floats, "ints": [2**53 + 1, 2**63 - 1, -(2**63), 0], "nested": {"1e16": [{"a": 1e16}]}}
-    store(engine, [event("completed", metadata=exact, duration_ms=5e-324, memory_bytes=2**53 + 1)])
-    store(engine, [event("started", 2)])  # This rebuilds the record from the log.
-    got = get(engine)
-    assert got is not None
-    assert canonical_json(got.metadata) == canonical_json(exact)
-    assert (got.duration_ms, got.memory_bytes) == (5e-324, 2**53 + 1)
+    events = [
+        event("completed", eval_id=eval_id, metadata=exact, duration_ms=5e-324, memory_bytes=2**53 + 1, score=-0.0)
+        for eval_id in "efg"
+    ]
+    store(engine, events[:1])
+    store(engine, events[1:])  # Several events go to PostgreSQL in another form than one.
+    store(engine, [event("started", 2)])
+    store(engine, [event("started", 2, eval_id=eval_id) for eval_id in "fg"])
+    for got in (get(engine, eval_id) for eval_id in "efg"):
+        assert got is not None
+        assert canonical_json(got.metadata) == canonical_json(exact)
+        assert (got.duration_ms, got.memory_bytes, str(got.score)) == (5e-324, 2**53 + 1, "-0.0")
 
 
 jsonb_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
@@ -403,14 +409,17 @@ jsonb_values = st.recursive(
 
 
 @settings(max_examples=100 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(jsonb_texts, jsonb_values, max_size=3))
-@example({"": "", "'\"\\{}": ["\x1b\x7f\u2028\uffff"]})
-def test_any_metadata_comes_out_of_the_database_as_it_went_in(engine: Engine, value: Json) -> None:
-    eval_id = f"m{next(_numbers)}"
-    store(engine, [event("started", eval_id=eval_id, metadata=value)])
-    got = get(engine, eval_id)
-    assert got is not None
-    assert canonical_json(got.metadata) == canonical_json(value)
+@given(st.dictionaries(jsonb_texts, jsonb_values, max_size=3), jsonb_texts)
+@example({"": "", "'\"\\{}": ["\x1b\x7f\u2028\uffff"]}, "'\"\\{},\\u0000\x1b\x7f\u2028\uffff\U0001f600")
+def test_metadata_and_text_come_out_of_the_database_as_they_went_in(engine: Engine, value: Json, text: str) -> None:
+    eval_ids = [f"m{next(_numbers)}" for _ in range(3)]
+    events = [event("queued", eval_id=eval_id, code="", metadata=value, submitter=text) for eval_id in eval_ids]
+    store(engine, events[:1])
+    store(engine, events[1:])  # Several events go to PostgreSQL in another form than one.
+    for got in (get(engine, eval_id) for eval_id in eval_ids):
+        assert got is not None
+        assert canonical_json(got.metadata) == canonical_json(value)
+        assert got.submitter == text
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -441,7 +450,7 @@ def test_bytes_come_out_of_the_database_as_they_went_in(engine: Engine, data: by
 def waiting(plain: psycopg.Connection[Json]) -> list[int]:
     """The processes of evalstore that wait for a lock."""
     rows = plain.execute(
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'evalstore' AND wait_event_type = 'Lock'"
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'evalstore%' AND wait_event_type = 'Lock'"
         " AND datname = current_database()"
     )
     return [row["pid"] for row in rows]

@@ -29,10 +29,14 @@ local function may_be_heard()
         local info = redis.pcall("INFO", section)
         return type(info) == "string" and string.find(info, line .. "\r\n", 1, true)
     end
-    local prefix = ARGV[6] .. "storage:evaluation:"
-    local channels = redis.pcall("PUBSUB", "NUMSUB", prefix .. "created", prefix .. "updated", prefix .. "erased", prefix .. "repaired")
+    local names = {"PUBSUB", "NUMSUB"}
+    for _, name in ipairs({"evaluation:created", "evaluation:updated", "evaluation:erased", "evaluation:repaired",
+        "run:finished", "run:updated", "anomaly:detected"}) do
+        names[#names + 1] = ARGV[6] .. "storage:" .. name
+    end
+    local channels = redis.pcall(unpack(names))
     local nobody = redis.pcall("PUBSUB", "NUMPAT") == 0
-    for at = 2, 8, 2 do
+    for at = 2, #channels, 2 do
         nobody = nobody and channels[at] == 0
     end
     return not (nobody and says("replication", "connected_slaves:0") and says("cluster", "cluster_enabled:0"))

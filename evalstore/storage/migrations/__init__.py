@@ -6,9 +6,8 @@ A migration must leave the database usable by workers of the previous release: t
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +16,9 @@ from psycopg import sql
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from evalstore.storage import database
+from evalstore.storage import database, list_indexes, log_index
 from evalstore.storage.migrations import version
+from evalstore.storage.revisions import revisions as revisions
 from models.errors import DatabaseOutage, SchemaMismatch
 
 if TYPE_CHECKING:
@@ -33,28 +33,32 @@ _PAUSE_S: Final = 2.0
 _LOOK_S: Final = 0.1
 
 
-@cache
-def revisions() -> tuple[str, ...]:
-    """Return the revisions of this release in order, read from file names. Loading Alembic would be slow."""
-    names = sorted(path.name.partition("_")[0] for path in Path(__file__).parent.glob("versions/*_*.py"))
-    if not names:
-        raise SchemaMismatch("this installation of evalstore holds no migrations: reinstall it")
-    return tuple(names)
-
-
-def upgrade(url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None) -> tuple[str | None, str]:
+def upgrade(
+    url: str, tell: Callable[[str], object] = lambda _: None, *, schema: str | None = None, indexed_metadata: Sequence[str] = ()
+) -> tuple[str | None, str]:
     """Migrate the tables of the database at `url` to this release. Return the revisions before and after.
 
     The tables are in `schema`, which is created if it is missing. Without `schema` they are in the connection's first schema.
 
     One transaction applies everything or nothing. It waits for users of the tables as long as needed. Several processes may
-    call this function at once: the later processes wait and find nothing to do.
+    call this function at once: the later processes wait and find nothing to do. After the transaction, the index of a log that
+    is not empty is built, and the indexes of lists one by one, those of the metadata keys `indexed_metadata` among them.
 
     `tell` receives notices for the operator: the process that blocks a long wait, and manual steps that remain.
 
     Raises DatabaseOutage (retry). Raises SchemaMismatch if a newer release has migrated, if the database cannot hold all text,
     or if another application uses one of our table names.
     """
+    done = _upgrade_tables(url, tell, schema)
+    with _alone(url, schema) as conn:
+        with database.errors(), conn.begin():
+            home = version.schema_of(conn)
+        log_index.ensure(conn, home, lock_key(f"{home} log index"), tell)
+        list_indexes.ensure(conn, home, indexed_metadata, lock_key(f"{home} indexes"), tell)
+    return done
+
+
+def _upgrade_tables(url: str, tell: Callable[[str], object], schema: str | None) -> tuple[str | None, str]:
     try:
         return _upgrade(url, tell, schema)
     except DatabaseOutage as error:

@@ -1,0 +1,1 @@
+"""The bridge from an old platform's Redis pub/sub to the queue."""
