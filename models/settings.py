@@ -240,6 +240,30 @@ class Settings(BaseModel):
         ),
     ] = 3 * _DAY_S
 
+    lake_url: Annotated[
+        str | None,
+        Field(
+            description="warehouse of the lake: file:///folder or s3://bucket/prefix, with the object store's S3 settings; "
+            "read by sinks, worker, API, CLI"
+        ),
+    ] = None
+    lake_catalog_url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s@]+$",
+            description="REST catalog of the lake; unset: the database; read by sinks, worker, API, CLI",
+        ),
+    ] = None
+    lake_catalog_warehouse: Annotated[
+        str | None, Field(description="name of the warehouse in a REST catalog; read by sinks, worker, API, CLI")
+    ] = None
+    lake_catalog_credential: Annotated[
+        SecretStr | None, Field(description="`client:secret` for a REST catalog; read by sinks, worker, API, CLI")
+    ] = None
+    lake_catalog_token: Annotated[
+        SecretStr | None, Field(description="bearer token for a REST catalog; read by sinks, worker, API, CLI")
+    ] = None
+
     indexed_metadata: Annotated[
         str | None,
         Field(
@@ -377,7 +401,7 @@ class Settings(BaseModel):
             return f"{{{value}}}"
         return value
 
-    @field_validator("object_store_url", "archive_url")
+    @field_validator("object_store_url", "archive_url", "lake_url")
     @classmethod
     def _is_a_store(cls, value: str | None) -> str | None:
         if value is not None:

@@ -22,7 +22,7 @@ from models.jobs import JOBS, QUEUE
 from models.logs import EventLogger
 from models.settings import Settings
 from tasks.broker import SendingBroker, encode
-from worker import archive_jobs, confirmation_relay, dead_letter_mover, lost, redrive_job, replay_job
+from worker import archive_jobs, confirmation_relay, dead_letter_mover, lake_job, lost, redrive_job, replay_job
 from worker.broker import Broker
 from worker.metrics import WorkerMetrics
 from worker.time_budget import time_budget
@@ -120,6 +120,9 @@ class _Jobs:
         self._progress.begin()
         with self._connections.connect(archive_jobs.STEP_S) as conn:
             return archive_jobs.sweep(conn, self._broker, self._settings, self._progress)
+
+    def maintain_lake(self) -> dict[str, Any]:
+        return lake_job.maintain(self._settings, self._metrics)
 
     def move_dead_letters(self) -> dict[str, int]:
         with self._connections.connect(_LONGEST_S) as conn:

@@ -72,6 +72,7 @@ COMMANDS: Final = {
         "Events that senders on this machine keep during an outage of Redis, in the folder EVALSTORE_SPOOL_DIR.",
     ),
     "sinks": Command("evalstore.cli.sinks:app", "Run, list, pause, resume and rewind sinks: systems that get all events."),
+    "lake": Command("evalstore.cli.lake:app", "The lake: what it holds, queries, and maintenance.", extra="lake"),
     "webhooks": Command("evalstore.cli.webhooks:app", "Subscribe HTTP receivers to confirmations, and see what they got."),
     "anomalies": Command("evalstore.cli.anomalies:app", "See what the anomaly detector found, and acknowledge it."),
     "keys": Command("evalstore.cli.keys:app", "Create, list and revoke keys of the HTTP service."),

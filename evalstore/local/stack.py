@@ -23,6 +23,7 @@ from evalstore.local import processes, readiness
 from evalstore.local.servers import Postgres, Server, ServerError, Valkey, free_port, write_private
 from models.addresses import url_of
 from models.errors import EvalstoreError
+from models.extras import is_installed
 from models.settings import DEFAULT_REDIS_NAMESPACE, Settings
 
 Show = Callable[[str, str], None]  # (name of a process, line of its output)
@@ -176,6 +177,8 @@ class LocalStack:
             "EVALSTORE_OBJECT_STORE_URL": f"file://{quote(str(self.objects))}",
             "EVALSTORE_ARCHIVE_URL": f"file://{quote(str(self.archive))}",
         }
+        if is_installed("lake"):
+            self.environment["EVALSTORE_LAKE_URL"] = f"file://{quote(str(self.folder / 'lake'))}"
         for store in (self.objects, self.archive):
             store.mkdir(mode=0o700, exist_ok=True)
         upgrade(self.postgres.url())

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from evalstore.sinks import anomaly, bigquery, clickhouse, kafka, webhook
+from evalstore.sinks import anomaly, bigquery, clickhouse, kafka, lake, webhook
 from evalstore.sinks.anomaly_options import AnomalyOptions
 from evalstore.sinks.bigquery_options import BigQueryOptions
 from evalstore.sinks.clickhouse_options import ClickHouseOptions
@@ -19,6 +19,7 @@ from evalstore.sinks.webhook_options import WebhookOptions
 from evalstore.storage import rollups
 from models.errors import InvalidSettings
 from models.extras import how_to_install, is_installed
+from models.settings import Settings
 from models.validation_errors import did_you_mean, format_error
 
 GROUP: Final = "evalstore.sinks"
@@ -48,6 +49,7 @@ _BUILTIN: Final = {
     "bigquery": Kind(BigQueryOptions, bigquery.create, "bigquery"),
     "clickhouse": Kind(ClickHouseOptions, clickhouse.create, "clickhouse"),
     "kafka": Kind(kafka.KafkaOptions, kafka.create, "kafka"),
+    "lake": Kind(lake.LakeOptions, lake.create, "lake"),
     "webhook": Kind(WebhookOptions, webhook.create, "webhook"),
 }
 
@@ -76,6 +78,24 @@ def load(path: Path) -> list[SinkConfig]:
             faults += [f"{path}:{line}: [{name}] {f'{key}: ' if key else ''}{what}" for line, key, what in lines]
     if faults:
         raise InvalidSettings("\n".join(faults))
+    return found
+
+
+def load_all(settings: Settings) -> list[SinkConfig]:
+    """Return the sinks of EVALSTORE_SINKS_FILE, and the sink `lake` where EVALSTORE_LAKE_URL is set. Raises InvalidSettings."""
+    found = load(settings.sinks_file) if settings.sinks_file is not None else []
+    lakes = [sink.name for sink in found if isinstance(sink.options, lake.LakeOptions)]
+    if settings.lake_url is None:
+        if lakes:
+            raise InvalidSettings(f"{settings.sinks_file}: [{lakes[0]}] needs EVALSTORE_LAKE_URL")
+        return found
+    if not is_installed("lake"):
+        raise InvalidSettings(f"EVALSTORE_LAKE_URL: {how_to_install('lake')}")
+    if any(name != lake.NAME for name in lakes) or any(sink.name == lake.NAME for sink in found) != bool(lakes):
+        raise InvalidSettings(f"{settings.sinks_file}: the table [{lake.NAME}], and no other one, has the type lake")
+    if not lakes:
+        options = lake.LakeOptions()
+        found.append(SinkConfig(lake.NAME, options, lambda range_: lake.create(range_, options)))
     return found
 
 

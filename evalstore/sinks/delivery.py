@@ -12,7 +12,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
 
-from evalstore.sinks.protocol import Batch, Sink, TakesConfirmations
+from evalstore.sinks.protocol import Batch, ErasesMany, Sink, TakesConfirmations
 from evalstore.sinks.source import Step, to_json
 from evalstore.storage import dead_letters
 from evalstore.storage.dead_letters import DeadLetterInsert
@@ -55,9 +55,10 @@ class Delivery:
         """Give these to the sink. Raises SinkUnavailable: the steps after `done` are to be given again."""
         self.done, self.refused, self._may_repeat = 0, [], may_repeat
         # An event that is gone splits no batch: the sink would not recognise the parts.
-        for is_single, group in groupby(steps, lambda step: step.is_erased or step.confirmation is not None):
+        for (is_erased, is_single), group in groupby(steps, _kind):
             run = list(group)
-            for part in [[step] for step in run] if is_single else [run]:
+            at_once = isinstance(self._sink, ErasesMany) if is_erased else not is_single
+            for part in [run] if at_once else [[step] for step in run]:
                 self._write(part)
 
     def _write(self, steps: Sequence[Step]) -> None:
@@ -85,6 +86,8 @@ class Delivery:
             if events:
                 key, may_repeat = _key(self._range_name, steps, letter_id), self._may_repeat or letter_id is not None
                 self._sink.write(Batch(events, to_json(steps[-1].cursor), key, may_repeat))
+            elif steps[0].is_erased and isinstance(self._sink, ErasesMany):
+                self._sink.erase_many([step.eval_id for step in steps])
             elif steps[0].is_erased:
                 self._sink.erase(steps[0].eval_id)
             elif steps[0].confirmation and isinstance(self._sink, TakesConfirmations):
@@ -114,6 +117,11 @@ def _key(range_name: str, steps: Sequence[Step], letter_id: UUID | None) -> str:
     """The steps of a range between two cursors are always the same ones, except for those that were erased."""
     named = [range_name, letter_id] if letter_id else [range_name, steps[0].cursor, steps[-1].cursor]
     return sha256(msgspec.json.encode(named)).hexdigest()
+
+
+def _kind(step: Step) -> tuple[bool, bool]:
+    """Whether the step is an erasure, and whether it is a confirmation, which goes alone."""
+    return step.is_erased, step.confirmation is not None
 
 
 def queue_of(name: str) -> str:

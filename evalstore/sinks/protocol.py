@@ -112,3 +112,18 @@ class RepeatsBatches(Protocol):
 
         `state` is the JSON object that the last call returned. The runner stores the new one before it calls `write`.
         """
+
+
+@runtime_checkable
+class FillsFromLog(Protocol):
+    """A sink that, as long as it is empty, begins with the whole event log. It keeps its cursor."""
+
+    fills_from_log: bool
+
+
+@runtime_checkable
+class ErasesMany(Protocol):
+    """A sink that erases several evaluations at once for little more than one."""
+
+    def erase_many(self, eval_ids: Sequence[str]) -> None:
+        """Do as `erase` does, for all of them."""

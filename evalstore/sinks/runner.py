@@ -112,10 +112,8 @@ def rest_the_collector() -> None:
 
 
 def _load_or_exit(settings: Settings) -> list[SinkConfig]:
-    if settings.sinks_file is None:
-        return []
     try:
-        return config.load(settings.sinks_file)
+        return config.load_all(settings)
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -14,10 +14,11 @@ from evalstore.sinks import source
 from evalstore.sinks.batches import Batches
 from evalstore.sinks.config import SinkConfig
 from evalstore.sinks.delivery import Delivery, SinkUnavailable, letter, queue_of
-from evalstore.sinks.protocol import KeepsCursor, RepeatsBatches, Sink, SinkEvent
+from evalstore.sinks.protocol import FillsFromLog, KeepsCursor, RepeatsBatches, Sink, SinkEvent
 from evalstore.sinks.source import Source, Step
 from evalstore.storage import dead_letters, redrives, sink_cursors, sink_ranges
 from evalstore.storage.database import Watch
+from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
 from evalstore.storage.sink_ranges import Range
@@ -35,6 +36,7 @@ _LETTERS_S: Final = 1.0
 _LETTERS: Final = 100
 _GAP_SHOWN_S: Final = 5.0
 _DATABASE_S: Final = 30.0
+_FIRST: Final = datetime(2000, 1, 1, tzinfo=UTC)  # before the first event of any installation
 
 
 class Turns(Protocol):
@@ -157,7 +159,10 @@ class _Turns:
         """Make the sink, and begin where it says it is, if it keeps that itself."""
         self._sink = self._call(lambda: self._config.create(self._worker.range.name))
         if isinstance(self._sink, KeepsCursor):
-            cursor = source.from_json(self._call(self._sink.cursor), self._lease.cursor)
+            document = self._call(self._sink.cursor)
+            if document is None and isinstance(self._sink, FillsFromLog):
+                self._fill_from_log()
+            cursor = source.from_json(document, self._lease.cursor)
             self._lease = self._lease._replace(cursor=cursor)
             self._source, self._cursor = Source(self._lease), cursor
             self._batches = Batches(self._source, self._config.options)
@@ -167,6 +172,13 @@ class _Turns:
             self._worker.database(self._conn, sink_cursors.keep_state, self._lease)
         self._delivery = Delivery(self._config.name, self._sink, self._worker.range.name)
         return self._delivery
+
+    def _fill_from_log(self) -> None:
+        """Have the log replayed from its beginning, unless a replay is under way. Raises LeaseLost, DatabaseOutage."""
+        if self._lease.cursor.replay_until is None:
+            intent = Intent("rewind", "evalstore", "the sink is empty", {"sink": self._lease.name})
+            self._worker.database(self._conn, sink_cursors.rewind, self._lease.name, _FIRST, intent)
+            raise LeaseLost(f"sink {self._lease.name}: it is empty, and begins with the whole log")
 
     def _take(self) -> None:
         """Take the next batch, and store where it ends before a sink that needs it to be repeated gets it."""

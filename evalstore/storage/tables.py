@@ -19,6 +19,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     SmallInteger,
+    String,
     Table,
     Text,
     Uuid,
@@ -298,6 +299,36 @@ erasure_key = Table(
     Column("key", LargeBinary, nullable=False),
     Column("inner_pad", LargeBinary, nullable=False),
     Column("outer_pad", LargeBinary, nullable=False),
+)
+
+# One row: the id that names this evalstore in the lake.
+lake_owner = Table(
+    "lake_owner",
+    metadata,
+    Column(
+        "singleton",
+        SmallInteger,
+        CheckConstraint("singleton = 1"),
+        primary_key=True,
+        autoincrement=False,
+        server_default=text("1"),
+    ),
+    Column("id", Uuid, nullable=False, server_default=text("gen_random_uuid()")),
+)
+
+# The catalog of the lake, as pyiceberg defines it.
+iceberg_tables = Table(
+    "iceberg_tables",
+    metadata,
+    *(Column(name, String(255), primary_key=True) for name in ("catalog_name", "table_namespace", "table_name")),
+    *(Column(name, String(1000)) for name in ("metadata_location", "previous_metadata_location")),
+    Column("iceberg_type", String(5)),
+)
+iceberg_namespace_properties = Table(
+    "iceberg_namespace_properties",
+    metadata,
+    *(Column(name, String(255), primary_key=True) for name in ("catalog_name", "namespace", "property_key")),
+    Column("property_value", String(1000), nullable=False),
 )
 
 # Keys of the HTTP service, as SHA-256: a reader of this table cannot use them.
