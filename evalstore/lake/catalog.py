@@ -108,7 +108,7 @@ def _sql_catalog(engine: Engine, properties: dict[str, str]) -> "Catalog":
     from pyiceberg.catalog.sql import SqlCatalog  # noqa: PLC0415
 
     class DatabaseCatalog(SqlCatalog):  # type: ignore[misc, unused-ignore]
-        """A catalog in the tables of migration 0021, on connections of evalstore's own."""
+        """A catalog in tables of the database, on connections of evalstore's own."""
 
         def __init__(self) -> None:
             MetastoreCatalog.__init__(self, NAMESPACE, **properties)
