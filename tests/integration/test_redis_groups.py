@@ -13,6 +13,7 @@ import pytest
 import redis
 from dramatiq.brokers.redis import RedisBroker
 
+from evalstore.bridge import listener
 from evalstore.local.servers import Valkey
 from models.errors import RedisOutage
 from models.settings import Settings
@@ -162,3 +163,14 @@ def test_servers_that_do_not_answer_cost_one_wait(sentinels: SentinelGroup) -> N
             assert locator._nodes[-1] == ("127.0.0.1", frozen.port)
     finally:
         frozen.thaw()
+
+
+@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+def test_the_bridge_listens_through_the_address(kind: str, request: pytest.FixtureRequest) -> None:
+    group: SentinelGroup | Cluster = request.getfixturevalue(kind)
+    speaker = group.nodes[0]
+    with listener.connect(group.url) as client, client.pubsub() as listening:
+        listening.psubscribe("evaluation:*")
+        assert listening.get_message(timeout=5)
+        speaker.run("PUBLISH", "evaluation:queued", "heard")
+        assert (listening.get_message(timeout=5) or {}).get("data") == b"heard"
