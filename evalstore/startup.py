@@ -4,6 +4,7 @@ import contextlib
 import sys
 
 from evalstore.storage import database
+from models.addresses import parse_redis_url
 from models.errors import DatabaseMisconfigured, DatabaseOutage, InvalidSettings
 from models.extras import require
 from models.settings import Settings, settings
@@ -21,6 +22,7 @@ def load_or_exit() -> Settings:
         loaded = settings()
         with contextlib.suppress(DatabaseOutage):
             _check_access(loaded)
+        _check_redis(loaded)
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -32,3 +34,14 @@ def _check_access(loaded: Settings) -> None:
         database.check_access(loaded.database_url.get_secret_value())
     except DatabaseMisconfigured as error:
         raise InvalidSettings(f"EVALSTORE_DATABASE_URL: {error}") from None
+
+
+def _check_redis(loaded: Settings) -> None:
+    url = loaded.redis_url.get_secret_value()
+    if parse_redis_url(url).kind != "server":
+        from tasks import failover  # noqa: PLC0415 - it imports redis, and a plain server needs none of it
+
+        try:
+            failover.check(url, loaded.redis_namespace)
+        except failover.Misaddressed as error:
+            raise InvalidSettings(f"EVALSTORE_REDIS_URL: {error}") from None

@@ -2,8 +2,8 @@
 
 import ipaddress
 import re
-from typing import Final, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Final, Literal, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from models.validation_errors import did_you_mean
 
@@ -23,6 +23,16 @@ _TLS: Final = {
 REDIS_OPTIONS: Final = {"db": _DATABASE, "username": _ANY, "password": _ANY, "client_name": r"[!-~]+", "protocol": "2|3"}
 REDIS_TLS_OPTIONS: Final = REDIS_OPTIONS | _TLS
 
+_REDIS_SCHEMES: Final[dict[str, Literal["server", "sentinel", "cluster"]]] = {
+    "redis": "server",
+    "rediss": "server",
+    "unix": "server",
+    "redis+sentinel": "sentinel",
+    "rediss+sentinel": "sentinel",
+    "redis+cluster": "cluster",
+    "rediss+cluster": "cluster",
+}
+_SENTINEL_OPTIONS: Final = ("sentinel_username", "sentinel_password")
 _ESCAPES: Final = "in a password / is written %2F, # %23, ? %3F, @ %40 and % %25"
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -47,10 +57,63 @@ def check_database_url(url: str) -> None:
         raise ValueError(f"sslmode: expected one of {', '.join(_SSL_MODES)}{did_you_mean(modes[0], _SSL_MODES)}")
 
 
-def check_redis_url(url: str) -> None:
-    """Raise ValueError, which says what was expected, for an address that redis-py refuses or reads in another way."""
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("expected an address that begins with redis://, rediss:// or unix://")
+class RedisAddress(NamedTuple):
+    """An address of Redis. `url` is what redis-py takes; of Sentinel and Cluster, it names the first of `nodes`.
+
+    `primary` is the name of the primary that Sentinel watches. `sentinel_user` and `sentinel_password` are for Sentinel itself.
+    """
+
+    kind: Literal["server", "sentinel", "cluster"]
+    url: str
+    nodes: tuple[tuple[str, int], ...] = ()
+    primary: str = ""
+    sentinel_user: str | None = None
+    sentinel_password: str | None = None
+
+
+def parse_redis_url(url: str) -> RedisAddress:
+    """Parse an address. Raises ValueError, which says what was expected, and which never repeats the address."""
+    scheme, separator, rest = url.partition("://")
+    kind = _REDIS_SCHEMES.get(scheme) if separator else None
+    if kind is None:
+        raise ValueError(
+            "expected an address that begins with redis://, rediss://, unix://, redis+sentinel://, rediss+sentinel://, "
+            "redis+cluster:// or rediss+cluster://"
+        )
+    if kind == "server":
+        _check_redis_server(url)
+        return RedisAddress("server", url)
+    located, _, query = rest.partition("?")
+    authority_, _, path = located.partition("/")
+    user, at, hosts = authority_.rpartition("@")
+    primary, database = ("", path) if kind == "cluster" else (unquote(path.partition("/")[0]), path.partition("/")[2])
+    if kind == "sentinel" and not re.fullmatch(r"[A-Za-z0-9._-]+", primary, re.ASCII):
+        raise ValueError(
+            f"expected the name of the primary after the hosts, like redis+sentinel://h1:26379,h2:26379/NAME/0; {_ESCAPES}"
+        )
+    options = parse_qsl(query, keep_blank_values=True)
+    if kind == "cluster" and {database or "0", dict(options).get("db", "0")} != {"0"}:
+        raise ValueError("expected no database but 0: a cluster has no others")
+    of_sentinel = dict(option for option in options if option[0] in _SENTINEL_OPTIONS)
+    if of_sentinel and kind != "sentinel":
+        raise ValueError(f"{next(iter(of_sentinel))} is an option of redis+sentinel://")
+    others = urlencode([option for option in options if option[0] not in _SENTINEL_OPTIONS])
+    servers = []
+    for host in hosts.split(","):
+        if not host:
+            raise ValueError(f"expected hosts and ports, separated by commas; {_ESCAPES}")
+        server = f"{scheme.partition('+')[0]}://{user}{at}{host}/{database}" + (f"?{others}" if others else "")
+        _check_redis_server(server)
+        servers.append(server)
+    default_port = 26379 if kind == "sentinel" else 6379
+    parts = [urlsplit(server) for server in servers]
+    nodes = tuple((part.hostname or "localhost", part.port or default_port) for part in parts)
+    password = of_sentinel.get("sentinel_password")
+    return RedisAddress(kind, servers[0], nodes, primary, of_sentinel.get("sentinel_username"), password)
+
+
+def _check_redis_server(url: str) -> None:
+    """Raise ValueError for the address of one server that redis-py refuses or reads in another way."""
     try:
         parts = urlsplit(url)
         is_port = parts.port != 0

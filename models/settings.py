@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
-from models.addresses import check_database_url, check_endpoint, check_host, check_redis_url, parse_store_url
+from models.addresses import check_database_url, check_endpoint, check_host, parse_redis_url, parse_store_url
 from models.content import MAX_CONTENT_BYTES
 from models.errors import InvalidSettings
 from models.logs import EventLogger
@@ -51,13 +51,18 @@ class Settings(BaseModel):
         ),
     ] = None
     redis_url: Annotated[
-        SecretStr, Field(description="address of Redis or Valkey: redis://, rediss:// or unix://; read by all")
+        SecretStr,
+        Field(
+            description="address of Redis or Valkey: redis://, rediss://, unix://, redis+sentinel://h1,h2/NAME/0 or "
+            "redis+cluster://h1,h2; read by all"
+        ),
     ] = SecretStr("redis://localhost:6379/0")
     redis_namespace: Annotated[
         str,
         Field(
+            validate_default=True,
             description="prefix of the queue's keys, Dramatiq's `namespace`; with another than the default, all other keys and "
-            "channels contain it too; read by all"
+            "channels contain it too; on a cluster it has a part in braces, and the default is `{dramatiq}`; read by all",
         ),
     ] = DEFAULT_REDIS_NAMESPACE
     send_timeout_s: Annotated[
@@ -354,17 +359,22 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
-        check_redis_url(value.get_secret_value())
+        parse_redis_url(value.get_secret_value())
         return value
 
     @field_validator("redis_namespace")
     @classmethod
-    def _is_a_namespace(cls, value: str) -> str:
+    def _is_a_namespace(cls, value: str, info: ValidationInfo) -> str:
         if not _NAMESPACE.fullmatch(value):
             raise ValueError(
                 "expected 1 to 64 of A-Z a-z 0-9 . _ : ~ @ + = -, a letter, digit or { first, without `evalstore:`, and with "
                 "at most one part in braces, like {dramatiq}"
             )
+        url = info.data.get("redis_url")  # None if it is at fault
+        if url is not None and "{" not in value and parse_redis_url(url.get_secret_value()).kind == "cluster":
+            if value != DEFAULT_REDIS_NAMESPACE:
+                raise ValueError("expected a part in braces, like {dramatiq}: it keeps all keys in one slot of the cluster")
+            return f"{{{value}}}"
         return value
 
     @field_validator("object_store_url", "archive_url")

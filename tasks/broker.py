@@ -7,20 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 import redis
 from dramatiq import Message
 from dramatiq.brokers.redis import RedisBroker
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import NoScriptError
 from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
-from models.settings import Settings, settings, warn_unknown_env
+from models.settings import DEFAULT_REDIS_NAMESPACE, Settings, settings, warn_unknown_env
 from tasks import tracing
-from tasks.connections import DeadlineConnection, deadline, pack, run_script, run_transaction
+from tasks.connections import DeadlineConnection, as_bytes, connect, deadline, is_located, pack, run_script, run_transaction
 from tasks.keys import QUEUE, Keys, Names, fence
 from tasks.spool import Spool, folder_of
 from tasks.touch import ObjectToucher
@@ -36,7 +37,16 @@ _LARGE_BYTES: Final = 256 * 1024
 # Below this number of messages the script is as fast as a transaction, which has one more round trip.
 _TRANSACTION_MESSAGES: Final = 64
 _MESSAGES_PER_COMMAND: Final = 100
+# How long a primary without replica counts as one that had a replica: the default of repl-backlog-ttl.
+_REPLICA_TTL_S: Final = 3600
 _WITHOUT_RESENT: Final = 2  # keys: the queue and the bodies
+
+
+class _Replication(NamedTuple):
+    """Whether a durable send waits for a replica, and the value of its fence."""
+
+    expects_replica: bool
+    fence: str | bytes
 
 
 def encode(message: Message[Any], event: bytes | None = None) -> bytes:
@@ -89,8 +99,9 @@ class SendingBroker(RedisBroker):
         **parameters: Any,
     ) -> None:
         if client is None and url is not None:
-            client = redis.Redis.from_url(
+            client = connect(
                 url,
+                parameters.get("namespace", DEFAULT_REDIS_NAMESPACE),
                 socket_timeout=timeout_s / 2,
                 socket_connect_timeout=timeout_s / 2,
                 health_check_interval=30,
@@ -220,7 +231,7 @@ class SendingBroker(RedisBroker):
                         self._send_durably(script, keys, arguments)
                     elif attempt > 1 or not is_bulk or not self._send_in_transaction(keys, arguments):
                         run_script(self.client.connection_pool, script, keys, arguments)
-                except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+                except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, NoScriptError) as error:
                     # Try at least twice: the pool's connection may have been closed before.
                     if attempt > 1 and time.monotonic() > give_up_at:
                         raise RedisOutage(str(error)) from error
@@ -254,16 +265,19 @@ class SendingBroker(RedisBroker):
     def _send_durably(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
         """Send, then wait on the same connection: these commands cover only the connection's own writes.
 
-        https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
+        Wait for a replica if the primary has one, or lost its last one: then a failover may be near, and drops the primary's
+        file. Else wait for the file. https://redis.io/docs/latest/commands/waitaof/, https://redis.io/docs/latest/commands/wait/
         """
         wait_ms = int(self.timeout_s * 350)  # less than the socket's timeout
+        for_file, for_replica = ("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)
+        replication = self._replication(fence(keys[0]))
         why: object = None
-        for wait in (("WAITAOF", 1, 0, wait_ms), ("WAIT", 1, wait_ms)):
+        for wait in (for_replica,) if replication.expects_replica else (for_file, for_replica):
             with self.client.pipeline(transaction=False) as pipeline:
                 script(keys=keys, args=arguments, client=pipeline)
                 # After a lost reply, the repeated script writes nothing on the new connection, so WAIT would return at once.
                 # This write comes after the write of the messages.
-                pipeline.set(fence(keys[0]), 1, ex=60)
+                pipeline.set(fence(keys[0]), replication.fence, ex=_REPLICA_TTL_S)
                 pipeline.execute_command(*wait)
                 sent, fenced, confirmed = pipeline.execute(raise_on_error=False)
             for reply in (sent, fenced):
@@ -271,8 +285,29 @@ class SendingBroker(RedisBroker):
                     raise reply
             if not isinstance(confirmed, Exception) and (confirmed[0] if isinstance(confirmed, list) else confirmed) >= 1:
                 return
-            why = why or (confirmed if isinstance(confirmed, Exception) else "the append-only file was not on disk in time")
+            unconfirmed = "no replica had it in time" if wait is for_replica else "the append-only file was not on disk in time"
+            why = why or (confirmed if isinstance(confirmed, Exception) else unconfirmed)
         raise NotDurable(f"sent, but not known to be durable: {why}")
+
+    def _replication(self, fence_key: str) -> "_Replication":
+        """Ask whether the primary has or recently had a replica. The fence holds the last history that had one, and when.
+
+        A promoted primary begins a new history: its file alone counts until it has a replica. Where the user may not ask, a
+        primary has a replica if Sentinel or a cluster named it.
+        """
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.get(fence_key)
+            pipeline.info("replication")
+            had, info = pipeline.execute(raise_on_error=False)
+        if isinstance(info, Exception) or isinstance(had, Exception):
+            return _Replication(is_located(self.client), "1")
+        history, now = str(info.get("master_replid")), int(time.time())
+        if info.get("connected_slaves"):
+            return _Replication(True, f"{history} {now}")
+        had_history, _, had_at = as_bytes(had or b"").decode().partition(" ")
+        is_recent = had_history == history and now - int(had_at or 0) < _REPLICA_TTL_S
+        was_never_promoted = info.get("second_repl_offset") == -1
+        return _Replication(is_recent or bool(was_never_promoted and info.get("repl_backlog_active")), had or "1")
 
     def held(self, queue: str) -> Iterator[tuple[MessageState, bytes]]:
         """Yield every message that Redis holds for `queue`. A message that moves may come twice. Raises RedisOutage."""

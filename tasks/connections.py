@@ -13,6 +13,7 @@ from redis import ResponseError
 from redis.connection import AbstractConnection
 
 from models import threads
+from models.addresses import parse_redis_url
 
 
 class _Deadline(threading.local):
@@ -74,6 +75,24 @@ class DeadlineConnection(AbstractConnection):
             timeout_s = min(self.socket_timeout + _deadline.extra_s, _deadline.remaining_s())
             if self._sock.gettimeout() != timeout_s:
                 self._sock.settimeout(timeout_s)
+
+
+def connect(url: str, namespace: str, **options: Any) -> redis.Redis:
+    """Return a client for the server that holds `namespace`. It connects at its first command.
+
+    `options` are redis-py's. Raises ValueError for a bad address, without repeating it.
+    """
+    address = parse_redis_url(url)
+    if address.kind == "server":
+        return redis.Redis.from_url(address.url, **options)
+    from tasks.failover import locate
+
+    return locate(address, namespace, options)
+
+
+def is_located(client: redis.Redis) -> bool:
+    """Return whether Sentinel or a cluster names the server of this client."""
+    return "locator" in client.connection_pool.connection_kwargs
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

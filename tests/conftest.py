@@ -138,8 +138,8 @@ def worlds(tmp_path: Path) -> Iterator[Callable[..., "World"]]:
 
     made: list[World] = []
 
-    def make(database_url: str, redis_url: str) -> World:
-        made.append(World(database_url, redis_url, tmp_path))
+    def make(database_url: str, redis_url: str, namespace: str = "dramatiq") -> World:
+        made.append(World(database_url, redis_url, tmp_path, namespace))
         return made[-1]
 
     yield make

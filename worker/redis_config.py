@@ -4,6 +4,8 @@ from typing import Any, Final
 
 import redis
 
+from tasks.connections import is_located
+
 # The first version with BLMOVE, which waiting workers use: https://redis.io/docs/latest/commands/blmove/
 _OLDEST: Final = (6, 2)
 
@@ -19,6 +21,8 @@ def redis_config_warnings(client: redis.Redis) -> list[str]:
     except redis.ResponseError as error:
         return [f"INFO is forbidden, so it is unknown what the server keeps ({error})"]
     found = []
+    if info.get("redis_mode") == "cluster" and not is_located(client):
+        found.append("it is a node of a cluster: use an address with redis+cluster://, which follows its slots")
     version = str(info.get("redis_version", ""))
     if version and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
         found.append(f"it is Redis {version}, and workers need 6.2 or later")

@@ -12,7 +12,6 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
-import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import Connection
@@ -41,6 +40,7 @@ from models.logs import EventLogger
 from models.settings import Settings
 from tasks import tracing
 from tasks.broker import broker
+from tasks.connections import connect
 from tasks.keys import Names
 
 # Each thread holds at most one connection. More would not help: they wait for PostgreSQL's processors.
@@ -85,8 +85,9 @@ class Service:
         self.stores = Stores(settings, threads=THREADS, in_a_hurry=True)
         self._objects_paused_until = 0.0
         names = self.names = Names(settings.redis_namespace)
-        self.redis = redis.Redis.from_url(
+        self.redis = connect(
             settings.redis_url.get_secret_value(),
+            settings.redis_namespace,
             socket_timeout=0.25,
             socket_connect_timeout=0.25,
             retry=Retry(NoBackoff(), 0),

@@ -4,6 +4,7 @@ A page that is open asks nothing of PostgreSQL: a task reads the state every INT
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,6 +19,9 @@ from models.settings import Settings
 
 INTERVAL_S: Final = 2.0
 _STATE_S: Final = 60.0  # longer than any probe waits
+_STALE_S: Final = 60.0
+_PATIENCE_S: Final = 0.1
+_SAMPLES_S: Final = 20.0  # a sample comes each minute
 
 
 class Live(NamedTuple):
@@ -33,29 +37,46 @@ class LiveState:
 
     def __init__(self, settings: Settings) -> None:
         self._probe = StatusProbe(settings)
-        self._samples: CachedProbe[list[Sample]] = self._probe.probe(overview_samples.last_day)
+        self._samples_probe: CachedProbe[list[Sample]] = self._probe.probe(overview_samples.last_day)
+        self._samples: list[Sample] = []
+        self._samples_until = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evalstore-overview")
         self._listeners = 0
         self._task: asyncio.Task[None] | None = None
         self._latest: Live | None = None
         self._read_at = 0.0
         self._changed = asyncio.Condition()
-        self._reading: asyncio.Future[Live] | None = None
+        self._reading: asyncio.Task[Live] | None = None
 
     async def current(self) -> Live:
-        """Return the state, at most INTERVAL_S old. Callers share one reading."""
+        """Return the state. Callers share one reading.
+
+        A slow probe must not make a page slow: for up to _STALE_S the last state is returned while a reading takes longer.
+        """
         loop = asyncio.get_running_loop()
-        if self._latest is not None and loop.time() - self._read_at < INTERVAL_S:
-            return self._latest
+        latest, age_s = self._latest, loop.time() - self._read_at
+        if latest is not None and age_s < INTERVAL_S:
+            return latest
         if self._reading is None or self._reading.done():
-            self._reading = loop.run_in_executor(self._thread, self._read)
-        self._latest = await asyncio.shield(self._reading)
+            self._reading = asyncio.create_task(self._read_in_thread())
+        reading = asyncio.shield(self._reading)
+        if latest is None or age_s > _STALE_S:
+            return await reading
+        done, _ = await asyncio.wait([reading], timeout=_PATIENCE_S)
+        return reading.result() if done else latest
+
+    async def _read_in_thread(self) -> Live:
+        loop = asyncio.get_running_loop()
+        self._latest = await loop.run_in_executor(self._thread, self._read)
         self._read_at = loop.time()
         return self._latest
 
     def _read(self) -> Live:
         snapshot = self._probe.snapshot()
-        return Live(snapshot, self._samples.get() or [], _arriving(self._latest, snapshot))
+        if time.monotonic() >= self._samples_until:
+            self._samples_until = time.monotonic() + _SAMPLES_S
+            self._samples = self._samples_probe.get() or self._samples
+        return Live(snapshot, self._samples, _arriving(self._latest, snapshot))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,7 +91,9 @@ class LiveState:
 
     async def _run(self) -> None:
         while self._listeners:
-            await self.current()
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read_in_thread())
+            await asyncio.shield(self._reading)
             async with self._changed:
                 self._changed.notify_all()
             await asyncio.sleep(INTERVAL_S)

@@ -101,7 +101,9 @@ def refuse_other_sites(request: Request) -> None:
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     is_foreign = site not in {"same-origin", "none"} if site is not None else False
     if site is None and origin is not None:
-        is_foreign = origin.partition("://")[2] != request.headers.get("host")
+        # Pages of other sites cannot set X-Forwarded-Host. A proxy that replaces Host sets it.
+        own = (request.headers.get("host"), request.headers.get("x-forwarded-host"))
+        is_foreign = origin.partition("://")[2] not in own
     if is_foreign:
         raise Problem(403, "forbidden", "the request comes from another site")
 

@@ -24,6 +24,7 @@ from evalstore.local import processes, supervisor
 from models.errors import RedisOutage
 from tasks.actor import store_evaluation
 from tasks.broker import SendingBroker
+from tasks.connections import connect
 from tasks.keys import QUEUE, Keys
 from tests.chaos.relay import ROOT, STOCK
 from tests.polling import looks
@@ -146,11 +147,12 @@ class Workers:
 class World:
     """Servers, workers and what was sent."""
 
-    def __init__(self, database_url: str, redis_url: str, folder: Path) -> None:
-        self.database_url, self.redis_url, self.folder = database_url, redis_url, folder
+    def __init__(self, database_url: str, redis_url: str, folder: Path, namespace: str = "dramatiq") -> None:
+        self.database_url, self.redis_url, self.folder, self.namespace = database_url, redis_url, folder, namespace
+        self.keys = Keys.of(namespace, QUEUE)
         self.fleet: list[Workers] = []
-        self.broker = SendingBroker(url=redis_url, middleware=[])
-        self.client: Any = redis.Redis.from_url(redis_url, socket_timeout=10)  # redis-py's types ignore decode_responses.
+        self.broker = SendingBroker(url=redis_url, namespace=namespace, middleware=[])
+        self.client: Any = connect(redis_url, namespace, socket_timeout=10)  # redis-py's types ignore decode_responses.
         self.sent: dict[str, dict[str, Any]] = {}
 
     def workers(self, *, n: int = 1, threads: int = 2, module: str = "worker.tasks", **env: str) -> Workers:
@@ -158,6 +160,7 @@ class World:
         defaults = {
             "EVALSTORE_DATABASE_URL": self.database_url,
             "EVALSTORE_REDIS_URL": self.redis_url,
+            "EVALSTORE_REDIS_NAMESPACE": self.namespace,
             "EVALSTORE_METRICS_PORT": "0",
             "EVALSTORE_CHAOS_FOLDER": str(self.folder),
         }
@@ -197,14 +200,14 @@ class World:
 
     def is_waiting(self) -> bool:
         """Whether every worker process has said that it waits for an outage to end."""
-        states = self.client.hvals(KEYS.processes)
+        states = self.client.hvals(self.keys.processes)
         return bool(states) and all(state.startswith(b"waiting") for state in states)
 
     def raw(self, body: bytes | str, redis_id: str | None = None) -> str:
         """Put a body in the queue as a sender without Dramatiq does; returns its id."""
         redis_id = redis_id or str(uuid4())
-        self.client.hset(KEYS.bodies, redis_id, body)
-        self.client.rpush(KEYS.queue, redis_id)
+        self.client.hset(self.keys.bodies, redis_id, body)
+        self.client.rpush(self.keys.queue, redis_id)
         return redis_id
 
     def message(self, event: object, **changes: Any) -> Message[Any]:
@@ -220,13 +223,13 @@ class World:
     def dead(self) -> list[tuple[bytes, str]]:
         """Every dead letter's message and the class of its cause, wherever it is by now."""
         found: dict[bytes, str] = {}
-        for keys in (KEYS, Keys.of("dramatiq", "jobs")):
+        for keys in (self.keys, Keys.of(self.namespace, "jobs")):
             for redis_id, body in self.client.hgetall(keys.dead_bodies).items():
                 found[body] = msgspec.json.decode(self.client.hget(keys.causes, redis_id) or b"{}").get("error_class", "none")
         with psycopg.connect(self.database_url, connect_timeout=5) as conn:
             if conn.execute("SELECT to_regclass('dead_letters')").fetchall() != [(None,)]:
                 found |= dict(conn.execute("SELECT message, error_class FROM dead_letters").fetchall())
-        found |= dict.fromkeys(self.client.hvals(f"{KEYS.queue}.XQ.msgs"), "stock")
+        found |= dict.fromkeys(self.client.hvals(f"{self.keys.queue}.XQ.msgs"), "stock")
         return list(found.items())
 
     def left(self) -> dict[str, int]:
@@ -241,7 +244,9 @@ class World:
         for key in self.client.scan_iter("*"):
             name = key.decode()
             if re.fullmatch(
-                r"(evalstore:)?dramatiq:.*(evaluations|jobs)(\.DQ)?(\.msgs|:delayed|:suspects|:deaths|:unacked:.*)?", name
+                rf"(evalstore:)?{re.escape(self.namespace)}:.*(evaluations|jobs)"
+                r"(\.DQ)?(\.msgs|:delayed|:suspects|:deaths|:unacked:.*)?",
+                name,
             ):
                 kind = self.client.type(key)
                 found |= {name: sizes[kind](key)} if kind in sizes else {}

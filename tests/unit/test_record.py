@@ -99,6 +99,7 @@ def reference(given: list[Json]) -> Json:  # noqa: C901 - one sentence after ano
         "error": content("error", result),
         "created_at": None,
         "updated_at": None,
+        "enrichment": None,
     }
 
 

@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from evalstore.local import processes
 from models import InvalidSettings
+from models.addresses import parse_redis_url
 from models.settings import Settings, unknown_settings
 
 ADDRESS = "postgresql://user:hunter2@db/evalstore"
@@ -51,11 +52,13 @@ def test_settings_come_from_the_environment() -> None:
         *("redis://h", "redis://:p@h:1/15", "rediss://h:6380", "unix:///run/redis.sock", "redis://[::1]:7/0"),
         *("redis://h/?db=3", "redis://u:p%40ss%2Fw%3A%25%23@h:1/0?protocol=3&client_name=x", "unix://:p@/run/redis.sock?db=3"),
         *("rediss://h?ssl_ca_certs=/etc/ca%20x.pem&ssl_cert_reqs=none", "rediss://h?ssl_check_hostname=false"),
+        *("redis+sentinel://u:p%2F@h1:1,[::1]/my.primary/3?sentinel_username=a&sentinel_password=b", "redis+sentinel://h/n"),
+        *("rediss+sentinel://h,i/n/0?ssl_cert_reqs=none", "redis+cluster://:p,q@h1:7000,h2", "rediss+cluster://h/0?protocol=2"),
     ],
 )
 def test_a_good_redis_address(address: str) -> None:
     assert Settings.from_environment({"EVALSTORE_REDIS_URL": address}).redis_url.get_secret_value() == address
-    pool = redis.ConnectionPool.from_url(address)
+    pool = redis.ConnectionPool.from_url(parse_redis_url(address).url)
     assert isinstance(pool.make_connection(), redis.connection.AbstractConnection)
 
 
@@ -65,6 +68,15 @@ def test_a_good_redis_address(address: str) -> None:
         *("h:6379", "http://h", "redis://h:port", "redis://h:99999", "redis://h/queue", "redis://h/0/1", "redis://[::1/0"),
         *("redis://h:0", "unix://?db=1", "redis://:pa#ss@h:1/0", "redis://:pa/ss@h:1/0", "redis://:pa?ss@h:1/0"),
         *("redis://h?timeout=5", "redis://h?decode_responses=true", "redis://h?socket_timeout=0.1", "redis://h?ssl=true"),
+        *("redis+sentinel://h:1", "redis+sentinel://h/a b/0", "redis+sentinel://h/n/x", "redis+sentinel://h:1,/n/0"),
+        *("redis+sentinel://:pa/ss@h/n/0", "redis+sentinel://h/n/0?ssl_ca_certs=/x", "redis+cluster://h?sentinel_password=x"),
+        *(
+            "redis+cluster://h/1",
+            "redis+cluster://h?db=1",
+            "redis+cluster://h1:x,h2",
+            "redis+cluster://:pa#s@h",
+            "unix+cluster://h",
+        ),
         *("redis://h?protocol=4", "redis://h?db=x", "redis://h?db=", "redis://h?ssl_ca_certs=/x", "rediss://h?ssl_cert_reqs=x"),
     ],
 )
@@ -72,6 +84,22 @@ def test_a_bad_redis_address_is_named_and_not_repeated(address: str) -> None:
     message = refused(EVALSTORE_REDIS_URL=address)
     assert message.startswith("EVALSTORE_REDIS_URL: ")
     assert address not in message
+
+
+def test_the_parts_of_an_address_of_several_servers() -> None:
+    address = parse_redis_url("rediss+sentinel://u:p%2F@h1:1,[::1]/main/3?sentinel_password=s&protocol=3")
+    assert address.nodes == (("h1", 1), ("::1", 26379))
+    assert (address.url, address.primary) == ("rediss://u:p%2F@h1:1/3?protocol=3", "main")
+    assert (address.sentinel_user, address.sentinel_password) == (None, "s")
+    assert parse_redis_url("redis+cluster://h1,h2:7001").nodes == (("h1", 6379), ("h2", 7001))
+
+
+def test_in_a_cluster_the_namespace_has_a_part_in_braces() -> None:
+    cluster = {"EVALSTORE_REDIS_URL": "redis+cluster://h"}
+    assert Settings.from_environment(cluster).redis_namespace == "{dramatiq}"
+    assert Settings.from_environment({**cluster, "EVALSTORE_REDIS_NAMESPACE": "{x}:y"}).redis_namespace == "{x}:y"
+    assert "a part in braces" in refused(**cluster, EVALSTORE_REDIS_NAMESPACE="x")
+    assert "EVALSTORE_REDIS_NAMESPACE" not in refused(EVALSTORE_REDIS_URL="redis+cluster://")
 
 
 def test_a_redis_option_that_is_spelt_wrong_or_not_for_this_scheme_is_told_so() -> None:
