@@ -73,13 +73,14 @@ def _block(lines: list[str]) -> Markup:
             for line in lines
             if not re.match(r"\|[\s:|-]+$", line)
         ]
-        head = Markup("").join(Markup("<th>{}</th>").format(_inline(cell)) for cell in rows[0])
+        head = Markup("").join(Markup("<th>{}</th>" if cell else "<td>{}</td>").format(_inline(cell)) for cell in rows[0])
         body = Markup("").join(
             Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(_inline(cell)) for cell in row))
             for row in rows[1:]
         )
-        shown = Markup("<thead><tr>{}</tr></thead>").format(head) if any(rows[0]) else Markup()
-        return Markup('<div class="scroll" tabindex="0"><table>{}<tbody>{}</tbody></table></div>').format(shown, body)
+        return Markup(
+            '<div class="scroll" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+        ).format(head, body)
     if item := re.match(r"(\d+\.|[-*]) ", lines[0]):
         items: list[str] = []
         for line in lines:
