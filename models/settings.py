@@ -15,17 +15,13 @@ from models.errors import InvalidSettings
 from models.logs import EventLogger
 from models.metadata_keys import parse_keys
 from models.networks import parse_networks
-from models.validation_errors import did_you_mean, format_error
+from models.validation_errors import format_error
 
 log = EventLogger("evalstore.settings")
 
-_PREFIX = "EVALSTORE_"
+PREFIX = "EVALSTORE_"
 DEFAULT_REDIS_NAMESPACE: Final = "dramatiq"
 _NAMESPACE = re.compile(r"(?=[A-Za-z0-9{])(?=.{1,64}$)(?!.*evalstore:)[\w.:~@+=-]*(?:\{[\w.:~@+=-]+\}[\w.:~@+=-]*)?", re.ASCII)
-# Variables that single commands read. They are no settings of a process.
-_COMMAND_VARIABLES = {"EVALSTORE_API_URL", "EVALSTORE_ACTOR", "EVALSTORE_WEBHOOK_SECRET"}
-# Kubernetes sets these variables for a service whose name begins with evalstore.
-_SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Upper limits, so that time functions, Redis and PostgreSQL do not overflow.
 _DAY_S: Final = 86_400
@@ -419,9 +415,9 @@ class Settings(BaseModel):
         Raises InvalidSettings, which names every variable at fault.
         """
         values = {
-            name.removeprefix(_PREFIX).lower(): stripped
+            name.removeprefix(PREFIX).lower(): stripped
             for name, value in environment.items()
-            if name.startswith(_PREFIX) and (stripped := value.strip())
+            if name.startswith(PREFIX) and (stripped := value.strip())
         }
         values = {name: value for name, value in values.items() if name in cls.model_fields}
         faults = {name: "control characters are not allowed" for name, value in values.items() if _CONTROLS.search(value)}
@@ -432,40 +428,9 @@ class Settings(BaseModel):
                 faults.setdefault(str(fault["loc"][0]), format_error(fault))
         if faults:
             raise InvalidSettings(
-                "; ".join(f"{_PREFIX}{name.upper()}: {faults[name]}" for name in cls.model_fields if name in faults)
+                "; ".join(f"{PREFIX}{name.upper()}: {faults[name]}" for name in cls.model_fields if name in faults)
             )
         return settings
-
-
-def unknown_settings(environment: Mapping[str, str]) -> list[str]:
-    """Describe each variable that looks like a misspelt setting.
-
-    These are no errors: a platform may have its own variables, and an older release may run with a newer one's settings.
-    """
-    known = [name.upper() for name in Settings.model_fields]
-    problems = []
-    for name in sorted(environment):
-        prefix, rest = name[: len(_PREFIX)], name[len(_PREFIX) :].upper()
-        is_setting = prefix == _PREFIX and rest in known
-        if (
-            prefix.upper() == _PREFIX
-            and not is_setting
-            and name not in _COMMAND_VARIABLES
-            and not _SERVICE_LINK.fullmatch(rest)
-        ):
-            hint = did_you_mean(rest, known, prefix=_PREFIX)
-            problems += [f"{name} is no setting{hint}"] if hint else []
-    return problems
-
-
-@cache
-def warn_unknown_env() -> None:
-    """Log each variable that looks like a misspelt setting, once in a process.
-
-    Without this, a sender with `EVALSTORE_SPOOLDIR` would lose events in the first outage.
-    """
-    for problem in unknown_settings(os.environ):
-        log.warning("unknown_setting", problem=problem)
 
 
 @cache

@@ -19,7 +19,8 @@ from redis.retry import Retry
 from uuid_utils import uuid4
 
 from models.errors import NotDurable, RedisOutage
-from models.settings import DEFAULT_REDIS_NAMESPACE, Settings, settings, warn_unknown_env
+from models.settings import DEFAULT_REDIS_NAMESPACE, Settings, settings
+from models.unknown_settings import warn_unknown_env
 from tasks import tracing
 from tasks.connections import DeadlineConnection, as_bytes, connect, deadline, is_located, pack, run_script, run_transaction
 from tasks.keys import QUEUE, Keys, Names, fence

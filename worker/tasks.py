@@ -9,7 +9,7 @@ from dramatiq.middleware import Retries
 
 from evalstore import hooks, startup
 from evalstore.telemetry import log_setup
-from models.settings import warn_unknown_env
+from models.unknown_settings import warn_unknown_env
 from tasks.actor import store_evaluation
 from worker import metrics_endpoint, schedule
 from worker.background import Background, BackgroundMiddleware

@@ -41,7 +41,8 @@ from evalstore.storage import durability
 from evalstore.telemetry import log_setup
 from models.errors import Outage
 from models.logs import EventLogger
-from models.settings import Settings, warn_unknown_env
+from models.settings import Settings
+from models.unknown_settings import warn_unknown_env
 from tasks import tracing
 
 log = EventLogger("evalstore.api")

@@ -80,7 +80,7 @@ def _find_local_servers(
     ] = False,
 ) -> None:
     """Use the servers of `evalstore up` in this folder, unless an address is set."""
-    from models.settings import warn_unknown_env  # noqa: PLC0415 - slow to import
+    from models.unknown_settings import warn_unknown_env  # noqa: PLC0415 - slow to import
 
     warn_unknown_env()
     if "EVALSTORE_DATABASE_URL" in os.environ or "EVALSTORE_REDIS_URL" in os.environ:

@@ -15,7 +15,8 @@ from psycopg.conninfo import conninfo_to_dict
 from evalstore.local import processes
 from models import InvalidSettings
 from models.addresses import parse_redis_url
-from models.settings import Settings, unknown_settings
+from models.settings import Settings
+from models.unknown_settings import unknown_settings
 
 ADDRESS = "postgresql://user:hunter2@db/evalstore"
 
