@@ -157,10 +157,11 @@ def test_a_gateway_that_imports_tasks_loads_neither_the_servers_clients_nor_the_
 def test_ci_runs_make_test_and_ends_as_it_ends(tmp_path: Path, status: int) -> None:
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\necho "make $* in $PWD"\nexit {status}\n')
-    promtool, pgbouncer = tmp_path / "promtool", tmp_path / "pgbouncer"  # They exist, so that the script downloads neither.
-    for program in (promtool, pgbouncer):
+    # They exist, so that the script downloads none of them.
+    programs = [tmp_path / name for name in ("promtool", "pgbouncer", "chromium")]
+    for program in programs:
         program.write_text("#!/bin/sh\n")
-    for program in (make, promtool, pgbouncer):
+    for program in (make, *programs):
         program.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
