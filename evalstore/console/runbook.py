@@ -73,8 +73,8 @@ def _block(lines: list[str]) -> Markup:
             for line in lines
             if not re.match(r"\|[\s:|-]+$", line)
         ]
-        named, empty = Markup("<th>{}</th>"), Markup("<td>{}</td>")
-        head = Markup("").join((named if cell else empty).format(_inline(cell)) for cell in rows[0])
+        # An empty corner is no header.
+        head = Markup("").join(Markup("<th>{}</th>").format(_inline(cell)) if cell else Markup("<td></td>") for cell in rows[0])
         body = Markup("").join(
             Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(_inline(cell)) for cell in row))
             for row in rows[1:]
