@@ -14,14 +14,17 @@ from evalstore.lake import maintenance, query, recovery
 from evalstore.lake.errors import LakeDamaged, LakeMismatch, LakeOutage
 from evalstore.lake.files import Range
 from evalstore.lake.lake import Lake
-from evalstore.lake.schema import EVALUATIONS, EVENTS
+from evalstore.lake.schema import EVALUATIONS, EVENTS, TABLES
 from evalstore.storage import event_reader, event_store
 from evalstore.storage.event_reader import StoredEvent
 from evalstore.storage.sink_cursors import ReplayKey
 from models.events import parse
+from models.fields import CONTENTS, RECORD_COLUMNS, SCALARS
 from models.record import rfc3339
 from models.settings import Settings
 from tests.seaweedfs import SeaweedFS
+
+ROOT = Path(__file__).parents[2]
 
 pytest.importorskip("pyiceberg", reason="the lake needs the extra `lake`: make setup-integrations")
 pl = pytest.importorskip("polars", reason="Polars reads the lake as well: make setup-integrations")
@@ -289,6 +292,18 @@ def test_a_restored_catalog_is_led_to_the_newest_state(lake_settings: Settings, 
     recovery.run_once(lake_settings)
     with closing(Lake.open(lake_settings)) as again:
         assert again.events_of(["a", "b"]).keys() == {"a", "b"}
+
+
+def test_field_ids_are_those_of_the_documentation(lake: Lake) -> None:
+    page = (ROOT / "docs/how-to/use-the-lake.md").read_text()
+    for table in TABLES:
+        found = lake.load(table).schema().fields
+        assert [(field.field_id, field.name) for field in found] == [
+            (number, column.name) for number, column in enumerate(table.columns, 1)
+        ]
+        assert ", ".join(f"{number} `{column.name}` {column.type}" for number, column in enumerate(table.columns, 1)) in page
+    assert {column.name for column in EVENTS.columns} >= {*SCALARS, *CONTENTS}
+    assert {column.name for column in EVALUATIONS.columns} >= {*RECORD_COLUMNS}
 
 
 def test_the_warehouse_may_be_in_s3(database_url: str, s3_url: str, s3_server: SeaweedFS) -> None:
