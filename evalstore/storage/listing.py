@@ -277,8 +277,9 @@ class Total(NamedTuple):
     is_estimate: bool
 
 
-def count(conn: Connection, chosen: Filter, *, up_to: int = COUNTED, patience_s: float = PATIENCE_S) -> Total:
-    """Count the evaluations. Return an estimate if there are more than `up_to`, or if that takes longer than `patience_s`.
+def count(conn: Connection, chosen: Filter, *, up_to: int = COUNTED, patience_s: float | None = None) -> Total:
+    """Count the evaluations. Return an estimate if there are more than `up_to`, or if that takes longer than `patience_s`,
+    by default PATIENCE_S.
 
     Raises DatabaseOutage (retry).
     """
@@ -297,11 +298,12 @@ def count(conn: Connection, chosen: Filter, *, up_to: int = COUNTED, patience_s:
     return Total(max(estimate, up_to) if counted else estimate, is_estimate=True)
 
 
-def _in_time(conn: Connection, query: str, values: list[Any], patience_s: float = PATIENCE_S) -> list[tuple[Any, ...]] | None:
-    """Return the rows, or None if the query takes longer than `patience_s`."""
+def _in_time(conn: Connection, query: str, values: list[Any], patience_s: float | None = None) -> list[tuple[Any, ...]] | None:
+    """Return the rows, or None if the query takes longer than `patience_s`, by default PATIENCE_S."""
+    timeout_s = PATIENCE_S if patience_s is None else patience_s
     try:
         with database.errors(), conn.begin(), database.driver(conn).cursor(binary=True) as cursor:
-            cursor.execute(f"SET LOCAL statement_timeout = {int(patience_s * 1000)}".encode(), binary=False)
+            cursor.execute(f"SET LOCAL statement_timeout = {int(timeout_s * 1000)}".encode(), binary=False)
             return cursor.execute(query.encode(), values).fetchall()
     except DatabaseOutage as error:
         if not isinstance(error.__cause__, QueryCanceled):
