@@ -18,7 +18,7 @@ JOBS: Final = (
     Job("mark_lost_evaluations", "* * * * *", "marks evaluations as lost whose result is overdue"),
     Job("archive_large_outputs", "* * * * *", "moves large and old content to the archive"),
     Job("sweep_objects", "*/30 * * * *", "removes objects without references, checking each object once a day"),
-    Job("maintain_lake", "40 * * * *", "merges files of the lake, expires its snapshots and removes files that none names"),
+    Job("maintain_lake", "*/30 * * * *", "merges files of the lake, expires its snapshots and removes files that none names"),
     Job("move_dead_letters", "* * * * *", "moves dead letters from Redis to the database"),
     Job("continue_replays", "* * * * *", "continues replays in the background whose job was lost"),
     Job("sample_overview", "* * * * *", "keeps what the console's overview shows, for its curves of the last day"),

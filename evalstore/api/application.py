@@ -75,7 +75,9 @@ def build(settings: Settings) -> ASGIApp:
     """Return the service as an ASGI application. It opens connections when it starts."""
     routes = (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     served = (*routes, *console.routes(settings))
-    metrics = ApiMetrics(settings, ((method, route.path) for route in served for method in route.methods or ()))
+    metrics = ApiMetrics(
+        settings, ((method, route.path) for route in served for method in sorted({*(route.methods or ())} - {"HEAD"}))
+    )
 
     called = hooks.load_or_exit(settings, metrics.counters)
 

@@ -66,7 +66,7 @@ def maintain(
     grace_hours: Annotated[float, typer.Option(min=0, help="Keep files that no snapshot names, if younger.")] = 24,
     output_format: OutputOption = Format.table,
 ) -> None:
-    """Merge small files, expire old snapshots, and remove files that no snapshot names. Workers do the same every hour.
+    """Merge small files, expire old snapshots, and remove files that no snapshot names. Workers do the same every half hour.
 
     Safe while others write and read, and after a crash at any step.
     """

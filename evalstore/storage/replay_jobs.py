@@ -54,7 +54,7 @@ def begin(
             return UUID(str(running[0]))
         bounds = [str(bound) for (bound,) in cursor.execute(_BOUNDS, {"ranges": ranges})]
         cursor.execute(_NEW, [wanted, intent.actor, intent.reason, words, write, rate, total])
-        rows = zip(["", *bounds], [*bounds, max(last, *bounds)], strict=True)
+        rows = zip(["", *bounds], [*bounds, max([last, *bounds])], strict=True)
         cursor.executemany(_NEW_RANGE, [(wanted, number, *row) for number, row in enumerate(rows)])
         operator_actions.write(cursor, intent, total, details={"replay": str(wanted), "write": write})
     return wanted

@@ -132,7 +132,10 @@ def test_up_serves_and_prints_the_addresses_that_were_asked_for(tmp_path: Path, 
         try:
             eventually(lambda: "Ctrl-C stops" in log.read_text() or up.poll() is not None, within_s=90, what="the start")
             urls = [word for word in log.read_text().split() if word.startswith("http://[::1]:")]
-            metrics, service = next(url for url in urls if url.endswith("/metrics")), urls[-1]
+            metrics, service = (
+                next(url for url in urls if url.endswith("/metrics")),
+                next(url for url in urls if url.count("/") == 2),
+            )
             assert answers(metrics), log.read_text()
             assert answers(f"{service}/health/ready"), log.read_text()
         finally:
