@@ -1,7 +1,5 @@
 """`/storage/anomalies`: what the anomaly detector found."""
 
-import base64
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
@@ -9,12 +7,12 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from evalstore.api import openapi
+from evalstore.api import cursors, openapi
 from evalstore.api.access import Caller
 from evalstore.api.callers import Admin, Reader
 from evalstore.api.openapi import success
-from evalstore.api.problems import Problem, invalid
-from evalstore.api.rendering import json_response, to_json
+from evalstore.api.problems import Problem
+from evalstore.api.rendering import json_response
 from evalstore.api.schemas import ref
 from evalstore.api.service import Service, service_of
 from evalstore.storage import anomalies
@@ -52,25 +50,11 @@ async def read_all(  # noqa: PLR0913, PLR0917 - a parameter for each in the quer
         if not _is_visible(caller, dimension or "submitter", caller.visibility.submitter if value is None else value):
             return json_response({"anomalies": [], "next": None})
         chosen = chosen._replace(dimension="submitter", value=caller.visibility.submitter)
-    before = _position(cursor) if cursor else None
+    before = cursors.decode_time(cursor, UUID) if cursor else None
     found = await service_of(request).run(lambda conn: anomalies.page(conn, chosen, limit + 1, before))
-    following = _cursor(found[limit - 1]) if len(found) > limit else None
+    last = found[limit - 1] if len(found) > limit else None
+    following = cursors.encode_time(last.detected_at, last.id) if last else None
     return json_response({"anomalies": [one._asdict() for one in found[:limit]], "next": following})
-
-
-def _cursor(last: Anomaly) -> str:
-    return base64.urlsafe_b64encode(to_json([last.detected_at.isoformat(), str(last.id)])).decode().rstrip("=")
-
-
-def _position(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        at, anomaly_id = decode(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=="))
-        found = datetime.fromisoformat(at), UUID(anomaly_id)
-    except (ValueError, TypeError, AttributeError):
-        found = None
-    if found is None or found[0].utcoffset() is None:
-        raise invalid([Fault("cursor", "expected the `next` of another page")])
-    return found
 
 
 @router.get(

@@ -1,16 +1,14 @@
 """`/storage/evaluations/{id}/events` and `/storage/events:batch`: events, one or many."""
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from evalstore.api import async_writes, following, openapi, references, write_requests
+from evalstore.api import async_writes, cursors, following, openapi, references, write_requests
 from evalstore.api.access import Caller
 from evalstore.api.callers import Reader, Writer
 from evalstore.api.openapi import EvalId, IdempotencyKey, Prefer, json_body, success
@@ -24,7 +22,7 @@ from evalstore.storage.conditional import EvaluationErased
 from evalstore.storage.event_store import Outcome, Stored
 from evalstore.storage.visibility import Hidden
 from models.errors import EventIdReused, Fault
-from models.events import decode, identity
+from models.events import identity
 from tasks import store_evaluations
 
 router = APIRouter(prefix="/storage", tags=["events"], responses=openapi.ALWAYS)
@@ -208,25 +206,11 @@ async def read(
     service = service_of(request)
     if identity({"eval_id": eval_id})[0] is None or not await following.can_see(service, caller, eval_id):
         raise not_found(eval_id)
-    after = _position(cursor) if cursor else None
+    after = cursors.decode_time(cursor, UUID) if cursor else None
     rows = await service.run(lambda conn: records.log(conn, eval_id, limit=limit + 1, after=after))
     if not rows and after is None:
         raise not_found(eval_id)
     events = [event_fields(eval_id, row, request.scope.get("root_path", "")) for row in rows[:limit]]
-    last = _cursor(rows[limit - 1].fields) if len(rows) > limit else None
-    return json_response({"events": events, "next": last})
-
-
-def _cursor(event: dict[str, Any]) -> str:
-    return base64.urlsafe_b64encode(to_json([event["occurred_at"], event["event_id"]])).decode().rstrip("=")
-
-
-def _position(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        occurred_at, event_id = decode(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=="))
-        position = datetime.fromisoformat(occurred_at), UUID(event_id)
-    except (ValueError, TypeError, AttributeError):
-        position = None
-    if position is None or position[0].utcoffset() is None:
-        raise invalid([Fault("cursor", "expected the `next` of another page")])
-    return position
+    last = rows[limit - 1].fields if len(rows) > limit else None
+    following_cursor = cursors.encode_time(last["occurred_at"], last["event_id"]) if last else None
+    return json_response({"events": events, "next": following_cursor})

@@ -2,6 +2,7 @@
 
 from uuid import UUID
 
+from evalstore.api import cursors
 from evalstore.api.problems import Problem, invalid
 from evalstore.console import forms
 from evalstore.console.pages import Answer, Done, Pages, Shown, View
@@ -31,7 +32,7 @@ async def anomalies(view: View) -> Answer:
     before = forms.position_of(view, UUID)
     rows = await view.service.run(lambda conn: stored.page(conn, Filter(**given), _LIMIT + 1, before))
     sinks = await view.service.run(sink_cursors.statuses)
-    following = forms.to_cursor(rows[_LIMIT - 1].detected_at, rows[_LIMIT - 1].id) if len(rows) > _LIMIT else None
+    following = cursors.encode_time(rows[_LIMIT - 1].detected_at, rows[_LIMIT - 1].id) if len(rows) > _LIMIT else None
     return Shown(
         {"anomalies": [one._asdict() for one in rows[:_LIMIT]], "next": following},
         {

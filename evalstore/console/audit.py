@@ -1,5 +1,6 @@
 """`/console/audit`: who did what, when and why."""
 
+from evalstore.api import cursors
 from evalstore.console import forms
 from evalstore.console.pages import Answer, Pages, Shown, View
 from evalstore.storage import operator_actions
@@ -14,7 +15,7 @@ async def audit(view: View) -> Answer:
     """List the changes by operators, the newest first."""
     chosen, before = Filter(view.query("actor"), view.query("verb")), forms.position_of(view, int)
     rows = await view.service.run(lambda conn: operator_actions.page(conn, chosen, _LIMIT + 1, before))
-    following = forms.to_cursor(rows[_LIMIT - 1]["at"], rows[_LIMIT - 1]["id"]) if len(rows) > _LIMIT else None
+    following = cursors.encode_time(rows[_LIMIT - 1]["at"], rows[_LIMIT - 1]["id"]) if len(rows) > _LIMIT else None
     return Shown(
         {"actions": rows[:_LIMIT], "next": following},
         {

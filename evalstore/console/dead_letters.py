@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from evalstore.api import exports
+from evalstore.api import cursors, exports
 from evalstore.api.problems import Problem, invalid
 from evalstore.api.rendering import to_json
 from evalstore.console import forms
@@ -82,7 +82,7 @@ async def dead_letters(view: View) -> Answer:
 
     groups, rows = await view.service.run(work)
     last = rows[_LIMIT - 1] if len(rows) > _LIMIT else None
-    following = forms.to_cursor(last["last_at"], last["id"]) if last else None
+    following = cursors.encode_time(last["last_at"], last["id"]) if last else None
     counted = sum(group["count"] for group in groups)
     data = {"groups": groups[:_GROUPS], "groups_total": len(groups), "dead_letters": rows[:_LIMIT], "next": following}
     return Shown(

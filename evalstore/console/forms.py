@@ -1,13 +1,10 @@
 """Values of queries and forms that several pages read, and positions in lists."""
 
-import base64
-import binascii
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import msgspec
-
+from evalstore.api import cursors
 from evalstore.api.problems import Problem, invalid
 from evalstore.console.pages import View
 from models import times
@@ -58,21 +55,7 @@ def require_admin(view: View) -> None:
         raise Problem(403, "forbidden", "this page needs a key with the scope admin")
 
 
-def to_cursor(at: datetime, key: object) -> str:
-    """Return a position in a list by time."""
-    return base64.urlsafe_b64encode(msgspec.json.encode([at.isoformat(), str(key)])).decode().rstrip("=")
-
-
 def position_of(view: View, key: Any) -> Any:
     """Return the position that the parameter `cursor` names as a time and a key, or None. Raises Problem (422)."""
-    text = view.query("cursor")
-    if text is None:
-        return None
-    try:
-        at, name = msgspec.json.decode(base64.urlsafe_b64decode(text.encode("ascii") + b"=="), type=tuple[str, str])
-        found = datetime.fromisoformat(at), key(name)
-    except (ValueError, binascii.Error, msgspec.DecodeError):
-        found = None
-    if found is None or found[0].utcoffset() is None:
-        raise invalid([Fault("cursor", "expected the `next` of another page")])
-    return found
+    cursor = view.query("cursor")
+    return None if cursor is None else cursors.decode_time(cursor, key)

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from evalstore.storage import database, sink_ranges
 from evalstore.storage.sink_cursors import Lease, LeaseLost, ReplayKey
 from evalstore.storage.tables import evaluation_events
+from evalstore.storage.tombstones import text_array
 from models import content
 from models.record import rfc3339
 
@@ -68,11 +69,8 @@ def by_key(conn: Connection, keys: Sequence[tuple[str, str]]) -> dict[tuple[str,
 
 
 def _arrays(keys: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the keys as the texts of two arrays. Ids hold no quotes or backslashes. psycopg converts a list more slowly."""
-    return [
-        '{"' + '","'.join([key[0] for key in keys]) + '"}' if keys else "{}",
-        "{" + ",".join([key[1] for key in keys]) + "}",
-    ]
+    """Return the keys as the texts of two arrays."""
+    return [text_array([key[0] for key in keys]), "{" + ",".join([key[1] for key in keys]) + "}"]
 
 
 def _fields(row: tuple[Any, ...]) -> dict[str, Any]:
