@@ -118,7 +118,7 @@ def _sink(engine: Engine, events: int, folder: Path, **keys: object) -> float:
         conn.exec_driver_sql("UPDATE sinks SET position = 0, delivered = 0, lease_until = NULL, generation = generation + 1")
     path = folder / "sinks.toml"
     path.write_text(table(**keys))
-    runner = Runner(config.load(path), engine)
+    runner = Runner(config.load(path, settings()), engine)
     thread = threading.Thread(target=runner.run, args=(Counters(Schema(counted_by("sinks"), {})),))
     began = time.perf_counter()
     thread.start()

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from evalstore.sinks.anomaly_options import AnomalyOptions
 from evalstore.storage import database
-from models.settings import settings
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from evalstore.sinks.anomaly_sink import AnomalySink
 
 
-def create(name: str, options: AnomalyOptions) -> "AnomalySink":
+def create(name: str, options: AnomalyOptions, settings: Settings) -> "AnomalySink":
     """Return the sink, with a connection of its own to the database."""
     from evalstore.sinks.anomaly_sink import AnomalySink  # noqa: PLC0415 - see above
 
-    return AnomalySink(name, options, database.connect(settings(), pool_size=1))
+    return AnomalySink(name, options, database.connect(settings, pool_size=1))

@@ -19,6 +19,7 @@ from evalstore.sinks.bigquery_table import EventTable
 from evalstore.sinks.event_row import COLUMNS, row
 from evalstore.sinks.protocol import Batch, SinkEvent
 from models.errors import BadMessage, Outage
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client
@@ -230,6 +231,6 @@ def _clients(options: BigQueryOptions) -> tuple["Client", "BigQueryWriteClient"]
     return client, BigQueryWriteClient.from_service_account_file(path)
 
 
-def create(_name: str, options: BigQueryOptions) -> BigQuerySink:
+def create(_name: str, options: BigQueryOptions, _settings: Settings) -> BigQuerySink:
     """Return the sink. Connects to nothing yet."""
     return BigQuerySink(options)

@@ -15,6 +15,7 @@ from evalstore.sinks.clickhouse_table import create_table, missing_columns, wron
 from evalstore.sinks.event_row import row
 from evalstore.sinks.protocol import Batch
 from models.errors import BadMessage, Outage
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from urllib3 import HTTPHeaderDict, PoolManager
@@ -150,6 +151,6 @@ def _pool(options: ClickHouseOptions) -> "PoolManager":
     )
 
 
-def create(_name: str, options: ClickHouseOptions) -> ClickHouseSink:
+def create(_name: str, options: ClickHouseOptions, _settings: Settings) -> ClickHouseSink:
     """Return the sink. Connects to nothing yet."""
     return ClickHouseSink(options)

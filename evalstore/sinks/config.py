@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     """The options and the factory of a type of sink. `extra`: the extra of this package that the type needs."""
 
     options: type[Options]
-    create: Callable[[str, Any], Sink]
+    create: Callable[[str, Any, Settings], Sink]
     extra: str | None = None
 
 
@@ -59,7 +59,7 @@ def _kinds() -> tuple[dict[str, Kind], list[str]]:
     return _BUILTIN, sorted({point.name for point in metadata.entry_points(group=GROUP)})
 
 
-def load(path: Path) -> list[SinkConfig]:
+def load(path: Path, settings: Settings) -> list[SinkConfig]:
     """Read the sinks file. Raises InvalidSettings, which names each fault with its line and key, and no value."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def load(path: Path) -> list[SinkConfig]:
     found = []
     for name, table in tables.items():
         try:
-            found.append(_sink(name, table))
+            found.append(_sink(name, table, settings))
         except _Faults as error:
             lines = sorted((_line(text, name, key), key, what) for key, what in error.found)
             faults += [f"{path}:{line}: [{name}] {f'{key}: ' if key else ''}{what}" for line, key, what in lines]
@@ -83,7 +83,7 @@ def load(path: Path) -> list[SinkConfig]:
 
 def load_all(settings: Settings) -> list[SinkConfig]:
     """Return the sinks of EVALSTORE_SINKS_FILE, and the sink `lake` where EVALSTORE_LAKE_URL is set. Raises InvalidSettings."""
-    found = load(settings.sinks_file) if settings.sinks_file is not None else []
+    found = load(settings.sinks_file, settings) if settings.sinks_file is not None else []
     lakes = [sink.name for sink in found if isinstance(sink.options, lake.LakeOptions)]
     if settings.lake_url is None:
         if lakes:
@@ -95,7 +95,7 @@ def load_all(settings: Settings) -> list[SinkConfig]:
         raise InvalidSettings(f"{settings.sinks_file}: the table [{lake.NAME}], and no other one, has the type lake")
     if not lakes:
         options = lake.LakeOptions()
-        found.append(SinkConfig(lake.NAME, options, lambda range_: lake.create(range_, options)))
+        found.append(SinkConfig(lake.NAME, options, lambda range_: lake.create(range_, options, settings)))
     return found
 
 
@@ -104,7 +104,7 @@ class _Faults(Exception):
         self.found = found
 
 
-def _sink(name: str, table: Any) -> SinkConfig:
+def _sink(name: str, table: Any, settings: Settings) -> SinkConfig:
     if not isinstance(table, dict):
         raise _Faults(("", "expected a table for each sink, like [kafka-main]"))
     faults = [] if _NAME.fullmatch(name) else [("", "a sink's name is 1 to 100 of A-Z a-z 0-9 . _ -")]
@@ -127,7 +127,7 @@ def _sink(name: str, table: Any) -> SinkConfig:
     faults += [(key, "a password stands in no file") for key, value in table.items() if _PASSWORD.search(str(value))]
     if faults:
         raise _Faults(*faults)
-    return SinkConfig(name, options, lambda range_: kind.create(range_, options))
+    return SinkConfig(name, options, lambda range_: kind.create(range_, options, settings))
 
 
 def _fault(options: type[Options], fault: Any) -> tuple[str, str]:
@@ -150,7 +150,7 @@ def _foreign(type_: str) -> Kind:
     except Exception as error:
         raise _Faults(("type", f"{point.value} cannot be loaded: {type(error).__name__}: {error}")) from error
     options = getattr(factory, "Options", OwnOptions)
-    return Kind(options, factory)
+    return Kind(options, lambda name, options, _settings: factory(name, options))
 
 
 def _toml_fault(text: str, message: str) -> str:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from evalstore.sinks.options import Options, secret
 from evalstore.sinks.protocol import Batch, SinkEvent
 from models.errors import BadMessage, Outage
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Producer
@@ -259,7 +260,7 @@ class KafkaSink:
             raise self._outage(error.args[0]) from error
 
 
-def create(name: str, options: KafkaOptions) -> KafkaSink:
+def create(name: str, options: KafkaOptions, _settings: Settings) -> KafkaSink:
     """Return the sink. Connects to nothing yet."""
     return (TransactionalKafkaSink if options.transactional else KafkaSink)(name, options)
 

@@ -12,7 +12,7 @@ from evalstore.lake.lake import Lake
 from evalstore.sinks.options import Options
 from evalstore.sinks.protocol import Batch
 from models.errors import Outage
-from models.settings import Settings, settings
+from models.settings import Settings
 
 NAME: Final = "lake"
 
@@ -83,6 +83,6 @@ def _without_id(cursor: dict[str, Any]) -> dict[str, Any]:
     return cursor | {"replay_at": [at, "", "0001-01-01T00:00:00Z", str(UUID(int=0))]}
 
 
-def create(name: str, options: LakeOptions) -> LakeSink:  # noqa: ARG001 - as all kinds
+def create(_name: str, _options: LakeOptions, settings: Settings) -> LakeSink:
     """Return the sink. Connects to nothing yet."""
-    return LakeSink(settings())
+    return LakeSink(settings)

@@ -16,12 +16,13 @@ from sqlalchemy import Engine
 
 from evalstore.sinks import config
 from evalstore.sinks.config import SinkConfig
+from evalstore.sinks.leased_worker import LeasedWorker
 from evalstore.sinks.statistics import StatisticsWorker
 from evalstore.sinks.worker import SinkWorker
 from evalstore.startup import load_or_exit
 from evalstore.storage import database, rollups, sink_cursors
 from evalstore.storage.sink_ranges import Range
-from evalstore.telemetry import exposition, log_setup, process_registry
+from evalstore.telemetry import exposition, log_setup
 from evalstore.telemetry.counters import Counters, Schema, counted_by
 from models.errors import InvalidSettings, Outage
 from models.logs import EventLogger
@@ -47,7 +48,7 @@ class Runner:
             for sink in sinks
             for number in range(sink.options.hash_ranges)
         ]
-        self._workers = [
+        self._workers: list[LeasedWorker] = [
             StatisticsWorker(engine, owner, self._stopping),
             *(SinkWorker(sink, range_, engine, owner, self._stopping) for sink, range_ in ranges),
         ]
@@ -70,13 +71,13 @@ class Runner:
         """Take no more. Safe in a signal handler."""
         self._stopping.set()
 
-    def _keep(self, worker: SinkWorker) -> None:
+    def _keep(self, worker: LeasedWorker) -> None:
         """Renew the lease, unless the sink has not come back for too long: then another process may try."""
         lease, called_at = worker.lease, worker.called_at
         if lease is None:
             return
         seconds = time.monotonic() - called_at if called_at is not None else 0.0
-        is_hung = seconds > worker.config.options.timeout_s
+        is_hung = seconds > worker.timeout_s
         with suppress(Outage), self._engine.connect() as conn:
             if not is_hung:
                 self._hung.discard(lease.name)
@@ -98,7 +99,8 @@ def main() -> None:
     runner = Runner(sinks, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
-    counters = _serve_metrics(settings)
+    counters = Counters(Schema(counted_by("sinks"), {}))
+    exposition.publish("sinks", counters, settings, settings.sinks_metrics_port, log)
     log.info("sinks_started", sinks=", ".join([rollups.NAME, *(sink.name for sink in sinks)]))
     runner.run(counters)
     sys.stdout.flush()
@@ -117,16 +119,3 @@ def _load_or_exit(settings: Settings) -> list[SinkConfig]:
     except InvalidSettings as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-
-
-def _serve_metrics(settings: Settings) -> Counters:
-    schema = Schema(counted_by("sinks"), {})
-    counters = Counters(schema)
-    try:
-        group = process_registry.join("sinks", counters, settings.runtime_dir)
-    except process_registry.RegistryUnavailable as error:
-        log.warning("runtime_dir_unusable", error=error)
-    else:
-        if settings.sinks_metrics_port:
-            exposition.start("sinks", group, schema, settings, settings.sinks_metrics_port)
-    return counters

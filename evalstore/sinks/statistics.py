@@ -8,33 +8,25 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 
-from evalstore.sinks.config import SinkConfig
-from evalstore.sinks.options import Options
-from evalstore.sinks.protocol import Sink
-from evalstore.sinks.worker import SinkWorker
+from evalstore.sinks.leased_worker import LeasedWorker
 from evalstore.storage import outbox_reader, rollups, sink_cursors
 from evalstore.storage.outbox_reader import OutboxRows
 from evalstore.storage.sink_cursors import Cursor, Lease, Place, ReplayKey
-from evalstore.storage.sink_ranges import Range
 
 # An evaluation that changes several times within this time is counted once. Statistics are late by little more.
 INTERVAL_S: Final = 5.0
 _IDLE_S: Final = 0.5
+_TIMEOUT_S: Final = 120.0
 _ROWS: Final = 5_000
 _CONFIRMATIONS: Final = 20_000
 _PAGE: Final = 20_000
 
 
-def _no_sink(_name: str) -> Sink:
-    raise NotImplementedError("statistics are no sink")
-
-
-class StatisticsWorker(SinkWorker):
+class StatisticsWorker(LeasedWorker):
     """Counts changed evaluations, and announces runs that finished, until `stopping`."""
 
     def __init__(self, engine: Engine, owner: str, stopping: threading.Event) -> None:
-        options = Options(type=rollups.NAME)
-        super().__init__(SinkConfig(rollups.NAME, options, _no_sink), Range(rollups.NAME), engine, owner, stopping)
+        super().__init__(rollups.NAME, rollups.NAME, _TIMEOUT_S, engine, owner, stopping)
 
     def create(self, conn: Connection) -> bool:
         """A new cursor begins with a sweep of all evaluations."""

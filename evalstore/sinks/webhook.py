@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 from evalstore.sinks.webhook_options import WebhookOptions
 from evalstore.storage import database
 from models.networks import parse_networks
-from models.settings import settings
+from models.settings import Settings
 
 if TYPE_CHECKING:
     from evalstore.sinks.webhook_sink import WebhookSink
 
 
-def create(name: str, options: WebhookOptions) -> "WebhookSink":
+def create(name: str, options: WebhookOptions, settings: Settings) -> "WebhookSink":
     """Return the sink, with connections of its own to the database."""
     from evalstore.sinks.webhook_sink import WebhookSink  # noqa: PLC0415 - see above
 
     _raise_file_limit(options.connections)
-    given = settings()
-    engine = database.connect(given, pool_size=2)
-    return WebhookSink(name, options, engine, parse_networks(given.webhook_allow or ""))
+    engine = database.connect(settings, pool_size=2)
+    return WebhookSink(name, options, engine, parse_networks(settings.webhook_allow or ""))
 
 
 def _raise_file_limit(connections: int) -> None:

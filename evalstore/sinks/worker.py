@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine
@@ -14,94 +14,33 @@ from evalstore.sinks import source
 from evalstore.sinks.batches import Batches
 from evalstore.sinks.config import SinkConfig
 from evalstore.sinks.delivery import Delivery, SinkUnavailable, letter, queue_of
+from evalstore.sinks.leased_worker import BACKOFF_S, LeasedWorker, Turns
 from evalstore.sinks.protocol import FillsFromLog, KeepsCursor, RepeatsBatches, Sink, SinkEvent
 from evalstore.sinks.source import Source, Step
 from evalstore.storage import dead_letters, redrives, sink_cursors, sink_ranges
-from evalstore.storage.database import Watch
 from evalstore.storage.operator_actions import Intent
 from evalstore.storage.redrives import SinkLetter
 from evalstore.storage.sink_cursors import Cursor, Lease, LeaseLost
 from evalstore.storage.sink_ranges import Range
 from models.confirmations import ERASED
-from models.errors import Outage
 from models.logs import EventLogger
 
 log = EventLogger("evalstore.sinks")
 
 _T = TypeVar("_T")
 _POLL_S: Final = (0.02, 0.2)
-_BACKOFF_S: Final = (0.2, 5.0)
-_CLAIM_S: Final = 1.0
 _LETTERS_S: Final = 1.0
 _LETTERS: Final = 100
 _GAP_SHOWN_S: Final = 5.0
-_DATABASE_S: Final = 30.0
 _FIRST: Final = datetime(2000, 1, 1, tzinfo=UTC)  # before the first event of any installation
 
 
-class Turns(Protocol):
-    """The work under one lease."""
-
-    def take_one(self) -> None:
-        """Do the next piece, or wait for one. Raises LeaseLost, DatabaseOutage."""
-
-    def close(self) -> None:
-        """Give up what is open."""
-
-
-class SinkWorker(threading.Thread):
-    """Claims a range of its sink, works on it until the lease is lost, and begins again, until `stopping`."""
+class SinkWorker(LeasedWorker):
+    """Works on a range of a sink."""
 
     def __init__(self, config: SinkConfig, range_: Range, engine: Engine, owner: str, stopping: threading.Event) -> None:
-        super().__init__(name=f"sink {range_.name}", daemon=True)
+        super().__init__(config.name, range_.name, config.options.timeout_s, engine, owner, stopping)
         self.config, self.range = config, range_
-        self.lease: Lease | None = None
-        self.called_at: float | None = None  # since when the sink has been at work on what it was given
-        self._engine, self._owner, self._stopping = engine, owner, stopping
-        self._watch = Watch()
-        self._created = False
-
-    def run(self) -> None:
-        wait_s, was_away = _BACKOFF_S[0], False
-        while not self._stopping.is_set():
-            try:
-                with self._engine.connect() as conn:
-                    self._claim_and_work(conn)
-                wait_s, was_away = _BACKOFF_S[0], False
-            except LeaseLost as error:
-                log.info("sink_lease_lost", error=error)
-            except Outage as error:
-                if not was_away:
-                    log.warning("sink_waits", sink=self.config.name, error=error)
-                self._stopping.wait(wait_s)
-                wait_s, was_away = min(2 * wait_s, _BACKOFF_S[1]), True
-            except Exception as error:
-                # A defect that one sink's events bring out must not end the process, and with it the other sinks.
-                log.critical("sink_defect", sink=self.config.name, error=error, exc_info=True)
-                self._stopping.wait(_BACKOFF_S[1])
-
-    def _claim_and_work(self, conn: Connection) -> None:
-        name = self.range.name
-        if not self._created:
-            if not self.create(conn):
-                self._stopping.wait(_CLAIM_S)
-                return
-            self._created = True
-        lease = self.database(conn, sink_cursors.claim, name, self._owner)
-        if lease is None:
-            self._stopping.wait(_CLAIM_S)
-            return
-        log.info("sink_claimed", sink=name, position=lease.cursor.place.id)
-        self.lease = lease
-        turns = self.open_turns(conn, lease)
-        try:
-            while not self._stopping.is_set():
-                turns.take_one()
-        finally:
-            self.lease = None
-            turns.close()
-            with suppress(Outage):
-                self.database(conn, sink_cursors.release, lease)
 
     def create(self, conn: Connection) -> bool:
         """Make sure that the range has a cursor. Return False while a process works on another number of ranges."""
@@ -110,18 +49,9 @@ class SinkWorker(threading.Thread):
         self.database(conn, sink_cursors.create, self.range.name, self.config.options.type)
         return True
 
-    def open_turns(self, conn: Connection, lease: Lease) -> "Turns":
+    def open_turns(self, conn: Connection, lease: Lease) -> Turns:
         """Return the work under a lease."""
         return _Turns(self, conn, lease)
-
-    def database(self, conn: Connection, work: Callable[..., _T], *arguments: Any) -> _T:
-        """Call `work` with a connection that breaks where the server does not answer."""
-        with self._watch.bounded(conn, _DATABASE_S):
-            return work(conn, *arguments)
-
-    def wait(self, seconds: float) -> None:
-        """Wait, unless the process is to stop."""
-        self._stopping.wait(seconds)
 
 
 class _Turns:
@@ -137,7 +67,7 @@ class _Turns:
         self._steps: list[Step] = []
         self._may_repeat = False
         self._cursor = lease.cursor
-        self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
+        self._poll_s, self._backoff_s = _POLL_S[0], BACKOFF_S[0]
         self._failing = False
         self._letters_due = self._gap_due = 0.0
 
@@ -222,7 +152,7 @@ class _Turns:
             # Part of a batch is not confirmed to a sink that knows whole batches.
             if delivery.done == len(steps) or (delivery.done and not isinstance(self._sink, RepeatsBatches)):
                 self._confirm(delivery, steps[: delivery.done])
-        self._poll_s, self._backoff_s = _POLL_S[0], _BACKOFF_S[0]
+        self._poll_s, self._backoff_s = _POLL_S[0], BACKOFF_S[0]
         if self._failing:
             self._failing = False
             log.info("sink_back", sink=self._config.name)
@@ -256,7 +186,7 @@ class _Turns:
             self._may_repeat = True
         self._worker.database(self._conn, sink_cursors.note_failure, self._lease, str(error))
         self._worker.wait(self._backoff_s)
-        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+        self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
         self._worker.database(self._conn, sink_cursors.check, self._lease)
 
     def _redrive(self, delivery: Delivery) -> None:

@@ -18,8 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from evalstore.telemetry import process_registry
 from evalstore.telemetry.backend_stats import BackendStats
-from evalstore.telemetry.counters import Schema, Series
+from evalstore.telemetry.counters import Counters, Schema, Series
 from evalstore.telemetry.disks import Disks
 from evalstore.telemetry.process_registry import Group
 from models.addresses import authority
@@ -245,3 +246,24 @@ def start(
                 server.serve_forever()
 
     threading.Thread(target=serve, name="evalstore-metrics", daemon=True).start()
+
+
+def publish(
+    role: process_registry.Role,
+    counters: Counters,
+    settings: Settings,
+    port: int | None,
+    log: EventLogger,
+    is_ready: Callable[[], Answer] | None = None,
+) -> None:
+    """Let this process join its group, and serve the group's metrics if there is a port.
+
+    Where EVALSTORE_RUNTIME_DIR cannot be used, warn by `log` and go on without both.
+    """
+    try:
+        group = process_registry.join(role, counters, settings.runtime_dir)
+    except process_registry.RegistryUnavailable as error:
+        log.warning("runtime_dir_unusable", error=error)
+    else:
+        if port:
+            start(role, group, counters.schema, settings, port, is_ready)

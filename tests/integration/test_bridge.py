@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,7 +252,7 @@ def test_when_it_stops_what_was_heard_is_sent(bridge: Callable[..., Copy], old: 
 
         thread = threading.Thread(target=publish_on)
         thread.start()
-        time.sleep(1)
+        copy.wait(lambda: heard > 5000, within_s=30)
         status = copy.stop()
         stopped.set()
         thread.join()

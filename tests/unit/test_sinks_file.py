@@ -10,6 +10,7 @@ import pytest
 from evalstore.sinks import config, kafka
 from evalstore.sinks.protocol import Batch, KeepsCursor, SinkEvent
 from models.errors import InvalidSettings
+from models.settings import settings
 
 KINDS = ", ".join(sorted(config._BUILTIN))
 GOOD = '[main]\ntype = "kafka"\nbootstrap_servers = "k:9092"\ntopic = "t"\n'
@@ -19,7 +20,7 @@ def faults(tmp_path: Path, text: str) -> list[str]:
     path = tmp_path / "sinks.toml"
     path.write_text(text)
     with pytest.raises(InvalidSettings) as raised:
-        config.load(path)
+        config.load(path, settings())
     return str(raised.value).replace(str(path), "FILE").splitlines()
 
 
@@ -30,7 +31,7 @@ def test_a_table_is_a_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         'security_protocol = "sasl_ssl"\nsasl_mechanism = "PLAIN"\nsasl_username = "u"\nsasl_password_env = "KAFKA_PASSWORD"\n'
     )
     path.write_text(GOOD + sasl + GOOD.replace("main", "twice") + "transactional = true\n")
-    first, second = config.load(path)
+    first, second = config.load(path, settings())
     assert (first.name, second.name) == ("main", "twice")
     assert isinstance(first.options, kafka.KafkaOptions)
     assert first.options.client()["sasl.password"] == "secret"
@@ -101,7 +102,7 @@ def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_no_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="No such file"):
-        config.load(tmp_path / "none")
+        config.load(tmp_path / "none", settings())
     assert faults(tmp_path, "a = 1\n")[0].endswith("[a] expected a table for each sink, like [kafka-main]")
     assert faults(tmp_path, "[a]\n") == ["FILE:1: [a] type: missing; there are " + KINDS]
 
