@@ -71,7 +71,7 @@ class Confirmed(threading.Thread):
 
 def _step(eval_id: str, number: int, **fields: Any) -> dict[str, Any]:
     at = _BEGIN + timedelta(seconds=number)
-    event_id = str(uuid7())  # As senders fill it in.
+    event_id = str(uuid7())  # Senders fill in a UUIDv7 too.
     return {"type": "evaluation:started", "eval_id": eval_id, "event_id": event_id, "occurred_at": at.isoformat(), **fields}
 
 
@@ -134,7 +134,7 @@ INSERT INTO evaluations (eval_id, status, attempt, version, metadata) VALUES (%(
 def fleet(
     place: Place, shape: Shape, *, agents: int = 20, beats: int = 86_400, turns: int = 5, turn_s: float = 8
 ) -> dict[str, Any]:
-    """Return the delay of other events without agents, with young ones, and with those of a day, in turns.
+    """Return the delay of other events in turns: without agents, with agents that just began, and with agents that ran a day.
 
     Also return the memory of the largest worker process.
     """
@@ -148,7 +148,7 @@ def fleet(
             rebuild.rebuild(conn, eval_id)
     engine.dispose()
     _refresh(place)
-    cases = {"without": [], "young": [f"young-{number}" for number in range(agents)], "with": names}
+    cases = {"without": [], "new": [f"new-{number}" for number in range(agents)], "with": names}
     delays: dict[str, list[float]] = {case: [] for case in cases}
     memory: list[float] = []
     broker = SendingBroker(url=place.valkey.url(), middleware=[])

@@ -51,7 +51,7 @@ def names() -> list[str]:
 
 
 class Verdict(NamedTuple):
-    """What hooks say of events, by their positions."""
+    """The results of the hooks, by the positions of the events."""
 
     refused: dict[int, InvalidEvent]
     enrichments: dict[int, dict[str, Any]]

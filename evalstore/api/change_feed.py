@@ -182,7 +182,7 @@ class ChangeFeed:
 
     @property
     def position(self) -> Position:
-        """Where a client resumes that has all changes until now."""
+        """The position at which a client resumes if it has all changes until now."""
         return self._position
 
     @contextmanager

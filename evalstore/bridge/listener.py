@@ -37,7 +37,7 @@ _SILENT_S: Final = 10.0
 _BACKOFF_S: Final = (0.1, 5.0)
 _DEADLINE_S: Final = 60.0
 _BATCH: Final = 500
-# Where the queue's Redis is away and there is no spool, so many bytes wait here. Then the source's output buffer fills.
+# The bridge holds so many bytes while the queue's Redis is away and there is no spool. Then the source's output buffer fills.
 _BUFFER_BYTES: Final = 64 * 1024 * 1024
 _AGREED_S: Final = 86_400
 STOP_S: Final = 8.0

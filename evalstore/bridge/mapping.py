@@ -16,7 +16,7 @@ from models.fields import CONTENTS, FIELDS, SENT
 from models.record import rfc3339
 from models.validation_errors import did_you_mean, format_error
 
-_MILLISECONDS_FROM: Final = 1e11  # As seconds, that is the year 5138.
+_MILLISECONDS_FROM: Final = 1e11  # A larger number is milliseconds: in seconds it would be after the year 5138.
 _ALIASES: Final = {"evaluation:running": "evaluation:started"}
 TYPES: Final = {**{f"evaluation:{name}": f"evaluation:{name}" for name in SENT}, **_ALIASES}
 

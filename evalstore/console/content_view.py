@@ -48,7 +48,7 @@ class Match(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What a search found. `searched` is the byte up to which it looked; the line there is `line`."""
+    """The result of a search. It read the content up to the byte `searched`, which is in the line `line`."""
 
     found: list[Match]
     searched: int

@@ -83,7 +83,7 @@ METRICS: Final = {
 
 
 class Sign(NamedTuple):
-    """Something unusual. `eval_ids`: those that show it, the latest last; after a restart perhaps not all of them."""
+    """A value or a trend that is unusual for its group. `eval_ids` show it, the latest last; a restart may lose some."""
 
     dimension: str
     value: str
