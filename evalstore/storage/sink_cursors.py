@@ -279,12 +279,11 @@ class SinkStatus(NamedTuple):
     owner: str | None
 
 
-# The lag is that of the outbox; of a replay, the age of what it has come to. Counting stops where a number says no more.
+# The lag is that of the outbox; of a replay, the age of the oldest event to come. Counting stops where a number says no more.
 _STATUS: Final = f"""
 SELECT name, type, CASE WHEN state = 'running' AND replay_until IS NOT NULL THEN 'replaying' ELSE state END AS state, position,
     waiting.events + replay.events AS lag_events,
-    greatest(0, extract(epoch FROM clock_timestamp()
-        - CASE WHEN replay_until IS NULL THEN waiting.oldest ELSE greatest(replay_at, '2020-01-01') END))::float8 AS lag_s,
+    greatest(0, extract(epoch FROM clock_timestamp() - coalesce(replay.oldest, waiting.oldest)))::float8 AS lag_s,
     delivered, dead, missed, last_error, failing_since,
     coalesce(extract(epoch FROM clock_timestamp() - gap_since), 0)::float8 AS gap_s,
     replay_at, replay_until, sinks.recorded_at, delivered_at,
@@ -295,8 +294,8 @@ CROSS JOIN LATERAL (
     FROM (SELECT count, recorded_at FROM confirmations WHERE id > position ORDER BY id LIMIT 100000) c
 ) waiting
 CROSS JOIN LATERAL (
-    SELECT count(*) AS events FROM (
-        SELECT FROM evaluation_events e
+    SELECT count(*) AS events, min(recorded_at) AS oldest FROM (
+        SELECT recorded_at FROM evaluation_events e
         WHERE replay_until IS NOT NULL AND e.recorded_at > replay_at AND e.recorded_at <= replay_until LIMIT 100000) l
 ) replay
 WHERE %(name)s::text IS NULL OR {OF_SINK} = %(name)s::text ORDER BY name

@@ -277,6 +277,18 @@ def test_a_sink_that_refuses_everything_keeps_it_instead_of_making_dead_letters(
     eventually(lambda: len(received(tmp_path / "one")) + len(shell.letters()) == 2000)
 
 
+def test_the_lag_of_a_replay_is_the_age_of_the_oldest_event_to_come(conn: Connection) -> None:
+    sink_cursors.create(conn, "one", "own")
+    store(conn, "e")
+    with conn.begin():
+        conn.exec_driver_sql("UPDATE sinks SET replay_at = '2000-01-01', replay_until = clock_timestamp()")
+    (one,) = sink_cursors.statuses(conn)
+    assert (one.state, one.lag_events > 0, one.lag_s < 60) == ("replaying", True, True)
+    with conn.begin():
+        conn.exec_driver_sql("UPDATE evaluation_events SET recorded_at = clock_timestamp() - interval '1 hour'")
+    assert 3600 <= sink_cursors.statuses(conn)[0].lag_s < 3660
+
+
 def test_pause_resume_and_rewind_are_kept_with_who_and_why(
     start: Start, conn: Connection, tmp_path: Path, eventually: Eventually, shell: Operator
 ) -> None:
