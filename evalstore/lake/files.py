@@ -187,11 +187,6 @@ def _time(bound: bytes) -> datetime:
     return _EPOCH + timedelta(microseconds=int.from_bytes(bound, "little", signed=True))
 
 
-def day_of(at: datetime) -> int:
-    """Return the day since 1970 in UTC, which is the partition."""
-    return (at.astimezone(UTC) - _EPOCH).days
-
-
 def by_day(rows: "pa.Table", table: LakeTable) -> dict[int, "pa.Table"]:
     """Divide rows by the partition."""
     import pyarrow as pa  # noqa: PLC0415 - see Lake.open
